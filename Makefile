@@ -1,0 +1,45 @@
+# Everything runs in .venv, which the first target that needs it makes. Needs Python 3.11 or newer, and make.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint types check format conformance clients clean
+
+help: ## this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "nonstick needs Python 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "setting up $(VENV) (once)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[redis,fast,testing]' --group dev
+	@touch $@
+
+setup: $(READY) ## make .venv with everything in it
+
+demo: $(READY) ## three nodes, a round-robin proxy, a real client, and a kill -9
+	@$(BIN)/nonstick demo
+
+test: $(READY) lint types ## lint, types and every test, on real servers
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff format --check --quiet src tests examples || { echo "run: make format"; exit 1; }
+	$(BIN)/ruff check --quiet src tests examples
+	$(BIN)/python -m tests.public_names
+
+types: $(READY)
+	$(BIN)/mypy
+
+check: format test ## format, then test
+
+format: $(READY) ## format and fix what ruff can fix
+	$(BIN)/ruff format --quiet src tests examples
+	$(BIN)/ruff check --quiet --fix src tests examples
+
+clean: ## remove what the targets above made
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis node_modules

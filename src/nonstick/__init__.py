@@ -1,0 +1,1 @@
+"""Any replica of an MCP server serves any session."""
