@@ -1,0 +1,228 @@
+"""A target names a server, or the error says what to write instead."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from mcp.server import MCPServer, Server
+
+from nonstick import loading
+from nonstick.errors import ConfigurationError
+
+pytestmark = pytest.mark.anyio
+
+Write = Callable[[str, str], Path]
+
+SERVER = "from mcp.server import MCPServer\n"
+
+
+@pytest.fixture(autouse=True)
+def forget_modules() -> Iterator[None]:
+    """What a test imports is gone after it."""
+    path, modules = sys.path[:], set(sys.modules)
+    yield
+    sys.path[:] = path
+    for name in set(sys.modules) - modules:
+        if not name.startswith(("mcp.", "starlette.")):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
+    """Writes a file into the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(name: str, source: str) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+        return path
+
+    return write
+
+
+def error_of(target: str) -> loading.TargetError:
+    with pytest.raises(loading.TargetError) as caught:
+        loading.find(target)
+    assert isinstance(caught.value, ConfigurationError)
+    return caught.value
+
+
+def test_name_in_a_file_is_found(write: Write) -> None:
+    write("weather_a.py", f"{SERVER}one = MCPServer('one')\ntwo = MCPServer('two')\n")
+    found = loading.find("weather_a.py:two")
+    assert isinstance(found, MCPServer)
+    assert found.name == "two"
+
+
+def test_name_in_a_module_is_found_from_the_working_directory(write: Write) -> None:
+    write("pkg_b/__init__.py", "")
+    write("pkg_b/weather.py", f"{SERVER}class holder:\n    inner = MCPServer('inner')\n")
+    found = loading.find("pkg_b.weather:holder.inner")
+    assert isinstance(found, MCPServer)
+
+
+def test_file_inside_a_package_keeps_its_relative_imports(write: Write) -> None:
+    write("pkg_c/__init__.py", "")
+    write("pkg_c/names.py", "NAME = 'related'\n")
+    write("pkg_c/server.py", f"{SERVER}from .names import NAME\nmcp = MCPServer(NAME)\n")
+    found = loading.find("pkg_c/server.py")
+    assert isinstance(found, MCPServer)
+    assert found.name == "related"
+
+
+def test_file_finds_its_neighbours(write: Write) -> None:
+    write("sub_d/neighbour_d.py", "NAME = 'next door'\n")
+    write("sub_d/main_d.py", f"{SERVER}import neighbour_d\nmcp = MCPServer(neighbour_d.NAME)\n")
+    assert isinstance(loading.find("sub_d/main_d.py:mcp"), MCPServer)
+
+
+def test_file_named_like_an_installed_module_does_not_hide_it(write: Write) -> None:
+    write("mcp.py", f"{SERVER}server = MCPServer('shadow')\n")
+    assert isinstance(loading.find("./mcp.py"), MCPServer)
+    assert hasattr(sys.modules["mcp"], "Client")
+
+
+def test_only_server_is_found_without_a_name(write: Write) -> None:
+    write("only_e.py", "from mcp.server import Server\nwhatever = Server('only')\nalias = whatever\n")
+    assert isinstance(loading.find("only_e.py"), Server)
+
+
+def test_conventional_name_wins_among_several(write: Write) -> None:
+    write("several_f.py", f"{SERVER}other = MCPServer('other')\nserver = MCPServer('chosen')\n")
+    found = loading.find("several_f.py")
+    assert isinstance(found, MCPServer)
+    assert found.name == "chosen"
+
+
+def test_several_servers_without_a_conventional_name_are_listed(write: Write) -> None:
+    write("several_g.py", f"{SERVER}red = MCPServer('r')\nblue = MCPServer('b')\n")
+    assert "several_g.py:red or several_g.py:blue" in str(error_of("several_g.py"))
+
+
+@pytest.mark.parametrize("prefix", ["", "async "])
+async def test_factory_makes_the_server(write: Write, prefix: str) -> None:
+    write("factory_h.py", f"{SERVER}{prefix}def make(name='made'):\n    return MCPServer(name)\n")
+    made = await loading.call(loading.find("factory_h.py:make"), "factory_h.py:make")
+    assert isinstance(made, MCPServer)
+    assert made.name == "made"
+
+
+async def test_server_needs_no_call() -> None:
+    server = MCPServer("as it is")
+    assert await loading.call(server, "x:y") is server
+
+
+async def test_factory_that_raises_shows_its_own_traceback_only(write: Write) -> None:
+    write("factory_i.py", "def make():\n    raise RuntimeError('no database')\n")
+    with pytest.raises(loading.TargetError, match=r"factory_i.py:make raised RuntimeError: no database\.") as caught:
+        await loading.call(loading.find("factory_i.py:make"), "factory_i.py:make")
+    assert "raise RuntimeError('no database')" in caught.value.trace
+    assert "loading.py" not in caught.value.trace
+
+
+async def test_factory_that_returns_something_else_is_refused(write: Write) -> None:
+    write("factory_j.py", "def make():\n    return None\n")
+    with pytest.raises(loading.TargetError, match="returned None, not an MCP server"):
+        await loading.call(loading.find("factory_j.py:make"), "factory_j.py:make")
+
+
+def test_missing_file_suggests_one_like_it(write: Write) -> None:
+    write("weather_k.py", "")
+    message = str(error_of("wether_k.py:mcp"))
+    assert message.startswith("wether_k.py does not exist.")
+    assert "Did you mean weather_k.py?" in message
+
+
+def test_directory_is_no_file(write: Write) -> None:
+    write("folder_l/x.py", "")
+    assert "folder_l is a directory" in str(error_of("./folder_l:mcp"))
+
+
+def test_missing_module_says_where_it_was_looked_for(write: Write, tmp_path: Path) -> None:
+    write("unrelated.py", "")
+    message = str(error_of("no_such_module_m:mcp"))
+    assert "there is no module 'no_such_module_m'" in message
+    assert str(tmp_path) in message
+
+
+def test_missing_submodule_is_named_in_full(write: Write) -> None:
+    write("pkg_n/__init__.py", "")
+    assert "there is no module 'pkg_n.absent'" in str(error_of("pkg_n.absent:mcp"))
+
+
+def test_missing_dependency_of_the_module_is_not_taken_for_the_module(write: Write) -> None:
+    write("needs_o.py", "import no_such_dependency_o\n")
+    failure = error_of("needs_o:mcp")
+    assert "importing needs_o failed: ModuleNotFoundError: No module named 'no_such_dependency_o'" in str(failure)
+    assert "import no_such_dependency_o" in failure.trace
+    assert "loading.py" not in failure.trace
+    assert "importlib" not in failure.trace
+
+
+@pytest.mark.parametrize("target", ["broken_p.py:mcp", "broken_p:mcp"])
+def test_module_that_raises_shows_its_own_traceback_only(write: Write, target: str) -> None:
+    write("broken_p.py", "def setup():\n    return 1 / 0\nsetup()\n")
+    failure = error_of(target)
+    assert "failed: ZeroDivisionError: division by zero." in str(failure)
+    assert "return 1 / 0" in failure.trace
+    assert "loading.py" not in failure.trace
+
+
+def test_syntax_error_shows_its_place(write: Write) -> None:
+    write("typo_q.py", "def broken(:\n")
+    failure = error_of("typo_q.py:mcp")
+    assert "SyntaxError" in str(failure)
+    assert "def broken(:" in failure.trace
+
+
+def test_module_that_exits_is_told_about_the_main_guard(write: Write) -> None:
+    write("script_r.py", "raise SystemExit(0)\n")
+    assert '__name__ == "__main__"' in str(error_of("script_r.py:mcp"))
+
+
+def test_missing_name_lists_the_servers_there(write: Write) -> None:
+    write("names_s.py", f"{SERVER}weather = MCPServer('w')\n")
+    assert str(error_of("names_s.py:mcp")) == "names_s.py has no 'mcp'. Try names_s.py:weather."
+
+
+def test_missing_name_lists_the_functions_that_could_make_one(write: Write) -> None:
+    write("names_t.py", "def make_server():\n    ...\ndef needs(x):\n    ...\n")
+    message = str(error_of("names_t.py:make_servr"))
+    assert "names_t.py:make_server" in message
+    assert "needs" not in message
+
+
+def test_module_without_any_server_says_what_it_must_hold(write: Write) -> None:
+    write("empty_u.py", "x = 1\n")
+    assert "must hold an MCPServer" in str(error_of("empty_u.py"))
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "said"),
+    [
+        ("thing = 42", "thing", "of type int"),
+        ("thing = None", "thing", "None"),
+        ("class Thing: ...", "Thing", "the class Thing"),
+        ("def thing(a, b=1): ...", "thing", "a function that needs arguments, thing(a, b=1)"),
+        ("import json as thing", "thing", "the module json"),
+        ("from starlette.applications import Starlette\nthing = Starlette()", "thing", "a starlette.Starlette"),
+    ],
+)
+def test_object_that_is_no_server_is_described(write: Write, source: str, name: str, said: str) -> None:
+    write("things_v.py", source)
+    message = str(error_of(f"things_v.py:{name}"))
+    assert f"things_v.py:{name} is {said}, not an MCP server. Name an MCPServer" in message
+
+
+def test_web_application_is_pointed_to_mounting(write: Write) -> None:
+    write("web_w.py", "from starlette.applications import Starlette\napp = Starlette()\n")
+    assert "mount nonstick.app(server) in it" in str(error_of("web_w.py"))
+
+
+@pytest.mark.parametrize("target", [":mcp", "", "not-a-module:mcp", "a..b:c"])
+def test_target_of_no_known_shape_shows_the_shapes(target: str) -> None:
+    assert "package.module:name or path/to/file.py:name" in str(error_of(target))

@@ -1,0 +1,154 @@
+"""A record is one line, names the node, and carries no query string (P13)."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from nonstick import logs
+
+
+@pytest.fixture(autouse=True)
+def restore_logging() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+def json_line(stream: io.StringIO) -> dict[str, Any]:
+    (line,) = stream.getvalue().splitlines()
+    parsed: dict[str, Any] = json.loads(line)
+    return parsed
+
+
+def test_json_record_is_one_line_with_node_and_extra_fields() -> None:
+    stream = io.StringIO()
+    logs.configure(style="json", node="node-a", stream=stream)
+    logging.getLogger("nonstick.manager").info("session\nopened", extra={"session": "ab12", "took": 0.5})
+    line = json_line(stream)
+    assert line.pop("time").endswith("Z")
+    assert line == {
+        "level": "info",
+        "node": "node-a",
+        "logger": "nonstick.manager",
+        "message": "session\nopened",
+        "session": "ab12",
+        "took": 0.5,
+    }
+
+
+def test_json_record_keeps_a_traceback_inside_its_line() -> None:
+    stream = io.StringIO()
+    logs.configure(style="json", stream=stream)
+    try:
+        raise ValueError("boom")
+    except ValueError:
+        logging.getLogger("nonstick").exception("it broke")
+    assert "ValueError: boom" in json_line(stream)["exception"]
+
+
+def test_json_field_cannot_replace_a_standard_one() -> None:
+    stream = io.StringIO()
+    logs.configure(style="json", node="node-a", stream=stream)
+    logging.getLogger("nonstick").info("hello", extra={"node": "impostor"})
+    line = json_line(stream)
+    assert (line["node"], line["node_"]) == ("node-a", "impostor")
+
+
+def test_json_record_takes_a_value_that_json_does_not_know() -> None:
+    stream = io.StringIO()
+    logs.configure(style="json", stream=stream)
+    logging.getLogger("nonstick").info("hello", extra={"kinds": {1}})
+    assert json_line(stream)["kinds"] == "{1}"
+
+
+def test_text_message_cannot_start_a_line_of_its_own() -> None:
+    """What a client sent may be quoted in a message."""
+    stream = io.StringIO()
+    logs.configure(stream=stream)
+    logging.getLogger("nonstick").warning("bad host %s", "x\n2026 ERROR forged\x1b[2J\u2028")
+    (line,) = stream.getvalue().splitlines()
+    assert line.endswith("bad host x\\n2026 ERROR forged\\x1b[2J\\u2028")
+
+
+def test_text_record_quotes_field_values_that_need_it() -> None:
+    stream = io.StringIO()
+    logs.configure(node="node-a", stream=stream)
+    logging.getLogger("nonstick").info("ready", extra={"store": "sqlite:///x.db", "why": 'a "b"\nc'})
+    assert stream.getvalue().endswith('node-a nonstick: ready store=sqlite:///x.db why="a \\"b\\"\\nc"\n')
+
+
+def test_access_record_becomes_fields_without_the_query() -> None:
+    """P13: a query string can hold a credential."""
+    stream = io.StringIO()
+    logs.configure(style="json", stream=stream)
+    access = logging.getLogger("uvicorn.access")
+    access.info('%s - "%s %s HTTP/%s" %d', "127.0.0.1:5", "POST", "/mcp?access_token=secret", "1.1", 202)
+    line = json_line(stream)
+    assert (line["method"], line["path"], line["status"], line["client"]) == ("POST", "/mcp", 202, "127.0.0.1:5")
+    assert "secret" not in stream.getvalue()
+
+
+@pytest.mark.parametrize("style", ["text", "json"])
+def test_node_name_can_be_set_once_it_is_known(style: logs.Format) -> None:
+    stream = io.StringIO()
+    logs.configure(style=style, stream=stream)
+    logs.set_node("node-b-7")
+    logging.getLogger("nonstick").info("ready")
+    assert "node-b-7" in stream.getvalue()
+
+
+def test_records_below_the_level_are_dropped() -> None:
+    stream = io.StringIO()
+    logs.configure(level="warning", stream=stream)
+    logging.getLogger("nonstick").info("quiet")
+    assert stream.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    "name", ["mcp.client.streamable_http", "mcp.server.streamable_http_manager", "mcp.server.sse", "sse_starlette.sse"]
+)
+def test_loggers_that_write_session_ids_or_payloads_stay_silent_at_debug(name: str) -> None:
+    """P13."""
+    stream = io.StringIO()
+    logs.configure(level="debug", stream=stream)
+    logging.getLogger(name).info("Received session ID: secret")
+    assert stream.getvalue() == ""
+    logging.getLogger(name).warning("trouble")
+    assert "trouble" in stream.getvalue()
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_colour_is_for_terminals_only_and_no_color_wins() -> None:
+    assert logs.wants_colour(_Terminal(), {})
+    assert not logs.wants_colour(_Terminal(), {"NO_COLOR": "1"})
+    assert not logs.wants_colour(io.StringIO(), {})
+
+
+def test_text_record_is_coloured_on_request_only() -> None:
+    record = logging.LogRecord("nonstick", logging.INFO, __file__, 1, "hi", None, None)
+    assert "\x1b[32mINFO" in logs.TextFormatter("n", colour=True).format(record)
+    assert "\x1b" not in logs.TextFormatter("n").format(record)
+
+
+def test_traceback_in_text_is_indented_below_its_record() -> None:
+    try:
+        raise ValueError("boom")
+    except ValueError:
+        record = logging.LogRecord("nonstick", logging.ERROR, __file__, 1, "broke", None, sys.exc_info())
+    first, *rest = logs.TextFormatter("n").format(record).splitlines()
+    assert first.endswith("broke")
+    assert rest
+    assert all(row.startswith("    ") for row in rest)
