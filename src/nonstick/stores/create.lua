@@ -1,0 +1,19 @@
+-- ARGV: prefix, member, lifetime ms, number of groups, then (group, limit) each, then (field, value) each.
+if redis.call('EXISTS', record) == 1 then return 'exists' end
+local prefix, member, lifetime, groups = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
+local now = clock()
+local names = {}
+for i = 1, groups do
+  local group, limit = ARGV[3 + 2 * i], tonumber(ARGV[4 + 2 * i])
+  local key = prefix .. ':g:' .. group
+  redis.call('ZREMRANGEBYSCORE', key, '-inf', '(' .. now)
+  if redis.call('ZCARD', key) >= limit then return {'full', group} end
+  names[i] = group
+end
+-- What an eviction may have left of an earlier session under this key.
+redis.call('DEL', books, log)
+for i = 5 + 2 * groups, #ARGV, 2 do redis.call('HSET', record, 'f' .. ARGV[i], ARGV[i + 1]) end
+local joined = table.concat(names, '\n')
+if groups > 0 then redis.call('HSET', record, '#g', joined) end
+renew(prefix, member, joined, lifetime, now)
+return 'ok'

@@ -1,0 +1,392 @@
+"""One multiplexed connection to a Redis-compatible server: a FIFO of futures over hiredis.
+
+All callers of a process share one socket. The server answers in the order in which it was asked, so the n-th reply
+belongs to the n-th waiting future, whatever has become of its caller. Rules that everything here keeps:
+
+* A command is written at most once. Whether to repeat one is the caller's decision (an append carries its writer's
+  sequence for that).
+* A caller that gave up, by a deadline or by cancellation, leaves its place in the FIFO: the reply is dropped when it
+  comes, and its neighbours' replies stay theirs.
+* A connection on which nothing arrives although commands wait is a black hole, and is torn down.
+* What waits is bounded, by number and by bytes. Beyond that a call fails at once.
+
+docs/why/own-redis-connection.md says why this is not redis-py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import re
+import socket
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final, NoReturn, cast
+
+from nonstick.errors import ConfigurationError, StoreUnavailable
+from nonstick.stores.redis_url import Address
+
+try:
+    import hiredis
+except ImportError:
+    raise ConfigurationError("the Redis store needs its client packages: pip install 'nonstick[redis]'") from None
+
+__all__ = ["Connection", "ScriptMissing", "Wire", "backoff", "open_wire", "pack", "refusal"]
+
+logger = logging.getLogger("nonstick.store")
+
+Arg = str | bytes | int | float
+
+pack = cast("Callable[[tuple[Arg, ...]], bytes]", hiredis.pack_command)
+"""The bytes of one command."""
+
+_NOTHING: Final = object()
+_SWEEP_SECONDS: Final = 0.05
+_BACKOFF_SECONDS: Final = 0.05
+_MAX_BACKOFF_SECONDS: Final = 1.0
+
+_ADVICE: Final = {
+    "LOADING": "the store is still loading its data",
+    "READONLY": "the store is a read-only replica: point the URL at the primary",
+    "MASTERDOWN": "the store is a replica that has lost its primary",
+    "TRYAGAIN": "the store is moving these keys: try again",
+    "CLUSTERDOWN": "the store's cluster is down",
+    "MOVED": "the store is a cluster: this URL needs a standalone server",
+    "BUSY": "the store is busy with a slow script",
+    "NOREPLICAS": "the store has too few replicas to accept writes",
+    "OOM": "the store is out of memory: raise its maxmemory",
+    "MISCONF": "the store refuses writes because it cannot save to disk: see the server's log",
+    "NOAUTH": "the store wants a login: put user and password into its URL",
+    "WRONGPASS": "the store refused the login: check user and password in its URL",
+    "NOPERM": "the store's user lacks a permission: allow it EVALSHA, EVAL, SUBSCRIBE, PUBLISH and all keys and "
+    "channels under the prefix",
+}
+# Up to Redis 6.2 an error raised inside a script arrives wrapped: "ERR Error running script … -OOM command not …".
+_CODE: Final = re.compile(rf"(?:^|[\s:-])({'|'.join(_ADVICE)})\b")
+
+
+class ServerError(Exception):
+    """An error reply, as the server wrote it. Does not leave this module."""
+
+
+class ScriptMissing(StoreUnavailable):
+    """The server does not know this script, so it has not run: send the source with EVAL."""
+
+
+def refusal(message: str) -> StoreUnavailable:
+    """What to raise for the server's error reply. Says what to do; quotes no argument of the command (P13)."""
+    if message.startswith("NOSCRIPT"):
+        return ScriptMissing("the store does not know the script")
+    if (code := _CODE.search(message)) is not None:
+        return StoreUnavailable(_ADVICE[code[1]])
+    if message.startswith("ERR AUTH"):
+        return StoreUnavailable("the store has no password for this user: check user and password in its URL")
+    # "ERR unknown command 'X', with args beginning with: …" would quote a payload.
+    return StoreUnavailable(f"the store answered: {message.split(', with args', 1)[0][:200]}")
+
+
+def backoff(failures: int) -> float:
+    """Seconds to wait before the next attempt, after that many failures in a row: doubling, capped, jittered."""
+    return min(_MAX_BACKOFF_SECONDS, _BACKOFF_SECONDS * 2.0 ** min(failures, 10)) * random.uniform(0.5, 1.0)  # noqa: S311
+
+
+def _ignore(_: object) -> None:
+    pass
+
+
+class Wire(asyncio.Protocol):
+    """One open socket: writes packed commands, hands every reply to `on_reply`, tells `on_lost` once that it is gone.
+
+    Attributes:
+        closed: Done once the socket is closed and `on_lost` has been called.
+        heard: Loop time at which something last arrived.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.on_reply: Callable[[Any], None] = _ignore
+        self.on_lost: Callable[[str], None] = _ignore
+        self.closed: asyncio.Future[None] = loop.create_future()
+        self.heard = loop.time()
+        self._loop = loop
+        self._reader = hiredis.Reader(replyError=ServerError, notEnoughData=_NOTHING)
+        self._transport: asyncio.Transport | None = None
+        self._out: list[bytes] = []
+        self._reason = ""
+
+    def write(self, packed: bytes) -> None:
+        """Sends this command together with all others of the same turn of the event loop: one system call."""
+        if not self._out:
+            self._loop.call_soon(self._flush)
+        self._out.append(packed)
+
+    def abort(self, reason: str) -> None:
+        """Closes the socket without a word: there may be nobody to listen. `on_lost` follows in the next turn."""
+        self._reason = self._reason or reason
+        if self._transport is not None:
+            self._transport.abort()
+        elif not self.closed.done():
+            self.closed.set_result(None)
+
+    def _flush(self) -> None:
+        out, self._out = self._out, []
+        # The transport's own buffer is not watched: what is written and unanswered is bounded by the Connection.
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(out[0] if len(out) == 1 else b"".join(out))
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+        sock: socket.socket | None = transport.get_extra_info("socket")
+        if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # Keeps the entry of a NAT or load balancer on the way alive while nothing is asked.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            if hasattr(socket, "TCP_KEEPIDLE"):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
+
+    def data_received(self, data: bytes) -> None:
+        self.heard = self._loop.time()
+        reader, on_reply = self._reader, self.on_reply
+        try:
+            reader.feed(data)
+            while (reply := reader.gets()) is not _NOTHING:
+                on_reply(reply)
+        except hiredis.ProtocolError:
+            self.abort("what answers there does not speak the Redis protocol")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.on_lost(self._reason or (str(exc) if exc else "the store closed the connection"))
+        if not self.closed.done():
+            self.closed.set_result(None)
+
+
+async def open_wire(address: Address, *, name: str = "", timeout: float) -> Wire:
+    """A connection that has logged in, selected its database and answered.
+
+    Raises:
+        StoreUnavailable: None came about within `timeout` seconds. Says why, without any credentials.
+    """
+    wire = Wire(asyncio.get_running_loop())
+    try:
+        async with asyncio.timeout(timeout):
+            await _connect(wire, address)
+            await _log_in(wire, address, name)
+    except TimeoutError:
+        await _give_up(wire)
+        raise StoreUnavailable(f"{address.url} did not answer within {timeout:g} s") from None
+    except (OSError, UnicodeError) as error:  # UnicodeError: a host name that cannot be one
+        await _give_up(wire)
+        raise StoreUnavailable(f"cannot connect to {address.url}: {error}") from None
+    except BaseException:
+        await _give_up(wire)
+        raise
+    return wire
+
+
+async def _give_up(wire: Wire) -> None:
+    wire.abort("gave up")
+    await asyncio.shield(wire.closed)
+
+
+async def _connect(wire: Wire, address: Address) -> None:
+    loop = asyncio.get_running_loop()
+    if address.path:
+        await loop.create_unix_connection(lambda: wire, address.path)
+    else:
+        await loop.create_connection(lambda: wire, address.host, address.port, ssl=address.tls)
+
+
+async def _log_in(wire: Wire, address: Address, name: str) -> None:
+    commands = address.login()
+    if name:
+        # Only for whoever looks at CLIENT LIST: a proxy in between may refuse it.
+        commands.insert(-1, ("CLIENT", "SETNAME", name))
+    replies: list[Any] = []
+    done = asyncio.get_running_loop().create_future()
+
+    def on_reply(reply: Any) -> None:
+        replies.append(reply)
+        if len(replies) == len(commands) and not done.done():
+            done.set_result(None)
+
+    def on_lost(reason: str) -> None:
+        if not done.done():
+            done.set_exception(ConnectionError(reason))
+
+    wire.on_reply, wire.on_lost = on_reply, on_lost
+    for command in commands:
+        wire.write(pack(command))
+    await done
+    for command, reply in zip(commands, replies, strict=True):
+        if isinstance(reply, ServerError) and command[0] != "CLIENT":
+            raise refusal(str(reply))
+
+
+class Connection:
+    """Calls to one server over one socket, which is opened by the first call and again after a loss.
+
+    Args:
+        timeout: Seconds that a call waits for its reply, connecting included, unless it says otherwise. Kept to
+            within a twentieth of a second. Also the silence after which waiting commands mean a black hole.
+        connect_timeout: Seconds for the socket, TLS and login together.
+        max_waiting: Commands that may be unanswered, those given up on included.
+        max_bytes: Bytes of these commands.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        *,
+        name: str = "",
+        timeout: float = 2.0,
+        connect_timeout: float = 2.0,
+        max_waiting: int = 10_000,
+        max_bytes: int = 64 * 1024 * 1024,
+    ) -> None:
+        self._address = address
+        self._name = name
+        self._timeout = timeout
+        self._connect_timeout = connect_timeout
+        self._max_waiting = max_waiting
+        self._max_bytes = max_bytes
+        self._loop = asyncio.get_running_loop()
+        # Future, deadline, size of the command: one per command whose reply has not come, in the order of writing.
+        self._waiting: deque[tuple[asyncio.Future[Any], float, int]] = deque()
+        self._bytes = 0
+        self._backlog: list[bytes] = []
+        self._wire: Wire | None = None
+        self._connecting: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._asked = 0.0
+        self._failures = 0
+        self._failed_at = 0.0
+        self._closed = False
+
+    async def call(self, *args: Arg, timeout: float | None = None) -> Any:
+        """The server's reply to this command: bytes, int, list or None.
+
+        Raises:
+            StoreUnavailable: There is none: see the module. The command may have been executed or not, except
+                where the server refused it.
+        """
+        return await self.send(args, timeout)
+
+    def send(self, args: tuple[Arg, ...], timeout: float | None = None) -> asyncio.Future[Any]:
+        """Like `call`, but returns the future of the reply. Commands are executed in the order of the sends.
+
+        Raises:
+            StoreUnavailable: At once, if too much is waiting already, or after `close`.
+        """
+        packed = pack(args)
+        size = len(packed)
+        waiting = self._waiting
+        if self._closed or len(waiting) >= self._max_waiting or self._bytes + size > self._max_bytes:
+            self._refuse()
+        now = self._loop.time()
+        if not waiting:
+            self._asked = now
+        future: asyncio.Future[Any] = self._loop.create_future()
+        waiting.append((future, now + (self._timeout if timeout is None else timeout), size))
+        self._bytes += size
+        if self._wire is not None:
+            self._wire.write(packed)
+        else:
+            self._backlog.append(packed)
+            if self._connecting is None:
+                self._connecting = self._loop.create_task(self._connect(), name="nonstick-redis-connect")
+        if self._timer is None:
+            self._timer = self._loop.call_later(_SWEEP_SECONDS, self._sweep)
+        return future
+
+    async def close(self) -> None:
+        """Closes the socket. Whatever still waits fails; nothing is left running."""
+        self._closed = True
+        if self._connecting is not None:
+            self._connecting.cancel()
+            await asyncio.wait([self._connecting])
+        wire = self._wire
+        if wire is not None:
+            wire.abort("the store was closed")
+            await wire.closed
+        self._fail("the store was closed")
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _refuse(self) -> NoReturn:
+        if self._closed:
+            raise StoreUnavailable("the store was closed")
+        raise StoreUnavailable(f"{self._address.url} is too slow: too much is waiting for it")
+
+    async def _connect(self) -> None:
+        """Opens the socket, after a pause if that just failed; then everything that waited is written, or fails."""
+        try:
+            if self._failures:
+                await asyncio.sleep(self._failed_at + backoff(self._failures) - self._loop.time())
+            wire = await open_wire(self._address, name=self._name, timeout=self._connect_timeout)
+        except StoreUnavailable as error:
+            self._failures += 1
+            self._failed_at = self._loop.time()
+            self._connecting = None
+            self._fail(str(error))
+        else:
+            self._failures = 0
+            self._connecting = None
+            self._adopt(wire)
+
+    def _adopt(self, wire: Wire) -> None:
+        wire.on_reply, wire.on_lost = self._on_reply, self._on_lost
+        self._wire = wire
+        self._asked = self._loop.time()
+        backlog, waiting = self._backlog, self._waiting
+        self._backlog, self._waiting, self._bytes = [], deque(), 0
+        for packed, entry in zip(backlog, waiting, strict=True):
+            # Nobody waits for it any more and it was never written: leave it so.
+            if not entry[0].done():
+                self._waiting.append(entry)
+                self._bytes += entry[2]
+                wire.write(packed)
+        # The socket may have died between the login's last reply and here: then nobody has told us.
+        if wire.closed.done():
+            self._on_lost("the store closed the connection")
+
+    def _on_reply(self, reply: Any) -> None:
+        if not self._waiting:
+            assert self._wire is not None
+            self._wire.abort("the store sent a reply that nobody had asked for")
+            return
+        future, _, size = self._waiting.popleft()
+        self._bytes -= size
+        if future.done():
+            return
+        if isinstance(reply, ServerError):
+            future.set_exception(refusal(str(reply)))
+        else:
+            future.set_result(reply)
+
+    def _on_lost(self, reason: str) -> None:
+        self._wire = None
+        if not self._closed:
+            logger.warning("lost the connection to %s: %s", self._address.url, reason)
+        self._fail(f"lost the connection to {self._address.url}: {reason}")
+
+    def _fail(self, reason: str) -> None:
+        waiting = self._waiting
+        self._waiting, self._bytes, self._backlog = deque(), 0, []
+        for future, _, _ in waiting:
+            if not future.done():
+                future.set_exception(StoreUnavailable(reason))
+
+    def _sweep(self) -> None:
+        """Fails what is past its deadline, and tears a black hole down. One timer for all, only while some wait."""
+        self._timer = None
+        if not self._waiting:
+            return
+        now = self._loop.time()
+        wire = self._wire
+        if wire is not None and now - max(wire.heard, self._asked) >= self._timeout:
+            wire.abort(f"nothing was heard for {self._timeout:g} s")
+        for future, deadline, _ in self._waiting:
+            if now >= deadline and not future.done():
+                future.set_exception(StoreUnavailable(f"{self._address.url} did not answer in time"))
+        self._timer = self._loop.call_later(_SWEEP_SECONDS, self._sweep)
