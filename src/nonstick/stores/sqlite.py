@@ -1,0 +1,170 @@
+"""A store in one SQLite file: for several processes on one machine.
+
+The modules beside it: `sqlite_file` opens it, `sqlite_rows` has what each method does, `sqlite_engine` runs that
+without blocking the event loop, `sqlite_feed` watches, `sqlite_keeper` tidies, and `sqlite.sql` holds the statements.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Callable, Collection, Mapping
+from types import TracebackType
+from typing import Self
+
+from nonstick.errors import SessionNotFound, StoreUnavailable
+from nonstick.store import MAX_READ, Appended, Batch, Cursor, Event, Lease, Loaded, Wake
+from nonstick.stores import sqlite_rows as rows
+from nonstick.stores.sqlite_engine import Engine
+from nonstick.stores.sqlite_feed import Feed
+from nonstick.stores.sqlite_file import BUSY_SECONDS, SQL, DatabaseFile, transact
+from nonstick.stores.sqlite_keeper import Keeper
+
+__all__ = ["SQLiteStore"]
+
+
+class SQLiteStore:
+    """Sessions in a file that the processes of one machine share. A commit survives a crash of the process.
+
+    After a power cut the last commits may be missing (`synchronous=NORMAL`): cursors into them answer `Diverged`.
+
+    Args:
+        path: The file, on a local file system. It is created, its directory is not.
+        poll_interval: Seconds between two looks for what other processes appended, while somebody watches.
+        clock: The store's clock, in seconds; by default the machine's time since boot, kept up over reboots.
+
+    Raises:
+        ConfigurationError: On entering: a network file system, a file of another application or of a newer version.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        poll_interval: float = 0.005,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
+        self._file = DatabaseFile(path, clock)
+        self._engine = Engine(self._file)
+        self._feed = Feed(self._engine, poll_interval)
+        self._keeper = Keeper(self._file)
+
+    @property
+    def url(self) -> str:
+        return self._file.url
+
+    async def __aenter__(self) -> Self:
+        self._engine.start()
+        try:
+            await self._engine.connection()
+        except StoreUnavailable:
+            pass  # the calls try again, and say so
+        except BaseException:
+            await self._engine.close()
+            raise
+        self._keeper.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None:
+        await self._feed.close()
+        await self._keeper.close()
+        await self._engine.close()
+
+    # ---- the record
+
+    async def create(
+        self, key: str, fields: Mapping[str, bytes], *, lifetime: float, limits: Mapping[str, int] | None = None
+    ) -> None:
+        while not await self._engine.write(lambda db, now: rows.create(db, now, key, fields, lifetime, limits or {})):
+            pass
+
+    async def load(self, key: str) -> Loaded:
+        loaded, stale = await self._engine.run(lambda db: rows.load(db, self._file.now(), key))
+        if stale and not await self._engine.write(lambda db, now: rows.renew(db, now, (key,))):
+            raise SessionNotFound("no live session has this key")
+        return loaded
+
+    async def update(
+        self,
+        key: str,
+        changes: Mapping[str, bytes | None],
+        *,
+        expect: Mapping[str, bytes | None] | None = None,
+    ) -> bool:
+        return await self._engine.write(lambda db, now: rows.update(db, now, key, changes, expect or {}))
+
+    async def touch(self, keys: Collection[str]) -> None:
+        if keys:
+            await self._engine.write(lambda db, now: rows.renew(db, now, keys))
+
+    async def delete(self, key: str) -> bool:
+        ended = await self._engine.write(lambda db, now: rows.delete(db, now, key))
+        if ended:
+            self._feed.announce_end(key)
+        return ended
+
+    # ---- the log
+
+    async def append(self, key: str, batch: Batch) -> Appended:
+        written = await self._engine.write(lambda db, now: rows.append(db, now, key, batch))
+        self._feed.announce(key, written)
+        return written.appended
+
+    async def read(self, key: str, after: Cursor, *, limit: int = 256) -> list[Event]:
+        if not 1 <= limit <= MAX_READ:
+            raise ValueError(f"limit must be 1 to {MAX_READ}")
+        return await self._engine.run(lambda db: rows.read(db, self._file.now(), key, after, limit))
+
+    async def trim(self, key: str, *, streams: Collection[int] = (), standalone_before: int = 0) -> None:
+        await self._engine.write(lambda db, now: rows.trim(db, now, key, streams, standalone_before))
+
+    def watch(self, key: str, wake: Wake) -> Callable[[], None]:
+        return self._feed.watch(key, wake)
+
+    # ---- nodes and the store itself
+
+    def lease(self, node: str) -> Lease:
+        return _SQLiteLease(self._file, node)
+
+    async def lapsed(self, nodes: Collection[str]) -> set[str]:
+        live = await self._engine.run(lambda db: db.execute(SQL["live_nodes"], (self._file.now(),)).fetchall())
+        return set(nodes) - {node for (node,) in live}
+
+    async def ping(self) -> None:
+        await self._engine.write(lambda db, now: db.execute(SQL["ping"], (now,)))
+
+
+class _SQLiteLease:
+    """A row in `node`, on a connection that waits for locks."""
+
+    def __init__(self, file: DatabaseFile, node: str) -> None:
+        self._file = file
+        self._node = node
+        self._db: sqlite3.Connection | None = None
+
+    def renew(self, seconds: float) -> None:
+        try:
+            self._write("grant", lambda now: (self._node, now + seconds))
+        except sqlite3.Error as error:
+            self._drop()
+            raise self._file.unavailable(error) from error
+
+    def close(self, *, release: bool) -> None:
+        try:
+            if release and self._db is not None:
+                self._write("release", lambda _: (self._node,))
+        except sqlite3.Error:
+            pass  # it runs out by itself
+        self._drop()
+
+    def _write(self, statement: str, values: Callable[[float], tuple[object, ...]]) -> None:
+        if self._db is None:
+            self._db = self._file.connect(BUSY_SECONDS)
+        transact(self._db, self._file.now, lambda db, now: db.execute(SQL[statement], values(now)))
+
+    def _drop(self) -> None:
+        if self._db is not None:
+            self._db.close()
+            self._db = None

@@ -1,0 +1,149 @@
+"""What other processes append, noticed by polling SQLite's change counter while somebody watches."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+import time
+from collections.abc import Callable
+from itertools import groupby
+from typing import Final
+
+from nonstick.errors import NonstickError
+from nonstick.store import Event, Wake
+from nonstick.stores.sqlite_engine import Engine
+from nonstick.stores.sqlite_file import SQL, is_busy
+from nonstick.stores.sqlite_rows import ENDED_SECONDS, Written
+from nonstick.stores.watches import Watch, Watches
+
+__all__ = ["Feed"]
+
+_log = logging.getLogger("nonstick.stores.sqlite")
+
+_BATCH: Final = 256
+_RETRY_SECONDS: Final = 0.5
+
+
+class Feed:
+    """Wakes this process's watchers for its own appends at once, and for those of others within the poll interval.
+
+    There is one writer at a time, so the ids of events and of ends follow the order of commits, and whatever has an
+    id after the last one seen is new.
+    """
+
+    def __init__(self, engine: Engine, interval: float) -> None:
+        self._engine = engine
+        self._interval = interval
+        self._watches = Watches()
+        self._task: asyncio.Task[None] | None = None
+        self._db: sqlite3.Connection | None = None  # where the marks below hold; None: not in force
+        self._version = 0
+        self._last_event = 0
+        self._last_end = 0
+        self._own: set[int] = set()  # events after the last one seen that were announced here already
+        self._polled_at = 0.0
+
+    def watch(self, key: str, wake: Wake) -> Callable[[], None]:
+        watch, stop = self._watches.add(key, wake)
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._poll(), name="nonstick: watch SQLite")
+        else:
+            asyncio.get_running_loop().call_soon(self._greet, watch)
+        return stop
+
+    def announce(self, key: str, written: Written) -> None:
+        """This process appended these."""
+        count = len(written.events)
+        if not count:
+            return
+        if self._db is not None:
+            if written.row == self._last_event + 1:
+                self._last_event += count
+            else:
+                self._own.update(range(written.row, written.row + count))
+        self._watches.announce(key, written.events)
+
+    def announce_end(self, key: str) -> None:
+        """This process ended the session."""
+        self._watches.announce(key, None)
+
+    async def close(self) -> None:
+        self._watches.clear()
+        task = self._task
+        if task is not None:
+            task.cancel()
+            await asyncio.wait([task])
+        self._interrupt()
+
+    def _greet(self, watch: Watch) -> None:
+        # If the feed is not in force, everybody is told to read once it is.
+        if self._db is not None:
+            watch.call_soon(None)
+
+    async def _poll(self) -> None:
+        try:
+            while self._watches:
+                pause = await self._step()
+                await asyncio.sleep(pause)
+        finally:
+            self._task = None
+            self._interrupt()
+
+    async def _step(self) -> float:
+        """Announces what is new; returns how long to wait before the next time."""
+        try:
+            db = await self._engine.connection()
+            if db is not self._db or time.monotonic() - self._polled_at > ENDED_SECONDS / 2:
+                self._begin(db)
+                self._watches.announce_all()
+            more = self._catch_up(db)
+        except sqlite3.Error as error:
+            if is_busy(error):
+                return self._interval
+            self._interrupt()
+            self._engine.failed(error)
+            return _RETRY_SECONDS
+        except NonstickError:
+            self._interrupt()
+            return _RETRY_SECONDS
+        self._polled_at = time.monotonic()
+        return 0 if more else self._interval
+
+    def _begin(self, db: sqlite3.Connection) -> None:
+        self._interrupt()
+        db.create_function("watched", 1, self._watches.__contains__)
+        self._version = _version(db)
+        self._last_event, self._last_end = db.execute(SQL["last_ids"]).fetchone()
+        self._db = db
+
+    def _interrupt(self) -> None:
+        self._db = None
+        self._own.clear()
+
+    def _catch_up(self, db: sqlite3.Connection) -> bool:
+        """Announces up to a batch of events, and what ended. Returns whether more events may be left."""
+        version = _version(db)
+        if version == self._version:
+            return False
+        last_event, last_end = db.execute(SQL["last_ids"]).fetchone()
+        rows = db.execute(SQL["new_events"], (self._last_event, last_event, _BATCH)).fetchall()
+        ends = db.execute(SQL["new_ends"], (self._last_end, last_end)).fetchall()
+        new = (row for row in rows if row[0] not in self._own)
+        for key, group in groupby(new, key=lambda row: row[1]):
+            self._watches.announce(key, [Event(*row[2:]) for row in group])
+        for (key,) in ends:
+            self._watches.announce(key, None)
+        more = len(rows) == _BATCH
+        self._last_event, self._last_end = rows[-1][0] if more else last_event, last_end
+        self._own = {row for row in self._own if row > self._last_event}
+        if not more:
+            # Read before the rows: what was committed since changes it again.
+            self._version = version
+        return more
+
+
+def _version(db: sqlite3.Connection) -> int:
+    """Changes with every commit of another connection."""
+    version: int = db.execute("PRAGMA data_version").fetchone()[0]
+    return version
