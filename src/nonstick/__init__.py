@@ -1,1 +1,15 @@
-"""Any replica of an MCP server serves any session."""
+"""Any replica of an MCP server serves any session.
+
+    app = nonstick.app(mcp, store="redis://cache:6379")
+
+Layers, each usable alone: `app` (one line), `SessionManager` (takes the place of the SDK's manager), `Store` (the
+protocol for where sessions live). Errors are in `nonstick.errors`, the store contract suite in `nonstick.testing`.
+"""
+
+from nonstick.app import App, app
+from nonstick.exchange import current_attempt
+from nonstick.manager import SessionManager
+from nonstick.store import Store
+
+__all__ = ["App", "SessionManager", "Store", "app", "current_attempt"]
+__version__ = "0.1.0"

@@ -7,16 +7,21 @@ it is serialised once, by the node that sent it.
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import hmac
+import json
 import re
 import secrets
 from enum import IntEnum
 from typing import Any, Final, NamedTuple
 
 import pydantic_core
+from mcp_types import RequestId
 
 from nonstick.store import Cursor, Draft
 
-__all__ = ["EventId", "Kind", "decode", "draft", "kind_of", "parse_event_id"]
+__all__ = ["EventId", "Kind", "body_of", "decode", "draft", "kind_of", "parse_event_id"]
 
 _VERSION: Final = b"1"
 
@@ -73,29 +78,56 @@ def decode(data: bytes) -> dict[str, Any]:
 
 
 class EventId(NamedTuple):
-    """A stream and a place in the log: what an SSE `id` says. Opaque to clients; the tag makes it unguessable.
+    """A stream and a place in the log: what an SSE `id` says, opaque to clients.
+
+    The text is bound to its session by a keyed hash, so that an id of another session, or one that somebody made up,
+    is told from one whose entry the store has lost since. The entry's tag then tells the latter (P3, P9).
 
     Attributes:
         stream: The stream that the client was reading.
         cursor: The entry that it has.
+        request: Id of the stream's request, so that even a stream that was lost can be ended with an error for it.
+            None on the standalone stream, and for an id of more than `MAX_REQUEST_ID` characters.
     """
 
     stream: int
     cursor: Cursor
+    request: RequestId | None = None
 
-    def __str__(self) -> str:
-        return f"1.{self.stream:x}.{self.cursor.position:x}.{self.cursor.tag.hex()}"
+    def seal(self, session_id: str) -> str:
+        """The SSE `id` for this place in this session."""
+        request = "" if self.request is None else _pack(self.request)
+        text = f"1.{self.stream:x}.{self.cursor.position:x}.{self.cursor.tag.hex()}.{request}"
+        return f"{text}.{_mac(text, session_id)}"
 
 
-_EVENT_ID: Final = re.compile(r"1\.([0-9a-f]{1,15})\.([0-9a-f]{1,15})\.((?:[0-9a-f]{16})?)")
+MAX_REQUEST_ID: Final = 128
+"""Characters of a request id, as JSON, that an event id carries."""
+
+_EVENT_ID: Final = re.compile(
+    r"(1\.([0-9a-f]{1,15})\.([0-9a-f]{1,15})\.([0-9a-f]{16})\.([A-Za-z0-9_-]{0,700}))\.([0-9a-f]{16})"
+)
 
 
-def parse_event_id(text: str) -> EventId | None:
-    """The place that an SSE `id` names, or None if we never wrote it. Only position 0 goes without a tag."""
+def parse_event_id(text: str, session_id: str) -> EventId | None:
+    """The place that an SSE `id` names, or None if we never sent it in this session."""
     match = _EVENT_ID.fullmatch(text)
-    if match is None:
+    if match is None or not hmac.compare_digest(match[6], _mac(match[1], session_id)):
         return None
-    stream, position, tag = int(match[1], 16), int(match[2], 16), bytes.fromhex(match[3])
-    if (position == 0) != (not tag) or stream > position:
-        return None
-    return EventId(stream, Cursor(position, tag))
+    request = _unpack(match[5]) if match[5] else None
+    return EventId(int(match[2], 16), Cursor(int(match[3], 16), bytes.fromhex(match[4])), request)
+
+
+def _mac(text: str, session_id: str) -> str:
+    key = session_id.encode()[:64]
+    return hashlib.blake2b(text.encode(), key=key, digest_size=8, person=b"nonstick-eventid").hexdigest()
+
+
+def _pack(request: RequestId) -> str:
+    text = json.dumps(request)
+    return base64.urlsafe_b64encode(text.encode()).rstrip(b"=").decode() if len(text) <= MAX_REQUEST_ID else ""
+
+
+def _unpack(text: str) -> RequestId:
+    request: RequestId = json.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)))
+    return request

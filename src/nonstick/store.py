@@ -98,7 +98,8 @@ class Loaded(NamedTuple):
 
     Attributes:
         fields: The record, all of its fields.
-        head: Cursor of the log's last entry; `Cursor(0)` while there is none.
+        head: Cursor of the last entry that was ever appended, also if `trim` has dropped it since; `Cursor(0)` while
+            there was none.
         cancels: Request keys of the cancels that were left within the last `CANCEL_SECONDS`.
     """
 
@@ -156,7 +157,7 @@ class Appended(NamedTuple):
     first: int
     duplicate: bool
     size: int
-    count: int
+    count: int  # type: ignore[assignment]
 
 
 Wake = Callable[["Sequence[Event] | None"], None]
@@ -180,7 +181,7 @@ class Lease(Protocol):
         ...
 
     def close(self, *, release: bool) -> None:
-        """Closes the connection; with `release` ends the lease first, as far as the store can be reached. Never raises."""
+        """Closes the connection; with `release` ends the lease first, if the store can be reached. Never raises."""
         ...
 
 

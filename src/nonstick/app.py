@@ -1,0 +1,127 @@
+"""The ASGI door: takes the app that the SDK builds, and serves its MCP endpoint from a store."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, Unpack
+
+from mcp.server import MCPServer, Server
+from mcp.server.streamable_http_manager import (
+    DEFAULT_MAX_SESSIONS,
+    DEFAULT_SESSION_IDLE_TIMEOUT,
+    StreamableHTTPASGIApp,
+)
+from mcp.server.transport_security import DEFAULT_MAX_REQUEST_BODY_SIZE, TransportSecuritySettings
+from starlette.applications import Starlette
+from starlette.routing import Route
+
+from nonstick.errors import ConfigurationError
+from nonstick.manager import Options, SessionManager
+from nonstick.store import Store
+
+__all__ = ["App", "app"]
+
+
+class App(Starlette):
+    """The SDK's app, with its routes, middleware and authentication, whose sessions any node can serve.
+
+    Run it with an ASGI server. Where it is mounted in another app, that app must enter `lifespan`.
+
+    Attributes:
+        manager: The `SessionManager` that serves the MCP endpoint.
+    """
+
+    def __init__(self, inner: Starlette, manager: SessionManager) -> None:
+        super().__init__(
+            debug=inner.debug,
+            routes=inner.router.routes,
+            middleware=inner.user_middleware,
+            exception_handlers=dict(inner.exception_handlers),
+            lifespan=self.lifespan,
+        )
+        self.manager = manager
+
+    @asynccontextmanager
+    async def lifespan(self, _app: object = None) -> AsyncIterator[None]:
+        """Runs the server, its own lifespan included. Once per app; fits as `FastAPI(lifespan=app.lifespan)`."""
+        async with self.manager.run():
+            yield
+
+
+def app(
+    server: MCPServer[Any] | Server[Any],
+    *,
+    store: str | Store,
+    path: str = "/mcp",
+    json_response: bool = False,
+    stateless_http: bool = False,
+    retry_interval: int | None = None,
+    max_request_body_size: int = DEFAULT_MAX_REQUEST_BODY_SIZE,
+    session_idle_timeout: float | None = DEFAULT_SESSION_IDLE_TIMEOUT,
+    max_sessions: int | None = DEFAULT_MAX_SESSIONS,
+    transport_security: TransportSecuritySettings | None = None,
+    host: str = "127.0.0.1",
+    **options: Unpack[Options],
+) -> App:
+    """The server as an ASGI app, any of whose replicas serves any session.
+
+    Args:
+        server: Of the SDK: an `MCPServer` or a low-level `Server`.
+        store: Where sessions live, the same for every replica: `sqlite:///sessions.db`, `redis://host:6379`,
+            `rediss://`, `unix://`, `memory:` for one process, or a `Store`.
+        path: Of the MCP endpoint.
+        host: What the server is bound to. As with the SDK, a loopback address turns on the Host and Origin checks
+            for local use, unless `transport_security` says otherwise.
+        json_response, stateless_http, retry_interval, max_request_body_size, session_idle_timeout, max_sessions,
+            transport_security: As for the SDK's `streamable_http_app`; see `SessionManager`.
+        options: nonstick's own settings; see `Settings`.
+
+    Raises:
+        ConfigurationError: The server is none, or an argument cannot work.
+    """
+    if not isinstance(server, MCPServer | Server):
+        raise ConfigurationError(
+            f"nonstick.app() needs an MCP server of the official SDK (mcp.server.MCPServer or mcp.server.Server), "
+            f"not {type(server).__module__}.{type(server).__qualname__}"
+        )
+    inner = server.streamable_http_app(
+        streamable_http_path=path,
+        json_response=json_response,
+        stateless_http=stateless_http,
+        retry_interval=retry_interval,
+        max_request_body_size=max_request_body_size,
+        session_idle_timeout=session_idle_timeout,
+        max_sessions=max_sessions,
+        transport_security=transport_security,
+        host=host,
+    )
+    endpoint = _endpoint(inner)
+    theirs = endpoint.session_manager
+    manager = SessionManager(
+        theirs.app,
+        json_response=json_response,
+        stateless=stateless_http,
+        security_settings=theirs.security_settings,
+        retry_interval=retry_interval,
+        session_idle_timeout=session_idle_timeout,
+        max_request_body_size=max_request_body_size,
+        max_sessions=max_sessions,
+        store=store,
+        modern=theirs,
+        **options,
+    )
+    # The endpoint only ever calls its manager's `asgi_app`, which ours has.
+    endpoint.session_manager = manager  # type: ignore[assignment]
+    return App(inner, manager)
+
+
+def _endpoint(inner: Starlette) -> StreamableHTTPASGIApp:
+    """The MCP endpoint in this app, under whatever the SDK wrapped around it."""
+    for route in inner.router.routes:
+        candidate: Any = route.endpoint if isinstance(route, Route) else None
+        while candidate is not None:
+            if isinstance(candidate, StreamableHTTPASGIApp):
+                return candidate
+            candidate = getattr(candidate, "app", None)
+    raise ConfigurationError("there is no MCP endpoint in this app")

@@ -1,0 +1,526 @@
+"""One POST that carries a request: a JSON answer, or a stream.
+
+The handler runs in a task of its own: a client that goes away does not stop it. Until it sends something, or the window
+passes, nothing of it is in the log. Then the request is *promoted*: from there on every message is appended first,
+then acknowledged by the store, then written to the socket (P3).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any, Final, Literal, assert_never
+
+import anyio
+import pydantic_core
+from mcp.server.streamable_http import REQUEST_CANCELLED
+from mcp.shared.dispatcher import CallOptions
+from mcp.shared.exceptions import NoBackChannelError
+from mcp.shared.jsonrpc_dispatcher import handler_exception_to_error_data, progress_token_from_params
+from mcp.shared.message import ServerMessageMetadata
+from mcp.shared.transport_context import TransportContext
+from mcp_types import INTERNAL_ERROR, ErrorData, JSONRPCRequest, RequestId
+from mcp_types.version import is_version_at_least
+from pydantic_core import PydanticSerializationError
+from starlette.requests import Request
+from starlette.types import Send
+
+from nonstick import wire
+from nonstick.errors import Fenced, SessionNotFound, StateNotJSON, StoreUnavailable, StreamClosed, TooManySessions
+from nonstick.events import EventId, Kind, decode, draft
+from nonstick.record import opening_fields, subscription_field
+from nonstick.session import Session, request_key
+from nonstick.store import NEW_STREAM, Batch, Cursor, Draft, Event
+
+__all__ = ["Answer", "Exchange", "current_attempt"]
+
+logger = logging.getLogger(__name__)
+
+Answer = Literal["auto", "sse", "json"]
+"""How requests are answered: `auto` JSON if the handler ends soon and silently, else a stream; `sse` always a stream;
+`json` never."""
+
+_EMIT_PATIENCE: Final = 20.0
+_RETRY_PAUSE: Final = 1.0
+
+_LOG_LEVELS: Final = ("debug", "info", "notice", "warning", "error", "critical", "alert", "emergency")
+
+
+_attempt: ContextVar[int] = ContextVar("nonstick_attempt", default=1)
+
+
+def current_attempt() -> int:
+    """Which attempt at the current request this is: 1, or more where a lost node's request is run again (P7)."""
+    return _attempt.get()
+
+
+class Exchange:
+    """A client's request while it runs on this node; the `DispatchContext` that the SDK's kernel sees.
+
+    Args:
+        head: The log's head when the record was loaded: what came later may concern this request.
+        protocol_version: What the client speaks; decides whether it understands a priming event.
+        opens: This is the `initialize` that the session begins with.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        message: JSONRPCRequest,
+        request: Request,
+        *,
+        head: Cursor,
+        protocol_version: str,
+        principal: bytes = b"",
+        opens: bool = False,
+    ) -> None:
+        self.session = session
+        self.message = message
+        self.key = request_key(message.id)
+        self.head = head
+        self.stream = 0
+        self.attempt = 1
+        self.cancel_requested = anyio.Event()
+        self._settings = session.node.settings
+        self._answer: Answer = self._settings.answer
+        self._principal = principal
+        self._opens = opens
+        self._visible = not opens
+        self._held: list[Draft] = []
+        self._resumable = is_version_at_least(protocol_version, "2025-11-25")
+        self._progress_token = progress_token_from_params(message.params)
+        streams = self._answer != "json"
+        closes = streams and self._resumable
+        self.transport = TransportContext(kind="streamable-http", can_send_request=streams, headers=request.headers)
+        self.message_metadata = ServerMessageMetadata(
+            request_context=request,
+            close_sse_stream=self._close_stream if closes else None,
+            close_standalone_sse_stream=session.close_standalone if closes else None,
+            can_send_request=streams,
+        )
+        self._scope = anyio.CancelScope()
+        self._stopped: Literal["cancelled", "ended", "failed"] | None = None
+        self._failure: ErrorData | None = None
+        self._closed = False
+        self._writing = asyncio.Lock()
+        self._writer = secrets.token_hex(8)
+        self._sequence = 0
+        self._in_doubt: Batch | None = None
+        self._outlet = wire.Outlet(patience=self._settings.send_timeout, ping=self._settings.ping_interval)
+        self._outcome: asyncio.Future[bytes | wire.Refusal | None] = asyncio.get_running_loop().create_future()
+        self._attending = False
+
+    # ---- the HTTP side
+
+    async def serve(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
+        """Runs the request and writes its response. `headers` go out with every response of the session."""
+        self.session.exchanges[self.key] = self
+        self.session.__enter__()
+        self.session.node.spawn(self._run())
+        try:
+            # A caller that is cancelled leaves the handler alone.
+            outcome = await asyncio.shield(self._outcome)
+            await self._respond(outcome, send, headers)
+        finally:
+            self._outlet.leave()
+
+    async def _respond(
+        self, outcome: bytes | wire.Refusal | None, send: Send, headers: list[tuple[bytes, bytes]]
+    ) -> None:
+        if outcome is None:
+            await send({"type": "http.response.start", "status": 200, "headers": [*headers, *wire.SSE_HEADERS]})
+            await self._outlet.pump(send)
+        elif isinstance(outcome, wire.Refusal):
+            await outcome.send(send, [] if self._opens else headers)
+        else:
+            if self._opens and not self._visible:
+                headers = []
+            await wire.send_body(send, 200, outcome, [*headers, wire.JSON_TYPE])
+
+    async def take_over(self, stream: int, attempt: int) -> bool:
+        """Runs a request whose node was lost again, as the next attempt at its stream. False if another node does."""
+        self.stream, self.attempt = stream, attempt + 1
+        body = {"node": self.session.node.id, "attempt": self.attempt}
+        taken = draft(Kind.TAKEN, pydantic_core.to_json(body))
+        self._sequence = 1
+        batch = Batch([taken], writer=self._writer, sequence=1, stream=stream, attempt=attempt, take_over=True)
+        try:
+            await self.session.node.store.append(self.session.key, batch)
+        except (StreamClosed, Fenced):
+            return False
+        self._outlet.leave()
+        self._outcome.set_result(None)
+        self.session.exchanges[self.key] = self
+        self.session.__enter__()
+        self.session.node.spawn(self._run())
+        return True
+
+    # ---- the handler's side
+
+    async def _run(self) -> None:
+        window = asyncio.get_running_loop().call_later(self._settings.window, self._window_passed)
+        _attempt.set(self.attempt)
+        try:
+            body: bytes | None
+            if self.session.was_cancelled(self.key, self.head):
+                self.cancel()
+            if self._answer == "sse" and not self._opens:
+                await self._promote()
+            with self._scope:
+                body = await self._handle()
+            self._closed = True
+            window.cancel()
+            if self._scope.cancelled_caught or self._stopped is not None:
+                body = self._stopped_body()
+            with anyio.CancelScope(shield=True):
+                await self._finish(body)
+        except SessionNotFound:
+            self._refuse(wire.Refusal(404, "Session not found"))
+            self.session.node.spawn(self.session.end())
+        except (StreamClosed, Fenced):
+            # Another node has ended this stream: nothing more of it is ours to say (P7).
+            self._outlet.end()
+        except StoreUnavailable as error:
+            self._refuse(wire.unavailable(f"The session store cannot be reached: {error}. Try again."))
+        except BaseException:
+            self._refuse(wire.Refusal(500, "The request was interrupted", INTERNAL_ERROR))
+            raise
+        finally:
+            window.cancel()
+            self._closed = True
+            self._leave()
+
+    def _leave(self) -> None:
+        if self.session.exchanges.get(self.key) is self:
+            del self.session.exchanges[self.key]
+        self.session.node.left()
+        if self._attending:
+            self._attending = False
+            self.session.leave()
+        if not self._visible:
+            self.session.node.spawn(self.session.end())
+        self.session.__exit__()
+
+    async def _handle(self) -> bytes:
+        """Runs the kernel. The single place where an exception becomes a JSON-RPC error."""
+        message = self.message
+        try:
+            result = await self.session.runner.on_request(self, message.method, message.params)
+            return wire.result_body(message.id, result)
+        except PydanticSerializationError:
+            logger.exception("handler for %r returned what JSON cannot hold", message.method)
+            error: ErrorData | None = ErrorData(code=INTERNAL_ERROR, message="Handler returned an invalid result")
+        except Exception as exception:
+            error = handler_exception_to_error_data(exception)
+            if error is None:
+                logger.exception("handler for %r raised", message.method)
+                # The SDK's own answer on this wire.
+                error = ErrorData(code=0, message=str(exception))
+        assert error is not None
+        self._failure = error
+        return wire.error_body(message.id, error)
+
+    def _stopped_body(self) -> bytes | None:
+        match self._stopped:
+            case "cancelled":
+                # This era's wire ends a request only with a response, also a cancelled one (as the SDK).
+                self._failure = ErrorData(code=REQUEST_CANCELLED, message="Request cancelled")
+            case "failed":
+                assert self._failure is not None
+            case "ended" | None:
+                return None
+            case _ as never:
+                assert_never(never)
+        return wire.error_body(self.message.id, self._failure)
+
+    async def _finish(self, body: bytes | None) -> None:
+        """Saves what the request changed, and gives the answer."""
+        async with self._writing:
+            if body is None:
+                self._refuse(wire.Refusal(404, "Session not found"))
+                return
+            if self._opens:
+                await self._open(body)
+                return
+            try:
+                changes = self.session.state.changes()
+            except StateNotJSON as error:
+                body = wire.error_body(self.message.id, ErrorData(code=INTERNAL_ERROR, message=str(error)))
+                changes = {}
+            fields = changes | self._record_changes()
+            if self.stream or self._in_doubt is not None:
+                await self._end_stream(body, fields)
+            else:
+                if fields:
+                    await self.session.node.store.update(self.session.key, fields)
+                self._outcome.set_result(body)
+            self.session.state.saved(changes)
+
+    async def _end_stream(self, body: bytes, fields: Mapping[str, bytes | None]) -> None:
+        """Appends the terminal event. It waits as long as it must for the store: without it no resume would end."""
+        terminal = draft(Kind.TERMINAL, body)
+        while True:
+            try:
+                await self._append([terminal], terminal=True, fields=fields)
+                break
+            except StoreUnavailable:
+                await asyncio.sleep(_RETRY_PAUSE)
+        self._outlet.end()
+
+    def _record_changes(self) -> dict[str, bytes | None]:
+        """What a successful request of the protocol changes in the session record (P2)."""
+        if self._failure is not None:
+            return {}
+        params = self.message.params or {}
+        match self.message.method:
+            case "initialize":
+                connection = self.session.connection
+                assert connection.client_params is not None
+                fields = opening_fields(connection.protocol_version, connection.client_params, self._principal)
+                return {name: fields[name] for name in ("protocol", "client")}
+            case "logging/setLevel":
+                return {"level": str(params["level"]).encode()}
+            case "resources/subscribe":
+                return {subscription_field(str(params["uri"])): str(params["uri"]).encode()}
+            case "resources/unsubscribe":
+                return {subscription_field(str(params["uri"])): None}
+            case _:
+                return {}
+
+    # ---- opening a session
+
+    async def _open(self, body: bytes) -> None:
+        """Makes the session visible, now that its `initialize` succeeded; a failed one leaves nothing (P2)."""
+        session, settings = self.session, self._settings
+        if self._failure is not None:
+            self._outcome.set_result(body)
+            return
+        connection = session.connection
+        assert connection.client_params is not None
+        fields = opening_fields(connection.protocol_version, connection.client_params, self._principal)
+        changes = session.state.changes()
+        fields |= {name: data for name, data in changes.items() if data is not None}
+        limits = {} if settings.max_sessions is None else {"all": settings.max_sessions}
+        try:
+            await session.node.store.create(session.key, fields, lifetime=settings.lifetime, limits=limits)
+        except TooManySessions:
+            self._outcome.set_result(wire.unavailable("Too many open sessions"))
+            return
+        self._visible = True
+        session.node.sessions[session.key] = session
+        session.state.saved(changes)
+        await session.opened()
+        if self._held or self._answer == "sse":
+            # What a middleware sent meanwhile is on this request's stream, before its answer.
+            terminal = draft(Kind.TERMINAL, body)
+            await self._append([*self._held, terminal], terminal=True)
+            self._outlet.end()
+        else:
+            self._outcome.set_result(body)
+
+    # ---- promotion
+
+    def _window_passed(self) -> None:
+        """From here on the node follows the log, so that cancels and ends from elsewhere reach the request (P5, P6)."""
+        if self._opens or self._closed:
+            return
+        self._attending = True
+        self.session.attend()
+        if self._answer == "auto":
+            self.session.node.spawn(self._promote_in_time())
+
+    async def _promote_in_time(self) -> None:
+        while not self._closed:
+            try:
+                await self._promote()
+                return
+            except StoreUnavailable:
+                await asyncio.sleep(_RETRY_PAUSE)
+            except (SessionNotFound, StreamClosed, Fenced):
+                return
+
+    async def _promote(self) -> None:
+        """Makes the request a stream, if it is none and its handler still runs."""
+        with anyio.CancelScope(shield=True):
+            async with self._writing:
+                if not self.stream and not self._closed:
+                    await self._append([])
+
+    async def _emit(self, event: Draft, expect: Sequence[str] = ()) -> None:
+        """Appends a message, then writes it to the socket.
+
+        Raises:
+            SessionNotFound, StoreUnavailable: As `Store.append`.
+            StreamClosed, Fenced: Another node ended the stream; the handler is cancelled.
+        """
+        if self._opens:
+            self._held.append(event)
+            return
+        if self.session.trimmer.full:
+            self.fail(ErrorData(code=INTERNAL_ERROR, message="The session's log is full; the request was ended"))
+            await anyio.lowlevel.checkpoint()
+        with anyio.CancelScope(shield=True):
+            async with self._writing:
+                await self._append([event], expect=expect)
+        await self._outlet.room()
+
+    async def _append(
+        self,
+        drafts: Sequence[Draft],
+        *,
+        terminal: bool = False,
+        expect: Sequence[str] = (),
+        fields: Mapping[str, bytes | None] | None = None,
+    ) -> None:
+        """Appends to the stream, which the first append opens, and gives what was acknowledged to the socket.
+
+        Only under `_writing`, and never cancelled: at most one append is outstanding, and one whose outcome is not
+        known is repeated as it was before the next.
+        """
+        if self._in_doubt is not None:
+            await self._write(self._in_doubt)
+        opens = not self.stream
+        events = [self._opened(), *drafts] if opens else drafts
+        if not events:
+            return
+        self._sequence += 1
+        await self._write(
+            Batch(
+                events,
+                writer=self._writer,
+                sequence=self._sequence,
+                stream=NEW_STREAM if opens else self.stream,
+                attempt=self.attempt,
+                terminal=terminal,
+                expect=expect,
+                fields=fields or {},
+            )
+        )
+
+    async def _write(self, batch: Batch) -> None:
+        session = self.session
+        self._in_doubt = batch
+        appended = await session.node.store.append(session.key, batch, patience=_EMIT_PATIENCE)
+        self._in_doubt = None
+        session.note(appended)
+        opens = batch.stream == NEW_STREAM
+        if opens:
+            self.stream = appended.first
+            if not self._outcome.done():
+                self._outcome.set_result(None)
+        for offset, event in enumerate(batch.events):
+            event_id = self._event_id(Cursor(appended.first + offset, event.tag))
+            if offset or not opens:
+                if event.data[1] != Kind.HANGUP:
+                    self._outlet.put(wire.sse_frame(event_id, event.data[2:]))
+            elif self._resumable:
+                self._outlet.put(wire.sse_priming(event_id, self._settings.retry_interval))
+
+    def _opened(self) -> Draft:
+        message = self.message.model_dump(mode="json", by_alias=True, exclude_unset=True)
+        body = {"node": self.session.node.id, "attempt": self.attempt, "request": message}
+        return draft(Kind.OPENED, pydantic_core.to_json(body))
+
+    def _event_id(self, cursor: Cursor) -> str:
+        return EventId(self.stream, cursor, self.message.id).seal(self.session.id)
+
+    async def _close_stream(self) -> None:
+        """`close_sse_stream`: the client's connection is closed, wherever it is; it comes back for the rest."""
+        try:
+            with anyio.CancelScope(shield=True):
+                async with self._writing:
+                    await self._append([draft(Kind.HANGUP)])
+        except (SessionNotFound, StreamClosed, Fenced):
+            self._stop("ended")
+        self._outlet.end()
+
+    # ---- what stops it
+
+    def cancel(self) -> None:
+        """The client cancelled it (P5)."""
+        self.cancel_requested.set()
+        self._stop("cancelled")
+
+    def end(self) -> None:
+        """The session ended (P6)."""
+        self._stop("ended")
+        self._refuse(wire.Refusal(404, "Session not found"))
+
+    def fail(self, error: ErrorData) -> None:
+        """It is ended from this side, with this error."""
+        if self._stopped is None:
+            self._failure = error
+        self._stop("failed")
+
+    def observe(self, kind: Kind, event: Event) -> None:
+        """The log brought something on this request's stream that may not be of our own making."""
+        if self._closed or (kind is Kind.TAKEN and decode(event.data).get("node") == self.session.node.id):
+            return
+        if kind in (Kind.TERMINAL, Kind.TAKEN):
+            logger.warning("session %s: another node ended a request of this node's", self.session.key[:12])
+            self._stop("ended")
+            self._outlet.end()
+
+    def hand_over(self) -> None:
+        """The node stops: the client's connection is closed with a hint to come back; the stream lives on (P8)."""
+        self._outlet.end()
+
+    def _stop(self, reason: Literal["cancelled", "ended", "failed"]) -> None:
+        if self._stopped is None and not self._closed:
+            self._stopped = reason
+            self._scope.cancel()
+
+    def _refuse(self, refusal: wire.Refusal) -> None:
+        if not self._outcome.done():
+            self._outcome.set_result(refusal)
+        self._outlet.end()
+
+    # ---- DispatchContext
+
+    @property
+    def request_id(self) -> RequestId | None:
+        return self.message.id
+
+    @property
+    def can_send_request(self) -> bool:
+        return self.transport.can_send_request and not self._closed
+
+    async def send_raw_request(
+        self, method: str, params: Mapping[str, Any] | None, opts: CallOptions | None = None
+    ) -> dict[str, Any]:
+        if not self.can_send_request or self._opens:
+            raise NoBackChannelError(method)
+        return await self.session.ask(self._emit, method, params, opts)
+
+    async def notify(self, method: str, params: Mapping[str, Any] | None, opts: CallOptions | None = None) -> None:
+        if self._closed or self._answer == "json" or not self._wants(method, params):
+            logger.debug("dropped %s: the request is over, answered with JSON, or the level is not wanted", method)
+            return
+        try:
+            await self._emit(draft(Kind.MESSAGE, wire.notification_body(method, params)))
+        except (SessionNotFound, StreamClosed, Fenced):
+            self._stop("ended")
+            await anyio.lowlevel.checkpoint()
+        except StoreUnavailable:
+            # It is in doubt, not lost: the next append repeats it first.
+            logger.warning("session %s: %s waits for the store", self.session.key[:12], method)
+
+    async def progress(self, progress: float, total: float | None = None, message: str | None = None) -> None:
+        if self._progress_token is None:
+            return
+        params: dict[str, Any] = {"progressToken": self._progress_token, "progress": progress}
+        if total is not None:
+            params["total"] = total
+        if message is not None:
+            params["message"] = message
+        await self.notify("notifications/progress", params)
+
+    def _wants(self, method: str, params: Mapping[str, Any] | None) -> bool:
+        level = self.session.log_level
+        if method != "notifications/message" or level not in _LOG_LEVELS:
+            return True
+        said = (params or {}).get("level")
+        return said not in _LOG_LEVELS or _LOG_LEVELS.index(said) >= _LOG_LEVELS.index(level)

@@ -1,0 +1,130 @@
+"""Every call to the store has a deadline, and a failed call is repeated until then (P9).
+
+All of a store's writes may be repeated as they were (`store.py`), which makes this the one place that retries.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from contextlib import AsyncExitStack
+from types import TracebackType
+from typing import Final, Self, TypeVar
+
+from nonstick.errors import AlreadyExists, StoreUnavailable
+from nonstick.store import Appended, Batch, Cursor, Event, Lease, Loaded, Store, Wake
+
+__all__ = ["PATIENCE", "GuardedStore"]
+
+PATIENCE: Final = 2.0
+"""Seconds that a call may take, repeats included, unless the caller grants more."""
+
+_FIRST_PAUSE: Final = 0.02
+_LONGEST_PAUSE: Final = 0.5
+
+T = TypeVar("T")
+
+
+class GuardedStore:
+    """A store whose calls end: with an answer, or with `StoreUnavailable` after `patience` seconds.
+
+    Has the methods of `Store`, those of the hot path with `patience` as a further argument.
+    """
+
+    def __init__(self, store: Store, *, patience: float = PATIENCE) -> None:
+        self.store = store
+        self.patience = patience
+        self._stack = AsyncExitStack()
+
+    @property
+    def url(self) -> str:
+        return self.store.url
+
+    async def __aenter__(self) -> Self:
+        await self._stack.enter_async_context(self.store)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None:
+        await self._stack.aclose()
+
+    async def create(
+        self, key: str, fields: Mapping[str, bytes], *, lifetime: float, limits: Mapping[str, int] | None = None
+    ) -> None:
+        repeated = False
+
+        async def create() -> None:
+            nonlocal repeated
+            try:
+                await self.store.create(key, fields, lifetime=lifetime, limits=limits)
+            except AlreadyExists:
+                # Keys are 160 bits of a random id's hash: what a repeat finds is what the first try made.
+                if not repeated:
+                    raise
+            except StoreUnavailable:
+                repeated = True
+                raise
+
+        await self._until(create, self.patience)
+
+    async def load(self, key: str) -> Loaded:
+        return await self._until(lambda: self.store.load(key), self.patience)
+
+    async def update(
+        self,
+        key: str,
+        changes: Mapping[str, bytes | None],
+        *,
+        expect: Mapping[str, bytes | None] | None = None,
+        patience: float | None = None,
+    ) -> bool:
+        return await self._until(
+            lambda: self.store.update(key, changes, expect=expect), self.patience if patience is None else patience
+        )
+
+    async def touch(self, keys: Collection[str]) -> None:
+        await self._until(lambda: self.store.touch(keys), self.patience)
+
+    async def delete(self, key: str) -> bool:
+        return await self._until(lambda: self.store.delete(key), self.patience)
+
+    async def append(self, key: str, batch: Batch, *, patience: float | None = None) -> Appended:
+        return await self._until(lambda: self.store.append(key, batch), self.patience if patience is None else patience)
+
+    async def read(self, key: str, after: Cursor, *, limit: int = 256) -> list[Event]:
+        return await self._until(lambda: self.store.read(key, after, limit=limit), self.patience)
+
+    async def trim(self, key: str, *, streams: Collection[int] = (), standalone_before: int = 0) -> None:
+        await self._until(
+            lambda: self.store.trim(key, streams=streams, standalone_before=standalone_before), self.patience
+        )
+
+    def watch(self, key: str, wake: Wake) -> Callable[[], None]:
+        return self.store.watch(key, wake)
+
+    def lease(self, node: str) -> Lease:
+        return self.store.lease(node)
+
+    async def lapsed(self, nodes: Collection[str]) -> set[str]:
+        return await self._until(lambda: self.store.lapsed(nodes), self.patience)
+
+    async def ping(self) -> None:
+        await self._until(self.store.ping, self.patience)
+
+    async def _until(self, call: Callable[[], Awaitable[T]], patience: float) -> T:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + patience
+        pause = _FIRST_PAUSE
+        while True:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    return await call()
+            except TimeoutError:
+                raise StoreUnavailable(f"the store did not answer within {patience:g} s") from None
+            except StoreUnavailable:
+                if loop.time() + pause >= deadline:
+                    raise
+            await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311
+            pause = min(pause * 2, _LONGEST_PAUSE)

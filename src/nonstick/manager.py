@@ -1,0 +1,592 @@
+"""`SessionManager`: takes the place of the SDK's `StreamableHTTPSessionManager`, with the sessions in a store.
+
+One request after the other comes in here, is checked in the SDK's order, and is routed by era, method and kind of
+message. All HTTP statuses that nonstick gives are decided here and in `wire.Refusal`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import fields
+from typing import Any, Final, Literal, TypedDict, Unpack
+
+import anyio
+import pydantic_core
+from mcp.server import Server
+from mcp.server.streamable_http import (
+    LAST_EVENT_ID_HEADER,
+    MCP_SESSION_ID_HEADER,
+    REQUEST_CANCELLED,
+    EventStore,
+    check_accept_headers,
+)
+from mcp.server.streamable_http_manager import (
+    DEFAULT_MAX_SESSIONS,
+    DEFAULT_SESSION_IDLE_TIMEOUT,
+    StreamableHTTPSessionManager,
+)
+from mcp.server.transport_security import (
+    DEFAULT_MAX_REQUEST_BODY_SIZE,
+    RequestBodyLimitMiddleware,
+    TransportSecurityMiddleware,
+    TransportSecuritySettings,
+)
+from mcp.shared.dispatcher import CallOptions
+from mcp.shared.inbound import MCP_PROTOCOL_VERSION_HEADER
+from mcp.shared.jsonrpc_dispatcher import cancelled_request_id_from_params, progress_token_from_params
+from mcp.shared.message import ServerMessageMetadata
+from mcp.shared.transport_context import TransportContext
+from mcp_types import (
+    DEFAULT_NEGOTIATED_VERSION,
+    INTERNAL_ERROR,
+    INVALID_PARAMS,
+    PARSE_ERROR,
+    ErrorData,
+    JSONRPCError,
+    JSONRPCMessage,
+    JSONRPCNotification,
+    JSONRPCRequest,
+    JSONRPCResponse,
+    jsonrpc_message_adapter,
+)
+from mcp_types.version import HANDSHAKE_PROTOCOL_VERSIONS, is_version_at_least
+from pydantic import ValidationError
+from starlette.requests import Request
+from starlette.types import Message, Receive, Scope, Send
+
+from nonstick import wire
+from nonstick.errors import ConfigurationError, NonstickError, NotRunning, SessionNotFound, StoreUnavailable
+from nonstick.events import parse_event_id
+from nonstick.exchange import Answer, Exchange
+from nonstick.guard import GuardedStore
+from nonstick.listener import Listener, Reader, Resumption
+from nonstick.node import Node, Settings
+from nonstick.record import Record
+from nonstick.security import json_depth_exceeds, new_session_id, principal_of, session_key, valid_session_id
+from nonstick.session import Session, request_key
+from nonstick.store import STANDALONE, Batch, Loaded, Store
+from nonstick.stores import open_store
+
+__all__ = ["Options", "SessionManager"]
+
+logger = logging.getLogger(__name__)
+
+_NOTICE_PATIENCE: Final = 5.0
+"""Seconds for what a client sends but once: it does not repeat a notification or a reply that got 503 (P9)."""
+
+_NEVER: Final = 10 * 365 * 86_400.0
+"""The lifetime, in seconds, of sessions that are not to expire: no key in a store is without one."""
+
+_HOW_TO_RUN: Final = (
+    "nonstick is not running in this process: its lifespan was not entered. Run the app itself with an ASGI server, "
+    "or, where it is mounted in another app, give the host its lifespan: FastAPI(lifespan=app.lifespan), or in the "
+    "host's own lifespan: async with app.lifespan(): yield"
+)
+
+
+class Options(TypedDict, total=False):
+    """nonstick's own settings, for `nonstick.app` and `SessionManager`. See `Settings` for defaults and units."""
+
+    answer: Answer
+    window: float
+    max_streams: int
+    max_log_events: int
+    max_log_bytes: int
+    max_json_depth: int
+    send_timeout: float
+    ping_interval: float
+    grace: float
+    lease: float
+    max_stall: float
+    second_listener: Literal["takeover", "reject"]
+    reexecute: Literal["never", "idempotent"]
+    node_name: str | None
+    node_header: bool
+
+
+class SessionManager:
+    """Serves an MCP server on Streamable HTTP, any session on any node.
+
+    Args:
+        app: The low-level MCP server.
+        store: Where the sessions live: a `Store`, or a URL (`memory:`, `sqlite:///path`, `redis://`, `rediss://`,
+            `unix://`).
+        event_store: Refused: what was sent can be resumed from the session store.
+        json_response: As `answer="json"`.
+        stateless: No sessions at all, as the SDK's manager does it.
+        security_settings: Host and Origin checks, as for the SDK's manager.
+        retry_interval: Milliseconds after which a client is to come back to a closed stream. Default 1000.
+        session_idle_timeout: Seconds after which an idle session expires; None for ten years.
+        max_request_body_size: Bytes; a larger body gets 413.
+        max_sessions: Live sessions in the whole store; over it `initialize` gets 503. None for no limit.
+        modern: The SDK's manager that serves clients of 2026-07-28 and later; one is made if none is given.
+        options: nonstick's own settings.
+
+    Raises:
+        ConfigurationError: An argument that cannot work.
+    """
+
+    def __init__(
+        self,
+        app: Server[Any],
+        event_store: EventStore | None = None,
+        json_response: bool = False,
+        stateless: bool = False,
+        security_settings: TransportSecuritySettings | None = None,
+        retry_interval: int | None = None,
+        session_idle_timeout: float | None = DEFAULT_SESSION_IDLE_TIMEOUT,
+        max_request_body_size: int = DEFAULT_MAX_REQUEST_BODY_SIZE,
+        max_sessions: int | None = DEFAULT_MAX_SESSIONS,
+        *,
+        store: str | Store,
+        modern: StreamableHTTPSessionManager | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        if event_store is not None:
+            raise ConfigurationError(
+                "event_store= is not needed and would be ignored: streams are resumed from the session store. "
+                "Remove it."
+            )
+        if session_idle_timeout is not None and not (math.isfinite(session_idle_timeout) and session_idle_timeout > 0):
+            raise ConfigurationError("session_idle_timeout must be a positive, finite number of seconds, or None")
+        if max_sessions is not None and max_sessions <= 0:
+            raise ConfigurationError("max_sessions must be a positive number of sessions, or None")
+        if max_request_body_size <= 0:
+            raise ConfigurationError("max_request_body_size must be a positive number of bytes")
+        if json_response and options.get("answer", "json") != "json":
+            raise ConfigurationError('json_response=True means answer="json": give one of the two')
+        node_name = options.pop("node_name", None)
+        self._node_header = options.pop("node_header", False)
+        if json_response:
+            options["answer"] = "json"
+        self.settings = _settings(
+            options,
+            lifetime=_NEVER if session_idle_timeout is None else session_idle_timeout,
+            retry_interval=1000 if retry_interval is None else retry_interval,
+            max_sessions=max_sessions,
+        )
+        self.app = app
+        self.store = open_store(store)
+        self.json_response = self.settings.answer == "json"
+        self.stateless = stateless
+        self.security_settings = security_settings
+        self.retry_interval = retry_interval
+        self.session_idle_timeout = session_idle_timeout
+        self.max_request_body_size = max_request_body_size
+        self.max_sessions = max_sessions
+        self._modern = modern or StreamableHTTPSessionManager(
+            app,
+            json_response=self.json_response,
+            stateless=stateless,
+            security_settings=security_settings,
+            max_request_body_size=max_request_body_size,
+        )
+        self._security = TransportSecurityMiddleware(security_settings)
+        self._limited = RequestBodyLimitMiddleware(self._handle, max_request_body_size)
+        self._node_name = node_name
+        self._node: Node | None = None
+        self._started = False
+
+    # ---- running
+
+    @asynccontextmanager
+    async def run(self) -> AsyncIterator[None]:
+        """Runs the server's lifespan, the store and this node. Once per manager, as the SDK's."""
+        if self._started:
+            raise RuntimeError(
+                "SessionManager.run() can only be called once per instance. Create a new instance to run again."
+            )
+        self._started = True
+        async with self._serve_modern() as state:
+            node = Node(self.app, state, GuardedStore(self.store), self.settings, name=self._node_name)
+            with node.signals():
+                async with node:
+                    self._node = node
+                    logger.info("node %s serves sessions from %s", node.id, self.store.url)
+                    try:
+                        yield
+                    finally:
+                        # Until the drain is over requests that are under way still need it.
+                        await node.drain()
+                        self._node = None
+
+    @asynccontextmanager
+    async def _serve_modern(self) -> AsyncIterator[Any]:
+        """Runs the SDK's manager, which enters the user's lifespan, and yields what that yielded: it runs once."""
+        lifespan = self.app.lifespan
+        states: list[Any] = []
+
+        @asynccontextmanager
+        async def keep(server: Server[Any]) -> AsyncIterator[Any]:
+            async with lifespan(server) as state:
+                states.append(state)
+                yield state
+
+        self.app.lifespan = keep
+        try:
+            running = self._modern.run()
+            await running.__aenter__()
+        finally:
+            self.app.lifespan = lifespan
+        try:
+            yield states[0]
+        except BaseException as error:
+            if not await running.__aexit__(type(error), error, error.__traceback__):
+                raise
+        else:
+            await running.__aexit__(None, None, None)
+
+    @property
+    def node(self) -> str:
+        """This node's id: its name and a random incarnation.
+
+        Raises:
+            NotRunning: Outside of `run()`.
+        """
+        return self._running().id
+
+    async def check_ready(self) -> None:
+        """Returns if this node can take work.
+
+        Raises:
+            NotRunning: Outside of `run()`.
+            NonstickError: It drains.
+            StoreUnavailable: The store cannot be reached or written to.
+        """
+        node = self._running()
+        if node.draining:
+            raise NonstickError("this node is draining")
+        await node.store.ping()
+
+    async def drain(self) -> None:
+        """Stops taking work and returns when what runs here has finished, or was ended after the grace period (P8)."""
+        await self._running().drain()
+
+    def _running(self) -> Node:
+        if self._node is None:
+            raise NotRunning(_HOW_TO_RUN)
+        return self._node
+
+    # ---- requests
+
+    async def handle_request(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one HTTP request to the MCP endpoint."""
+        await self.asgi_app(scope, receive, send)
+
+    async def asgi_app(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """This manager as an ASGI application."""
+        if self._node is None:
+            await wire.Refusal(500, _HOW_TO_RUN, INTERNAL_ERROR).send(send, [])
+            return
+        if self._node_header:
+            send = _with_header(send, (b"nonstick-node", self._node.name.encode()))
+        name = MCP_PROTOCOL_VERSION_HEADER.encode()
+        version = next((v.decode("latin-1") for k, v in scope["headers"] if k == name), None)
+        if self.stateless or (version is not None and version not in HANDSHAKE_PROTOCOL_VERSIONS):
+            # Newer clients have no session: the SDK's own manager serves them.
+            await self._modern.handle_request(scope, receive, send)
+            return
+        await self._limited(scope, receive, send)
+
+    async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        headers: list[tuple[bytes, bytes]] = []
+        try:
+            refused = await self._security.validate_request(request, is_post=request.method == "POST")
+            if refused is not None:
+                await refused(scope, receive, send)
+                return
+            session_id = request.headers.get(MCP_SESSION_ID_HEADER)
+            if session_id is None:
+                await self._serve_without_session(request, send)
+            else:
+                await self._serve_session(request, session_id, receive, send, headers)
+        except wire.Refusal as refusal:
+            await refusal.send(send, headers)
+        except SessionNotFound:
+            await wire.Refusal(404, "Session not found").send(send, [])
+        except StoreUnavailable as error:
+            logger.warning("answered 503: %s", error)
+            await wire.unavailable("The session store cannot be reached. The session is kept; try again.").send(
+                send, headers
+            )
+
+    async def _serve_without_session(self, request: Request, send: Send) -> None:
+        """Only `initialize` needs no session id. Everything is checked in the SDK's order."""
+        node = self._running()
+        if request.method == "POST":
+            message = await self._parse(request)
+            if not (isinstance(message, JSONRPCRequest) and message.method == "initialize"):
+                raise _MISSING_ID
+            session_id = new_session_id()
+            session = Session(node, session_id, session_key(session_id))
+            session.hold_back()
+            exchange = Exchange(
+                session,
+                message,
+                request,
+                head=session.head,
+                protocol_version=str((message.params or {}).get("protocolVersion", DEFAULT_NEGOTIATED_VERSION)),
+                principal=principal_of(request.scope),
+                opens=True,
+            )
+            await exchange.serve(send, [_session_header(session_id)])
+        elif request.method == "GET":
+            _check_accepts_stream(request)
+            raise _MISSING_ID
+        elif request.method == "DELETE":
+            raise _MISSING_ID
+        else:
+            raise _METHOD
+
+    async def _serve_session(
+        self, request: Request, session_id: str, receive: Receive, send: Send, headers: list[tuple[bytes, bytes]]
+    ) -> None:
+        node = self._running()
+        if not valid_session_id(session_id):
+            raise SessionNotFound
+        message: JSONRPCMessage | None = None
+        problem: wire.Refusal | None = None
+        if request.method == "POST":
+            try:
+                message = await self._parse(request)
+            except wire.Refusal as refusal:
+                # Whether there is such a session is said first, as the SDK does.
+                problem = refusal
+        key = session_key(session_id)
+        loaded = await node.store.load(key)
+        record = Record.from_fields(loaded.fields)
+        if record.principal != principal_of(request.scope):
+            logger.warning("session %s: refused a request of another principal", key[:12])
+            raise SessionNotFound
+        headers.append(_session_header(session_id))
+        if problem is not None:
+            raise problem
+        if message is not None:
+            session = Session.hydrate(node, session_id, key, loaded, record)
+            await self._serve_message(session, message, request, loaded, send, headers)
+        elif request.method == "GET":
+            _check_accepts_stream(request)
+            session = Session.hydrate(node, session_id, key, loaded, record)
+            await self._serve_stream(session, request, receive, send, headers)
+        elif request.method == "DELETE":
+            await self._delete(key, send, headers)
+        else:
+            raise _METHOD
+
+    async def _parse(self, request: Request) -> JSONRPCMessage:
+        """The one JSON-RPC message in this body.
+
+        Raises:
+            Refusal: It is no such thing, or the headers are wrong.
+        """
+        has_json, has_sse = check_accept_headers(request)
+        if self.json_response:
+            if not has_json:
+                raise wire.Refusal(406, "Not Acceptable: Client must accept application/json")
+        elif not (has_json and has_sse):
+            raise wire.Refusal(406, "Not Acceptable: Client must accept both application/json and text/event-stream")
+        content_type = request.headers.get("content-type", "").split(";")[0]
+        if "application/json" not in (part.strip() for part in content_type.split(",")):
+            raise wire.Refusal(415, "Unsupported Media Type: Content-Type must be application/json")
+        body = await request.body()
+        if body.lstrip()[:1] == b"[":
+            # Before it is parsed: a body full of empty lists takes twenty times its size.
+            raise wire.Refusal(
+                400, "Validation error: JSON-RPC batches are not supported; send one message a request", INVALID_PARAMS
+            )
+        try:
+            raw = pydantic_core.from_json(body, allow_inf_nan=False)
+        except ValueError as error:
+            raise wire.Refusal(400, f"Parse error: {error}", PARSE_ERROR) from None
+        limit = self.settings.max_json_depth
+        if body.count(b"[") + body.count(b"{") > limit and json_depth_exceeds(raw, limit):
+            raise wire.Refusal(400, f"Parse error: nested in more than {limit} levels", PARSE_ERROR)
+        try:
+            return jsonrpc_message_adapter.validate_python(raw, by_name=False)
+        except ValidationError:
+            raise wire.Refusal(
+                400,
+                "Validation error: the body must be one JSON-RPC 2.0 request, notification or response",
+                INVALID_PARAMS,
+            ) from None
+
+    # ---- POST
+
+    async def _serve_message(
+        self,
+        session: Session,
+        message: JSONRPCMessage,
+        request: Request,
+        loaded: Loaded,
+        send: Send,
+        headers: list[tuple[bytes, bytes]],
+    ) -> None:
+        if isinstance(message, JSONRPCRequest):
+            await self._serve_request(session, message, request, loaded, send, headers)
+            return
+        with session:
+            if isinstance(message, JSONRPCNotification):
+                await self._take_notification(session, message)
+                work = self._notify(session, message, request)
+            else:
+                await self._take_response(session, message)
+                work = None
+            if work is not None:
+                # In the background: the client waits for no handler of a notification (as the SDK).
+                session.node.spawn(work)
+            await wire.send_body(send, 202, b"", [*headers, wire.JSON_TYPE])
+
+    async def _serve_request(
+        self,
+        session: Session,
+        message: JSONRPCRequest,
+        request: Request,
+        loaded: Loaded,
+        send: Send,
+        headers: list[tuple[bytes, bytes]],
+    ) -> None:
+        key = request_key(message.id)
+        if key in session.exchanges:
+            raise wire.Refusal(409, "Conflict: a request with this id is still running in this session")
+        if len(session.exchanges) >= self.settings.max_streams:
+            raise wire.Refusal(429, "Too many requests of this session are running; wait for some", retry_after=1)
+        if key in loaded.cancels:
+            # It was overtaken by its own cancel (P5), which has done its work with that.
+            session.node.spawn(session.node.store.append(session.key, Batch([], uncancel=key)))
+            error = ErrorData(code=REQUEST_CANCELLED, message="Request cancelled")
+            await wire.send_body(send, 200, wire.error_body(message.id, error), [*headers, wire.JSON_TYPE])
+            return
+        if message.method == "initialize":
+            version = str((message.params or {}).get("protocolVersion", DEFAULT_NEGOTIATED_VERSION))
+        else:
+            version = session.connection.protocol_version
+        exchange = Exchange(session, message, request, head=loaded.head, protocol_version=version)
+        await exchange.serve(send, headers)
+
+    async def _take_notification(self, session: Session, message: JSONRPCNotification) -> None:
+        """What a notification means to the session, before it is acknowledged."""
+        params = message.params or {}
+        match message.method:
+            case "notifications/initialized" if not session.connection.initialized.is_set():
+                await session.node.store.update(session.key, {"initialized": b"1"}, patience=_NOTICE_PATIENCE)
+            case "notifications/cancelled":
+                request_id = cancelled_request_id_from_params(params)
+                if request_id is not None:
+                    await session.take_cancel(request_id, params, patience=_NOTICE_PATIENCE)
+            case "notifications/progress":
+                token = progress_token_from_params({"_meta": params})
+                progress = params.get("progress")
+                if token is not None and isinstance(progress, int | float) and not isinstance(progress, bool):
+                    await session.take_progress(token, params, patience=_NOTICE_PATIENCE)
+            case _:
+                pass
+
+    async def _notify(self, session: Session, message: JSONRPCNotification, request: Request) -> None:
+        """Runs the server's handler, if it has one, and saves what it changed."""
+        with session:
+            await session.runner.on_notify(_Notice(session, request), message.method, message.params)
+            await session.save()
+
+    async def _take_response(self, session: Session, message: JSONRPCResponse | JSONRPCError) -> None:
+        if message.id is None:
+            return
+        body = message.model_dump_json(by_alias=True, exclude_unset=True).encode()
+        await session.take_reply(message.id, body, patience=_NOTICE_PATIENCE)
+
+    # ---- GET and DELETE
+
+    async def _serve_stream(
+        self,
+        session: Session,
+        request: Request,
+        receive: Receive,
+        send: Send,
+        headers: list[tuple[bytes, bytes]],
+    ) -> None:
+        with session:
+            text = request.headers.get(LAST_EVENT_ID_HEADER)
+            place = parse_event_id(text, session.id) if text else None
+            if text and place is None:
+                raise wire.Refusal(400, "Bad Request: Last-Event-ID is not an id that this session's streams sent")
+            reader: Reader
+            if place is not None and place.stream != STANDALONE:
+                reader = resumption = Resumption(session, place)
+                await resumption.prepare()
+            else:
+                primes = is_version_at_least(session.connection.protocol_version, "2025-11-25")
+                reader = listener = Listener(session, place, primes=primes)
+                if not await listener.prepare(reject=self.settings.second_listener == "reject"):
+                    raise wire.Refusal(409, "Conflict: Only one SSE stream is allowed per session")
+            await reader.serve(receive, send, headers)
+
+    async def _delete(self, key: str, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
+        node = self._running()
+        await node.store.delete(key)
+        if (session := node.sessions.get(key)) is not None:
+            node.spawn(session.end())
+        await wire.send_body(send, 200, b"", [*headers, wire.JSON_TYPE])
+
+
+class _Notice:
+    """The `DispatchContext` of a notification: what its handler sends goes to the standalone stream."""
+
+    def __init__(self, session: Session, request: Request) -> None:
+        self._outbound = session.connection.outbound
+        self.transport = TransportContext(kind="streamable-http", can_send_request=True, headers=request.headers)
+        self.can_send_request = True
+        self.request_id = None
+        self.message_metadata = ServerMessageMetadata(request_context=request)
+        self.cancel_requested = anyio.Event()
+
+    async def send_raw_request(self, method: str, params: Any, opts: CallOptions | None = None) -> dict[str, Any]:
+        return await self._outbound.send_raw_request(method, params, opts)
+
+    async def notify(self, method: str, params: Any, opts: CallOptions | None = None) -> None:
+        await self._outbound.notify(method, params, opts)
+
+    async def progress(self, progress: float, total: float | None = None, message: str | None = None) -> None:
+        return None
+
+
+_MISSING_ID: Final = wire.Refusal(400, "Bad Request: Missing session ID")
+_METHOD: Final = wire.Refusal(405, "Method Not Allowed", allow="GET, POST, DELETE")
+
+
+def _check_accepts_stream(request: Request) -> None:
+    if not check_accept_headers(request)[1]:
+        raise wire.Refusal(406, "Not Acceptable: Client must accept text/event-stream")
+
+
+def _session_header(session_id: str) -> tuple[bytes, bytes]:
+    return MCP_SESSION_ID_HEADER.encode(), session_id.encode()
+
+
+def _with_header(send: Send, header: tuple[bytes, bytes]) -> Send:
+    async def with_header(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", ()), header]}
+        await send(message)
+
+    return with_header
+
+
+def _settings(options: Options, **more: Any) -> Settings:
+    known = {field.name for field in fields(Settings)}
+    for name, value in options.items():
+        if name not in known:
+            raise ConfigurationError(f"unknown option {name!r}; there are: {', '.join(sorted(known))}")
+        if isinstance(value, int | float) and not (math.isfinite(value) and value >= 0):
+            raise ConfigurationError(f"{name} must be a finite number, zero or more")
+    choices = {
+        "answer": ("auto", "sse", "json"),
+        "second_listener": ("takeover", "reject"),
+        "reexecute": ("never", "idempotent"),
+    }
+    for name, allowed in choices.items():
+        if (chosen := options.get(name)) is not None and chosen not in allowed:
+            raise ConfigurationError(f"{name} must be one of {', '.join(allowed)}, not {chosen!r}")
+    return Settings(**{**options, **more})

@@ -1,0 +1,267 @@
+"""This process as a node: its lease, its sessions' live views, its tasks, and its drain."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
+
+from mcp.server import Server
+from mcp_types import INTERNAL_ERROR, ErrorData
+
+from nonstick.errors import StoreError, StoreUnavailable
+from nonstick.guard import GuardedStore
+
+if TYPE_CHECKING:
+    from nonstick.exchange import Answer, Exchange
+    from nonstick.listener import Reader
+    from nonstick.session import Session
+
+__all__ = ["Counters", "Node", "Settings"]
+
+logger = logging.getLogger(__name__)
+
+_TICK: Final = 1.0
+_LAST_WORDS: Final = 1.0
+"""Seconds that requests which are ended by a drain get to say so."""
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What can be set. Times are in seconds, unless said otherwise."""
+
+    answer: Answer = "auto"
+    window: float = 0.5
+    """How long a silent handler may take before its request is promoted to a stream."""
+    lifetime: float = 1800.0
+    """An idle session's expiry."""
+    retry_interval: int = 1000
+    """Milliseconds after which a client whose stream was closed is to come back."""
+    max_sessions: int | None = 10_000
+    """Live sessions in the store."""
+    max_streams: int = 128
+    """Requests of one session that run on this node at once."""
+    max_log_events: int = 10_000
+    max_log_bytes: int = 16 * 1024 * 1024
+    """A session's log; over it, finished streams and then the standalone stream's oldest events are dropped."""
+    max_json_depth: int = 64
+    send_timeout: float = 30.0
+    """A client that takes nothing for so long is cut off."""
+    ping_interval: float = 15.0
+    """Between comments on a silent stream, which keep proxies from closing it."""
+    grace: float = 20.0
+    """How long a drain lets running requests finish."""
+    lease: float = 12.0
+    """How long a node that is not heard of counts as alive."""
+    max_stall: float = 60.0
+    """How long the event loop may hang, in a blocking tool say, before the node gives up its lease."""
+    second_listener: Literal["takeover", "reject"] = "takeover"
+    reexecute: Literal["never", "idempotent"] = "never"
+
+
+@dataclass(slots=True)
+class Counters:
+    """What happened on this node since it started."""
+
+    standalone_dropped: int = 0
+    rescued: int = 0
+    reexecuted: int = 0
+
+
+class Node:
+    """One process start. Never reused: its id is its name and a random incarnation."""
+
+    def __init__(
+        self, server: Server[Any], lifespan_state: Any, store: GuardedStore, settings: Settings, *, name: str | None
+    ) -> None:
+        name = name or os.environ.get("NONSTICK_NODE") or f"{socket.gethostname()}-{os.getpid()}"
+        self.name = name
+        self.id = f"{name}-{secrets.token_hex(4)}"
+        self.server = server
+        self.lifespan_state = lifespan_state
+        self.store = store
+        self.settings = settings
+        self.counters = Counters()
+        self.sessions: dict[str, Session] = {}
+        self.readers: set[Reader] = set()
+        self.draining = False
+        self._left = asyncio.Event()
+        self._drained: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._stack = AsyncExitStack()
+        self._keeper = _LeaseKeeper(self)
+
+    async def __aenter__(self) -> Self:
+        await self._stack.enter_async_context(self.store)
+        self._stack.enter_context(self._keeper)
+        self.spawn(self._keeper.tick())
+        self.spawn(self._touch())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None:
+        try:
+            await self.drain()
+            for session in list(self.sessions.values()):
+                await session.close()
+            tasks = list(self._tasks)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        finally:
+            await self._stack.aclose()
+
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Runs this in the background, until the node stops at the latest."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            if isinstance(error, StoreError):
+                logger.warning("a background task gave up: %s", type(error).__name__)
+            else:
+                logger.error("a background task failed", exc_info=error)
+
+    async def _touch(self) -> None:
+        """Sessions with open streams or running handlers do not expire."""
+        while True:
+            await asyncio.sleep(min(self.settings.lifetime / 5, 60.0))
+            active = [key for key, session in self.sessions.items() if session.is_active]
+            try:
+                if active:
+                    await self.store.touch(active)
+            except StoreUnavailable:
+                logger.warning("the store cannot be reached: open sessions could not be renewed")
+
+    # ---- drain
+
+    def begin_drain(self) -> None:
+        """Stops taking work (P8). May be called more than once."""
+        if self._drained is None:
+            self.draining = True
+            self._drained = asyncio.create_task(self._drain(), name="drain")
+
+    async def drain(self) -> None:
+        """Drains, and returns when everything here has finished, or been ended at the end of the grace period."""
+        self.begin_drain()
+        assert self._drained is not None
+        await asyncio.shield(self._drained)
+
+    async def _drain(self) -> None:
+        for reader in list(self.readers):
+            reader.hand_over()
+        await self._finished(self.settings.grace)
+        running = self._running()
+        if not running:
+            return
+        logger.warning("%d requests did not finish within the grace period of %g s", len(running), self.settings.grace)
+        error = ErrorData(
+            code=INTERNAL_ERROR,
+            message="The server node that ran this request was shut down before it finished",
+            data={"reason": "node_shut_down", "retrySafe": False},
+        )
+        for exchange in running:
+            exchange.fail(error)
+        await self._finished(_LAST_WORDS)
+
+    async def _finished(self, patience: float) -> None:
+        """Waits until no request runs here, or the patience is over."""
+        try:
+            async with asyncio.timeout(patience):
+                while self._running():
+                    self._left.clear()
+                    await self._left.wait()
+        except TimeoutError:
+            pass
+
+    def left(self) -> None:
+        """A request has finished."""
+        self._left.set()
+
+    def _running(self) -> list[Exchange]:
+        return [exchange for session in self.sessions.values() for exchange in session.exchanges.values()]
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """Begins the drain on SIGTERM and SIGINT, then does what the host does on them (P8).
+
+        The host's lifespan hears of its stop only after the last stream was closed, which is what has to be begun.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        loop = asyncio.get_running_loop()
+        before: dict[signal.Signals, Callable[[int, FrameType | None], Any]] = {}
+
+        def begin(number: int, frame: FrameType | None) -> None:
+            loop.call_soon_threadsafe(self.begin_drain)
+            before[signal.Signals(number)](number, frame)
+
+        for number in _SIGNALS:
+            handler = signal.getsignal(number)
+            if callable(handler):
+                before[number] = handler
+                signal.signal(number, begin)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                if signal.getsignal(number) is begin:
+                    signal.signal(number, handler)
+
+
+class _LeaseKeeper:
+    """Renews the node's lease from a thread, while the event loop has ticked within `max_stall`.
+
+    A thread, because a tool that blocks the loop does not make its node dead; a tick, because a loop that hangs for
+    good does (P7).
+    """
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._ticked = time.monotonic()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="nonstick-lease", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(timeout=5)
+
+    async def tick(self) -> None:
+        while True:
+            self._ticked = time.monotonic()
+            await asyncio.sleep(_TICK)
+
+    def _keep(self) -> None:
+        settings = self._node.settings
+        lease = self._node.store.lease(self._node.id)
+        wait = 0.0
+        while not self._stop.wait(wait):
+            wait = settings.lease / 3
+            if time.monotonic() - self._ticked > settings.max_stall:
+                continue
+            try:
+                lease.renew(settings.lease)
+            except StoreError as error:
+                logger.warning("the lease of this node could not be renewed: %s", error)
+                wait = min(1.0, wait)
+        lease.close(release=True)

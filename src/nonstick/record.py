@@ -1,0 +1,165 @@
+"""The session record: the few fields from which any node rebuilds a session (P2).
+
+Field names in the store: `v` format, `protocol`, `client` (the initialize params), `principal`, `initialized`, `level`,
+`sub:<hash>` one a resource subscription, `state:<key>` one a key of session state. A field that this version does not
+know is left alone (P12).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Final, SupportsIndex
+
+from mcp_types import InitializeRequestParams
+
+from nonstick.errors import StateNotJSON
+
+__all__ = ["Record", "SessionState", "opening_fields", "subscription_field"]
+
+FORMAT: Final = b"1"
+STATE: Final = "state:"
+SUBSCRIPTION: Final = "sub:"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A loaded session record, decoded."""
+
+    protocol_version: str
+    client_params: InitializeRequestParams
+    principal: bytes
+    initialized: bool
+    log_level: str | None
+    subscriptions: frozenset[str]
+    state: dict[str, bytes] = field(default_factory=dict[str, bytes])
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, bytes]) -> Record:
+        """Decodes what `load` returned."""
+        level = fields.get("level")
+        return cls(
+            protocol_version=fields["protocol"].decode(),
+            client_params=_client_params(fields["client"]),
+            principal=fields.get("principal", b""),
+            initialized="initialized" in fields,
+            log_level=None if level is None else level.decode(),
+            subscriptions=frozenset(v.decode() for k, v in fields.items() if k.startswith(SUBSCRIPTION)),
+            state={k[len(STATE) :]: v for k, v in fields.items() if k.startswith(STATE)},
+        )
+
+
+def opening_fields(protocol_version: str, client_params: InitializeRequestParams, principal: bytes) -> dict[str, bytes]:
+    """The record of a session whose `initialize` has just succeeded."""
+    return {
+        "v": FORMAT,
+        "protocol": protocol_version.encode(),
+        "client": client_params.model_dump_json(by_alias=True, exclude_unset=True).encode(),
+        "principal": principal,
+    }
+
+
+def subscription_field(uri: str) -> str:
+    """The name of the field that keeps a subscription to this resource; its value is the URI."""
+    return SUBSCRIPTION + hashlib.sha256(uri.encode()).hexdigest()[:32]
+
+
+@lru_cache(maxsize=512)
+def _client_params(data: bytes) -> InitializeRequestParams:
+    # Most clients of a server introduce themselves in the same words.
+    return InitializeRequestParams.model_validate_json(data, by_name=False)
+
+
+class SessionState(dict[str, Any]):
+    """`Connection.state`: values that JSON cannot hold are refused when they are put in, not when they are lost.
+
+    A nested value that is changed later is checked when the state is saved.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._saved: dict[str, bytes] = {}
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        _to_json(key, value)
+        super().__setitem__(key, value)
+
+    def setdefault(self, key: str, default: Any = None, /) -> Any:
+        if key not in self:
+            self[key] = default
+        return self[key]
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        for key, value in dict(*args, **kwargs).items():
+            self[key] = value
+
+    def __ior__(self, other: Any) -> SessionState:  # type: ignore[override,misc]
+        self.update(other)
+        return self
+
+    def __reduce_ex__(self, protocol: SupportsIndex, /) -> tuple[type[dict[str, Any]], tuple[dict[str, Any]]]:
+        # A copy, and a pickle of a user's own, is a plain dict: it is nobody's session state any more.
+        return dict, (dict(self),)
+
+    def refresh(self, stored: Mapping[str, bytes]) -> None:
+        """Takes over what another node saved since; what was changed here and is not saved yet stays."""
+        if not stored and not self._saved:
+            return
+        changed = self._changed_keys()
+        for key in self._saved.keys() - stored.keys() - changed:
+            super().pop(key, None)
+            del self._saved[key]
+        for key, data in stored.items():
+            if data != self._saved.get(key) and key not in changed:
+                super().__setitem__(key, json.loads(data))
+                self._saved[key] = data
+
+    def changes(self) -> dict[str, bytes | None]:
+        """Record fields to write, with None those to remove, for what changed since it was loaded or saved.
+
+        Raises:
+            StateNotJSON: A value that was changed in place is not JSON any more.
+        """
+        if not self and not self._saved:
+            return {}
+        found: dict[str, bytes | None] = {}
+        for key in self._changed_keys():
+            found[STATE + key] = _to_json(key, self[key]) if key in self else None
+        return found
+
+    def saved(self, changes: Mapping[str, bytes | None]) -> None:
+        """These changes are in the store now."""
+        for name, data in changes.items():
+            if data is None:
+                self._saved.pop(name[len(STATE) :], None)
+            else:
+                self._saved[name[len(STATE) :]] = data
+
+    def _changed_keys(self) -> set[str]:
+        changed = {key for key, value in self.items() if self._saved.get(key) != _to_json(key, value)}
+        return changed | (self._saved.keys() - self.keys())
+
+
+def _to_json(key: str, value: Any) -> bytes:
+    if not isinstance(key, str) or not key.isprintable() or not key.isascii() or not 0 < len(key) <= 256:
+        raise StateNotJSON("a key of session state must be 1 to 256 printable ASCII characters")
+    try:
+        if _is_json(value):
+            return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
+    except (ValueError, RecursionError):
+        pass
+    raise StateNotJSON(
+        f"session state {key!r} holds a {type(value).__name__} that JSON cannot hold as it is, so other nodes could "
+        'not load it. Store plain JSON values, or serve with placement="owner", which keeps a session on one node.'
+    )
+
+
+def _is_json(value: Any) -> bool:
+    if value is None or isinstance(value, str | int | float):
+        return type(value) in (type(None), str, int, float, bool)
+    if isinstance(value, list | tuple):
+        return all(_is_json(item) for item in value)
+    return isinstance(value, dict) and all(isinstance(k, str) and _is_json(v) for k, v in value.items())

@@ -1,0 +1,164 @@
+"""Ending, or running again, a request whose node was lost (P7).
+
+Leases give liveness only. What makes it safe is the store's compare-and-set: of all who try, and of the lost node
+itself should it wake up, one writes the terminal event.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from typing import Any
+
+from mcp.server.runner import ServerRunner
+from mcp.shared.dispatcher import CallOptions
+from mcp.shared.exceptions import NoBackChannelError
+from mcp.shared.transport_context import TransportContext
+from mcp_types import INTERNAL_ERROR, ErrorData, JSONRPCRequest
+from starlette.requests import Request
+
+from nonstick import wire
+from nonstick.errors import Fenced, StreamClosed
+from nonstick.events import Kind, decode, draft
+from nonstick.session import Session
+from nonstick.store import Batch, Event
+
+__all__ = ["Rescue"]
+
+logger = logging.getLogger(__name__)
+
+_LIST_PAGES = 100
+
+
+class Rescue:
+    """Watches over one unfinished stream on behalf of a client that reads it.
+
+    Args:
+        opened: The stream's first event.
+    """
+
+    def __init__(self, session: Session, opened: Event) -> None:
+        self._session = session
+        self._stream = opened.position
+        body = decode(opened.data)
+        self._node: str = body["node"]
+        self._attempt: int = body["attempt"]
+        self._request = JSONRPCRequest.model_validate(body["request"], by_name=False)
+        self._suspected = False
+
+    def taken(self, event: Event) -> None:
+        """Another node runs the request now."""
+        body = decode(event.data)
+        self._node, self._attempt, self._suspected = body["node"], body["attempt"], False
+
+    async def look(self) -> None:
+        """Looks whether the node that runs the request lives; acts when it is seen dead twice.
+
+        Twice, because after an outage of the store every lease has lapsed, and the living need a moment to renew.
+
+        Raises:
+            SessionNotFound, StoreUnavailable: As the store's methods.
+        """
+        session = self._session
+        if self._node == session.node.id:
+            running = any(exchange.stream == self._stream for exchange in session.exchanges.values())
+            lost = not running
+        else:
+            lost = bool(await session.node.store.lapsed([self._node]))
+        if lost and self._suspected:
+            await self._act()
+        self._suspected = lost
+
+    async def _act(self) -> None:
+        safe = await self._may_repeat()
+        if safe and self._session.node.settings.reexecute == "idempotent" and await self._run_again():
+            return
+        error = ErrorData(
+            code=INTERNAL_ERROR,
+            message="The server node that ran this request was lost before it finished",
+            data={"reason": "node_lost", "retrySafe": safe},
+        )
+        terminal = draft(Kind.TERMINAL, wire.error_body(self._request.id, error))
+        batch = Batch(
+            [terminal],
+            writer=secrets.token_hex(8),
+            sequence=1,
+            stream=self._stream,
+            attempt=self._attempt,
+            terminal=True,
+        )
+        try:
+            await self._session.node.store.append(self._session.key, batch)
+        except (StreamClosed, Fenced):
+            return
+        self._session.node.counters.rescued += 1
+        logger.warning("session %s: ended a request whose node was lost", self._session.key[:12])
+
+    async def _run_again(self) -> bool:
+        # Imported here: an exchange knows its session, and a session's streams are rescued from its readers.
+        from nonstick.exchange import Exchange
+
+        session = self._session
+        scope = {"type": "http", "method": "POST", "path": "/", "headers": [], "query_string": b""}
+        exchange = Exchange(
+            session,
+            self._request,
+            Request(scope),
+            head=session.head,
+            protocol_version=session.connection.protocol_version,
+        )
+        taken = await exchange.take_over(self._stream, self._attempt)
+        if taken:
+            session.node.counters.reexecuted += 1
+        return taken
+
+    async def _may_repeat(self) -> bool:
+        """Whether the request may safely be made again: it calls a tool that says so of itself, or only reads."""
+        params = self._request.params or {}
+        if self._request.method != "tools/call":
+            return (
+                self._request.method.endswith(("/list", "/read", "/get", "/complete")) or self._request.method == "ping"
+            )
+        tool = await self._find_tool(str(params.get("name")))
+        annotations = (tool or {}).get("annotations") or {}
+        return bool(annotations.get("readOnlyHint") or annotations.get("idempotentHint"))
+
+    async def _find_tool(self, name: str) -> dict[str, Any] | None:
+        node, connection = self._session.node, self._session.connection
+        runner: ServerRunner[Any] = ServerRunner(node.server, connection, node.lifespan_state)
+        cursor: str | None = None
+        try:
+            for _ in range(_LIST_PAGES):
+                page = await runner.on_request(_Silent(), "tools/list", None if cursor is None else {"cursor": cursor})
+                for tool in page.get("tools", []):
+                    if tool.get("name") == name:
+                        found: dict[str, Any] = tool
+                        return found
+                cursor = page.get("nextCursor")
+                if not isinstance(cursor, str):
+                    return None
+        except Exception:
+            logger.debug("the tools could not be listed", exc_info=True)
+        return None
+
+
+class _Silent:
+    """The `DispatchContext` of a request that no client made: nothing can be sent."""
+
+    def __init__(self) -> None:
+        import anyio
+
+        self.transport = TransportContext(kind="streamable-http", can_send_request=False)
+        self.can_send_request = False
+        self.request_id = "nonstick-lookup"
+        self.message_metadata = None
+        self.cancel_requested = anyio.Event()
+
+    async def send_raw_request(self, method: str, params: Any, opts: CallOptions | None = None) -> dict[str, Any]:
+        raise NoBackChannelError(method)
+
+    async def notify(self, method: str, params: Any, opts: CallOptions | None = None) -> None:
+        return None
+
+    async def progress(self, progress: float, total: float | None = None, message: str | None = None) -> None:
+        return None

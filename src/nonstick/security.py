@@ -1,0 +1,64 @@
+"""Who may use a session, and what of it may be seen.
+
+A session id is a bearer secret: it opens the session. The store and the logs only ever see its hash (P13).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import secrets
+from typing import Any, Final
+
+from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser, authorization_context
+from starlette.types import Scope
+
+__all__ = ["MAX_DEPTH", "json_depth_exceeds", "new_session_id", "principal_of", "session_key", "valid_session_id"]
+
+_SHAPE: Final = re.compile(r"[A-Za-z0-9_-]{22,64}")
+
+MAX_DEPTH: Final = 64
+"""Levels of nesting that a message may have."""
+
+
+def new_session_id() -> str:
+    """A new session id: 192 random bits, 32 visible ASCII characters (P1)."""
+    return secrets.token_urlsafe(24)
+
+
+def valid_session_id(text: str) -> bool:
+    """Whether this could be a session id: 22 to 64 of A-Z, a-z, 0-9, `-` and `_`. Anything else is 404 unread (P1)."""
+    return _SHAPE.fullmatch(text) is not None
+
+
+def session_key(session_id: str) -> str:
+    """The name of this session in the store and, shortened, in the logs."""
+    return hashlib.sha256(session_id.encode()).hexdigest()[:40]
+
+
+def principal_of(scope: Scope) -> bytes:
+    """Who sends this request: client id, issuer and subject as JSON; empty without authentication.
+
+    Not the token: a refreshed token of the same principal keeps the session.
+    """
+    user = scope.get("user")
+    if not isinstance(user, AuthenticatedUser):
+        return b""
+    return json.dumps(authorization_context(user), sort_keys=True).encode()
+
+
+def json_depth_exceeds(value: Any, limit: int) -> bool:
+    """Whether lists and objects in this parsed JSON are nested in more than `limit` levels."""
+    level = [value]
+    for _ in range(limit + 1):
+        inner: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                inner.extend(item.values())
+            elif isinstance(item, list):
+                inner.extend(item)
+        if not inner:
+            return False
+        level = inner
+    return any(isinstance(item, dict | list) for item in level)

@@ -1,0 +1,458 @@
+"""A session's live view on this node: what is built from the record and the log while the node works for it.
+
+There is at most one per session and node, and none while nothing of the session runs here: the truth is in the store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import anyio
+import pydantic_core
+from mcp.server.connection import Connection
+from mcp.server.runner import ServerRunner, aclose_shielded
+from mcp.shared.dispatcher import CallOptions, ProgressFnT, coerce_request_id
+from mcp.shared.exceptions import MCPError
+from mcp_types import CONNECTION_CLOSED, REQUEST_TIMEOUT, RequestId
+from mcp_types.version import LATEST_HANDSHAKE_VERSION
+
+from nonstick import wire
+from nonstick.errors import Diverged, NotPending, SessionNotFound, StoreUnavailable
+from nonstick.events import Kind, body_of, decode, draft, kind_of
+from nonstick.follow import Follower
+from nonstick.record import Record, SessionState
+from nonstick.store import Appended, Batch, Cursor, Draft, Event, Loaded
+from nonstick.trim import Trimmer
+
+if TYPE_CHECKING:
+    from nonstick.exchange import Exchange
+    from nonstick.node import Node
+
+__all__ = ["Emit", "Session", "request_key"]
+
+logger = logging.getLogger(__name__)
+
+Emit = Callable[[Draft, Sequence[str]], Awaitable[None]]
+"""Appends a message to a stream, with ids for the pending set, and sees that its readers get it."""
+
+T = TypeVar("T")
+
+_WITHDRAW_SECONDS: Final = 5.0
+_STANDALONE_PATIENCE: Final = 20.0
+_RECENT_CANCELS: Final = 32
+
+
+def request_key(request_id: RequestId) -> str:
+    """What correlates a request with what names it: 7 and "7" are one request (as in the SDK)."""
+    return str(coerce_request_id(request_id))
+
+
+@dataclass(slots=True)
+class _Waiter:
+    """A handler that waits for the client's reply to a server request."""
+
+    reply: asyncio.Future[dict[str, Any]]
+    on_progress: ProgressFnT | None
+
+
+class _HoldingStack(AsyncExitStack):
+    """`Connection.exit_stack`, which says whether anything was ever pushed: then the view is kept until the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.holds = False
+
+    def push(self, exit: Any) -> Any:  # noqa: A002
+        self.holds = True
+        return super().push(exit)
+
+    def push_async_exit(self, exit: Any) -> Any:  # noqa: A002
+        self.holds = True
+        return super().push_async_exit(exit)
+
+    def callback(self, callback: Any, /, *args: Any, **kwds: Any) -> Any:
+        self.holds = True
+        return super().callback(callback, *args, **kwds)
+
+    def push_async_callback(self, callback: Any, /, *args: Any, **kwds: Any) -> Any:
+        self.holds = True
+        return super().push_async_callback(callback, *args, **kwds)
+
+    def enter_context(self, cm: AbstractContextManager[T, bool | None]) -> T:
+        self.holds = True
+        return super().enter_context(cm)
+
+    async def enter_async_context(self, cm: AbstractAsyncContextManager[T, bool | None]) -> T:
+        self.holds = True
+        return await super().enter_async_context(cm)
+
+
+class _Standalone:
+    """`Connection.outbound`: messages that belong to no request go to the session's standalone stream."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    async def send_raw_request(
+        self, method: str, params: Mapping[str, Any] | None, opts: CallOptions | None = None
+    ) -> dict[str, Any]:
+        return await self._session.ask(self._session.emit, method, params, opts)
+
+    async def notify(self, method: str, params: Mapping[str, Any] | None, opts: CallOptions | None = None) -> None:
+        await self._session.emit(draft(Kind.MESSAGE, wire.notification_body(method, params)))
+
+
+class Session:
+    """One session on this node: its connection, the requests that run here, and its place in the log."""
+
+    def __init__(self, node: Node, session_id: str, key: str) -> None:
+        self.node = node
+        self.id = session_id
+        self.key = key
+        self.connection = Connection(
+            _Standalone(self), protocol_version=LATEST_HANDSHAKE_VERSION, session_id=session_id
+        )
+        self.state = SessionState()
+        self.connection.state = self.state
+        self._stack = _HoldingStack()
+        self.connection.exit_stack = self._stack
+        self.runner: ServerRunner[Any] = ServerRunner(node.server, self.connection, node.lifespan_state)
+        self.follower = Follower(node.store, key)
+        self.trimmer = Trimmer(node, key)
+        self.exchanges: dict[str, Exchange] = {}
+        self.log_level: str | None = None
+        self.subscriptions: frozenset[str] = frozenset()
+        self.head = Cursor(0)
+        self.ended = False
+        self._users = 0
+        self._waiters: dict[str, _Waiter] = {}
+        self._recent_cancels: deque[tuple[int, str]] = deque(maxlen=_RECENT_CANCELS)
+        self._attendants = 0
+        self._inbox: asyncio.Task[None] | None = None
+        self._holding = False
+        self._writer = ""
+        self._sequence = 0
+        self._writing = asyncio.Lock()
+        self._before_open: list[Draft] | None = None
+
+    # ---- hydrate and evict
+
+    @classmethod
+    def hydrate(cls, node: Node, session_id: str, key: str, loaded: Loaded, record: Record) -> Session:
+        """This node's view of a stored session: the one that is there, brought up to date, or a new one (P2)."""
+        session = node.sessions.get(key)
+        if session is None:
+            session = node.sessions[key] = cls(node, session_id, key)
+        session.refresh(loaded, record)
+        return session
+
+    def refresh(self, loaded: Loaded, record: Record) -> None:
+        """Takes over what the store knows: other nodes may have changed it since."""
+        connection = self.connection
+        connection.protocol_version = record.protocol_version
+        if connection.client_params is not record.client_params:
+            connection.client_params = record.client_params
+        if record.initialized and not connection.initialized.is_set():
+            connection.initialized.set()
+        self.log_level = record.log_level
+        self.subscriptions = record.subscriptions
+        self.state.refresh(record.state)
+        self.head = max(self.head, loaded.head)
+
+    def __enter__(self) -> Session:
+        self._users += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._users -= 1
+        if self._users:
+            return
+        if self._stack.holds and not self.ended:
+            # Its clean-up is owed, here, when the session ends anywhere.
+            if not self._holding:
+                self._holding = True
+                self.attend()
+            return
+        self.evict()
+
+    def evict(self) -> None:
+        """Forgets this view; the session lives on in the store."""
+        if self.node.sessions.get(self.key) is self:
+            del self.node.sessions[self.key]
+        if self._inbox is not None:
+            self._inbox.cancel()
+            self._inbox = None
+
+    @property
+    def is_active(self) -> bool:
+        """Whether something runs for it here, so that the session must not expire."""
+        return self._users > 0
+
+    async def end(self) -> None:
+        """The session is over: its requests here are cancelled, its streams closed, its clean-up is run (P6)."""
+        if self.ended:
+            return
+        self.ended = True
+        if self.node.sessions.get(self.key) is self:
+            del self.node.sessions[self.key]
+        self.follower.end()
+        for exchange in list(self.exchanges.values()):
+            exchange.end()
+        for waiter in self._waiters.values():
+            _fail(waiter, MCPError(CONNECTION_CLOSED, "Session ended"))
+        await aclose_shielded(self.connection)
+        self.evict()
+
+    async def close(self) -> None:
+        """The node stops, the session does not: what only this node can clean up is cleaned up."""
+        self.evict()
+        await aclose_shielded(self.connection)
+
+    # ---- session state
+
+    async def save(self) -> None:
+        """Stores the session state that changed here.
+
+        Raises:
+            StateNotJSON: A value is not JSON.
+            SessionNotFound, StoreUnavailable: As `Store.update`.
+        """
+        if changes := self.state.changes():
+            await self.node.store.update(self.key, changes)
+            self.state.saved(changes)
+
+    # ---- the standalone stream
+
+    def hold_back(self) -> None:
+        """The session is not in the store yet: what is sent on the standalone stream waits until it is (P2)."""
+        self._before_open = []
+
+    async def opened(self) -> None:
+        """The session is in the store: what was held back is sent."""
+        held, self._before_open = self._before_open or [], None
+        for event in held:
+            await self.emit(event)
+
+    async def emit(self, event: Draft, expect: Sequence[str] = ()) -> None:
+        """Appends a message to the standalone stream.
+
+        Raises:
+            SessionNotFound, StoreUnavailable: As `Store.append`.
+        """
+        if self._before_open is not None:
+            self._before_open.append(event)
+            return
+        async with self._writing:
+            if not self._writer:
+                self._writer, self._sequence = secrets.token_hex(8), 0
+            self._sequence += 1
+            batch = Batch([event], writer=self._writer, sequence=self._sequence, expect=expect)
+            try:
+                appended = await self.node.store.append(self.key, batch, patience=_STANDALONE_PATIENCE)
+            except BaseException:
+                # Nobody knows whether it was written, so this writer's next number is not known either.
+                self._writer = ""
+                raise
+        self.note(appended)
+
+    async def close_standalone(self) -> None:
+        """`close_standalone_sse_stream`: the connection to the standalone stream is closed; the client comes back."""
+        await self.emit(draft(Kind.HANGUP))
+
+    def note(self, appended: Appended) -> None:
+        """Sees to the log's size after an append."""
+        self.trimmer.note(appended)
+
+    # ---- server requests and their replies
+
+    async def ask(
+        self, emit: Emit, method: str, params: Mapping[str, Any] | None, opts: CallOptions | None
+    ) -> dict[str, Any]:
+        """Sends a server request on a stream and waits for the client's reply, whichever node receives it (P4).
+
+        Raises:
+            MCPError: The client replied with an error; REQUEST_TIMEOUT; CONNECTION_CLOSED when the session ended.
+            ValueError: The caller's own request id is in flight already.
+        """
+        opts = opts or {}
+        # Random, and never a number: a client's own ids, and those of other nodes, cannot collide with it.
+        request_id = opts.get("request_id") or f"srv-{secrets.token_hex(8)}"
+        key = request_key(request_id)
+        if key in self._waiters:
+            raise ValueError(f"request id {request_id!r} is already in flight")
+        sent = dict(params or {})
+        on_progress = opts.get("on_progress")
+        if on_progress is not None:
+            sent["_meta"] = {**(sent.get("_meta") or {}), "progressToken": request_id}
+        waiter = _Waiter(asyncio.get_running_loop().create_future(), on_progress)
+        self._waiters[key] = waiter
+        timeout = opts.get("timeout")
+        with self, self.attending():
+            try:
+                await emit(draft(Kind.MESSAGE, wire.request_body(request_id, method, sent)), (key,))
+                async with asyncio.timeout(timeout):
+                    return await waiter.reply
+            except TimeoutError:
+                await self._withdraw(emit, request_id, opts, f"timed out after {timeout}s")
+                raise MCPError(code=REQUEST_TIMEOUT, message=f"Request {method!r} timed out") from None
+            except asyncio.CancelledError:
+                await self._withdraw(emit, request_id, opts, "caller cancelled")
+                raise
+            finally:
+                self._waiters.pop(key, None)
+                waiter.reply.cancel()
+
+    async def _withdraw(self, emit: Emit, request_id: RequestId, opts: CallOptions, reason: str) -> None:
+        """Takes the request out of the pending set and tells the client that nobody waits for it any more."""
+        if self.ended:
+            return
+        with anyio.move_on_after(_WITHDRAW_SECONDS, shield=True):
+            try:
+                await self.node.store.append(self.key, Batch([], settle=request_key(request_id)))
+                if opts.get("cancel_on_abandon", True):
+                    params = {"requestId": request_id, "reason": reason}
+                    await emit(draft(Kind.MESSAGE, wire.notification_body("notifications/cancelled", params)), ())
+            except (NotPending, SessionNotFound):
+                pass
+            except Exception:
+                logger.debug("session %s: a server request could not be withdrawn", self.key[:12], exc_info=True)
+
+    async def take_reply(self, request_id: RequestId, body: bytes, *, patience: float) -> None:
+        """The client replied. Counts once, whoever waits and wherever; anything else is dropped (P4)."""
+        key = request_key(request_id)
+        batch = Batch([draft(Kind.REPLY, body)], settle=key)
+        try:
+            await self.node.store.append(self.key, batch, patience=patience)
+        except NotPending:
+            logger.debug("session %s: dropped a reply that nothing waits for", self.key[:12])
+            return
+        self._deliver_reply(body)
+
+    async def take_progress(self, token: RequestId, params: Mapping[str, Any], *, patience: float) -> None:
+        """The client reports progress on a server request."""
+        key = request_key(token)
+        if key in self._waiters:
+            self._deliver_progress(params)
+            return
+        batch = Batch([draft(Kind.PROGRESS, pydantic_core.to_json(params))], answers=key)
+        with contextlib.suppress(NotPending):
+            await self.node.store.append(self.key, batch, patience=patience)
+
+    async def take_cancel(self, request_id: RequestId, params: Mapping[str, Any], *, patience: float) -> None:
+        """The client cancels a request of its own, wherever it runs, or before it arrives (P5)."""
+        key = request_key(request_id)
+        if (exchange := self.exchanges.get(key)) is not None:
+            exchange.cancel()
+            return
+        batch = Batch([draft(Kind.CANCEL, pydantic_core.to_json(params))], cancel=key)
+        await self.node.store.append(self.key, batch, patience=patience)
+
+    def _deliver_reply(self, body: bytes) -> None:
+        message: dict[str, Any] = pydantic_core.from_json(body)
+        waiter = self._waiters.get(request_key(message["id"]))
+        if waiter is None or waiter.reply.done():
+            return
+        if "error" in message:
+            error = message["error"]
+            _fail(waiter, MCPError(error["code"], error["message"], error.get("data")))
+        else:
+            waiter.reply.set_result(message["result"])
+
+    def _deliver_progress(self, params: Mapping[str, Any]) -> None:
+        waiter = self._waiters.get(request_key(params["progressToken"]))
+        if waiter is not None and waiter.on_progress is not None:
+            total, text = params.get("total"), params.get("message")
+            progress = waiter.on_progress(
+                float(params["progress"]),
+                float(total) if isinstance(total, int | float) else None,
+                text if isinstance(text, str) else None,
+            )
+            self.node.spawn(_contained(progress))
+
+    # ---- what the log brings
+
+    @contextlib.contextmanager
+    def attending(self) -> Iterator[None]:
+        """Follows the log meanwhile, so that replies, cancels and the session's end reach this node."""
+        self.attend()
+        try:
+            yield
+        finally:
+            self.leave()
+
+    def attend(self) -> None:
+        """Follows the log from where the earliest of the requests that run here loaded its record."""
+        self._attendants += 1
+        if self._inbox is None and not self.ended:
+            heads = [exchange.head for exchange in self.exchanges.values()]
+            self._inbox = self.node.spawn(self._attend(min(heads, default=self.head)))
+
+    def leave(self) -> None:
+        """One who attends goes; the last one stops the following."""
+        self._attendants -= 1
+        if not self._attendants and self._inbox is not None:
+            self._inbox.cancel()
+            self._inbox = None
+
+    async def _attend(self, after: Cursor) -> None:
+        subscription = self.follower.subscribe(after)
+        try:
+            while True:
+                try:
+                    events = await subscription.next()
+                except StoreUnavailable:
+                    await asyncio.sleep(1)
+                    continue
+                except Diverged:
+                    # Seen again, a reply or a cancel does nothing; missed, somebody would wait for ever.
+                    subscription.close()
+                    subscription = self.follower.subscribe(Cursor(0))
+                    continue
+                for event in events:
+                    self._take(event)
+        except SessionNotFound:
+            # Not in this task, which the end cancels.
+            self.node.spawn(self.end())
+        finally:
+            subscription.close()
+
+    def _take(self, event: Event) -> None:
+        kind = kind_of(event.data)
+        if kind is Kind.REPLY:
+            self._deliver_reply(body_of(event.data))
+        elif kind is Kind.PROGRESS:
+            self._deliver_progress(decode(event.data))
+        elif kind is Kind.CANCEL:
+            key = request_key(decode(event.data)["requestId"])
+            self._recent_cancels.append((event.position, key))
+            exchange = self.exchanges.get(key)
+            if exchange is not None and exchange.head.position < event.position:
+                exchange.cancel()
+        elif kind in (Kind.TERMINAL, Kind.TAKEN, Kind.HANGUP):
+            for exchange in list(self.exchanges.values()):
+                if exchange.stream == event.stream:
+                    exchange.observe(kind, event)
+
+    def was_cancelled(self, key: str, head: Cursor) -> bool:
+        """Whether a cancel for this request came after its record was loaded and before it was registered here."""
+        return any(position > head.position and cancelled == key for position, cancelled in self._recent_cancels)
+
+
+def _fail(waiter: _Waiter, error: MCPError) -> None:
+    if not waiter.reply.done():
+        waiter.reply.set_exception(error)
+
+
+async def _contained(call: Coroutine[Any, Any, None]) -> None:
+    try:
+        await call
+    except Exception:
+        logger.exception("progress callback raised")

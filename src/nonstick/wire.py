@@ -1,0 +1,218 @@
+"""Bytes on the wire: JSON bodies, SSE frames, and the errors that a client sees. No session logic."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import pydantic_core
+from mcp_types import INTERNAL_ERROR, INVALID_REQUEST, ErrorData, JSONRPCError, RequestId
+from starlette.types import Send
+
+__all__ = [
+    "SSE_HEADERS",
+    "Outlet",
+    "Refusal",
+    "error_body",
+    "notification_body",
+    "request_body",
+    "result_body",
+    "send_body",
+    "sse_frame",
+    "sse_priming",
+]
+
+JSON_TYPE: Final = (b"content-type", b"application/json")
+
+SSE_HEADERS: Final = [
+    (b"content-type", b"text/event-stream"),
+    (b"cache-control", b"no-cache, no-transform"),
+    (b"connection", b"keep-alive"),
+    (b"x-accel-buffering", b"no"),
+]
+
+PING: Final = b": ping\r\n\r\n"
+
+
+@dataclass(slots=True)
+class Refusal(Exception):
+    """A request is refused: an HTTP status and a JSON-RPC error, which carries no request id.
+
+    Attributes:
+        status: HTTP status.
+        message: What is wrong and, where it is not obvious, what to do. Never a session id or a payload.
+        code: JSON-RPC error code.
+        retry_after: Seconds for a `Retry-After` header.
+        allow: Value of an `Allow` header.
+        plain: The body is the message alone, as text.
+    """
+
+    status: int
+    message: str
+    code: int = INVALID_REQUEST
+    retry_after: int | None = None
+    allow: str | None = None
+    plain: bool = False
+
+    async def send(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
+        headers = list(headers)
+        if self.retry_after is not None:
+            headers.append((b"retry-after", str(self.retry_after).encode()))
+        if self.allow is not None:
+            headers.append((b"allow", self.allow.encode()))
+        if self.plain:
+            headers.append((b"content-type", b"text/plain; charset=utf-8"))
+            await send_body(send, self.status, self.message.encode(), headers)
+        else:
+            body = error_body(None, ErrorData(code=self.code, message=self.message))
+            await send_body(send, self.status, body, [*headers, JSON_TYPE])
+
+
+def unavailable(message: str) -> Refusal:
+    """503: try again soon. The session is as it was (P9)."""
+    return Refusal(503, message, INTERNAL_ERROR, retry_after=1)
+
+
+async def send_body(send: Send, status: int, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+    """A whole response."""
+    headers = [*headers, (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def result_body(request_id: RequestId, result: Mapping[str, Any]) -> bytes:
+    """A JSON-RPC response with this result.
+
+    Raises:
+        pydantic_core.PydanticSerializationError: The result holds what JSON cannot.
+    """
+    return pydantic_core.to_json({"jsonrpc": "2.0", "id": request_id, "result": result}, inf_nan_mode="null")
+
+
+def error_body(request_id: RequestId | None, error: ErrorData) -> bytes:
+    """A JSON-RPC error response."""
+    return (
+        JSONRPCError(jsonrpc="2.0", id=request_id, error=error)
+        .model_dump_json(by_alias=True, exclude_unset=True)
+        .encode()
+    )
+
+
+def request_body(request_id: RequestId, method: str, params: Mapping[str, Any] | None) -> bytes:
+    """A JSON-RPC request."""
+    message = {"jsonrpc": "2.0", "id": request_id, "method": method}
+    return pydantic_core.to_json(message if not params else message | {"params": params}, inf_nan_mode="null")
+
+
+def notification_body(method: str, params: Mapping[str, Any] | None) -> bytes:
+    """A JSON-RPC notification."""
+    message = {"jsonrpc": "2.0", "method": method}
+    return pydantic_core.to_json(message if params is None else message | {"params": params}, inf_nan_mode="null")
+
+
+def sse_frame(event_id: str, body: bytes) -> bytes:
+    """One SSE event that carries a message. JSON has no line breaks outside of strings, and none unescaped in them."""
+    return b"id: %b\r\nevent: message\r\ndata: %b\r\n\r\n" % (event_id.encode(), body)
+
+
+def sse_retry(retry: int) -> bytes:
+    """How soon to come back, in milliseconds, without an event."""
+    return b"retry: %d\r\n\r\n" % retry
+
+
+def sse_priming(event_id: str, retry: int | None) -> bytes:
+    """An SSE event without data: it gives the client an id to come back with, and how soon, in milliseconds."""
+    return b"id: %b\r\n%bdata: \r\n\r\n" % (event_id.encode(), b"" if retry is None else b"retry: %d\r\n" % retry)
+
+
+class Outlet:
+    """Frames on their way to one client, which may be slow or gone.
+
+    Whoever produces waits when more than `room` bytes are waiting, so that a slow reader slows its own request down
+    and nobody else's. A reader that takes nothing for `patience` seconds is cut off: it can resume (P10).
+    """
+
+    def __init__(self, *, room: int = 256 * 1024, patience: float = 30.0, ping: float = 15.0) -> None:
+        self._frames: deque[bytes] = deque()
+        self._mark = 0
+        self.sent = 0
+        """The mark of the last frame that the connection took."""
+        self._waiting = 0
+        self._room = room
+        self._patience = patience
+        self._ping = ping
+        self._ended = False
+        self._gone = False
+        self._changed = asyncio.Event()
+        self._freed = asyncio.Event()
+
+    @property
+    def gone(self) -> bool:
+        """Nothing more reaches the client through this connection."""
+        return self._gone
+
+    async def room(self) -> None:
+        """Waits until there is room for more, or nobody who reads."""
+        while self._waiting > self._room and not self._gone and not self._ended:
+            self._freed.clear()
+            await self._freed.wait()
+
+    def put(self, frame: bytes, mark: int = 0) -> None:
+        """Takes a frame. Does nothing when the client is gone or the end was put."""
+        if self._gone or self._ended:
+            return
+        self._frames.append(frame)
+        self._mark = mark
+        self._waiting += len(frame)
+        self._changed.set()
+
+    def end(self) -> None:
+        """What was put is the last."""
+        self._ended = True
+        self._changed.set()
+        self._freed.set()
+
+    def leave(self) -> None:
+        """The client is gone."""
+        self._gone = True
+        self._changed.set()
+        self._freed.set()
+
+    async def pump(self, send: Send) -> bool:
+        """Writes until the end. Whether all of it was taken by the connection; False if the client is gone."""
+        try:
+            while True:
+                if self._gone:
+                    return False
+                if self._frames:
+                    body = b"".join(self._frames)
+                    self._frames.clear()
+                    mark = self._mark
+                    await self._send(send, body, more=True)
+                    self.sent = mark
+                    self._waiting -= len(body)
+                    self._freed.set()
+                elif self._ended:
+                    await self._send(send, b"", more=False)
+                    return True
+                else:
+                    await self._pause(send)
+        except TimeoutError:
+            return False
+        finally:
+            self.leave()
+
+    async def _pause(self, send: Send) -> None:
+        self._changed.clear()
+        try:
+            async with asyncio.timeout(self._ping):
+                await self._changed.wait()
+        except TimeoutError:
+            await self._send(send, PING, more=True)
+
+    async def _send(self, send: Send, body: bytes, *, more: bool) -> None:
+        async with asyncio.timeout(self._patience):
+            await send({"type": "http.response.body", "body": body, "more_body": more})
