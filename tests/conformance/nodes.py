@@ -1,0 +1,104 @@
+"""The everything server as real processes, alone or several behind a balancer that knows no sessions."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import sys
+import tempfile
+from asyncio.subprocess import DEVNULL, Process
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from pathlib import Path
+from typing import Final, Literal
+
+from nonstick.testing.balancer import Backend, Balancer
+from nonstick.testing.servers import ValkeyServer
+
+__all__ = ["ROOT", "StoreKind", "balanced", "serving", "store_url"]
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+"""The repository: the processes import the server from here."""
+
+START_SECONDS: Final = 30.0
+STOP_SECONDS: Final = 5.0
+
+StoreKind = Literal["sqlite", "valkey"]
+
+
+@contextmanager
+def store_url(kind: StoreKind) -> Iterator[str]:
+    """A fresh store's URL."""
+    if kind == "valkey":
+        with ValkeyServer() as valkey:
+            yield valkey.url
+        return
+    with tempfile.TemporaryDirectory(prefix="nonstick-conformance-") as home:
+        yield f"sqlite:///{home}/store.db"
+
+
+@asynccontextmanager
+async def serving(arguments: Sequence[str]) -> AsyncIterator[int]:
+    """One everything server with these arguments; gives its port once it listens there.
+
+    Raises:
+        RuntimeError: It ended before it listened; what it wrote is on stderr.
+    """
+    port = _free_port()
+    command = [sys.executable, "-m", "tests.conformance.everything_server", "--port", str(port), *arguments]
+    with tempfile.TemporaryFile() as log:
+        process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdin=DEVNULL, stdout=log, stderr=log)
+        try:
+            if not await _listens(process, port):
+                raise RuntimeError(f"the server on port {port} did not start")
+            yield port
+        finally:
+            await _stop(process)
+            log.seek(0)
+            # For whoever has to find out why a test failed: a healthy server writes next to nothing.
+            if written := log.read().decode(errors="replace"):
+                print(f"---- node on port {port}\n{written[-8000:]}", file=sys.stderr)
+
+
+@asynccontextmanager
+async def balanced(nodes: int, arguments: Sequence[str]) -> AsyncIterator[Balancer]:
+    """This many everything servers, and a round robin in front that picks anew for every request."""
+    async with AsyncExitStack() as stack:
+        ports = await asyncio.gather(*(stack.enter_async_context(serving(arguments)) for _ in range(nodes)))
+        backends = [Backend(f"node-{index}", port) for index, port in enumerate(ports, start=1)]
+        yield await stack.enter_async_context(Balancer(backends))
+
+
+async def _listens(process: Process, port: int) -> bool:
+    try:
+        async with asyncio.timeout(START_SECONDS):
+            while process.returncode is None:
+                try:
+                    _, writer = await asyncio.open_connection("127.0.0.1", port)
+                except OSError:
+                    await asyncio.sleep(0.02)
+                    continue
+                writer.close()
+                return True
+    except TimeoutError:
+        pass
+    return False
+
+
+async def _stop(process: Process) -> None:
+    with suppress(ProcessLookupError):
+        process.send_signal(signal.SIGTERM)
+    try:
+        async with asyncio.timeout(STOP_SECONDS):
+            await process.wait()
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

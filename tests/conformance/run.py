@@ -1,0 +1,200 @@
+"""Runs the official MCP conformance suite: `python -m tests.conformance.run`.
+
+Without arguments: against the SDK's own transport, and against nonstick with one node and with three. A check that
+the SDK passes and nonstick does not is a failure, unless `known.json` gives a reason for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import re
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Final, NamedTuple, get_args
+
+from tests.conformance import npm
+from tests.conformance.nodes import ROOT, StoreKind, balanced, serving, store_url
+from tests.conformance.results import Known, Outcome, Run, Scenario, compare, outcome, table
+
+HOME: Final = Path(__file__).resolve().parent
+REPORT: Final = ROOT / "docs" / "conformance.md"
+MARK: Final = "<!-- results: written by make conformance -->"
+
+VERSIONS: Final = ("2025-03-26", "2025-06-18", "2025-11-25", "2026-07-28")
+"""Every version that the suite takes."""
+
+EXTENSION: Final = "extension"
+SUITE_SECONDS: Final = 600.0
+
+
+class Column(NamedTuple):
+    """How the everything server runs: on this many nodes, over nonstick on this store or over the SDK alone."""
+
+    nodes: int
+    store: StoreKind | None = None
+
+    def __str__(self) -> str:
+        return f"sdk-{self.nodes}" if self.store is None else f"nonstick-{self.nodes}-{self.store}"
+
+
+BASELINE: Final = Column(1)
+WITHOUT: Final = Column(3)
+"""What the balancer does to sessions that live in one process: shown, not judged."""
+COLUMNS: Final = (WITHOUT, Column(1, "sqlite"), Column(3, "sqlite"), Column(3, "valkey"))
+
+
+class Suite:
+    """The suite's command line."""
+
+    def __init__(self) -> None:
+        modules = npm.install(HOME)
+        script = modules / "@modelcontextprotocol" / "conformance" / "dist" / "index.js"
+        self._command = [npm.node(modules, at_least=22), str(script)]
+
+    async def run(self, url: str) -> dict[Scenario, Outcome]:
+        """Every server scenario at every version it has."""
+        found: dict[Scenario, Outcome] = {}
+        for version in VERSIONS:
+            found |= await self._run(url, version, "--suite", "all", "--spec-version", version)
+        # The suites leave these out; each runs at the version that it was written for.
+        for name in await self._extensions():
+            found |= await self._run(url, EXTENSION, "--scenario", name)
+        return found
+
+    async def _extensions(self) -> list[str]:
+        said = await self._call("list", "--server")
+        return re.findall(r"^\s*- (\S+) \[extension\]$", said, re.MULTILINE)
+
+    async def _run(self, url: str, version: str, *which: str) -> dict[Scenario, Outcome]:
+        with tempfile.TemporaryDirectory(prefix="nonstick-conformance-") as home:
+            said = await self._call("server", "--url", url, "--output-dir", home, *which)
+            found = read(Path(home), version)
+        if not found:
+            raise RuntimeError(f"the suite has run nothing for {' '.join(which)}:\n{said[-2000:]}")
+        return found
+
+    async def _call(self, *arguments: str) -> str:
+        """What the suite writes. Its exit status says less than its results do: it takes warnings for success."""
+        process = await asyncio.create_subprocess_exec(
+            *self._command, *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+        )
+        try:
+            async with asyncio.timeout(SUITE_SECONDS):
+                said, _ = await process.communicate()
+        except BaseException:
+            process.kill()
+            await process.wait()
+            raise
+        return said.decode(errors="replace")
+
+
+def read(home: Path, version: str) -> dict[Scenario, Outcome]:
+    """The results that the suite has put into this directory."""
+    found: dict[Scenario, Outcome] = {}
+    for path in sorted(home.glob("server-*/checks.json")):
+        # The directory is `server-<scenario>-<time>`.
+        name = re.sub(r"-\d{4}-\d\d-\d\dT[\d-]+Z$", "", path.parent.name.removeprefix("server-"))
+        found[Scenario(version, name)] = outcome(json.loads(path.read_text()))
+    return found
+
+
+@asynccontextmanager
+async def server(column: Column) -> AsyncIterator[str]:
+    """The URL of the everything server; a lone node is reached without the balancer."""
+    async with AsyncExitStack() as stack:
+        arguments = ["--sdk"]
+        if column.store is not None:
+            arguments = ["--store", stack.enter_context(store_url(column.store))]
+        if column.nodes == 1:
+            yield f"http://127.0.0.1:{await stack.enter_async_context(serving(arguments))}/mcp"
+        else:
+            yield f"{(await stack.enter_async_context(balanced(column.nodes, arguments))).url}/mcp"
+
+
+async def run_column(suite: Suite, column: Column) -> dict[Scenario, Outcome]:
+    start = time.monotonic()
+    async with server(column) as url:
+        found = await suite.run(url)
+    failed = [(scenario, check) for scenario, result in found.items() for check in result.bad]
+    checks = sum(len(result.good) + len(result.bad) for result in found.values())
+    seconds = time.monotonic() - start
+    print(f"{column}: {len(found)} scenarios, {checks} checks, {len(failed)} not passed, {seconds:.0f} s", flush=True)
+    for scenario, check in failed:
+        # The server has no extensions, and the SDK alone no way to do better on three nodes.
+        if scenario.version != EXTENSION and column != WITHOUT:
+            print(f"    {scenario.version} {scenario.name}: {check.id}: {check.status}: {check.message}")
+    return found
+
+
+def read_known() -> list[Known]:
+    entries = json.loads((HOME / "known.json").read_text())
+    return [
+        Known(entry["scenario"], entry["check"], tuple(entry["versions"]), tuple(entry["columns"]), entry["reason"])
+        for entry in entries
+    ]
+
+
+def judge(columns: Mapping[Column, Run]) -> bool:
+    """Prints what nonstick does not pass and the SDK does; returns whether all of it is known."""
+    known = read_known()
+    used: set[Known] = set()
+    fine = True
+    for column, run in columns.items():
+        if column.store is None:
+            continue
+        for difference in compare(columns[BASELINE], run):
+            reasons = [entry for entry in known if entry.covers(str(column), difference)]
+            if not reasons:
+                fine = False
+                print(f"{column} differs from {BASELINE}: {difference}")
+            used.update(reasons)
+    names = {str(column) for column in columns}
+    for entry in known:
+        if entry not in used and names.issuperset(entry.columns):
+            fine = False
+            print(f"known.json is stale: {entry.scenario}: {entry.check} is the same in {', '.join(entry.columns)}")
+    return fine
+
+
+def write(columns: Mapping[Column, Run]) -> None:
+    """Puts the table at the end of the report."""
+    head, mark, _ = REPORT.read_text().partition(MARK)
+    if not mark:
+        raise RuntimeError(f"{REPORT.name} has no line {MARK}")
+    named = {str(column): run for column, run in columns.items()}
+    REPORT.write_text(f"{head}{MARK}\n\n{table(named, [*VERSIONS, EXTENSION])}")
+
+
+async def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sdk", action="store_true", help="only the SDK's own transport")
+    parser.add_argument("--nodes", type=int, choices=(1, 3), help="only the SDK, and nonstick with this many nodes")
+    parser.add_argument("--store", choices=get_args(StoreKind), default="sqlite", help="with --nodes (%(default)s)")
+    parser.add_argument("--write", action="store_true", help=f"put the table into docs/{REPORT.name}")
+    arguments = parser.parse_args()
+    try:
+        suite = Suite()
+    except npm.NpmMissing as missing:
+        print(f"skipped: the conformance suite needs npm and Node.js 22: {missing}")
+        return 0
+    wanted: tuple[Column, ...] = COLUMNS
+    if arguments.sdk:
+        wanted = (WITHOUT,)
+    elif arguments.nodes is not None:
+        wanted = (Column(arguments.nodes, arguments.store),)
+    columns: dict[Column, Run] = {}
+    for column in (BASELINE, *wanted):
+        columns[column] = await run_column(suite, column)
+    if arguments.write:
+        write(columns)
+    return 0 if judge(columns) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(asyncio.run(main()))
