@@ -261,6 +261,10 @@ class SessionManager:
             raise NonstickError("this node is draining")
         await node.store.ping()
 
+    def begin_drain(self) -> None:
+        """Stops taking work, and returns at once. As on SIGTERM."""
+        self._running().begin_drain()
+
     async def drain(self) -> None:
         """Stops taking work and returns when what runs here has finished, or was ended after the grace period (P8)."""
         await self._running().drain()
