@@ -98,8 +98,8 @@ class Loaded(NamedTuple):
 
     Attributes:
         fields: The record, all of its fields.
-        head: Cursor of the last entry that was ever appended, also if `trim` has dropped it since; `Cursor(0)` while
-            there was none.
+        head: Cursor of the last entry that was ever appended; `Cursor(0)` while there was none. If `trim` has dropped
+            the entry since, the position is still its, and the tag may be empty.
         cancels: Request keys of the cancels that were left within the last `CANCEL_SECONDS`.
     """
 

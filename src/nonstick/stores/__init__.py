@@ -1,0 +1,86 @@
+"""The stores that come with nonstick, and the URLs that name them."""
+
+from __future__ import annotations
+
+from typing import Final
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+from nonstick.errors import ConfigurationError
+from nonstick.store import Store
+
+__all__ = ["open_store"]
+
+_POSSIBLE: Final = (
+    "memory: (one process), sqlite:///file.db or sqlite:////absolute/file.db (one machine), "
+    "redis://host:port/db, rediss://host:port/db or unix:///path/to/socket (Redis or Valkey)"
+)
+
+
+def open_store(store: str | Store) -> Store:
+    """The store that a URL names, not yet entered; a store is passed through.
+
+    * `memory:`: in this process only. Two calls make two stores.
+    * `sqlite:///relative.db`, `sqlite:////absolute.db`: a file on a local disk. The path is taken as it stands.
+    * `redis://`, `rediss://`, `unix://`: Redis or Valkey. `?prefix=name` puts the store's keys under that name.
+
+    Connects to nothing and opens no file: entering the store does.
+
+    Raises:
+        ConfigurationError: The URL names no store, or the store needs packages that are not installed. The message
+            does not repeat the URL, which may hold a password (P13).
+    """
+    if not isinstance(store, str):
+        return store
+    scheme = store.partition(":")[0].lower() if ":" in store else ""
+    match scheme:
+        case "memory":
+            return _memory(store)
+        case "sqlite":
+            return _sqlite(store)
+        case "redis" | "rediss" | "unix":
+            return _redis(store)
+        case _:
+            raise ConfigurationError(f"the store URL's scheme is none that is known; possible are {_POSSIBLE}")
+
+
+def _memory(url: str) -> Store:
+    if url.lower() not in {"memory:", "memory://"}:
+        raise ConfigurationError("the in-memory store is named 'memory:', with nothing after the colon")
+    from nonstick.stores.memory import MemoryStore
+
+    return MemoryStore()
+
+
+def _sqlite(url: str) -> Store:
+    path = url[len("sqlite:///") :]
+    if not url.lower().startswith("sqlite:///") or not path:
+        raise ConfigurationError("name a file: sqlite:///relative/file.db or sqlite:////absolute/file.db")
+    if path == ":memory:":
+        raise ConfigurationError("an SQLite database in memory cannot be shared: use 'memory:'")
+    from nonstick.stores.sqlite import SQLiteStore
+
+    return SQLiteStore(path)
+
+
+def _redis(url: str) -> Store:
+    url, prefix = _without_prefix(url)
+    try:
+        from nonstick.stores.redis import RedisStore
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in {"redis", "hiredis"}:
+            raise
+        raise ConfigurationError("a Redis store needs further packages: pip install 'nonstick[redis]'") from error
+    return RedisStore(url) if prefix is None else RedisStore(url, prefix=prefix)
+
+
+def _without_prefix(url: str) -> tuple[str, str | None]:
+    """The URL without its `prefix` parameter, and that parameter."""
+    parts = urlsplit(url)
+    query = parse_qsl(parts.query, keep_blank_values=True)
+    prefixes = [value for name, value in query if name == "prefix"]
+    if not prefixes:
+        return url, None
+    if len(prefixes) > 1 or not prefixes[0]:
+        raise ConfigurationError("give one prefix in the store URL, and not an empty one: ?prefix=name")
+    rest = urlencode([(name, value) for name, value in query if name != "prefix"])
+    return parts._replace(query=rest).geturl(), prefixes[0]

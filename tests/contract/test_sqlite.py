@@ -1,0 +1,20 @@
+"""The SQLite store keeps the contract, as two processes on one file would use it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from nonstick.stores.sqlite import SQLiteStore
+from nonstick.testing import Opener, StoreContract, opening
+
+
+class TestSQLiteStore(StoreContract):
+    """Each node has its own connections to one file."""
+
+    @pytest.fixture
+    async def opener(self, tmp_path: Path) -> AsyncIterator[Opener]:
+        async with opening(lambda: SQLiteStore(tmp_path / "sessions.db")) as opener:
+            yield opener
