@@ -10,6 +10,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any, Final, Literal, TextIO
 
 __all__ = ["LEVELS", "Format", "JSONFormatter", "TextFormatter", "configure", "set_node", "wants_colour"]
@@ -123,7 +124,7 @@ def _value(value: object) -> str:
     return json.dumps(text, ensure_ascii=False).translate(_ESCAPED)
 
 
-def wants_colour(stream: TextIO, environ: dict[str, str]) -> bool:
+def wants_colour(stream: TextIO, environ: Mapping[str, str]) -> bool:
     """Whether to colour: on a terminal, unless `NO_COLOR` is set (https://no-color.org)."""
     return stream.isatty() and not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
 

@@ -135,11 +135,12 @@ class Balancer:
         await asyncio.gather(*self._clients, return_exceptions=True)
         await self._server.wait_closed()
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.create_task(self._serve(_Peer(h11.Connection(h11.SERVER), reader, writer)))
         self._clients.add(task)
-        client = _Peer(h11.Connection(h11.SERVER), reader, writer)
+        task.add_done_callback(self._clients.discard)
+
+    async def _serve(self, client: _Peer) -> None:
         try:
             while await self._serve_one(client):
                 pass
@@ -148,7 +149,6 @@ class Balancer:
             _logger.debug("client connection ended: %r", error)
         finally:
             client.abort()
-            self._clients.discard(task)
 
     async def _serve_one(self, client: _Peer) -> bool:
         """Carries one request; returns whether the client's connection can carry another."""

@@ -1,0 +1,9 @@
+"""`python -m nonstick` is the command line."""
+
+from __future__ import annotations
+
+import sys
+
+from nonstick.cli import main
+
+sys.exit(main())

@@ -1,0 +1,186 @@
+"""`nonstick demo`: real node processes, a balancer without affinity, the official client, and a kill -9.
+
+It is a list of acts. The first line of an act's docstring is its title; it takes the stage, drives the client, says
+what it sees, and raises `Problem` if something is not as it must be. Every exchange is told by the stage itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+from mcp import Client
+
+from nonstick.demo_stage import CLIENT_NAME, Cluster, Narrator, Problem, Stage, served, text_of
+from nonstick.stores import open_store
+
+__all__ = ["run"]
+
+_ACT_SECONDS: Final = 20.0
+_COUNT_TO: Final = 4
+
+Act = Callable[[Stage], Awaitable[None]]
+
+
+def run(*, store: str | None, sdk: bool, nodes: int) -> int:
+    """Plays the demo; returns 0 if all went as it must, 1 if not, 130 if it was interrupted.
+
+    Raises:
+        ConfigurationError: `store` names no store.
+    """
+    logging.getLogger("mcp.client").setLevel(logging.CRITICAL)  # what it would say is told here
+    tell = Narrator()
+    with tempfile.TemporaryDirectory(prefix="nonstick-demo-") as home, _stopped_like_ctrl_c():
+        shared = open_store(store).url if store else "a temporary SQLite file"
+        store = store or f"sqlite:///{Path(home) / 'sessions.db'}"
+        cluster = Cluster(Path(home), store, nodes, sdk=sdk)
+        _introduce(tell, cluster, shared)
+        try:
+            return asyncio.run(_play(tell, cluster))
+        except KeyboardInterrupt:
+            tell.line("\ninterrupted; the nodes are stopped")
+            return 130
+
+
+@contextlib.contextmanager
+def _stopped_like_ctrl_c() -> Iterator[None]:
+    """SIGTERM ends the demo as Ctrl-C does, so that no node is left behind."""
+    before = signal.signal(signal.SIGTERM, lambda _signum, _frame: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _introduce(tell: Narrator, cluster: Cluster, shared: str) -> None:
+    names = [node.name for node in cluster.nodes]
+    how = "each serves with the SDK alone" if cluster.sdk else f"they share {shared}"
+    tell.line(f"{len(names)} nodes, {names[0]} to {names[-1]}, each a process of its own; {how}.")
+    tell.line("In front of them a proxy sends every request to the next node: nothing is sticky.")
+    tell.line("The client is the official Python client in its handshake mode, which has sessions.")
+
+
+async def _play(tell: Narrator, cluster: Cluster) -> int:
+    try:
+        async with cluster, Stage(tell, cluster) as stage:
+            for number, act in enumerate(SDK_ACTS if cluster.sdk else ACTS, 1):
+                tell.title(f"{number}. {(act.__doc__ or '').splitlines()[0]}")
+                async with asyncio.timeout(_ACT_SECONDS):
+                    await act(stage)
+                if stage.unexpected:
+                    raise Problem("; ".join(stage.unexpected))
+    except Exception as error:  # whatever it is, the demo has not shown what it is to show
+        tell.verdict(False, _reason(error))
+        return 1
+    tell.verdict(True, _summary(stage))
+    return 0
+
+
+def _summary(stage: Stage) -> str:
+    lost = sum(exchange.status == 404 for exchange in stage.exchanges)
+    total = len(stage.exchanges)
+    if stage.cluster.sdk:
+        return f"failed as it must without nonstick: {lost} of {total} requests got 404"
+    return (
+        f"{total} requests ({served(stage.exchanges)}), {stage.progress} progress notifications, "
+        f"{', '.join(stage.killed)} killed, no request failed"
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong first: the client wraps it in groups."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    if isinstance(error, TimeoutError):
+        return f"an act did not end within {_ACT_SECONDS:.0f} s"
+    return str(error) if isinstance(error, Problem) else f"{type(error).__name__}: {error}"
+
+
+# ---- the acts
+
+
+async def one_session_on_every_node(stage: Stage) -> None:
+    """One session, served by every node
+
+    P1, P2, P3 and P6, as one client sees them.
+    """
+    async with stage.client() as client:
+        await client.list_tools()
+        for _ in stage.cluster.nodes:
+            await _where(stage, client)
+        await _count(stage, client)
+    session_id = stage.session_id()
+    with stage.expecting(404):
+        status = await stage.ping(session_id)
+    if status != 404:
+        raise Problem(f"a request in the ended session got {status}, not 404")
+    stage.tell.aside("404, as it must be: the session has ended, and every node knows")
+    idle = {node.name for node in stage.cluster.nodes} - {exchange.backend for exchange in stage.exchanges}
+    if idle:
+        raise Problem(f"{', '.join(sorted(idle))} served nothing")
+
+
+async def kill_the_node_that_opened_the_session(stage: Stage) -> None:
+    """A new session, and kill -9 for the node that opened it
+
+    P1 and P2 again: nothing of a session is only on one node.
+    """
+    async with stage.client() as client:
+        await _where(stage, client)
+        victim = stage.last("initialize").backend
+        stage.tell.event(f"kill -9 {victim}")
+        stage.kill(victim)
+        for _ in range(2 * len(stage.cluster.nodes)):
+            await _where(stage, client)
+        await _count(stage, client)
+
+
+async def the_sdk_alone(stage: Stage) -> None:
+    """The same client and server without nonstick"""
+    with stage.expecting(404):
+        try:
+            async with stage.client() as client:
+                for _ in stage.cluster.nodes:
+                    await _where(stage, client)
+        except Exception as error:
+            stage.tell.aside(f"the client gives up: {_reason(error)}")
+    if not any(exchange.status == 404 for exchange in stage.exchanges):
+        raise Problem("no request was lost: that was not to be expected")
+    opener = stage.last("initialize").backend
+    stage.tell.aside(f"The SDK keeps a session in the memory of the process that opened it, here {opener}.")
+    stage.tell.aside("Every other node answers 404, which tells a client that its session is gone.")
+    stage.tell.aside("nonstick keeps it in a store that all nodes share: run this again without --sdk.")
+
+
+ACTS: Final[tuple[Act, ...]] = (one_session_on_every_node, kill_the_node_that_opened_the_session)
+SDK_ACTS: Final[tuple[Act, ...]] = (the_sdk_alone,)
+
+
+async def _where(stage: Stage, client: Client) -> None:
+    """A call whose answer says which node ran it, and that this node knows the client."""
+    said = text_of(await client.call_tool("where"))
+    stage.tell.aside(f'"{said}"')
+    node = stage.last("tools/call").backend
+    if said != f"{node} here, serving {CLIENT_NAME}":
+        raise Problem(f"{node} answered: {said}")
+
+
+async def _count(stage: Stage, client: Client) -> None:
+    """A call that reports progress while it runs: all of it must come, in order, before the result."""
+    steps: list[float] = []
+
+    async def on_progress(progress: float, total: float | None, message: str | None) -> None:
+        steps.append(progress)
+        stage.progress += 1
+        stage.tell.aside(f"progress {progress:.0f} of {total or 0:.0f}: {message}")
+
+    said = text_of(await client.call_tool("count", {"to": _COUNT_TO}, progress_callback=on_progress))
+    stage.tell.aside(f'"{said}"')
+    if steps != list(range(1, _COUNT_TO + 1)):
+        raise Problem(f"progress came as {steps}")

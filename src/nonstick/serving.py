@@ -1,0 +1,338 @@
+"""`nonstick serve`: checks everything that can be checked, then lets uvicorn run the application.
+
+One process serves the object that was found. With `--workers` or `--reload` uvicorn starts processes that find it
+again; their settings travel in an environment variable, so that a store's password is not on a command line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import errno
+import json
+import logging
+import math
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final, Literal, NoReturn
+
+import uvicorn
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
+from uvicorn.supervisors import ChangeReload, Multiprocess
+
+from nonstick import loading, logs
+from nonstick.app import App
+from nonstick.app import app as make_app
+from nonstick.errors import ConfigurationError, NonstickError, StoreUnavailable
+from nonstick.manager import SessionManager
+from nonstick.store import Store
+from nonstick.stores import open_store
+
+__all__ = ["DEFAULT_STORE", "Settings", "serve", "worker_app"]
+
+DEFAULT_STORE: Final = "sqlite:///.nonstick/sessions.db"
+"""In the working directory: shared by what is started there."""
+
+PING_SECONDS: Final = 5.0
+"""How long a store may take to answer before it counts as unreachable."""
+
+_AFTER_GRACE: Final = 2
+"""Seconds that uvicorn waits longer than the node, which has to tell its clients how their requests ended."""
+
+_VARIABLE: Final = "NONSTICK_SERVE"
+_STARTUP_FAILURE: Final = 3
+"""uvicorn's exit status of a worker that cannot start: it is not started again."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the command line said."""
+
+    target: str
+    store: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    path: str = "/mcp"
+    workers: int = 1
+    reload: bool = False
+    answer: Literal["auto", "sse", "json"] = "auto"
+    grace: float = 20.0
+    log_format: logs.Format = "text"
+    log_level: str = "info"
+
+    def hand_over(self) -> None:
+        """Leaves these settings for the processes that this one will start."""
+        os.environ[_VARIABLE] = json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def handed_over(cls) -> Settings:
+        """The settings that the parent process left."""
+        return cls(**json.loads(os.environ[_VARIABLE]))
+
+
+def serve(settings: Settings) -> int:
+    """Serves until told to stop; returns the exit status.
+
+    Raises:
+        TargetError, ConfigurationError, StoreUnavailable: It cannot work; nothing was started.
+    """
+    _configure_logs(settings)
+    _stop_at_once_on(signal.SIGTERM)
+    found = loading.find(settings.target)
+    with _bound(settings) as listener:
+        _prepare_store(settings)
+        settings = dataclasses.replace(settings, port=listener.getsockname()[1])
+        if settings.workers > 1 or settings.reload:
+            return _serve_in_children(settings, listener)
+        app = _Deferred(settings, found)
+        config = uvicorn.Config(app, **_uvicorn_options(settings))
+        with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+            try:
+                return runner.run(_serve_here(app, uvicorn.Server(config), listener))
+            except KeyboardInterrupt:  # Ctrl-C, raised again by uvicorn when it has finished
+                return 0
+
+
+def worker_app() -> _Deferred:
+    """The application of a worker process: what uvicorn imports there."""
+    settings = Settings.handed_over()
+    _configure_logs(settings)
+    try:
+        return _Deferred(settings, loading.find(settings.target))
+    except loading.TargetError as error:
+        sys.stderr.write(f"{error.trace}nonstick: {error}\n")
+        sys.exit(_STARTUP_FAILURE)
+
+
+# ---- the application
+
+
+class _Deferred:
+    """The application, made at start-up in the event loop that will run it: a factory may be async."""
+
+    def __init__(self, settings: Settings, found: loading.Found) -> None:
+        self._settings = settings
+        self._found = found
+        self._app: App | None = None
+
+    async def prepare(self) -> None:
+        """Makes it, once.
+
+        Raises:
+            TargetError: The factory failed.
+        """
+        if self._app is None:
+            server = await loading.call(self._found, self._settings.target)
+            self._app = _application(server, self._settings)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan":
+            assert self._app is not None
+            await self._app(scope, receive, send)
+            return
+        try:
+            await self.prepare()
+        except NonstickError as error:
+            await receive()
+            await send({"type": "lifespan.startup.failed", "message": str(error)})
+            return
+        assert self._app is not None
+        await self._app(scope, receive, self._announcing(self._app.manager, send))
+
+    def _announcing(self, manager: SessionManager, send: Send) -> Send:
+        """Says where this node serves once it has started."""
+        host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
+        url = f"http://{host}:{self._settings.port}{self._settings.path}"
+
+        async def announce(message: Message) -> None:
+            if message["type"] == "lifespan.startup.complete":
+                logs.set_node(manager.node)
+                logger.info("serving", extra={"url": url, "store": manager.store.url, "pid": os.getpid()})
+            await send(message)
+
+        return announce
+
+
+def _application(server: loading.AnyServer, settings: Settings) -> App:
+    app = make_app(
+        server,
+        store=settings.store,
+        path=settings.path,
+        host=settings.host,
+        answer=settings.answer,
+        grace=settings.grace,
+    )
+    taken = {getattr(route, "path", None) for route in app.routes}
+    for probe in (Route("/healthz", _healthz), Route("/readyz", _Ready(app.manager).answer)):
+        if probe.path not in taken:  # the server's own route of that name stays
+            app.router.routes.insert(0, probe)
+    return app
+
+
+def _healthz(_request: Request) -> JSONResponse:
+    return JSONResponse({"status": "ok"})
+
+
+class _Ready:
+    """Whether this node should get requests: its store can be reached, and it is not draining."""
+
+    def __init__(self, manager: SessionManager) -> None:
+        self._manager = manager
+
+    async def answer(self, _request: Request) -> JSONResponse:
+        try:
+            async with asyncio.timeout(PING_SECONDS):
+                await self._manager.check_ready()
+        except TimeoutError:
+            return _not_ready(f"the store did not answer within {PING_SECONDS:.0f} s")
+        except NonstickError as error:
+            return _not_ready(str(error))
+        return JSONResponse({"status": "ready"})
+
+
+def _not_ready(reason: str) -> JSONResponse:
+    return JSONResponse({"status": "not ready", "reason": reason}, status_code=503, headers={"retry-after": "1"})
+
+
+# ---- the processes
+
+
+def _uvicorn_options(settings: Settings) -> dict[str, Any]:
+    return {
+        "host": settings.host,
+        "port": settings.port,
+        "log_config": None,  # `logs.configure` has been there
+        "log_level": settings.log_level,
+        "lifespan": "on",
+        "timeout_graceful_shutdown": math.ceil(settings.grace) + _AFTER_GRACE,
+    }
+
+
+async def _serve_here(app: _Deferred, server: uvicorn.Server, listener: socket.socket) -> int:
+    await app.prepare()  # before uvicorn: what goes wrong here is told in one paragraph
+    try:
+        await server.serve(sockets=[listener])
+    except SystemExit as stop:  # by `_stop_at_once`, once uvicorn is done, or by uvicorn
+        return stop.code if isinstance(stop.code, int) else 1
+    return 0
+
+
+def _serve_in_children(settings: Settings, listener: socket.socket) -> int:
+    settings.hand_over()
+    config = uvicorn.Config(
+        "nonstick.serving:worker_app",
+        factory=True,
+        workers=settings.workers,
+        reload=settings.reload,
+        **_uvicorn_options(settings),
+    )
+    if settings.reload:
+        ChangeReload(config, target=uvicorn.Server(config).run, sockets=[listener]).run()
+        return 0
+    supervisor = Multiprocess(config, sockets=[listener])
+    supervisor.run()
+    return 1 if any(process.exitcode == _STARTUP_FAILURE for process in supervisor.processes) else 0
+
+
+def _bound(settings: Settings) -> socket.socket:
+    """A socket bound there, not listening yet.
+
+    Raises:
+        ConfigurationError: It cannot be had.
+    """
+    host, port = settings.host, settings.port
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror:
+        raise ConfigurationError(f"{host!r} is no address of this machine. Use 127.0.0.1, 0.0.0.0 or ::.") from None
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise ConfigurationError(_bind_failed(error, host, port)) from error
+    listener.set_inheritable(True)
+    return listener
+
+
+def _bind_failed(error: OSError, host: str, port: int) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"port {port} on {host} is in use. Choose another with --port (0 for any), or stop what listens there."
+    if error.errno == errno.EACCES:
+        return f"port {port} needs privileges that this process does not have. Choose one from 1024 on with --port."
+    if error.errno == errno.EADDRNOTAVAIL:
+        return f"{host} is no address of this machine. Use 127.0.0.1, 0.0.0.0 or ::."
+    return f"cannot listen on {host} port {port}: {error.strerror}."
+
+
+def _stop_at_once_on(signum: signal.Signals) -> None:
+    """Ends the process with status 0 on this signal.
+
+    uvicorn has its own handler while it runs, and raises the signal again for this one when it has finished.
+    """
+
+    def stop(_signum: int, _frame: FrameType | None) -> NoReturn:
+        raise SystemExit(0)
+
+    signal.signal(signum, stop)
+
+
+def _configure_logs(settings: Settings) -> None:
+    colour = logs.wants_colour(sys.stderr, os.environ)
+    node = os.environ.get("NONSTICK_NODE") or socket.gethostname()
+    logs.configure(style=settings.log_format, level=settings.log_level, node=node, colour=colour)
+
+
+# ---- the store
+
+
+def _prepare_store(settings: Settings) -> None:
+    """Sees that the store can be used.
+
+    Raises:
+        ConfigurationError: The URL names no store, or one that cannot serve several processes.
+        StoreUnavailable: It did not answer in time. The message says where it is and how to look.
+    """
+    if settings.store == DEFAULT_STORE:
+        _make_home(Path(DEFAULT_STORE.removeprefix("sqlite:///")).parent)
+    if settings.store.lower().startswith("memory:") and settings.workers > 1:
+        raise ConfigurationError(
+            "several --workers cannot share memory:, each would have sessions of its own. "
+            f"Leave --store out to share {DEFAULT_STORE}, or give sqlite:///FILE or redis://HOST:PORT."
+        )
+    asyncio.run(_ping(open_store(settings.store)))
+
+
+async def _ping(store: Store) -> None:
+    try:
+        async with asyncio.timeout(PING_SECONDS), store:
+            await store.ping()
+    except (TimeoutError, StoreUnavailable) as error:
+        what = "no answer" if isinstance(error, TimeoutError) else str(error)
+        raise StoreUnavailable(f"cannot use the store {store.url}: {what}. {_how_to_look(store.url)}") from error
+
+
+def _how_to_look(url: str) -> str:
+    if url.startswith("sqlite:"):
+        return "Its directory must exist, on a local disk, and be writable for this user."
+    return f"See whether it runs and can be reached from here: redis-cli -u {url} ping"
+
+
+def _make_home(home: Path) -> None:
+    """The directory of the default store: for this user only, and no part of anybody's repository."""
+    try:
+        home.mkdir(mode=0o700, exist_ok=True)
+        (home / ".gitignore").write_text("*\n")
+    except OSError as error:
+        why = f"cannot write to {home.absolute()}: {error.strerror}"
+        raise ConfigurationError(f"{why}. Give a place for the sessions with --store sqlite:///FILE.") from error
