@@ -43,10 +43,10 @@ Answer = Literal["auto", "sse", "json"]
 """How requests are answered: `auto` JSON if the handler ends soon and silently, else a stream; `sse` always a stream;
 `json` never."""
 
+_UNSAVED: Final = "The request ran, but the session store could not be reached to save what it changed in the session"
+
 _EMIT_PATIENCE: Final = 20.0
 _RETRY_PAUSE: Final = 1.0
-
-_LOG_LEVELS: Final = ("debug", "info", "notice", "warning", "error", "critical", "alert", "emergency")
 
 
 _attempt: ContextVar[int] = ContextVar("nonstick_attempt", default=1)
@@ -118,8 +118,7 @@ class Exchange:
     async def serve(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
         """Runs the request and writes its response. `headers` go out with every response of the session."""
         self.session.exchanges[self.key] = self
-        self.session.__enter__()
-        self.session.node.spawn(self._run())
+        self.session.spawn(self._run())
         try:
             # A caller that is cancelled leaves the handler alone.
             outcome = await asyncio.shield(self._outcome)
@@ -154,8 +153,7 @@ class Exchange:
         self._outlet.leave()
         self._outcome.set_result(None)
         self.session.exchanges[self.key] = self
-        self.session.__enter__()
-        self.session.node.spawn(self._run())
+        self.session.spawn(self._run())
         return True
 
     # ---- the handler's side
@@ -202,7 +200,6 @@ class Exchange:
             self.session.leave()
         if not self._visible:
             self.session.node.spawn(self.session.end())
-        self.session.__exit__()
 
     async def _handle(self) -> bytes:
         """Runs the kernel. The single place where an exception becomes a JSON-RPC error."""
@@ -254,8 +251,12 @@ class Exchange:
             if self.stream or self._in_doubt is not None:
                 await self._end_stream(body, fields)
             else:
-                if fields:
-                    await self.session.node.store.update(self.session.key, fields)
+                try:
+                    if fields:
+                        await self.session.node.store.update(self.session.key, fields)
+                except StoreUnavailable:
+                    self._refuse(wire.unavailable(_UNSAVED))
+                    return
                 self._outcome.set_result(body)
             self.session.state.saved(changes)
 
@@ -464,10 +465,6 @@ class Exchange:
             self._stop("ended")
             self._outlet.end()
 
-    def hand_over(self) -> None:
-        """The node stops: the client's connection is closed with a hint to come back; the stream lives on (P8)."""
-        self._outlet.end()
-
     def _stop(self, reason: Literal["cancelled", "ended", "failed"]) -> None:
         if self._stopped is None and not self._closed:
             self._stopped = reason
@@ -496,7 +493,7 @@ class Exchange:
         return await self.session.ask(self._emit, method, params, opts)
 
     async def notify(self, method: str, params: Mapping[str, Any] | None, opts: CallOptions | None = None) -> None:
-        if self._closed or self._answer == "json" or not self._wants(method, params):
+        if self._closed or self._answer == "json" or not self.session.wants(method, params):
             logger.debug("dropped %s: the request is over, answered with JSON, or the level is not wanted", method)
             return
         try:
@@ -517,10 +514,3 @@ class Exchange:
         if message is not None:
             params["message"] = message
         await self.notify("notifications/progress", params)
-
-    def _wants(self, method: str, params: Mapping[str, Any] | None) -> bool:
-        level = self.session.log_level
-        if method != "notifications/message" or level not in _LOG_LEVELS:
-            return True
-        said = (params or {}).get("level")
-        return said not in _LOG_LEVELS or _LOG_LEVELS.index(said) >= _LOG_LEVELS.index(level)

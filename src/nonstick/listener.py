@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
+import anyio
 import pydantic_core
 from mcp_types import INTERNAL_ERROR, ErrorData
 from starlette.types import Receive, Send
@@ -30,6 +31,8 @@ from nonstick.store import MAX_READ, STANDALONE, Batch, Cursor, Event
 __all__ = ["Listener", "Resumption"]
 
 logger = logging.getLogger(__name__)
+
+_LEAVE_SECONDS: Final = 2.0
 
 _LIVENESS_POLL: Final = 1.5
 """Seconds of silence after which it is looked whether the node that should write still lives."""
@@ -411,4 +414,5 @@ class Listener(Reader):
         finally:
             if self._active and not self.session.ended:
                 self._active = False
-                self.session.node.spawn(self._leave())
+                with anyio.move_on_after(_LEAVE_SECONDS, shield=True):
+                    await self._leave()

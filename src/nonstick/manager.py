@@ -54,7 +54,7 @@ from mcp_types import (
 )
 from mcp_types.version import HANDSHAKE_PROTOCOL_VERSIONS, is_version_at_least
 from pydantic import ValidationError
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope, Send
 
 from nonstick import wire
@@ -308,6 +308,8 @@ class SessionManager:
                 await self._serve_without_session(request, send)
             else:
                 await self._serve_session(request, session_id, receive, send, headers)
+        except ClientDisconnect:
+            logger.debug("a client went before its request was whole")
         except wire.Refusal as refusal:
             await refusal.send(send, headers)
         except SessionNotFound:
@@ -435,13 +437,10 @@ class SessionManager:
         with session:
             if isinstance(message, JSONRPCNotification):
                 await self._take_notification(session, message)
-                work = self._notify(session, message, request)
+                # In the background: the client waits for no handler of a notification (as the SDK).
+                session.spawn(self._notify(session, message, request))
             else:
                 await self._take_response(session, message)
-                work = None
-            if work is not None:
-                # In the background: the client waits for no handler of a notification (as the SDK).
-                session.node.spawn(work)
             await wire.send_body(send, 202, b"", [*headers, wire.JSON_TYPE])
 
     async def _serve_request(
@@ -491,9 +490,8 @@ class SessionManager:
 
     async def _notify(self, session: Session, message: JSONRPCNotification, request: Request) -> None:
         """Runs the server's handler, if it has one, and saves what it changed."""
-        with session:
-            await session.runner.on_notify(_Notice(session, request), message.method, message.params)
-            await session.save()
+        await session.runner.on_notify(_Notice(session, request), message.method, message.params)
+        await session.save()
 
     async def _take_response(self, session: Session, message: JSONRPCResponse | JSONRPCError) -> None:
         if message.id is None:

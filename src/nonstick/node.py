@@ -210,7 +210,8 @@ class Node:
         before: dict[signal.Signals, Callable[[int, FrameType | None], Any]] = {}
 
         def begin(number: int, frame: FrameType | None) -> None:
-            loop.call_soon_threadsafe(self.begin_drain)
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self.begin_drain)
             before[signal.Signals(number)](number, frame)
 
         for number in _SIGNALS:

@@ -48,6 +48,7 @@ T = TypeVar("T")
 _WITHDRAW_SECONDS: Final = 5.0
 _STANDALONE_PATIENCE: Final = 20.0
 _RECENT_CANCELS: Final = 32
+_LOG_LEVELS: Final = ("debug", "info", "notice", "warning", "error", "critical", "alert", "emergency")
 
 
 def request_key(request_id: RequestId) -> str:
@@ -107,7 +108,8 @@ class _Standalone:
         return await self._session.ask(self._session.emit, method, params, opts)
 
     async def notify(self, method: str, params: Mapping[str, Any] | None, opts: CallOptions | None = None) -> None:
-        await self._session.emit(draft(Kind.MESSAGE, wire.notification_body(method, params)))
+        if self._session.wants(method, params):
+            await self._session.emit(draft(Kind.MESSAGE, wire.notification_body(method, params)))
 
 
 class Session:
@@ -182,6 +184,11 @@ class Session:
                 self.attend()
             return
         self.evict()
+
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Runs this in the background, for the session, whose view is kept meanwhile."""
+        self.__enter__()
+        self.node.spawn(work).add_done_callback(lambda _: self.__exit__())
 
     def evict(self) -> None:
         """Forgets this view; the session lives on in the store."""
@@ -266,6 +273,13 @@ class Session:
     async def close_standalone(self) -> None:
         """`close_standalone_sse_stream`: the connection to the standalone stream is closed; the client comes back."""
         await self.emit(draft(Kind.HANGUP))
+
+    def wants(self, method: str, params: Mapping[str, Any] | None) -> bool:
+        """Whether the client asked for this: a log message may be below the level that it set."""
+        if method != "notifications/message" or self.log_level not in _LOG_LEVELS:
+            return True
+        level = (params or {}).get("level")
+        return level not in _LOG_LEVELS or _LOG_LEVELS.index(level) >= _LOG_LEVELS.index(self.log_level)
 
     def note(self, appended: Appended) -> None:
         """Sees to the log's size after an append."""
