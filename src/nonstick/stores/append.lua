@@ -38,7 +38,7 @@ end
 if (answers ~= '' and not book[4]) or (settle ~= '' and not book[5]) then return 'not pending' end
 
 local at = 14
-local set, drop = {}, {}
+local set = {}
 for i = at, at + expects - 1 do
   set[#set + 1] = 'p' .. ARGV[i]
   set[#set + 1] = '1'
@@ -56,9 +56,17 @@ if events > 0 then
 end
 local total = 0
 for i = at, #ARGV, 2 do
-  position = position + 1
-  tag = ARGV[i]
-  redis.call('XADD', log, '0-' .. position, 't', tag, 's', stream, 'd', ARGV[i + 1])
+  local id = '0-' .. (position + 1)
+  if not redis.call('XADD', log, 'NOMKSTREAM', id, 't', ARGV[i], 's', stream, 'd', ARGV[i + 1]) then
+    redis.call('XADD', log, id, 't', ARGV[i], 's', stream, 'd', ARGV[i + 1])
+    redis.call('PEXPIREAT', log, expires)
+    if count > 0 then
+      -- An eviction took the log. It starts anew here, and read.lua reports what is missing.
+      redis.call('HSET', record, '#d', string.format('%d ', position) .. tag)
+      size, count = 0, 0
+    end
+  end
+  position, tag = position + 1, ARGV[i]
   total = total + #ARGV[i + 1]
 end
 size, count = size + total, count + events
@@ -76,7 +84,7 @@ if cancel ~= '' then
 end
 if uncancel ~= '' then redis.call('HDEL', record, '#c' .. string.sub(uncancel, 2)) end
 
-if stream > 0 then
+if stream > 0 and (ARGV[4] == '-1' or flags ~= '') then
   if string.find(flags, 't', 1, true) then attempt = attempt + 1 end
   local ended = 0
   if string.find(flags, 'e', 1, true) then ended = position end
@@ -95,11 +103,8 @@ if not book[1] and #set > 0 then
   set[#set + 1] = string.format('%d', now + WRITER_MS)
 end
 if #set > 0 then redis.call('HSET', books, unpack(set)) end
+if not book[1] then redis.call('PEXPIREAT', books, expires) end
 if book[1] and tonumber(book[1]) <= now then forget_writers(now) end
-
--- New keys, and any that an eviction took and this append brought back.
-if redis.call('PTTL', books) < 0 then redis.call('PEXPIREAT', books, expires) end
-if redis.call('PTTL', log) < 0 then redis.call('PEXPIREAT', log, expires) end
 
 if events > 0 then
   local message = 'more'

@@ -1,11 +1,21 @@
 -- ARGV: position, tag, limit. Answers the entries after the position.
-local known = redis.call('HMGET', record, '#x', '#h')
+local known = redis.call('HMGET', record, '#x', '#h', '#d')
 if not known[1] then return 'gone' end
 local position, tag, limit = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3])
-local last, _, count = head(known[2])
+local last, _, count, last_tag = head(known[2])
 if position > last then return 'diverged' end
--- An eviction may take the log and leave the record; an append then starts the log anew. Either shows here.
-if redis.call('XLEN', log) ~= count then return 'diverged' end
+-- An eviction may have taken the log and left the record. Whoever has all of it has lost nothing; nobody else reads on.
+if redis.call('XLEN', log) ~= count then
+  if position == last and (tag == '' or tag == last_tag) then return {} end
+  return 'diverged'
+end
+if known[3] then
+  -- That happened, and the log was started anew after this position.
+  local lost, lost_tag = string.match(known[3], '^(%d+) (.*)$')
+  lost = tonumber(lost)
+  if position < lost or (position == lost and tag ~= '' and tag ~= lost_tag) then return 'diverged' end
+  if position == lost then tag = '' end
+end
 if position == 0 or tag == '' then
   return redis.call('XRANGE', log, '0-' .. (position + 1), '+', 'COUNT', limit)
 end

@@ -2,9 +2,8 @@
 --
 -- KEYS of every script about one session (all in one hash slot, by the {key} in their names):
 --   1 record, a hash: "f" .. name = a field; "#x" = "<lifetime ms> <expires ms>"; "#g" = its groups, one a line;
---     "#h" = "<position> <size> <count> <tag>", absent before the first append (the tag is empty once that
---     entry was trimmed: nothing is left to compare it with); "#c" .. request key = the time in ms
---     up to which this cancel counts
+--     "#h" = "<position> <size> <count> <tag>", absent before the first append; "#c" .. request key = the time in ms
+--     up to which this cancel counts; "#d" = "<position> <tag>" of the last entry of all that an eviction took
 --   2 books, a hash, from the first append: "s" .. position = "<attempt> <position of its end, or 0>" of a stream;
 --     "p" .. id = a pending server request; "w" .. writer = "<last append ms> <stream> <sequence>:<first> ...",
 --     newest first; "#p" = when forgotten writers are to be looked for next

@@ -24,7 +24,6 @@ while from <= to do
     if closed[stream] or (stream == '0' and from <= before) then
       ids[#ids + 1] = entry[1]
       size = size - #entry[2][6]
-      if from > position then tag = '' end
     end
   end
   if #ids > 0 then count = count - redis.call('XDEL', log, unpack(ids)) end
