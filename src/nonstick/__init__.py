@@ -9,7 +9,8 @@ protocol for where sessions live). Errors are in `nonstick.errors`, the store co
 from nonstick.app import App, app
 from nonstick.exchange import current_attempt
 from nonstick.manager import SessionManager
+from nonstick.session import current_connection
 from nonstick.store import Store
 
-__all__ = ["App", "SessionManager", "Store", "app", "current_attempt"]
+__all__ = ["App", "SessionManager", "Store", "app", "current_attempt", "current_connection"]
 __version__ = "0.1.0"

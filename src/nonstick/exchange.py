@@ -161,6 +161,7 @@ class Exchange:
     async def _run(self) -> None:
         window = asyncio.get_running_loop().call_later(self._settings.window, self._window_passed)
         _attempt.set(self.attempt)
+        self.session.make_current()
         try:
             body: bytes | None
             if self.session.was_cancelled(self.key, self.head):

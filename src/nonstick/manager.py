@@ -490,6 +490,7 @@ class SessionManager:
 
     async def _notify(self, session: Session, message: JSONRPCNotification, request: Request) -> None:
         """Runs the server's handler, if it has one, and saves what it changed."""
+        session.make_current()
         await session.runner.on_notify(_Notice(session, request), message.method, message.params)
         await session.save()
 

@@ -12,6 +12,7 @@ import secrets
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from nonstick.exchange import Exchange
     from nonstick.node import Node
 
-__all__ = ["Emit", "Session", "request_key"]
+__all__ = ["Emit", "Session", "current_connection", "request_key"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,20 @@ _WITHDRAW_SECONDS: Final = 5.0
 _STANDALONE_PATIENCE: Final = 20.0
 _RECENT_CANCELS: Final = 32
 _LOG_LEVELS: Final = ("debug", "info", "notice", "warning", "error", "critical", "alert", "emergency")
+
+_connection: ContextVar[Connection] = ContextVar("nonstick_connection")
+
+
+def current_connection() -> Connection:
+    """The SDK's `Connection` of the session that the current request or notification is part of.
+
+    Its `state` is the session state, which every node shares; its `exit_stack` is run when the session ends. The
+    contexts that the SDK gives to handlers show neither.
+
+    Raises:
+        LookupError: Not inside a handler or middleware of a session.
+    """
+    return _connection.get()
 
 
 def request_key(request_id: RequestId) -> str:
@@ -168,6 +183,10 @@ class Session:
         self.subscriptions = record.subscriptions
         self.state.refresh(record.state)
         self.head = max(self.head, loaded.head)
+
+    def make_current(self) -> None:
+        """What runs in this task and its children is part of this session."""
+        _connection.set(self.connection)
 
     def __enter__(self) -> Session:
         self._users += 1
