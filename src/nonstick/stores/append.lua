@@ -47,7 +47,7 @@ at = at + expects
 local fields = at
 at = at + 2 * sets + removes
 
--- The events come first among the writes: should one be refused, then so is the whole script, before it wrote anything.
+-- The events come first among the writes: what a full memory refuses is then refused before anything was written.
 local events = (#ARGV - at + 1) / 2
 local first = position
 if events > 0 then

@@ -6,14 +6,14 @@ local names = {}
 for i = 1, groups do
   local group, limit = ARGV[3 + 2 * i], tonumber(ARGV[4 + 2 * i])
   local key = prefix .. ':g:' .. group
-  redis.call('ZREMRANGEBYSCORE', key, '-inf', '(' .. now)
-  if redis.call('ZCARD', key) >= limit then return {'full', group} end
+  if redis.call('ZCOUNT', key, now, '+inf') >= limit then return {'full', group} end
   names[i] = group
 end
+-- The first write is one that a full memory refuses: after any other the server would let the rest of the script pass.
+renew(prefix, member, table.concat(names, '\n'), lifetime, now)
+for i = 5 + 2 * groups, #ARGV, 2 do redis.call('HSET', record, 'f' .. ARGV[i], ARGV[i + 1]) end
+if groups > 0 then redis.call('HSET', record, '#g', table.concat(names, '\n')) end
+for _, group in ipairs(names) do redis.call('ZREMRANGEBYSCORE', prefix .. ':g:' .. group, '-inf', '(' .. now) end
 -- What an eviction may have left of an earlier session under this key.
 redis.call('DEL', books, log)
-for i = 5 + 2 * groups, #ARGV, 2 do redis.call('HSET', record, 'f' .. ARGV[i], ARGV[i + 1]) end
-local joined = table.concat(names, '\n')
-if groups > 0 then redis.call('HSET', record, '#g', joined) end
-renew(prefix, member, joined, lifetime, now)
 return 'ok'

@@ -1,0 +1,739 @@
+"""What only the Redis store has: its keys, its connections, its scripts, its URLs. The contract is tested elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import ipaddress
+import logging
+import secrets
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from nonstick.errors import (
+    ConfigurationError,
+    Diverged,
+    NotPending,
+    SessionNotFound,
+    StoreUnavailable,
+    StreamClosed,
+    TooManySessions,
+)
+from nonstick.store import NEW_STREAM, WRITER_SECONDS, Batch, Cursor, Draft, Event
+from nonstick.stores.redis import INLINE_BYTES, RedisStore
+from nonstick.stores.redis_pubsub import Subscriber
+from nonstick.stores.redis_url import Address
+from nonstick.stores.resp import Connection
+from nonstick.testing.proxy import FaultProxy
+from nonstick.testing.servers import ValkeyServer
+from nonstick.testing.tools import drafts, texts
+
+pytestmark = pytest.mark.anyio
+
+PATIENT = 10.0
+"""Longer than anything here takes on a busy machine."""
+
+LONG = 600.0
+SECRET = "hunter2/@#"
+QUOTED = "hunter2%2F%40%23"
+
+Hints = asyncio.Queue[Sequence[Event] | None]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ValkeyServer]:
+    with ValkeyServer() as server:
+        yield server
+
+
+@pytest.fixture
+def own() -> Iterator[ValkeyServer]:
+    """A server that no other test uses: to be restarted, secured or broken."""
+    with ValkeyServer() as server:
+        yield server
+
+
+@pytest.fixture
+def prefix() -> str:
+    return f"t{secrets.token_hex(6)}"
+
+
+@pytest.fixture
+def key() -> str:
+    return secrets.token_hex(16)
+
+
+@pytest.fixture
+async def store(server: ValkeyServer, prefix: str) -> AsyncIterator[RedisStore]:
+    async with RedisStore(server.url, prefix=prefix, timeout=PATIENT) as store:
+        yield store
+
+
+@pytest.fixture
+async def proxy(server: ValkeyServer) -> AsyncIterator[FaultProxy]:
+    async with FaultProxy(server.url) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def admin(server: ValkeyServer) -> Iterator[redis.Redis]:
+    with administrator(server) as client:
+        yield client
+
+
+def administrator(server: ValkeyServer, **login: str) -> redis.Redis:
+    """Talks to the server behind the store's back."""
+    return redis.Redis.from_url(server.url, protocol=2, **login)
+
+
+async def heard(hints: Hints) -> Sequence[Event] | None:
+    async with asyncio.timeout(PATIENT):
+        return await hints.get()
+
+
+async def heard_none(hints: Hints) -> None:
+    while await heard(hints) is not None:
+        pass
+
+
+# ---- keys
+
+
+async def test_no_key_is_left_without_expiry(store: RedisStore, prefix: str, admin: redis.Redis) -> None:
+    """Whatever is done to sessions, every key of the store expires by itself (P10)."""
+    for n in range(4):
+        await store.create(f"k{n}", {"a": b"1"}, lifetime=LONG + n, limits={"all": 9, f"group{n % 2}": 9})
+    batches = [
+        Batch(drafts(b"x"), writer="w", sequence=1, expect=["q"], cancel="r", fields={"b": b"2"}),
+        Batch(drafts(b"x" * 9000), stream=NEW_STREAM),
+        Batch(drafts(b"x"), stream=2, terminal=True),
+        Batch((), settle="q", uncancel="r", fields={"b": None}),
+    ]
+    for n in range(3):
+        for batch in batches[n:]:
+            with suppress(StreamClosed, NotPending):
+                await store.append(f"k{n}", batch)
+    await store.trim("k0", streams=[2], standalone_before=2)
+    await store.append("k0", Batch(drafts(b"again")))
+    await store.update("k1", {"c": b"3"}, expect={"a": b"1"})
+    await store.touch(["k0", "k1", "k3", "nobody"])
+    await store.load("k2")
+    await store.delete("k3")
+    await store.ping()
+    lease = store.lease("node")
+    await asyncio.to_thread(lease.renew, 30)
+    await asyncio.to_thread(lease.close, release=False)
+    for late in (store.append("k3", batches[0]), store.update("k3", {"c": b"3"}), store.load("k3")):
+        with pytest.raises(SessionNotFound):
+            await late
+
+    names = sorted(admin.scan_iter(f"{prefix}:*"))
+    assert f"{prefix}:{{k0}}:l".encode() in names
+    assert f"{prefix}:g:all".encode() in names
+    assert [name for name in names if admin.pttl(name) <= 0] == []
+
+
+async def test_keys_of_a_session_expire_together(store: RedisStore, prefix: str, key: str, admin: redis.Redis) -> None:
+    """A session's end takes all of it: record, books and log carry one and the same instant."""
+    await store.create(key, {}, lifetime=LONG)
+    await store.append(key, Batch(drafts(b"x"), writer="w", sequence=1))
+    before = expiries(admin, prefix, key)
+    await store.touch([key])
+    after = expiries(admin, prefix, key)
+    assert len(before) == len(after) == 1
+    assert min(after) >= min(before)
+
+
+def expiries(admin: redis.Redis, prefix: str, key: str) -> set[int]:
+    return {int(admin.pexpiretime(f"{prefix}:{{{key}}}:{kind}")) for kind in "rwl"}
+
+
+async def test_delete_leaves_nothing(store: RedisStore, prefix: str, key: str, admin: redis.Redis) -> None:
+    """`delete` ends the record, the log and all, its place in the groups included (P6)."""
+    await store.create(key, {}, lifetime=LONG, limits={"g": 1})
+    await store.append(key, Batch(drafts(b"x"), writer="w", sequence=1))
+    with pytest.raises(TooManySessions):
+        await store.create("other", {}, lifetime=LONG, limits={"g": 1})
+    await store.delete(key)
+    assert list(admin.scan_iter(f"{prefix}:*")) == []
+
+
+async def test_trimmed_log_gives_its_memory_back(store: RedisStore, prefix: str, key: str, admin: redis.Redis) -> None:
+    """An idle session is its record: a log of which nothing is left is no key. Positions go on all the same (P10)."""
+    await store.create(key, {}, lifetime=LONG)
+    await store.append(key, Batch(drafts(b"1", b"2"), stream=NEW_STREAM, terminal=True))
+    await store.append(key, Batch(drafts(b"3")))
+    await store.trim(key, streams=[1], standalone_before=4)
+    assert admin.exists(f"{prefix}:{{{key}}}:l") == 0
+    assert (await store.append(key, Batch(drafts(b"4")))).first == 4
+    assert texts(await store.read(key, Cursor(0))) == [b"4"]
+
+
+async def test_idle_record_is_about_a_kilobyte(store: RedisStore, prefix: str, key: str, admin: redis.Redis) -> None:
+    """An idle session costs little: its record has few fields of the store's own (P10)."""
+    await store.create(key, {"client": b"x" * 300, "principal": b"x" * 60}, lifetime=LONG, limits={"all": 9})
+    assert admin.keys(f"{prefix}:{{*") == [f"{prefix}:{{{key}}}:r".encode()]
+    assert 0 < (admin.memory_usage(f"{prefix}:{{{key}}}:r") or 0) < 1024
+
+
+async def test_prefixes_and_databases_are_separate(server: ValkeyServer, key: str) -> None:
+    """Deployments that share a server see nothing of each other, nor are they woken by each other."""
+    places = [(server.url, "one"), (server.url, "two"), (f"{server.url}/1", "one"), (f"{server.url}?db=2", "one")]
+    for url, prefix in places:
+        async with (
+            RedisStore(url, prefix=prefix + key) as here,
+            RedisStore(server.url, prefix="one" + key) as first,
+        ):
+            hints: Hints = asyncio.Queue()
+            first.watch(key, hints.put_nowait)
+            assert await heard(hints) is None
+            await here.create(key, {"at": f"{url} {prefix}".encode()}, lifetime=LONG, limits={"g": 1})
+            await here.append(key, Batch(drafts(b"x")))
+            if (url, prefix) != places[0]:
+                assert (await first.load(key)).fields == {"at": f"{server.url} one".encode()}
+                # A fence: the first one's own event is the next that it hears.
+                await first.append(key, Batch(drafts(b"fence")))
+                news = await heard(hints)
+                assert news is not None
+                assert texts(news) == [b"fence"]
+
+
+async def test_forgotten_writers_are_purged_and_others_kept(
+    store: RedisStore, prefix: str, key: str, admin: redis.Redis
+) -> None:
+    """Books stay small: a writer goes when it was idle for long and its stream is not kept (P10)."""
+    books = f"{prefix}:{{{key}}}:w"
+    await store.create(key, {}, lifetime=LONG)
+    await store.append(key, Batch(drafts(b"x"), writer="kept", sequence=1, stream=NEW_STREAM))
+    await store.append(key, Batch(drafts(b"x"), writer="gone", sequence=1))
+    await store.append(key, Batch(drafts(b"x"), writer="busy", sequence=1))
+    long_ago = int(time.time() - WRITER_SECONDS - 1) * 1000
+    admin.hset(books, "wkept", f"{long_ago} 1 1:1 ")
+    admin.hset(books, "wgone", f"{long_ago} 0 1:2 ")
+    admin.hset(books, "#p", 1)
+    await store.append(key, Batch(drafts(b"x"), writer="new", sequence=1))
+    assert {name for name in admin.hkeys(books) if name[:1] == b"w"} == {b"wkept", b"wbusy", b"wnew"}
+    assert int(admin.hget(books, "#p") or 0) > time.time() * 1000
+
+
+async def test_stale_cancels_do_not_pile_up(store: RedisStore, prefix: str, key: str, admin: redis.Redis) -> None:
+    """A cancel counts for a while only; the next one clears it away (P5, P10)."""
+    record = f"{prefix}:{{{key}}}:r"
+    await store.create(key, {}, lifetime=LONG)
+    await store.append(key, Batch(drafts(b"x"), cancel="old"))
+    admin.hset(record, "#cold", 1)
+    assert (await store.load(key)).cancels == frozenset()
+    await store.append(key, Batch(drafts(b"x"), cancel="new"))
+    assert (await store.load(key)).cancels == {"new"}
+    assert admin.hexists(record, "#cold") == 0
+
+
+# ---- what the server loses
+
+
+async def test_evicted_log_is_reported_and_not_read_as_empty(
+    store: RedisStore, prefix: str, key: str, admin: redis.Redis
+) -> None:
+    """Data that the store lost is reported, never skipped over (P9); the log goes on after it."""
+    await store.create(key, {}, lifetime=LONG)
+    await store.append(key, Batch(drafts(b"1", b"2", b"3")))
+    head = (await store.load(key)).head
+    admin.delete(f"{prefix}:{{{key}}}:l")
+    for lost in (Cursor(0), Cursor(2), Cursor(3, b"another!")):
+        with pytest.raises(Diverged):
+            await store.read(key, lost)
+    assert await store.read(key, head) == []
+
+    assert (await store.append(key, Batch(drafts(b"4")))).first == 4
+    for lost in (Cursor(0), Cursor(2), Cursor(3, b"another!")):
+        with pytest.raises(Diverged):
+            await store.read(key, lost)
+    assert texts(await store.read(key, head)) == [b"4"]
+    assert admin.pttl(f"{prefix}:{{{key}}}:l") > 0
+
+
+async def test_restarted_server_without_data_is_a_server_without_sessions(own: ValkeyServer, key: str) -> None:
+    """The next call reconnects by itself (P9) and every watch is told to read."""
+    async with RedisStore(own.url, timeout=PATIENT, connect_timeout=PATIENT, heartbeat=0.2) as store:
+        hints: Hints = asyncio.Queue()
+        await store.create(key, {}, lifetime=LONG)
+        store.watch(key, hints.put_nowait)
+        assert await heard(hints) is None
+        await store.append(key, Batch(drafts(b"x")))
+        assert await heard(hints) is not None
+        await asyncio.to_thread(own.restart, keep_data=False)
+        with pytest.raises(SessionNotFound):
+            await repeated(store.load, key)
+        await heard_none(hints)
+        await store.create(key, {}, lifetime=LONG)
+        await store.append(key, Batch(drafts(b"y")))
+        news = await heard(hints)
+        assert news is not None
+        assert texts(news) == [b"y"]
+
+
+async def repeated(call: Any, *args: Any) -> Any:
+    """The call's outcome once the store can be reached."""
+    async with asyncio.timeout(PATIENT):
+        while True:
+            try:
+                return await call(*args)
+            except StoreUnavailable:
+                await asyncio.sleep(0)
+
+
+async def test_forgotten_scripts_are_sent_again(store: RedisStore, key: str, admin: redis.Redis) -> None:
+    """A server that was restarted or flushed its scripts is served without an error (P9)."""
+    await store.create(key, {}, lifetime=LONG)
+    admin.script_flush()
+    answers = await asyncio.gather(*(store.append(key, Batch(drafts(b"%d" % n))) for n in range(20)))
+    assert sorted(answer.first for answer in answers) == list(range(1, 21))
+    assert (await store.load(key)).head.position == 20
+
+
+async def test_full_memory_is_unavailable_and_says_so(own: ValkeyServer, key: str) -> None:
+    """A store that cannot be written to is trouble for `ping` too, and nothing is half written (P9)."""
+    async with RedisStore(own.url) as store:
+        await store.create(key, {}, lifetime=LONG)
+        await store.append(key, Batch(drafts(b"1"), writer="w", sequence=1))
+        with administrator(own) as admin:
+            admin.config_set("maxmemory", "1")
+            second = Batch(drafts(b"2"), writer="w", sequence=2, expect=["q"], fields={"a": b"1"})
+            calls: list[Awaitable[object]] = [
+                store.ping(),
+                store.create("another", {}, lifetime=LONG),
+                store.create("third", {"a": b"1"}, lifetime=LONG, limits={"g": 1}),
+                store.update(key, {"a": b"1"}),
+                store.append(key, second),
+            ]
+            for outcome in await asyncio.gather(*calls, return_exceptions=True):
+                assert isinstance(outcome, StoreUnavailable)
+                assert "out of memory" in str(outcome)
+            admin.config_set("maxmemory", "0")
+        assert (await store.load(key)).fields == {}
+        assert texts(await store.read(key, Cursor(0))) == [b"1"]
+        assert not (await store.append(key, second)).duplicate
+        await store.create("third", {}, lifetime=LONG, limits={"g": 1})
+
+
+# ---- a bad network
+
+
+async def test_black_hole_is_unavailable_within_the_deadline_and_heals(proxy: FaultProxy, key: str) -> None:
+    """A store that does not answer is unavailable, in time; recovery needs no restart, for watches either (P9)."""
+    async with RedisStore(proxy.url, prefix=key, timeout=0.4, connect_timeout=0.4, heartbeat=0.2) as store:
+        hints: Hints = asyncio.Queue()
+        store.watch(key, hints.put_nowait)
+        assert await heard(hints) is None
+        await repeated(lambda: store.create(key, {}, lifetime=LONG))
+        proxy.black_hole()
+        for _ in range(3):
+            began = time.monotonic()
+            with pytest.raises(StoreUnavailable):
+                await store.load(key)
+            assert time.monotonic() - began < 2
+        await proxy.heal()
+        await repeated(store.load, key)
+        await heard_none(hints)
+
+
+async def test_subscription_that_is_silently_dead_is_replaced(server: ValkeyServer, own: ValkeyServer) -> None:
+    """A server that answers here, but is not the one that others publish at, is found out (P9)."""
+    elsewhere = Connection(Address.parse(own.url))
+    subscriber = Subscriber[bytes](
+        Address.parse(server.url),
+        prefix="lonely",
+        decode=lambda body: body,
+        publish=lambda channel: elsewhere.call("PUBLISH", channel, ""),
+        interval=0.05,
+    )
+    try:
+        hints: asyncio.Queue[bytes | None] = asyncio.Queue()
+        subscriber.watch("channel", hints.put_nowait)
+        async with asyncio.timeout(PATIENT):
+            assert [await hints.get() for _ in range(3)] == [None] * 3
+    finally:
+        await subscriber.close()
+        await elsewhere.close()
+
+
+async def test_healthy_subscription_is_left_alone(server: ValkeyServer, admin: redis.Redis) -> None:
+    """Proofs of life come back in time: one connection serves every watch, and ends when nothing is watched."""
+    connection = Connection(Address.parse(server.url))
+    probes: asyncio.Queue[str] = asyncio.Queue()
+
+    async def publish(channel: str) -> None:
+        await connection.call("PUBLISH", channel, "")
+        probes.put_nowait(channel)
+
+    subscriber = Subscriber[bytes](
+        Address.parse(server.url), name="healthy", prefix="h", decode=lambda body: body, publish=publish, interval=0.05
+    )
+    try:
+        hints: asyncio.Queue[bytes | None] = asyncio.Queue()
+        stops = [subscriber.watch(channel, hints.put_nowait) for channel in ("a", "a", "b")]
+        async with asyncio.timeout(PATIENT):
+            for _ in range(8):
+                await probes.get()
+            assert [await hints.get() for _ in stops] == [None] * 3
+            assert hints.empty()
+            stops[0]()
+            stops[0]()
+            await connection.call("PUBLISH", "a", "still watched")
+            assert await hints.get() == b"still watched"
+            for stop in stops:
+                stop()
+            while any(client["name"] == "healthy" for client in admin.client_list()):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            subscriber.watch("a", hints.put_nowait)
+            assert await hints.get() is None
+    finally:
+        await subscriber.close()
+        await connection.close()
+
+
+async def test_cancelled_call_does_not_disturb_its_neighbours(store: RedisStore, key: str) -> None:
+    """A cancelled call has an unknown outcome and must not disturb any other call."""
+    keys = [f"{key}{n}" for n in range(30)]
+    await asyncio.gather(*(store.create(one, {"is": one.encode()}, lifetime=LONG) for one in keys))
+    loads = [asyncio.ensure_future(store.load(one)) for one in keys]
+    await asyncio.sleep(0)
+    for doomed in loads[::2]:
+        doomed.cancel()
+    answers = await asyncio.gather(*loads, return_exceptions=True)
+    assert all(isinstance(answer, asyncio.CancelledError) for answer in answers[::2])
+    for one, answer in zip(keys[1::2], answers[1::2], strict=True):
+        assert not isinstance(answer, BaseException)
+        assert answer.fields == {"is": one.encode()}
+
+
+async def test_append_whose_reply_was_lost_is_written_once(proxy: FaultProxy, key: str) -> None:
+    """Repeating an append with the same writer and sequence tells its outcome, and writes nothing twice."""
+    async with RedisStore(proxy.url, prefix=key, timeout=PATIENT) as store:
+        await store.create(key, {}, lifetime=LONG)
+        await store.append(key, Batch(drafts(b"1")))
+        batch = Batch(drafts(b"2", b"3"), writer="w", sequence=1)
+        proxy.lose_next_reply(after=b"EVALSHA")
+        with pytest.raises(StoreUnavailable):
+            await store.append(key, batch)
+        answer = await store.append(key, batch)
+        assert (answer.first, answer.duplicate) == (2, True)
+        assert texts(await store.read(key, Cursor(0))) == [b"1", b"2", b"3"]
+
+
+async def test_full_queue_is_unavailable_at_once(proxy: FaultProxy, key: str) -> None:
+    """What waits for the store is bounded (P10)."""
+    async with RedisStore(proxy.url, prefix=key, timeout=PATIENT, max_waiting=3) as store:
+        await store.ping()
+        proxy.black_hole(requests=False)
+        waiting = [asyncio.ensure_future(store.ping()) for _ in range(3)]
+        await asyncio.sleep(0)
+        with pytest.raises(StoreUnavailable, match="too slow"):
+            await store.ping()
+        await proxy.heal()
+        await asyncio.gather(*waiting)
+
+
+async def test_unreachable_store_can_be_entered_and_left(key: str) -> None:
+    """Entering does not fail when the store cannot be reached: the first calls do (P9)."""
+    async with FaultProxy("redis://127.0.0.1:1") as proxy, RedisStore(proxy.url, heartbeat=0.1) as store:
+        await proxy.cut()
+        stop = store.watch(key, lambda news: None)
+        for call in (store.ping(), store.load(key), store.lapsed(["n"]), store.touch([key])):
+            with pytest.raises(StoreUnavailable):
+                await call
+        lease = store.lease("n")
+        with pytest.raises(StoreUnavailable):
+            await asyncio.to_thread(lease.renew, 10)
+        await asyncio.to_thread(lease.close, release=True)
+        stop()
+
+
+async def test_lease_that_gets_no_answer_fails_within_seconds(proxy: FaultProxy, key: str) -> None:
+    """A node has to find out in time that it cannot renew."""
+    async with RedisStore(proxy.url, prefix=key) as store:
+        lease = store.lease("n")
+        await asyncio.to_thread(lease.renew, 30)
+        proxy.black_hole()
+        began = time.monotonic()
+        with pytest.raises(StoreUnavailable):
+            await asyncio.to_thread(lease.renew, 30)
+        assert time.monotonic() - began < 6
+        await proxy.heal()
+        await asyncio.to_thread(lease.renew, 30)
+        assert await store.lapsed(["n", "m"]) == {"m"}
+        await asyncio.to_thread(lease.close, release=True)
+        assert await store.lapsed(["n", "m"]) == {"n", "m"}
+
+
+# ---- wakes
+
+
+async def test_small_append_is_announced_whole_and_a_large_one_by_a_hint(store: RedisStore, key: str) -> None:
+    """A wake with events has them complete and byte for byte; one without says: read."""
+    hints: Hints = asyncio.Queue()
+    await store.create(key, {}, lifetime=LONG)
+    store.watch(key, hints.put_nowait)
+    assert await heard(hints) is None
+    small = [Draft(bytes(8), b""), Draft(b"\n\r\n 1 2 3", bytes(range(256)) * 16), Draft(b"\xff" * 8, b"\n")]
+    opened = await store.append(key, Batch(small, stream=NEW_STREAM))
+    news = await heard(hints)
+    assert news == [Event(n + 1, draft.tag, opened.first, draft.data) for n, draft in enumerate(small)]
+    assert news == await store.read(key, Cursor(0))
+    await store.append(key, Batch(drafts(bytes(INLINE_BYTES + 1))))
+    assert await heard(hints) is None
+    await store.append(key, Batch(drafts(bytes(INLINE_BYTES))))
+    assert await heard(hints) is not None
+
+
+async def test_message_of_a_newer_version_means_read(store: RedisStore, prefix: str, key: str, admin: Any) -> None:
+    """A wake that this version cannot read is a wake all the same (P12)."""
+    hints: Hints = asyncio.Queue()
+    store.watch(key, hints.put_nowait)
+    assert await heard(hints) is None
+    for message in (b"2 whatever\nbody", b"more", b""):
+        admin.publish(f"{prefix}:{{{key}}}:c0", message)
+        assert await heard(hints) is None
+
+
+async def test_wake_that_raises_does_not_silence_the_others(
+    store: RedisStore, key: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Several watches of one log in one process are independent."""
+    hints: Hints = asyncio.Queue()
+
+    def broken(news: Sequence[Event] | None) -> None:
+        raise RuntimeError("broken wake")
+
+    await store.create(key, {}, lifetime=LONG)
+    store.watch(key, broken)
+    store.watch(key, hints.put_nowait)
+    assert await heard(hints) is None
+    await store.append(key, Batch(drafts(b"payload")))
+    assert await heard(hints) is not None
+    assert "a wake raised" in caplog.text
+
+
+# ---- logging in
+
+
+async def test_password_opens_the_store_and_a_wrong_one_is_not_repeated(
+    own: ValkeyServer, key: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No credential appears in an error, a URL, a repr or a log (P13)."""
+    caplog.set_level(logging.DEBUG)
+    with administrator(own) as admin:
+        admin.config_set("requirepass", SECRET)
+        admin.acl_setuser(
+            "app", enabled=True, passwords=[f"+{SECRET}x"], keys=["*"], channels=["*"], commands=["+@all"]
+        )
+    for login in (f":{QUOTED}@", f"default:{QUOTED}@", f"app:{QUOTED}x@"):
+        async with RedisStore(own.url.replace("//", f"//{login}"), prefix=login.partition(":")[0] or "n") as store:
+            hints: Hints = asyncio.Queue()
+            await store.create(key, {}, lifetime=LONG)
+            store.watch(key, hints.put_nowait)
+            assert await heard(hints) is None
+            lease = store.lease("n")
+            await asyncio.to_thread(lease.renew, 10)
+            await asyncio.to_thread(lease.close, release=True)
+    for login, advice in (("", "wants a login"), (f":{QUOTED}y@", "check user"), (f"app:{QUOTED}@", "check user")):
+        async with RedisStore(own.url.replace("//", f"//{login}")) as store:
+            store.watch(key, lambda news: None)
+            with pytest.raises(StoreUnavailable, match=advice) as refused:
+                await store.ping()
+            lease = store.lease("n")
+            with pytest.raises(StoreUnavailable) as unrenewed:
+                await asyncio.to_thread(lease.renew, 10)
+            await asyncio.to_thread(lease.close, release=False)
+            said = f"{refused.value!r} {unrenewed.value!r} {store.url} {store!r} {store.__dict__} {caplog.text}"
+            assert "hunter2" not in said
+
+
+async def test_unix_socket_serves_as_well(key: str) -> None:
+    """`unix:///path/to.sock?db=1`, subscription and lease included."""
+    with ValkeyServer(unix=True) as local:
+        async with RedisStore(f"{local.url}?db=1") as store:
+            assert store.url == f"{local.url}?db=1"
+            await store.create(key, {}, lifetime=LONG)
+            hints: Hints = asyncio.Queue()
+            store.watch(key, hints.put_nowait)
+            assert await heard(hints) is None
+            lease = store.lease("n")
+            await asyncio.to_thread(lease.renew, 10)
+            assert await store.lapsed(["n"]) == set()
+            await asyncio.to_thread(lease.close, release=True)
+
+
+async def test_tls_is_used_and_the_certificate_checked(server: ValkeyServer, tmp_path: Path, key: str) -> None:
+    """`rediss://` encrypts, for the lease too, and refuses a server whose certificate nobody vouches for."""
+    certificate = self_signed(tmp_path)
+    async with tls_in_front_of(server, certificate) as port:
+        async with RedisStore(f"rediss://127.0.0.1:{port}/3?ssl_ca_certs={certificate}", prefix=key) as store:
+            assert store.url == f"rediss://127.0.0.1:{port}/3"
+            await store.create(key, {}, lifetime=LONG)
+            hints: Hints = asyncio.Queue()
+            store.watch(key, hints.put_nowait)
+            assert await heard(hints) is None
+            lease = store.lease("n")
+            await asyncio.to_thread(lease.renew, 10)
+            assert await store.lapsed(["n"]) == set()
+            await asyncio.to_thread(lease.close, release=True)
+        async with RedisStore(f"rediss://127.0.0.1:{port}") as suspicious:
+            with pytest.raises(StoreUnavailable, match="certificate verify failed"):
+                await suspicious.ping()
+        async with RedisStore(f"rediss://127.0.0.1:{port}?ssl_cert_reqs=none") as careless:
+            await careless.ping()
+
+
+def self_signed(folder: Path) -> Path:
+    """A certificate for 127.0.0.1, with its key in the same file."""
+    secret = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
+    now = dt.datetime.now(dt.UTC)
+    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    certificate = (
+        x509.CertificateBuilder(name, name, secret.public_key(), x509.random_serial_number())
+        .not_valid_before(now - dt.timedelta(days=1))
+        .not_valid_after(now + dt.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(secret, hashes.SHA256())
+    )
+    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    file = folder / "certificate.pem"
+    file.write_bytes(
+        certificate.public_bytes(pem) + secret.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain)
+    )
+    return file
+
+
+@asynccontextmanager
+async def tls_in_front_of(server: ValkeyServer, certificate: Path) -> AsyncIterator[int]:
+    """Takes TLS connections and passes them on in the clear: the server's binary has no TLS."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        tasks.add(task)
+        inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", server.port)
+        try:
+            await asyncio.gather(pipe(reader, inner_writer), pipe(inner_reader, writer))
+        finally:
+            for either in (writer, inner_writer):
+                either.transport.abort()
+
+    listening = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
+    try:
+        yield listening.sockets[0].getsockname()[1]
+    finally:
+        listening.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    try:
+        while data := await reader.read(65536):
+            writer.write(data)
+    except OSError:
+        pass
+    writer.transport.abort()
+
+
+# ---- URLs
+
+
+@pytest.mark.parametrize(
+    ("url", "shown", "login"),
+    [
+        ("redis://", "redis://localhost:6379/0", ("", "")),
+        ("redis://cache", "redis://cache:6379/0", ("", "")),
+        ("redis://:p%40ss@cache:7000/2", "redis://cache:7000/2", ("", "p@ss")),
+        ("redis://me:pw@[::1]:7000", "redis://[::1]:7000/0", ("me", "pw")),
+        ("redis://cache?db=4", "redis://cache:6379/4", ("", "")),
+        ("rediss://me:pw@cache/1?ssl_cert_reqs=none", "rediss://cache:6379/1", ("me", "pw")),
+        ("unix:///run/valkey.sock", "unix:///run/valkey.sock", ("", "")),
+        ("unix://me:pw@/run/valkey.sock?db=3", "unix:///run/valkey.sock?db=3", ("me", "pw")),
+        ("unix:///run/valkey.sock?username=me&password=pw", "unix:///run/valkey.sock", ("me", "pw")),
+    ],
+)
+def test_url_names_a_place_and_hides_the_login(url: str, shown: str, login: tuple[str, str]) -> None:
+    """`url` is fit for logs; so is the repr (P13)."""
+    address = Address.parse(url)
+    assert address.url == shown
+    assert (address.username, address.password) == login
+    assert "pw" not in repr(address)
+    assert RedisStore(url).url == shown
+
+
+@pytest.mark.parametrize(
+    ("url", "advice"),
+    [
+        ("", "must look like"),
+        ("cache:6379", "must look like"),
+        ("http://cache", "must look like"),
+        ("redis://:hunter2/x@cache", "percent-encode"),
+        ("redis://:hunter2#x@cache", "percent-encode"),
+        ("redis://:hunter2@cache:sixty", "percent-encode"),
+        ("redis://:hunter2@cache:70000", "percent-encode"),
+        ("redis://[::1", "percent-encode"),
+        ("redis://:hunter2@cache/first", "must be a number"),
+        ("redis://:hunter2@cache/-1", "must be a number"),
+        ("redis://:hunter2@cache?db=x", "must be a number"),
+        ("redis://:hunter2@cache?hunter2=1", "unknown option"),
+        ("redis://cache?ssl_cert_reqs=none", "rediss://"),
+        ("rediss://cache?ssl_cert_reqs=maybe", "required, optional or none"),
+        ("rediss://cache?ssl_ca_certs=/does/not/exist", "cannot be read"),
+        ("unix://", "socket's path"),
+    ],
+)
+def test_malformed_url_says_what_to_change_and_not_what_it_holds(url: str, advice: str) -> None:
+    """An argument that cannot work is refused before anything starts; a password in it is not repeated (P13)."""
+    with pytest.raises(ConfigurationError, match=advice) as refused:
+        RedisStore(url)
+    assert "hunter2" not in repr(refused.value)
+    assert refused.value.__cause__ is None
+
+
+@pytest.mark.parametrize("prefix", ["", "a b", "{a}", "\N{SNOWMAN}", "a\n"])
+def test_impossible_prefix_is_refused(prefix: str) -> None:
+    """Braces would move a session's keys apart on a Cluster."""
+    with pytest.raises(ConfigurationError, match="prefix"):
+        RedisStore("redis://", prefix=prefix)
+
+
+@pytest.mark.parametrize("package", ["hiredis", "redis"])
+def test_missing_package_says_how_to_install_it(package: str) -> None:
+    """The message names the command."""
+    code = f"import sys; sys.modules[{package!r}] = None; import nonstick.stores.redis"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "ConfigurationError" in done.stderr
+    assert "pip install 'nonstick[redis]'" in done.stderr
+
+
+def test_scripts_write_with_commands_of_redis_6_2_only() -> None:
+    """The oldest server that is supported has no PEXPIRETIME, no EXPIRE … GT and no functions."""
+    folder = Path(sys.modules["nonstick.stores.redis"].__file__ or "").parent
+    sources = [path.read_text() for path in sorted(folder.glob("*.lua"))]
+    assert len(sources) == 9
+    for source in sources:
+        for newer in ("PEXPIRETIME", "'GT'", "'NX'", "FCALL", "SPUBLISH", "HPEXPIRE", "HSETEX"):
+            assert newer not in source
