@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from types import TracebackType
 from typing import Self
 
-from nonstick.errors import SessionNotFound, StoreUnavailable
+from nonstick.errors import NonstickError, SessionNotFound, StoreUnavailable
 from nonstick.store import MAX_READ, Appended, Batch, Cursor, Event, Lease, Loaded, Wake
 from nonstick.stores import sqlite_rows as rows
 from nonstick.stores.sqlite_engine import Engine
@@ -143,8 +143,10 @@ class _SQLiteLease:
         self._file = file
         self._node = node
         self._db: sqlite3.Connection | None = None
+        self._asked = False
 
     def renew(self, seconds: float) -> None:
+        self._asked = True
         try:
             self._write("grant", lambda now: (self._node, now + seconds))
         except sqlite3.Error as error:
@@ -153,9 +155,9 @@ class _SQLiteLease:
 
     def close(self, *, release: bool) -> None:
         try:
-            if release and self._db is not None:
+            if release and self._asked:
                 self._write("release", lambda _: (self._node,))
-        except sqlite3.Error:
+        except (sqlite3.Error, NonstickError):
             pass  # it runs out by itself
         self._drop()
 

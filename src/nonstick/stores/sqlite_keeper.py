@@ -43,6 +43,7 @@ class Keeper:
         self._db: sqlite3.Connection | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._task: asyncio.Task[None] | None = None
+        self._keeping = False
 
     def start(self) -> None:
         self._stop.clear()
@@ -56,7 +57,7 @@ class Keeper:
             await asyncio.wait([self._task])
         thread, self._thread = self._thread, None
         if thread is not None:
-            await asyncio.get_running_loop().run_in_executor(thread, self._retire)
+            await asyncio.get_running_loop().run_in_executor(thread, self.retire)
             thread.shutdown()
 
     async def _run(self, thread: ThreadPoolExecutor) -> None:
@@ -73,7 +74,8 @@ class Keeper:
             large = self._is_large()
             if not large and not untidy(db, self._file.now()):
                 return
-            if not transact(db, self._file.now, self._take_turn):
+            self._keeping = transact(db, self._file.now, self._take_turn)
+            if not self._keeping:
                 return
             while transact(db, self._file.now, purge) and not self._stop.wait(_PAUSE):
                 pass
@@ -84,6 +86,15 @@ class Keeper:
             _log.debug("%s could not be tidied: %s", self._file.path, error)
             self._drop()
 
+    def retire(self) -> None:
+        """Leaves the work to others at once, and closes the connection. Blocks; raises nothing."""
+        if self._db is not None and self._keeping:
+            try:
+                transact(self._db, self._file.now, lambda db, _: db.execute(SQL["stop_keeping"], (self._name,)))
+            except sqlite3.Error:
+                pass  # the term ends by itself
+        self._drop()
+
     def _take_turn(self, db: sqlite3.Connection, now: float) -> bool:
         return db.execute(SQL["keep"], (self._name, now + _TERM, self._name, now)).rowcount > 0
 
@@ -93,14 +104,6 @@ class Keeper:
             return self._file.path.with_name(self._file.path.name + "-wal").stat().st_size >= CHECKPOINT_BYTES
         except OSError:
             return False
-
-    def _retire(self) -> None:
-        if self._db is not None:
-            try:
-                transact(self._db, self._file.now, lambda db, _: db.execute(SQL["stop_keeping"], (self._name,)))
-            except sqlite3.Error:
-                pass  # the term ends by itself
-        self._drop()
 
     def _drop(self) -> None:
         if self._db is not None:

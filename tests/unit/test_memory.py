@@ -1,0 +1,46 @@
+"""What is particular to the in-memory store; what every store promises is in the contract."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+import pytest
+
+from nonstick.store import Batch, Draft
+from nonstick.stores.memory import MemoryStore
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_expired_sessions_are_dropped_while_others_live_on() -> None:
+    """Memory returns to its base without anybody asking for the expired ones (P10)."""
+    now = [0.0]
+    field, data = b"field" * 100, b"data" * 100
+    base = sys.getrefcount(field), sys.getrefcount(data)
+    async with MemoryStore(clock=lambda: now[0]) as store:
+        await store.create("live", {}, lifetime=1000)
+        for n in range(10):
+            await store.create(f"key{n}", {"name": field}, lifetime=5, limits={"group": 10})
+            await store.append(f"key{n}", Batch([Draft(b"8 bytes.", data)]))
+        assert (sys.getrefcount(field), sys.getrefcount(data)) > base
+        now[0] += 20
+        await store.load("live")
+        assert (sys.getrefcount(field), sys.getrefcount(data)) == base
+
+
+async def test_instance_is_open_until_the_last_of_its_users_left() -> None:
+    """Several managers of one process share it; one that leaves ends nothing of the others."""
+    store = MemoryStore()
+    async with store:
+        async with store:
+            await store.create("key", {}, lifetime=10)
+        woken = asyncio.Event()
+        store.watch("key", lambda events: woken.set())
+        async with asyncio.timeout(15):
+            await woken.wait()
+            woken.clear()
+            async with store:
+                pass
+            await store.delete("key")
+            await woken.wait()
