@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -44,7 +43,7 @@ class Member:
         self.url = f"http://127.0.0.1:{self.port}/mcp"
         config = uvicorn.Config(application, log_level="error", timeout_graceful_shutdown=5)
         self.server = _Server(config)
-        self.client = httpx2.AsyncClient(timeout=30)
+        self.client = httpx2.AsyncClient(timeout=30, verify=False)  # loading certificates takes long, for nothing
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -137,7 +136,6 @@ class Cluster:
             name = chr(ord("a") + index)
             own: Options = {"node_name": name, "node_header": True, "grace": 2.0, **options}
             self.members.append(Member(name, app(server(), store=store(), **(app_options or {}), **own)))
-        self._stack = AsyncExitStack()
 
     def __getitem__(self, index: int) -> Member:
         return self.members[index]
@@ -146,12 +144,17 @@ class Cluster:
         return iter(self.members)
 
     async def __aenter__(self) -> Self:
-        for member in self.members:
-            self._stack.push_async_callback(member.stop)
-            await member.start()
+        try:
+            await asyncio.gather(*(member.start() for member in self.members))
+        except BaseException:
+            await self._stop()
+            raise
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._stack.aclose()
+        await self._stop()
+
+    async def _stop(self) -> None:
+        await asyncio.gather(*(member.stop() for member in self.members))
