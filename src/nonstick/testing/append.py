@@ -15,14 +15,19 @@ from nonstick.testing.tools import Clock, drafts, open_stream, read_all, texts
 MIB = 1 << 20
 
 
+async def empty_log(store: Store, key: str) -> str:
+    """Creates a session; returns its key."""
+    await store.create(key, {}, lifetime=LONG)
+    return key
+
+
 class AppendContract(ContractFixtures):
     """A batch is written once and whole, or not at all."""
 
     @pytest.fixture
     async def log(self, a: Store, key: str) -> str:
         """The key of a session with an empty log."""
-        await a.create(key, {}, lifetime=LONG)
-        return key
+        return await empty_log(a, key)
 
     # ---- positions
 

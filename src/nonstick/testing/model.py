@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 
 import anyio.from_thread
 import anyio.to_thread
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from nonstick.errors import (
@@ -236,7 +236,7 @@ class Load(Action):
     async def run(self, world: World, store: Store, key: str) -> None:
         async def load() -> Loaded:
             loaded = await store.load(key)
-            session = world.model.session(key)
+            session = world.model.sessions.get(key, ModelSession({}))
             # The tag of an entry that was dropped may be given or not.
             dropped = session.end in session.dropped and not loaded.head.tag
             return loaded._replace(head=session.written[-1].cursor) if dropped else loaded
@@ -359,6 +359,8 @@ class Trim(Action):
 
 def _stream(session: ModelSession, which: int | None, attempt: int) -> tuple[int, int]:
     """The stream meant, and the attempt: that of the stream and `attempt` more."""
+    if which == 0 and not session.streams:
+        which = NEW_STREAM
     if which is None or which == NEW_STREAM:
         return (STANDALONE if which is None else NEW_STREAM), 1 + abs(attempt)
     names = sorted(session.streams) or [1]
@@ -390,7 +392,7 @@ async def run_program(program: Program, a: Store, b: Store, keys: tuple[str, ...
     """Runs the program on both nodes and on the model, then compares all that is left, as either node sees it."""
     count = iter(range(1, 1 << 32))
     world = World((a, b), ModelStore(), keys, lambda: next(count).to_bytes(8, "big"))
-    await Create({}).run(world, a, keys[0])
+    await Create({"x": b"1"}).run(world, a, keys[0])
     for step in program:
         await step.do.run(world, world.nodes[step.node], keys[step.session])
     for store in world.nodes:
@@ -410,7 +412,9 @@ _extras: Final[dict[str, st.SearchStrategy[Any]]] = {
     "uncancel": _requests,
     "fields": st.dictionaries(st.sampled_from(NAMES), st.none() | _bytes, min_size=1),
 }
-_values: st.SearchStrategy[dict[str, bytes | None]] = st.dictionaries(st.sampled_from(NAMES), st.none() | _bytes)
+_values: st.SearchStrategy[dict[str, bytes | None]] = st.dictionaries(
+    st.sampled_from(NAMES), st.sampled_from([None, b"", b"1"])
+)
 
 
 def _weighted(table: dict[str, tuple[int, st.SearchStrategy[Any]]]) -> st.SearchStrategy[Any]:
@@ -438,7 +442,7 @@ _actions: st.SearchStrategy[Action] = _weighted(
         "append": (20, _append_action),
         "repeat": (4, st.builds(Repeat, st.sampled_from(WRITERS[1:]))),
         "read": (
-            6,
+            8,
             st.builds(
                 Read,
                 st.integers(0, 40),
@@ -446,12 +450,12 @@ _actions: st.SearchStrategy[Action] = _weighted(
                 st.sampled_from([1, 2, 1000]),
             ),
         ),
-        "trim": (2, st.builds(Trim, st.lists(st.integers(0, 3), max_size=4), st.none() | st.integers(0, 40))),
-        "update": (2, st.builds(Update, _values, _values)),
-        "create": (4, st.builds(Create, st.dictionaries(st.sampled_from(NAMES), _bytes))),
+        "trim": (4, st.builds(Trim, st.lists(st.integers(0, 3), max_size=4), st.none() | st.integers(0, 40))),
+        "update": (4, st.builds(Update, _values, _values)),
+        "create": (5, st.builds(Create, st.dictionaries(st.sampled_from(NAMES), _bytes))),
         "load": (3, st.just(Load())),
         "touch": (1, st.just(Touch())),
-        "delete": (1, st.builds(Delete, st.sampled_from([True, True, True, False]))),
+        "delete": (2, st.builds(Delete, st.booleans())),
     }
 )
 
@@ -462,10 +466,11 @@ def programs() -> st.SearchStrategy[Program]:
     return st.lists(steps, min_size=15, max_size=60)
 
 
-async def check_programs(a: Store, b: Store, name: str, *, examples: int = EXAMPLES) -> None:
+async def check_programs(a: Store, b: Store, name: str, *, examples: int = EXAMPLES, shrink: bool = True) -> None:
     """Generates programs and runs them on these two nodes, each on new sessions whose keys begin with `name`.
 
-    The same programs every time. A failure carries the smallest program that fails, in the error's notes.
+    The same programs every time. A failure carries the program that fails, in the error's notes; with `shrink` the
+    smallest that does.
     """
     runs = iter(range(1 << 32))
 
@@ -475,7 +480,12 @@ async def check_programs(a: Store, b: Store, name: str, *, examples: int = EXAMP
 
     # Hypothesis calls its tests synchronously: it runs in a thread, and each program comes back to this event loop.
     @settings(
-        max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+        max_examples=examples,
+        phases=[Phase.generate, Phase.shrink] if shrink else [Phase.generate],
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
     )
     @given(program=programs())
     def generated(program: Program) -> None:

@@ -11,15 +11,20 @@ from nonstick.testing.record import LONG
 from nonstick.testing.tools import drafts, open_stream, read_all, texts
 
 
+async def five_events(store: Store, key: str) -> list[Event]:
+    """Creates a session with five standalone events; returns them."""
+    await store.create(key, {}, lifetime=LONG)
+    await store.append(key, Batch(drafts(b"1", b"2", b"3", b"4", b"5")))
+    return await read_all(store, key)
+
+
 class ReadContract(ContractFixtures):
     """A reader gets exactly the rest, or hears that it cannot."""
 
     @pytest.fixture
     async def five(self, a: Store, key: str) -> list[Event]:
         """A session under `key` with five standalone events."""
-        await a.create(key, {}, lifetime=LONG)
-        await a.append(key, Batch(drafts(b"1", b"2", b"3", b"4", b"5")))
-        return await read_all(a, key)
+        return await five_events(a, key)
 
     # ---- read
 

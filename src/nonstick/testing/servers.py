@@ -27,7 +27,7 @@ START_SECONDS: Final = 15.0
 
 # The child asks the kernel to kill it when its parent dies, however that happens, and becomes the server. Not with
 # `preexec_fn`, which may deadlock in a process that has threads.
-_DIE_WITH_PARENT: Final = """
+DIE_WITH_PARENT: Final = """
 import ctypes, os, sys
 ctypes.CDLL(None).prctl(1, 9)
 os.execv(sys.argv[1], sys.argv[1:])
@@ -149,8 +149,10 @@ class ValkeyServer:
         self.start()
 
     def freeze(self) -> None:
-        """SIGSTOP: connections stay open and are accepted, nothing answers."""
+        """SIGSTOP: connections stay open and are accepted, nothing answers. Returns once it stands still."""
         os.kill(self.pid, signal.SIGSTOP)
+        if sys.platform == "linux":
+            os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def thaw(self) -> None:
         """SIGCONT."""
@@ -162,7 +164,7 @@ class ValkeyServer:
         command += ["--appendonly", "yes" if self._appendonly else "no", "--daemonize", "no", *self._options]
         # The kernel's promise is bound to the thread that started the child, so only the main one may ask for it.
         if sys.platform == "linux" and threading.current_thread() is threading.main_thread():
-            command = [sys.executable, "-ISc", _DIE_WITH_PARENT, *command]
+            command = [sys.executable, "-ISc", DIE_WITH_PARENT, *command]
         with (self._home / "log").open("ab") as log:
             return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self._home)
 

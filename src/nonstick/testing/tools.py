@@ -133,6 +133,7 @@ async def read_all(store: Store, key: str, after: Cursor = BEGINNING) -> list[Ev
     """Everything after the cursor, in as many reads as it takes."""
     events: list[Event] = []
     while part := await store.read(key, after, limit=MAX_READ):
+        assert part[0].position > after.position, "read repeats what is before its cursor"
         events += part
         after = part[-1].cursor
     return events

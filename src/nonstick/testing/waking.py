@@ -103,11 +103,11 @@ class WatchContract(ContractFixtures):
         await a.append(key, Batch(drafts(b"1", b"2", b"3")))
         head = (await a.load(key)).head
         async with aclosing(follow(b, key, head)) as events, aclosing(follow(b, key, Cursor(2))) as earlier:
-            coming = asyncio.ensure_future(take(events, 2))
-            await a.append(key, Batch(drafts(b"4")))
-            await a.append(key, Batch(drafts(b"5")))
-            assert texts(await coming) == [b"4", b"5"]
-            assert texts(await take(earlier, 3)) == [b"3", b"4", b"5"]
+            for data in (b"4", b"5", b"6"):
+                coming = asyncio.ensure_future(take(events, 1))
+                await a.append(key, Batch(drafts(data)))
+                assert texts(await coming) == [data]
+            assert texts(await take(earlier, 4)) == [b"3", b"4", b"5", b"6"]
 
     async def test_end_of_the_session_wakes_its_followers(self, a: Store, b: Store, key: str) -> None:
         """`delete` wakes the session's watchers, on every node (P6)."""

@@ -1,0 +1,323 @@
+"""The contract catches what other systems shipped: each broken store here must fail the test that is meant for it."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import secrets
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from nonstick.errors import Diverged, Fenced, NotPending, SessionNotFound, StoreError, StreamClosed, Trimmed
+from nonstick.store import STANDALONE, Appended, Batch, Cursor, Event, Loaded, Wake
+from nonstick.stores.memory import MemoryStore
+from nonstick.testing import ManualClock, StoreContract, check_programs
+from nonstick.testing.append import empty_log
+from nonstick.testing.reading import five_events
+
+pytestmark = pytest.mark.anyio
+
+CAUGHT = (AssertionError, pytest.fail.Exception, StoreError, TimeoutError)
+
+
+class Sound(MemoryStore):
+    """Nothing is wrong with it."""
+
+
+class WritesRepeatsAgain(MemoryStore):
+    async def append(self, key: str, batch: Batch) -> Appended:
+        return await super().append(key, replace(batch, writer=""))
+
+
+class SharesOneSequence(MemoryStore):
+    async def append(self, key: str, batch: Batch) -> Appended:
+        return await super().append(key, replace(batch, writer=batch.writer and "node"))
+
+
+class ChecksRepeatsLast(MemoryStore):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.ended: set[tuple[str, int]] = set()
+
+    async def append(self, key: str, batch: Batch) -> Appended:
+        if (key, batch.stream) in self.ended:
+            raise StreamClosed
+        answer = await super().append(key, batch)
+        if batch.terminal:
+            self.ended.add((key, batch.stream))
+        return answer
+
+
+class NeverCloses(MemoryStore):
+    async def append(self, key: str, batch: Batch) -> Appended:
+        return await super().append(key, replace(batch, terminal=False))
+
+
+class NeverFences(MemoryStore):
+    async def append(self, key: str, batch: Batch) -> Appended:
+        for attempt in range(10):
+            try:
+                return await super().append(key, replace(batch, attempt=attempt))
+            except Fenced:
+                pass
+        raise Fenced
+
+
+class SettlesAnything(MemoryStore):
+    async def append(self, key: str, batch: Batch) -> Appended:
+        try:
+            return await super().append(key, batch)
+        except NotPending:
+            return await super().append(key, replace(batch, settle=None, answers=None))
+
+
+class KeepsFieldsOfRefused(MemoryStore):
+    async def append(self, key: str, batch: Batch) -> Appended:
+        await self.update(key, batch.fields)
+        return await super().append(key, batch)
+
+
+class TearsBatches(MemoryStore):
+    async def append(self, key: str, batch: Batch) -> Appended:
+        if batch.stream != STANDALONE or batch.writer or len(batch.events) < 2:
+            return await super().append(key, batch)
+        answers = []
+        for draft in batch.events:
+            answers.append(await super().append(key, replace(batch, events=[draft])))
+            await asyncio.sleep(0)
+        return answers[-1]._replace(first=answers[0].first)
+
+
+class CountsPositionsFromWhatIsLeft(MemoryStore):
+    async def append(self, key: str, batch: Batch) -> Appended:
+        answer = await super().append(key, batch)
+        return answer if answer.duplicate else answer._replace(first=answer.count - len(batch.events) + 1)
+
+
+class RaisesSessionsByUpdate(MemoryStore):
+    async def update(
+        self, key: str, changes: Mapping[str, bytes | None], *, expect: Mapping[str, bytes | None] | None = None
+    ) -> bool:
+        try:
+            return await super().update(key, changes, expect=expect)
+        except SessionNotFound:
+            await self.create(key, {name: value for name, value in changes.items() if value}, lifetime=60)
+            return True
+
+
+class IgnoresExpectedAbsence(MemoryStore):
+    async def update(
+        self, key: str, changes: Mapping[str, bytes | None], *, expect: Mapping[str, bytes | None] | None = None
+    ) -> bool:
+        present = {name: value for name, value in (expect or {}).items() if value is not None}
+        return await super().update(key, changes, expect=present)
+
+
+class RemembersTheDeleted(MemoryStore):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.cache: dict[str, Loaded] = {}
+
+    async def load(self, key: str) -> Loaded:
+        try:
+            self.cache[key] = await super().load(key)
+        except SessionNotFound:
+            if key not in self.cache:
+                raise
+        return self.cache[key]
+
+
+class IgnoresTags(MemoryStore):
+    async def read(self, key: str, after: Cursor, *, limit: int = 256) -> list[Event]:
+        return await super().read(key, Cursor(after.position), limit=limit)
+
+
+class ReadsOnAfterALoss(MemoryStore):
+    async def read(self, key: str, after: Cursor, *, limit: int = 256) -> list[Event]:
+        try:
+            return await super().read(key, after, limit=limit)
+        except Diverged:
+            return []
+
+
+class SkipsWhatWasTrimmed(MemoryStore):
+    async def read(self, key: str, after: Cursor, *, limit: int = 256) -> list[Event]:
+        try:
+            return await super().read(key, after, limit=limit)
+        except Trimmed:
+            return await super().read(key, Cursor(after.position), limit=limit)
+
+
+class RepeatsTheEventAtTheCursor(MemoryStore):
+    async def read(self, key: str, after: Cursor, *, limit: int = 256) -> list[Event]:
+        return await super().read(key, Cursor(max(0, after.position - 1)), limit=limit)
+
+
+class TrimsTooMuch(MemoryStore):
+    async def trim(self, key: str, *, streams: Collection[int] = (), standalone_before: int = 0) -> None:
+        await super().trim(key, streams=streams, standalone_before=standalone_before and standalone_before + 1)
+
+
+class ExpiresLate(MemoryStore):
+    async def create(
+        self, key: str, fields: Mapping[str, bytes], *, lifetime: float, limits: Mapping[str, int] | None = None
+    ) -> None:
+        await super().create(key, fields, lifetime=lifetime * 1.5, limits=limits)
+
+
+class RenewsAtEveryLoad(MemoryStore):
+    async def load(self, key: str) -> Loaded:
+        await self.touch([key])
+        return await super().load(key)
+
+
+class IgnoresLimits(MemoryStore):
+    async def create(
+        self, key: str, fields: Mapping[str, bytes], *, lifetime: float, limits: Mapping[str, int] | None = None
+    ) -> None:
+        await super().create(key, fields, lifetime=lifetime)
+
+
+class AnnouncesNothing(MemoryStore):
+    def watch(self, key: str, wake: Wake) -> Callable[[], None]:
+        return super().watch(f"{key}-other", wake)
+
+
+class LeavesAWindow(MemoryStore):
+    """It says nothing at the beginning, so what came just before the watch is seen too late."""
+
+    def watch(self, key: str, wake: Wake) -> Callable[[], None]:
+        return super().watch(key, lambda news: wake(news) if news else None)
+
+
+class KeepsCalling(MemoryStore):
+    def watch(self, key: str, wake: Wake) -> Callable[[], None]:
+        super().watch(key, wake)
+        return lambda: None
+
+
+class NeverLapses(MemoryStore):
+    async def lapsed(self, nodes: Collection[str]) -> set[str]:
+        return set()
+
+
+BROKEN = {
+    WritesRepeatsAgain: [
+        "test_repeated_append_is_written_once",
+        "test_one_of_racing_repeats_is_written",
+        "test_append_that_was_cancelled_and_repeated_is_written_once",
+    ],
+    SharesOneSequence: ["test_lower_number_of_another_writer_is_not_lost"],
+    ChecksRepeatsLast: ["test_terminal_that_is_repeated_is_a_duplicate"],
+    NeverCloses: ["test_nothing_follows_the_terminal", "test_one_of_racing_terminals_ends_the_stream"],
+    NeverFences: [
+        "test_other_attempt_is_fenced",
+        "test_stream_that_was_taken_over_refuses_its_old_writer",
+        "test_one_of_racing_successors_takes_the_stream_over",
+    ],
+    SettlesAnything: ["test_answer_that_nobody_expects_is_refused", "test_one_of_racing_replies_settles_the_request"],
+    KeepsFieldsOfRefused: ["test_other_attempt_is_fenced", "test_nothing_follows_the_terminal"],
+    TearsBatches: ["test_reader_never_sees_half_a_batch"],
+    CountsPositionsFromWhatIsLeft: ["test_trimmed_positions_are_never_given_out_again"],
+    RaisesSessionsByUpdate: [
+        "test_update_never_brings_a_session_back",
+        "test_deleted_session_is_gone_on_every_node_for_every_method",
+    ],
+    IgnoresExpectedAbsence: ["test_update_that_expects_other_values_changes_nothing"],
+    RemembersTheDeleted: ["test_deleted_session_is_gone_on_every_node_for_every_method"],
+    IgnoresTags: [
+        "test_cursor_whose_entry_is_another_has_diverged",
+        "test_cursor_of_a_session_before_has_diverged",
+        "test_cursor_at_a_dropped_entry_is_told_so",
+    ],
+    ReadsOnAfterALoss: ["test_cursor_beyond_the_end_has_diverged", "test_empty_log_reads_as_empty"],
+    SkipsWhatWasTrimmed: ["test_cursor_at_a_dropped_entry_is_told_so"],
+    RepeatsTheEventAtTheCursor: ["test_read_begins_after_its_cursor"],
+    TrimsTooMuch: ["test_trim_drops_the_standalone_stream_before_a_position"],
+    ExpiresLate: ["test_session_lives_its_lifetime_and_no_longer"],
+    RenewsAtEveryLoad: ["test_load_of_a_fresh_session_writes_nothing"],
+    IgnoresLimits: [
+        "test_full_group_refuses_and_nothing_is_evicted",
+        "test_ended_session_makes_room_in_its_group",
+    ],
+    AnnouncesNothing: [
+        "test_append_wakes_the_watchers_on_every_node",
+        "test_follower_begins_where_it_is_told",
+        "test_end_of_the_session_wakes_its_followers",
+    ],
+    LeavesAWindow: ["test_watch_first_says_read", "test_follower_begins_where_it_is_told"],
+    KeepsCalling: ["test_watch_that_was_stopped_is_not_called"],
+    NeverLapses: ["test_lease_holds_until_it_lapses_by_the_stores_clock"],
+}
+
+BY_THE_MODEL = [
+    WritesRepeatsAgain,
+    SharesOneSequence,
+    NeverCloses,
+    NeverFences,
+    SettlesAnything,
+    KeepsFieldsOfRefused,
+    CountsPositionsFromWhatIsLeft,
+    RaisesSessionsByUpdate,
+    IgnoresExpectedAbsence,
+    RemembersTheDeleted,
+    IgnoresTags,
+    ReadsOnAfterALoss,
+    SkipsWhatWasTrimmed,
+    TrimsTooMuch,
+]
+"""Those whose fault needs neither time nor concurrency nor a watcher to be seen."""
+
+
+async def run(name: str, kind: type[MemoryStore]) -> None:
+    """Runs one test of the contract on a new store of this kind, as pytest would."""
+    clock = ManualClock()
+    key = secrets.token_hex(16)
+    async with kind(clock=clock) as store:
+        test = getattr(StoreContract(), name)
+        given: dict[str, object] = {"a": store, "b": store, "key": key, "clock": clock}
+        wanted = inspect.signature(test).parameters
+        if "log" in wanted:
+            given["log"] = await empty_log(store, key)
+        if "five" in wanted:
+            given["five"] = await five_events(store, key)
+        await test(**{one: given[one] for one in wanted})
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is waited for in vain is not waited for long: everything here is in memory."""
+    monkeypatch.setattr("nonstick.testing.tools.DEADLINE", 0.3)
+
+
+CASES = [pytest.param(kind, name, id=f"{kind.__name__}-{name}") for kind, names in BROKEN.items() for name in names]
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES)
+async def test_contract_catches_the_broken_store(kind: type[MemoryStore], name: str) -> None:
+    """A suite that cannot fail proves nothing."""
+    with pytest.raises(CAUGHT):
+        await run(name, kind)
+
+
+@pytest.mark.parametrize("name", sorted({name for names in BROKEN.values() for name in names}))
+async def test_contract_passes_the_sound_store(name: str) -> None:
+    """What catches the broken stores is their fault, not the way in which these tests are run."""
+    await run(name, Sound)
+
+
+@pytest.mark.parametrize("kind", BY_THE_MODEL)
+async def test_model_catches_the_broken_store(kind: type[MemoryStore]) -> None:
+    """Random programs find these faults without a test that was written for them."""
+    async with kind() as store:
+        with pytest.raises((*CAUGHT, BaseExceptionGroup)):
+            await check_programs(store, store, "key", shrink=False)
+
+
+async def test_model_passes_the_sound_store() -> None:
+    """And they find none where there is none."""
+    async with Sound() as store:
+        await check_programs(store, store, "key", shrink=False)

@@ -1,0 +1,101 @@
+"""The URLs that name a store."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from nonstick.errors import ConfigurationError
+from nonstick.stores import open_store
+from nonstick.stores.memory import MemoryStore
+from nonstick.stores.redis import RedisStore
+from nonstick.stores.sqlite import SQLiteStore
+from nonstick.testing import ValkeyServer
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.mark.parametrize("url", ["memory:", "memory://", "MEMORY:"])
+def test_two_memory_urls_make_two_stores(url: str) -> None:
+    """`open_store`: in this process only; two calls make two stores."""
+    first, second = open_store(url), open_store(url)
+    assert isinstance(first, MemoryStore)
+    assert first is not second
+
+
+def test_store_is_passed_through() -> None:
+    """`open_store`: an instance is used as it is."""
+    store = MemoryStore()
+    assert open_store(store) is store
+
+
+async def test_sqlite_url_names_a_relative_or_an_absolute_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`open_store`: three slashes for a relative path, four for an absolute one."""
+    monkeypatch.chdir(tmp_path)
+    for url, path in (("sqlite:///relative.db", "relative.db"), (f"sqlite:///{tmp_path}/absolute.db", "absolute.db")):
+        store = open_store(url)
+        assert isinstance(store, SQLiteStore)
+        assert not (tmp_path / path).exists()
+        async with store:
+            await store.create("key", {}, lifetime=60)
+        assert (tmp_path / path).exists()
+
+
+@pytest.mark.parametrize("name", ["redis", "rediss"])
+def test_redis_url_makes_a_redis_store(name: str) -> None:
+    """`open_store`: Redis or Valkey, without connecting yet."""
+    assert isinstance(open_store(f"{name}://cache.example:6379/2"), RedisStore)
+
+
+def test_unix_url_makes_a_redis_store() -> None:
+    """`open_store`: a server on a Unix socket."""
+    assert isinstance(open_store("unix:///run/valkey.sock"), RedisStore)
+
+
+async def test_prefix_in_the_url_separates_two_applications(valkey: ValkeyServer) -> None:
+    """`open_store`: `?prefix=name` puts the store's keys under that name, and is not sent to the server."""
+    one, same, other = (f"{valkey.url}/0?prefix={name}" for name in ("one", "one", "other"))
+    async with open_store(one) as a, open_store(same) as b, open_store(other) as c:
+        await a.create("key", {"x": b"1"}, lifetime=60)
+        assert (await b.load("key")).fields == {"x": b"1"}
+        await c.create("key", {}, lifetime=60)
+        assert "prefix" not in a.url
+
+
+@pytest.mark.parametrize(
+    ("url", "hint"),
+    [
+        ("postgresql://secret@host/db", "redis://"),
+        ("cache:6379", "redis://"),
+        ("sessions.db", "sqlite:///"),
+        ("", "memory:"),
+        ("sqlite:", "sqlite:///"),
+        ("sqlite://", "sqlite:///"),
+        ("sqlite:///", "sqlite:///"),
+        ("sqlite://secret.db", "sqlite:///"),
+        ("sqlite:///:memory:", "memory:"),
+        ("memory://secret", "memory:"),
+        ("redis://secret@host/0?prefix=", "prefix"),
+        ("redis://secret@host/0?prefix=a&prefix=b", "prefix"),
+    ],
+)
+def test_url_that_names_no_store_says_what_is_possible(url: str, hint: str) -> None:
+    """ConfigurationError: the message names what to change, and does not repeat the URL (P13)."""
+    with pytest.raises(ConfigurationError) as error:
+        open_store(url)
+    assert hint in str(error.value)
+    assert "secret" not in str(error.value)
+
+
+def test_redis_without_its_packages_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ConfigurationError: the store needs packages that are not installed."""
+    import nonstick.stores
+
+    monkeypatch.delattr(nonstick.stores, "redis")
+    for name in [name for name in sys.modules if name.startswith("nonstick.stores.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "hiredis", None)
+    with pytest.raises(ConfigurationError, match=r"pip install 'nonstick\[redis\]'"):
+        open_store("redis://cache:6379")

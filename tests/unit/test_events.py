@@ -1,0 +1,168 @@
+"""Events' bytes and the event ids that clients bring back."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nonstick.events import (
+    MAX_REQUEST_ID,
+    EventId,
+    Kind,
+    body_of,
+    decode,
+    draft,
+    kind_of,
+    parse_event_id,
+)
+from nonstick.store import STANDALONE, Cursor
+
+SESSION = "0123456789abcdef0123456789abcdef"
+ID = EventId(7, Cursor(9, b"\x00\x01tagtag"), "request-1")
+
+kinds = st.sampled_from(list(Kind))
+sessions = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=16, max_size=64)
+requests = st.none() | st.integers(-(2**63), 2**63) | st.text(max_size=100)
+positions = st.integers(1, 16**15 - 1)
+event_ids = st.builds(
+    EventId, st.just(STANDALONE) | positions, st.builds(Cursor, positions, st.binary(min_size=8, max_size=8)), requests
+)
+
+
+def kept(event_id: EventId) -> EventId:
+    """What an event id still says after the wire: all but a request id that is too long."""
+    long = event_id.request is not None and len(json.dumps(event_id.request)) > MAX_REQUEST_ID
+    return event_id._replace(request=None) if long else event_id
+
+
+# ---- events
+
+
+@given(kinds, st.binary())
+def test_event_keeps_its_kind_and_its_exact_body(kind: Kind, body: bytes) -> None:
+    """The body of a message is kept as the exact bytes that go to the client."""
+    data = draft(kind, body).data
+    assert kind_of(data) is kind
+    assert body_of(data) == body
+
+
+@given(kinds, st.dictionaries(st.text(), st.integers() | st.text() | st.none() | st.lists(st.booleans())))
+def test_json_body_is_decoded(kind: Kind, body: dict[str, object]) -> None:
+    """`decode`: the JSON object in these event bytes."""
+    assert decode(draft(kind, json.dumps(body).encode()).data) == body
+
+
+def test_every_draft_has_a_tag_of_its_own() -> None:
+    """`draft`: under a new random tag, of 8 bytes, so that no event id can be guessed."""
+    tags = [draft(Kind.MESSAGE, b"same").tag for _ in range(1000)]
+    assert {len(tag) for tag in tags} == {8}
+    assert len(set(tags)) == len(tags)
+
+
+@given(st.binary(max_size=6))
+def test_unknown_event_is_passed_over(data: bytes) -> None:
+    """A reader passes over a kind that it does not know; never an error (P12)."""
+    known = len(data) >= 2 and data[:1] == b"1" and data[1] in set(Kind)
+    assert (kind_of(data) is not None) == known
+
+
+@pytest.mark.parametrize("data", [b"", b"1", b"2m{}", b"1Z{}", b"m1{}", b"\x001m"])
+def test_event_of_a_newer_version_has_no_kind(data: bytes) -> None:
+    """`kind_of`: None if this version does not know it (P12)."""
+    assert kind_of(data) is None
+
+
+def test_kinds_are_told_apart_by_one_visible_byte() -> None:
+    """The kinds' bytes are in every log: none may change or be given to another (P12)."""
+    assert {kind.name: chr(kind) for kind in Kind}.items() >= {
+        "OPENED": "o",
+        "MESSAGE": "m",
+        "TERMINAL": "t",
+        "TAKEN": "a",
+        "HANGUP": "h",
+        "REPLY": "r",
+        "PROGRESS": "p",
+        "CANCEL": "c",
+        "LISTENING": "l",
+        "LEFT": "x",
+    }.items()
+
+
+# ---- event ids
+
+
+@given(event_ids, sessions)
+def test_event_id_comes_back_as_it_was_sent(event_id: EventId, session: str) -> None:
+    """What `seal` writes, `parse_event_id` reads, in the same session (P3)."""
+    assert parse_event_id(event_id.seal(session), session) == kept(event_id)
+
+
+@given(event_ids, sessions)
+def test_event_id_fits_an_sse_field_and_a_header(event_id: EventId, session: str) -> None:
+    """It comes back in a `Last-Event-ID` header: visible ASCII, no spaces, and not too long."""
+    assert re.fullmatch(r"[0-9A-Za-z._-]{1,300}", event_id.seal(session))
+
+
+def test_request_id_keeps_its_type() -> None:
+    """JSON-RPC: the ids 1 and "1" are two requests."""
+    for request in (1, "1", "", 0, "null"):
+        parsed = parse_event_id(ID._replace(request=request).seal(SESSION), SESSION)
+        assert parsed is not None
+        assert parsed.request == request
+        assert type(parsed.request) is type(request)
+
+
+def test_request_id_that_is_too_long_is_left_out() -> None:
+    """`EventId.request`: none for an id of more than MAX_REQUEST_ID characters; the place is kept."""
+    assert parse_event_id(ID._replace(request="x" * 5000).seal(SESSION), SESSION) == ID._replace(request=None)
+
+
+@given(event_ids, sessions, sessions)
+def test_event_id_of_another_session_is_refused(event_id: EventId, session: str, other: str) -> None:
+    """Never an event of another session: the id is bound to the one that it was sent in (P3)."""
+    if session != other:
+        assert parse_event_id(event_id.seal(session), other) is None
+
+
+@given(st.data())
+def test_event_id_that_was_changed_is_refused(data: st.DataObject) -> None:
+    """An id that somebody made up out of a true one is none that we sent (P3)."""
+    text = data.draw(event_ids).seal(SESSION)
+    at = data.draw(st.integers(0, len(text) - 1))
+    other = data.draw(st.sampled_from("0123456789abcdefABCXYZ._- \n").filter(lambda character: character != text[at]))
+    assert parse_event_id(text[:at] + other + text[at + 1 :], SESSION) is None
+    assert parse_event_id(text[:at] + text[at + 1 :], SESSION) is None
+    assert parse_event_id(text[:at] + other + text[at:], SESSION) is None
+
+
+@given(st.text() | st.from_regex(r"1\.[0-9a-f]{1,15}\.[0-9a-f]{1,15}\.[0-9a-f]{16}\.[A-Za-z0-9_-]*\.[0-9a-f]{16}"))
+def test_made_up_event_id_is_refused(text: str) -> None:
+    """`parse_event_id`: None if we never sent it in this session; no text raises (P3)."""
+    assert parse_event_id(text, SESSION) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "1",
+        "1....",
+        ID.seal(SESSION) + "\n",
+        " " + ID.seal(SESSION),
+        ID.seal(SESSION).upper(),
+        "2" + ID.seal(SESSION)[1:],
+        ID.seal(SESSION).rpartition(".")[0],
+        "1.7.9.0001746167746167..",
+        "\N{ARABIC-INDIC DIGIT ONE}" + ID.seal(SESSION)[1:],
+        "1" * 100_000,
+        "\ud800",
+    ],
+    ids=range(12),
+)
+def test_malformed_event_id_is_refused(text: str) -> None:
+    """`parse_event_id`: None if we never sent it in this session."""
+    assert parse_event_id(text, SESSION) is None
