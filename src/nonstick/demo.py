@@ -76,6 +76,10 @@ async def _play(tell: Narrator, cluster: Cluster) -> int:
                 if stage.unexpected:
                     raise Problem("; ".join(stage.unexpected))
     except Exception as error:  # whatever it is, the demo has not shown what it is to show
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            # Ctrl-C: the client, which it cut short, turned it into an error of its own.
+            raise asyncio.CancelledError from error
         tell.verdict(False, _reason(error))
         return 1
     tell.verdict(True, _summary(stage))

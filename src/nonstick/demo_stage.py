@@ -22,6 +22,7 @@ from mcp_types import CallToolResult, Implementation, TextContent
 
 from nonstick.logs import wants_colour
 from nonstick.testing.balancer import Backend, Balancer, Exchange
+from nonstick.testing.servers import DIE_WITH_PARENT
 
 __all__ = ["CLIENT_NAME", "Cluster", "Narrator", "Node", "Problem", "Stage", "served", "text_of", "what"]
 
@@ -114,6 +115,8 @@ class Node:
         command = [sys.executable, "-m", "uvicorn", "--factory", "nonstick.demo_server:sdk_app"]
         if not sdk:
             command = [sys.executable, "-m", "nonstick", "serve", "nonstick.demo_server:mcp", "--grace", "2"]
+        if sys.platform == "linux":
+            command = [sys.executable, "-ISc", DIE_WITH_PARENT, *command]
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(  # noqa: S603 (our own interpreter)
                 [*command, "--port", str(self.port)],

@@ -98,15 +98,15 @@ def _load_file(path: Path) -> ModuleType:
     if not path.is_file():
         missing = "is a directory" if path.is_dir() else "does not exist"
         raise TargetError(f"{path} {missing}. Give the path of a Python file, as in path/to/file.py:name.{_near(path)}")
-    path = path.resolve()
+    place, path = str(path), path.resolve()
     root, parts = path.parent, [path.stem]
     while (root / "__init__.py").is_file():
         parts.insert(0, root.name)
         root = root.parent
     _prepend(root)
     if len(parts) > 1:  # part of a package: its relative imports must work
-        return _import(".".join(parts[:-1] if parts[-1] == "__init__" else parts), str(path))
-    return _execute(path)
+        return _import(".".join(parts[:-1] if parts[-1] == "__init__" else parts), place)
+    return _execute(path, place)
 
 
 def _near(path: Path) -> str:
@@ -119,19 +119,19 @@ def _near(path: Path) -> str:
     return f" Did you mean {path.parent / close[0]}?" if close else ""
 
 
-def _execute(path: Path) -> ModuleType:
+def _execute(path: Path, place: str) -> ModuleType:
     # Under its own name, as an import of it from a neighbour finds it, unless it would hide a module of that name.
     name = path.stem if path.stem not in sys.modules and path.stem not in sys.stdlib_module_names else f"_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise TargetError(f"{path} is not a Python file.")
+        raise TargetError(f"{place} is not a Python file.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise _import_failed(str(path), error) from error
+        raise _import_failed(place, error) from error
     return module
 
 

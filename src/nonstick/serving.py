@@ -109,8 +109,13 @@ def worker_app() -> _Deferred:
     try:
         return _Deferred(settings, loading.find(settings.target))
     except loading.TargetError as error:
-        sys.stderr.write(f"{error.trace}nonstick: {error}\n")
+        _complain(error)
         sys.exit(_STARTUP_FAILURE)
+
+
+def _complain(error: NonstickError) -> None:
+    """In a worker process: in the first one the command line does it."""
+    sys.stderr.write(f"{getattr(error, 'trace', '')}nonstick: {error}\n")
 
 
 # ---- the application
@@ -142,8 +147,9 @@ class _Deferred:
         try:
             await self.prepare()
         except NonstickError as error:
+            _complain(error)
             await receive()
-            await send({"type": "lifespan.startup.failed", "message": str(error)})
+            await send({"type": "lifespan.startup.failed", "message": ""})
             return
         assert self._app is not None
         await self._app(scope, receive, self._announcing(self._app.manager, send))
@@ -192,8 +198,10 @@ class _Ready:
         try:
             async with asyncio.timeout(PING_SECONDS):
                 await self._manager.check_ready()
-        except TimeoutError:
-            return _not_ready(f"the store did not answer within {PING_SECONDS:.0f} s")
+        except (TimeoutError, StoreUnavailable) as error:
+            # The address of the store is for the log: who asks here may be anybody.
+            logger.warning("not ready: %s", str(error) or f"the store did not answer within {PING_SECONDS:.0f} s")
+            return _not_ready("the session store cannot be reached")
         except NonstickError as error:
             return _not_ready(str(error))
         return JSONResponse({"status": "ready"})
@@ -304,7 +312,9 @@ def _prepare_store(settings: Settings) -> None:
         StoreUnavailable: It did not answer in time. The message says where it is and how to look.
     """
     if settings.store == DEFAULT_STORE:
-        _make_home(Path(DEFAULT_STORE.removeprefix("sqlite:///")).parent)
+        file = Path(DEFAULT_STORE.removeprefix("sqlite:///"))
+        logger.info("no --store: sessions are kept in %s, for what is started in this directory", file)
+        _make_home(file.parent)
     if settings.store.lower().startswith("memory:") and settings.workers > 1:
         raise ConfigurationError(
             "several --workers cannot share memory:, each would have sessions of its own. "
@@ -318,8 +328,9 @@ async def _ping(store: Store) -> None:
         async with asyncio.timeout(PING_SECONDS), store:
             await store.ping()
     except (TimeoutError, StoreUnavailable) as error:
-        what = "no answer" if isinstance(error, TimeoutError) else str(error)
-        raise StoreUnavailable(f"cannot use the store {store.url}: {what}. {_how_to_look(store.url)}") from error
+        timed_out = isinstance(error, TimeoutError)
+        what = f"no answer from {store.url} within {PING_SECONDS:.0f} s" if timed_out else str(error)
+        raise StoreUnavailable(f"the store cannot be used: {what}. {_how_to_look(store.url)}") from error
 
 
 def _how_to_look(url: str) -> str:

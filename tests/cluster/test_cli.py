@@ -1,0 +1,403 @@
+"""`nonstick serve` as a process: it serves, stops, and says in one paragraph what cannot work."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from nonstick import cli
+from nonstick.testing.servers import ValkeyServer
+
+DEADLINE = 40.0
+
+SOURCE = """
+from mcp.server import MCPServer
+
+mcp = MCPServer("served")
+other = 42
+
+
+@mcp.tool()
+def add(a: int, b: int) -> int:
+    return a + b
+
+
+async def make():
+    return mcp
+
+
+def broken():
+    raise RuntimeError("no database")
+"""
+
+
+class Served:
+    """`nonstick serve …` as a child process. Its log is JSON; `wait_for` reads it."""
+
+    def __init__(self, home: Path, *arguments: str, store: str = "sqlite:///sessions.db") -> None:
+        self.seen: list[dict[str, Any]] = []
+        self._lines = queue.Queue[str | None]()
+        self._process = subprocess.Popen(
+            [*NONSTICK, "serve", *arguments, "--store", store, "--port", "0", "--log-format", "json"],
+            cwd=home,
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            self._lines.put(line)
+        self._lines.put(None)
+
+    def wait_for(self, message: str) -> dict[str, Any]:
+        """The next record with this message.
+
+        Raises:
+            AssertionError: The process ended before. The records are in the message.
+        """
+        limit = time.monotonic() + DEADLINE
+        while True:
+            line = self._lines.get(timeout=max(0.0, limit - time.monotonic()))
+            assert line is not None, f"no record {message!r}: {self.seen}"
+            self.seen.append(json.loads(line))
+            if self.seen[-1]["message"] == message:
+                return self.seen[-1]
+
+    def url(self) -> str:
+        """Of the MCP endpoint, once it serves."""
+        return str(self.wait_for("serving")["url"])
+
+    def stop(self, signum: signal.Signals = signal.SIGTERM) -> int:
+        """Sends the signal, and returns the exit status."""
+        self._process.send_signal(signum)
+        return self._process.wait(DEADLINE)
+
+    def clean(self) -> None:
+        if self._process.poll() is None:
+            # It passes the signal on to its workers, which a SIGKILL would leave behind.
+            self._process.terminate()
+            try:
+                self._process.wait(DEADLINE)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+        self._process.wait()
+        assert self._process.stderr is not None
+        while self._lines.get(timeout=DEADLINE) is not None:
+            pass
+        self._process.stderr.close()
+
+
+NONSTICK = [sys.executable, "-m", "nonstick"]
+
+Start = Callable[..., Served]
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    (tmp_path / "server.py").write_text(SOURCE)
+    return tmp_path
+
+
+@pytest.fixture
+def start(home: Path) -> Iterator[Start]:
+    with contextlib.ExitStack() as stack:
+
+        def start(*arguments: str, **options: str) -> Served:
+            served = Served(home, *arguments, **options)
+            stack.callback(served.clean)
+            return served
+
+        yield start
+
+
+def root(url: str) -> str:
+    return url.removesuffix("/mcp")
+
+
+HEADERS = {"accept": "application/json, text/event-stream"}
+
+
+def initialize(url: str) -> dict[str, str]:
+    """Opens a session; returns the headers of its later requests."""
+    params = {
+        "protocolVersion": "2025-11-25",
+        "capabilities": {},
+        "clientInfo": {"name": "test", "version": "1"},
+    }
+    message = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": params}
+    answer = httpx2.post(url, json=message, headers=HEADERS)
+    assert answer.status_code == 200, answer.text
+    return {**HEADERS, "mcp-session-id": answer.headers["mcp-session-id"], "mcp-protocol-version": "2025-11-25"}
+
+
+def list_tools(url: str, headers: dict[str, str]) -> int:
+    message = {"jsonrpc": "2.0", "id": 2, "method": "tools/list"}
+    return httpx2.post(url, json=message, headers=headers).status_code
+
+
+def nonstick(home: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*NONSTICK, *arguments],
+        cwd=home,
+        env=os.environ | environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    )
+
+
+# ---- it serves
+
+
+def test_session_of_one_process_is_served_by_another(start: Start) -> None:
+    """P1."""
+    first, second = start("server.py"), start("server:make")
+    opened, other = first.url(), second.url()
+    headers = initialize(opened)
+    assert list_tools(other, headers) == 200
+    assert httpx2.delete(other, headers=headers).status_code == 200
+    assert list_tools(opened, headers) == 404
+
+
+def test_probes_answer_and_sigterm_ends_with_status_0(start: Start) -> None:
+    served = start("server.py")
+    url = root(served.url())
+    for probe, said in (("/healthz", "ok"), ("/readyz", "ready")):
+        answer = httpx2.get(url + probe)
+        assert (answer.status_code, answer.json()) == (200, {"status": said})
+    assert served.stop() == 0
+
+
+def test_ctrl_c_ends_with_status_0(start: Start) -> None:
+    served = start("server.py")
+    served.url()
+    assert served.stop(signal.SIGINT) == 0
+
+
+def test_sigterm_does_not_wait_for_an_open_stream(start: Start) -> None:
+    """P8: the stream is handed over, long before the grace period is over."""
+    served = start("server.py", "--grace", "600")
+    url = served.url()
+    with httpx2.stream("GET", url, headers=initialize(url), timeout=DEADLINE) as stream:
+        assert stream.status_code == 200
+        assert served.stop() == 0
+        stream.read()
+
+
+def test_two_workers_serve_one_session(start: Start) -> None:
+    """P1."""
+    served = start("server.py", "--workers", "2")
+    url, pid = served.url(), served.seen[-1]["pid"]
+    assert served.wait_for("serving")["pid"] != pid
+    headers = initialize(url)
+    assert {list_tools(url, headers) for _ in range(20)} == {200}
+    assert served.stop() == 0
+
+
+def test_workers_that_cannot_start_end_the_command(home: Path) -> None:
+    ended = nonstick(home, "serve", "server.py:broken", "--workers", "2", "--port", "0")
+    assert ended.returncode == 1
+    assert 'raise RuntimeError("no database")' in ended.stderr
+    assert "nonstick: server.py:broken raised RuntimeError: no database." in ended.stderr
+
+
+def test_reload_serves_the_changed_file(start: Start, home: Path) -> None:
+    served = start("server.py", "--reload")
+    served.url()
+    (home / "server.py").write_text(SOURCE.replace('MCPServer("served")', 'MCPServer("changed")'))
+    params = {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "test", "version": "1"}}
+    message = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": params}
+    answer = httpx2.post(served.url(), json=message, headers=HEADERS)
+    assert answer.json()["result"]["serverInfo"]["name"] == "changed"
+
+
+def test_node_is_not_ready_while_its_store_is_away(start: Start) -> None:
+    """P9: it stays up, and recovers without a restart."""
+    with ValkeyServer() as valkey:
+        url = root(start("server.py", store=valkey.url).url())
+        assert httpx2.get(f"{url}/readyz").status_code == 200
+        valkey.kill()
+        answer = httpx2.get(f"{url}/readyz", timeout=DEADLINE)
+        assert answer.status_code == 503
+        assert answer.json()["reason"] == "the session store cannot be reached"
+        assert httpx2.get(f"{url}/healthz").status_code == 200
+        valkey.start()
+        limit = time.monotonic() + DEADLINE
+        while httpx2.get(f"{url}/readyz", timeout=DEADLINE).status_code != 200:
+            assert time.monotonic() < limit
+
+
+def test_foreign_host_header_is_refused_on_loopback_only(start: Start) -> None:
+    """As with the SDK: protection against DNS rebinding."""
+    local, public = start("server.py"), start("server.py", "--host", "0.0.0.0")
+    foreign = {"host": "mcp.example.com"}
+    assert httpx2.get(local.url(), headers=foreign).status_code == 421
+    assert httpx2.get(public.url().replace("0.0.0.0", "127.0.0.1"), headers=foreign).status_code == 400
+
+
+def test_log_names_the_node_and_no_session(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """P13."""
+    monkeypatch.setenv("NONSTICK_NODE", "node-x")
+    served = start("server.py", "--log-level", "debug")
+    url = served.url()
+    headers = initialize(url)
+    list_tools(url, headers)
+    httpx2.delete(url, headers=headers)
+    served.stop()
+    served.wait_for(f"Finished server process [{served.seen[-1]['pid']}]")
+    assert {record["node"].rpartition("-")[0] for record in served.seen if record["logger"] == "uvicorn.access"} == {
+        "node-x"
+    }
+    assert [record["method"] for record in served.seen if record["logger"] == "uvicorn.access"] == [
+        "POST",
+        "POST",
+        "DELETE",
+    ]
+    assert headers["mcp-session-id"] not in json.dumps(served.seen)
+
+
+def test_default_store_lies_in_the_working_directory(home: Path) -> None:
+    """Found by the ping before the server: the target's failure comes after."""
+    nonstick(home, "serve", "server.py:broken", "--port", "0", NONSTICK_STORE="")
+    assert (home / ".nonstick" / "sessions.db").is_file()
+    assert (home / ".nonstick").stat().st_mode & 0o077 == 0
+    assert (home / ".nonstick" / ".gitignore").read_text() == "*\n"
+
+
+# ---- it refuses
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["servr.py"], "servr.py does not exist. Give the path of a Python file, as in path/to/file.py:name. Did you"),
+        (["no_such_module:mcp"], "there is no module 'no_such_module'. Looked in "),
+        (["server.py:mpc"], "server.py has no 'mpc'. Try server.py:mcp."),
+        (["server.py:other"], "server.py:other is of type int, not an MCP server. Name an MCPServer"),
+        (["server.py", "--store", "mysql://x"], "scheme"),
+        (["server.py", "--store", "sqlite:///absent/x.db"], "the store cannot be used: "),
+        (["server.py", "--store", "memory:", "--workers", "2"], "several --workers cannot share memory:"),
+        (["server.py", "--host", "192.0.2.1"], "192.0.2.1 is no address of this machine."),
+    ],
+)
+def test_what_cannot_work_is_told_in_one_paragraph(home: Path, arguments: list[str], said: str) -> None:
+    ended = nonstick(home, "serve", *arguments, "--port", "0", "--log-level", "error")
+    assert ended.returncode == 2
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("nonstick: ")
+    assert said in line
+    assert ended.stdout == ""
+
+
+def test_unreachable_store_is_named_without_its_password(home: Path) -> None:
+    """P13."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # bound and not listening: refuses, and nobody else can take it
+        port = closed.getsockname()[1]
+        url = f"redis://user:secret@127.0.0.1:{port}/3"
+        ended = nonstick(home, "serve", "server.py", "--port", "0", NONSTICK_STORE=url)
+    assert ended.returncode == 2
+    assert f"redis-cli -u redis://127.0.0.1:{port}/3 ping" in ended.stderr
+    assert "secret" not in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_silent_store_is_given_up_on(home: Path) -> None:
+    """It accepts connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        ended = nonstick(home, "serve", "server.py", "--port", "0", "--store", f"redis://127.0.0.1:{port}")
+    assert ended.returncode == 2
+    assert f"redis://127.0.0.1:{port}" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_port_in_use_is_told(home: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ended = nonstick(home, "serve", "server.py", "--port", str(port))
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(f"nonstick: port {port} on 127.0.0.1 is in use. Choose another with --port")
+
+
+def test_failure_in_the_users_module_shows_their_code_and_none_of_ours(home: Path) -> None:
+    (home / "server.py").write_text("import helper\n")
+    (home / "helper.py").write_text("def load():\n    return {}['key']\n\nload()\n")
+    ended = nonstick(home, "serve", "server.py", "--port", "0")
+    assert ended.returncode == 2
+    assert "return {}['key']" in ended.stderr
+    assert "nonstick/" not in ended.stderr
+    assert "importlib" not in ended.stderr
+    assert ended.stderr.splitlines()[-1].startswith("nonstick: importing server.py failed: KeyError: 'key'.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "required: COMMAND"),
+        (["serve"], "required: TARGET"),
+        (["serve", "server.py", "--port", "65536"], "'65536' is not a port"),
+        (["serve", "server.py", "--path", "mcp"], "'mcp' does not start with a slash"),
+        (["serve", "server.py", "--workers", "0"], "'0' is not a number of processes"),
+        (["serve", "server.py", "--workers", "2", "--reload"], "not allowed with argument"),
+        (["serve", "server.py", "--grace", "nan"], "'nan' is not a number of seconds"),
+        (["demo", "--nodes", "1"], "'1' is not a number of nodes"),
+    ],
+)
+def test_wrong_options_are_explained(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+# ---- it explains
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--help"], ["serve", "demo", "examples:"]),
+        (["serve", "--help"], ["TARGET is one of", "--store", "--answer", "NONSTICK_STORE", "/readyz", "examples:"]),
+        (["demo", "--help"], ["--store", "--sdk", "--nodes", "examples:"]),
+        (["--version"], ["nonstick "]),
+    ],
+)
+def test_help_explains(capsys: pytest.CaptureFixture[str], arguments: list[str], said: list[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert [word for word in said if word not in shown] == []
+
+
+def test_installed_command_runs(home: Path) -> None:
+    ended = subprocess.run(
+        [Path(sys.executable).with_name("nonstick"), "--version"],
+        cwd=home,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=True,
+    )
+    assert ended.stdout == f"nonstick {version('nonstick')}\n"

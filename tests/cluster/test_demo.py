@@ -1,0 +1,132 @@
+"""`nonstick demo` as a process: it passes, tells who served what, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nonstick.testing.servers import ValkeyServer
+
+DEADLINE = 90.0
+
+COMMAND = [sys.executable, "-m", "nonstick", "demo"]
+
+
+def demo(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *arguments],
+        env=os.environ | environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        check=False,
+    )
+
+
+def lines_of(story: str, what: str) -> list[str]:
+    """The told exchanges of this kind."""
+    return [line for line in story.splitlines() if re.match(rf"   {re.escape(what)} +-> node-[a-i]", line)]
+
+
+def nodes_of(story: str, what: str) -> set[str]:
+    return {match[1] for line in lines_of(story, what) if (match := re.search(r"-> (node-[a-i])", line))}
+
+
+def assert_it_passed(ended: subprocess.CompletedProcess[str]) -> None:
+    story = ended.stdout
+    assert ended.returncode == 0, story + ended.stderr
+    assert "PASS" in story.splitlines()[-1]
+    assert ended.stderr == ""
+    # The session went through every kind of request, and through every node.
+    for what, status in {
+        "initialize": "200 json",
+        "notifications/initialized": "202",
+        "GET (stream)": "200 sse",
+        "tools/list": "200 json",
+        "tools/call where": "200 json",
+        "tools/call count": "200 sse",
+        "DELETE": "200",
+    }.items():
+        assert lines_of(story, what), f"{what} is missing in:\n{story}"
+        assert all(f" {status}" in line for line in lines_of(story, what)), story
+    assert " 404 " in lines_of(story, "ping")[0]
+    first, second = story.split("*  kill -9 ")
+    assert nodes_of(first, "tools/call where") == {"node-a", "node-b", "node-c"}
+    for step in range(1, 5):
+        assert f"progress {step} of 4" in first
+        assert f"progress {step} of 4" in second
+    # After the kill the session lives on, without the dead node.
+    killed = second[:6]
+    survivors = {"node-a", "node-b", "node-c"} - {killed}
+    assert nodes_of(second, "tools/call where") == survivors
+    assert nodes_of(second, "DELETE") <= survivors
+
+
+def test_demo_passes_on_sqlite() -> None:
+    """P1, P2, P3, P6."""
+    assert_it_passed(demo())
+
+
+def test_demo_passes_on_valkey() -> None:
+    """P1, P2, P3, P6. The store is the one that was named."""
+    with ValkeyServer() as valkey:
+        ended = demo("--store", valkey.url)
+        assert_it_passed(ended)
+        assert f"they share {valkey.url}" in ended.stdout
+
+
+def test_sdk_alone_fails_as_expected() -> None:
+    ended = demo("--sdk")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert " 404 " in lines_of(ended.stdout, "notifications/initialized")[0]
+    assert "the client gives up: MCPError: Session not found" in ended.stdout
+    assert re.search(r"PASS  failed as it must without nonstick: \d of \d+ requests got 404", ended.stdout)
+
+
+def test_output_is_plain_when_nobody_watches_and_when_told() -> None:
+    assert "\x1b" not in demo("--sdk", NO_COLOR="1").stdout
+
+
+def test_node_that_cannot_start_is_shown_with_the_end_of_its_log(tmp_path: Path) -> None:
+    ended = demo("--store", f"sqlite:///{tmp_path}/absent/x.db")
+    assert ended.returncode == 1
+    assert "FAIL  node-a ended at its start" in ended.stdout
+    assert "| nonstick: the store cannot be used:" in ended.stdout
+
+
+def test_unknown_store_is_refused_before_anything_starts() -> None:
+    ended = demo("--store", "mysql://x")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("nonstick: the store URL")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_demo_leaves_no_node_behind(signum: signal.Signals) -> None:
+    process = subprocess.Popen(COMMAND, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            if "initialize " in line:
+                break
+        children = children_of(process.pid)
+        assert len(children) == 3
+        process.send_signal(signum)
+        rest = process.stdout.read()
+        assert process.wait(DEADLINE) == 130
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    assert "interrupted; the nodes are stopped" in rest
+    assert [pid for pid in children if Path(f"/proc/{pid}").exists()] == []
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
