@@ -35,6 +35,12 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
+conformance: $(READY) ## the official MCP conformance suite against the SDK alone and against nonstick on three nodes
+	$(BIN)/python -m tests.conformance.run
+
+clients: $(READY) ## the official TypeScript and Python clients against nonstick on three nodes
+	$(BIN)/python -m pytest tests/clients
+
 check: format test ## format, then test
 
 format: $(READY) ## format and fix what ruff can fix

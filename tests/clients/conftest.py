@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from nonstick.testing.balancer import Balancer
-from tests.conformance.nodes import balanced, store_url
+from tests.conformance.nodes import balanced, nonstick, store_url
 
 NODES = 3
 
@@ -22,5 +22,5 @@ def anyio_backend() -> str:
 async def nodes(request: pytest.FixtureRequest, anyio_backend: str) -> AsyncIterator[Balancer]:
     """Three nonstick nodes on one store."""
     with store_url(request.param) as url:
-        async with balanced(NODES, ["--store", url]) as balancer:
+        async with balanced(NODES, nonstick(url)) as balancer:
             yield balancer

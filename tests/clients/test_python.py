@@ -91,7 +91,7 @@ async def connected(nodes: Balancer, peer: Peer, mode: ConnectMode) -> AsyncIter
         log_level="info",
         message_handler=peer.message,
     )
-    with anyio.fail_after(4 * SECONDS):
+    with anyio.fail_after(2 * SECONDS):
         async with client:
             yield client
 

@@ -10,12 +10,15 @@ import pytest
 from nonstick.testing.balancer import Balancer
 from tests.clients.conftest import NODES
 from tests.conformance import npm
-from tests.conformance.nodes import balanced, serving
+from tests.conformance.nodes import SDK, balanced, serving
 
 pytestmark = pytest.mark.anyio
 
 HOME = Path(__file__).resolve().parent
 SECONDS = 90.0
+
+VERSIONS = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")
+"""Every version that opens a session."""
 
 
 @pytest.fixture(scope="session")
@@ -43,9 +46,10 @@ async def drive(node: str, url: str, mode: str, nodes: int) -> tuple[int | None,
     return process.returncode, said.decode()
 
 
-async def test_a_session_works_on_three_nodes(node: str, nodes: Balancer) -> None:
+@pytest.mark.parametrize("version", VERSIONS)
+async def test_a_session_works_on_three_nodes(node: str, nodes: Balancer, version: str) -> None:
     """P1, P3, P4, P6: the client opens a session by the handshake and uses all of it."""
-    status, said = await drive(node, nodes.url, "legacy", NODES)
+    status, said = await drive(node, nodes.url, version, NODES)
     assert status == 0, said
 
 
@@ -57,16 +61,16 @@ async def test_a_client_without_a_session_works_on_three_nodes(node: str, nodes:
 
 async def test_the_checks_hold_on_one_node_of_the_sdk(node: str) -> None:
     """What is checked is what the protocol promises, not something of ours."""
-    async with serving(["--sdk"]) as port:
-        for mode in ("legacy", "auto"):
+    async with serving(SDK) as port:
+        for mode in (*VERSIONS, "auto"):
             status, said = await drive(node, f"http://127.0.0.1:{port}", mode, 1)
             assert status == 0, said
 
 
 async def test_the_checks_fail_on_three_nodes_that_share_nothing(node: str) -> None:
     """The balancer does scatter a session's requests, and the program does notice."""
-    async with balanced(NODES, ["--sdk"]) as balancer:
-        for mode in ("legacy", "auto"):
+    async with balanced(NODES, SDK) as balancer:
+        for mode in (VERSIONS[-1], "auto"):
             status, said = await drive(node, balancer.url, mode, NODES)
             assert status == 1, said
             assert "FAIL" in said

@@ -1,14 +1,16 @@
 // Drives the everything server with the official TypeScript client and says what holds.
 //
-//     node typescript.mjs URL legacy|auto [NODES]
+//     node typescript.mjs URL VERSION|auto [NODES]
 //
-// Prints a PASS or FAIL line for each check; exits with 1 if one failed. `legacy` opens a session by the initialize
-// handshake; `auto` lets the client find out that the server speaks 2026-07-28, where there is none. With NODES, calls
-// must have been run by that many processes.
+// Prints a PASS or FAIL line for each check; exits with 1 if one failed. A VERSION such as 2025-11-25 opens a session by
+// the initialize handshake; `auto` lets the client find out that the server speaks 2026-07-28, where there is none. With
+// NODES, calls must have been run by that many processes.
 
 import { Client, StreamableHTTPClientTransport } from '@modelcontextprotocol/client';
 
-const [url, mode = 'legacy', nodes = '1'] = process.argv.slice(2);
+const [url, mode, nodes = '1'] = process.argv.slice(2);
+// Older clients cannot read the event that a stream begins with, so they get none, and no stream is closed on them.
+const PRIMED = mode >= '2025-11-25';
 const WAIT = 10_000;
 const WATCHED = 'test://watched-resource';
 const ROOT = { uri: 'file:///home', name: 'home' };
@@ -122,6 +124,7 @@ function make(negotiation) {
         {
             capabilities: { sampling: {}, elicitation: { form: {} }, roots: {} },
             versionNegotiation: { mode: negotiation },
+            ...(negotiation === 'legacy' && { supportedProtocolVersions: [mode] }),
         },
     );
     client.setRequestHandler('sampling/createMessage', async request => ({
@@ -217,7 +220,7 @@ async function legacy() {
     await check('opens a session', async () => {
         await client.connect(transport);
         equal(client.getProtocolEra(), 'legacy');
-        equal(client.getNegotiatedProtocolVersion(), '2025-11-25');
+        equal(client.getNegotiatedProtocolVersion(), mode);
         holds(transport.sessionId, 'there is no session id');
     });
     if (failures) return;
@@ -255,7 +258,7 @@ async function legacy() {
     await check('comes back for an answer when the server has closed the stream', async () => {
         const before = wire.resumes();
         equal(await call(client, 'test_reconnection'), 'Reconnection test completed successfully');
-        holds(wire.resumes() > before, 'the client did not have to come back');
+        equal(wire.resumes() > before, PRIMED);
     });
     await check('misses nothing when the network breaks in the middle of a call', async () => {
         const before = wire.resumes();
@@ -275,7 +278,7 @@ async function legacy() {
             'content-type': 'application/json',
             accept: 'application/json, text/event-stream',
             'mcp-session-id': transport.sessionId,
-            'mcp-protocol-version': '2025-11-25',
+            'mcp-protocol-version': mode,
         };
         await transport.terminateSession();
         equal(transport.sessionId, undefined);

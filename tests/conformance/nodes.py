@@ -16,15 +16,28 @@ from typing import Final, Literal
 from nonstick.testing.balancer import Backend, Balancer
 from nonstick.testing.servers import ValkeyServer
 
-__all__ = ["ROOT", "StoreKind", "balanced", "serving", "store_url"]
+__all__ = ["ROOT", "SDK", "Answer", "Setup", "StoreKind", "balanced", "nonstick", "serving", "store_url"]
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 """The repository: the processes import the server from here."""
 
 START_SECONDS: Final = 30.0
-STOP_SECONDS: Final = 5.0
+STOP_SECONDS: Final = 10.0
 
 StoreKind = Literal["sqlite", "valkey"]
+Answer = Literal["auto", "sse", "json"]
+
+Setup = Sequence[str]
+"""What to run with `python -m`, up to its `--port`."""
+
+SDK: Final[Setup] = ("tests.conformance.everything_server", "--sdk")
+"""The everything server on the SDK's own transport."""
+
+
+def nonstick(store: str, answer: Answer = "auto") -> Setup:
+    """The everything server on nonstick, as an operator would start it."""
+    target = "tests.conformance.everything_server:server"
+    return ("nonstick", "serve", target, "--store", store, "--answer", answer, "--grace", "2")
 
 
 @contextmanager
@@ -39,14 +52,14 @@ def store_url(kind: StoreKind) -> Iterator[str]:
 
 
 @asynccontextmanager
-async def serving(arguments: Sequence[str]) -> AsyncIterator[int]:
-    """One everything server with these arguments; gives its port once it listens there.
+async def serving(setup: Setup) -> AsyncIterator[int]:
+    """One everything server; gives its port once it listens there.
 
     Raises:
         RuntimeError: It ended before it listened; what it wrote is on stderr.
     """
     port = _free_port()
-    command = [sys.executable, "-m", "tests.conformance.everything_server", "--port", str(port), *arguments]
+    command = [sys.executable, "-m", *setup, "--port", str(port)]
     with tempfile.TemporaryFile() as log:
         process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdin=DEVNULL, stdout=log, stderr=log)
         try:
@@ -62,10 +75,10 @@ async def serving(arguments: Sequence[str]) -> AsyncIterator[int]:
 
 
 @asynccontextmanager
-async def balanced(nodes: int, arguments: Sequence[str]) -> AsyncIterator[Balancer]:
+async def balanced(nodes: int, setup: Setup) -> AsyncIterator[Balancer]:
     """This many everything servers, and a round robin in front that picks anew for every request."""
     async with AsyncExitStack() as stack:
-        ports = await asyncio.gather(*(stack.enter_async_context(serving(arguments)) for _ in range(nodes)))
+        ports = await asyncio.gather(*(stack.enter_async_context(serving(setup)) for _ in range(nodes)))
         backends = [Backend(f"node-{index}", port) for index, port in enumerate(ports, start=1)]
         yield await stack.enter_async_context(Balancer(backends))
 

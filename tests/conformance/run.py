@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Final, NamedTuple, get_args
 
 from tests.conformance import npm
-from tests.conformance.nodes import ROOT, StoreKind, balanced, serving, store_url
+from tests.conformance.nodes import ROOT, SDK, Answer, StoreKind, balanced, nonstick, serving, store_url
 from tests.conformance.results import Known, Outcome, Run, Scenario, compare, outcome, table
 
 HOME: Final = Path(__file__).resolve().parent
 REPORT: Final = ROOT / "docs" / "conformance.md"
-MARK: Final = "<!-- results: written by make conformance -->"
+MARK: Final = "<!-- below: python -m tests.conformance.run --write -->"
 
 VERSIONS: Final = ("2025-03-26", "2025-06-18", "2025-11-25", "2026-07-28")
 """Every version that the suite takes."""
@@ -34,19 +34,28 @@ SUITE_SECONDS: Final = 600.0
 
 
 class Column(NamedTuple):
-    """How the everything server runs: on this many nodes, over nonstick on this store or over the SDK alone."""
+    """How the everything server runs: on this many nodes, with nonstick on this store or with the SDK alone."""
 
     nodes: int
     store: StoreKind | None = None
+    answer: Answer = "auto"
 
     def __str__(self) -> str:
-        return f"sdk-{self.nodes}" if self.store is None else f"nonstick-{self.nodes}-{self.store}"
+        if self.store is None:
+            return f"sdk-{self.nodes}"
+        return f"nonstick-{self.nodes}-{self.store}" + ("" if self.answer == "auto" else f"-{self.answer}")
 
 
 BASELINE: Final = Column(1)
 WITHOUT: Final = Column(3)
 """What the balancer does to sessions that live in one process: shown, not judged."""
-COLUMNS: Final = (WITHOUT, Column(1, "sqlite"), Column(3, "sqlite"), Column(3, "valkey"))
+COLUMNS: Final = (
+    WITHOUT,
+    Column(1, "sqlite"),
+    Column(3, "sqlite"),
+    Column(3, "valkey"),
+    Column(3, "valkey", "sse"),
+)
 
 
 class Suite:
@@ -108,13 +117,13 @@ def read(home: Path, version: str) -> dict[Scenario, Outcome]:
 async def server(column: Column) -> AsyncIterator[str]:
     """The URL of the everything server; a lone node is reached without the balancer."""
     async with AsyncExitStack() as stack:
-        arguments = ["--sdk"]
+        setup = SDK
         if column.store is not None:
-            arguments = ["--store", stack.enter_context(store_url(column.store))]
+            setup = nonstick(stack.enter_context(store_url(column.store)), column.answer)
         if column.nodes == 1:
-            yield f"http://127.0.0.1:{await stack.enter_async_context(serving(arguments))}/mcp"
+            yield f"http://127.0.0.1:{await stack.enter_async_context(serving(setup))}/mcp"
         else:
-            yield f"{(await stack.enter_async_context(balanced(column.nodes, arguments))).url}/mcp"
+            yield f"{(await stack.enter_async_context(balanced(column.nodes, setup))).url}/mcp"
 
 
 async def run_column(suite: Suite, column: Column) -> dict[Scenario, Outcome]:
@@ -176,6 +185,7 @@ async def main() -> int:
     parser.add_argument("--sdk", action="store_true", help="only the SDK's own transport")
     parser.add_argument("--nodes", type=int, choices=(1, 3), help="only the SDK, and nonstick with this many nodes")
     parser.add_argument("--store", choices=get_args(StoreKind), default="sqlite", help="with --nodes (%(default)s)")
+    parser.add_argument("--answer", choices=get_args(Answer), default="auto", help="with --nodes (%(default)s)")
     parser.add_argument("--write", action="store_true", help=f"put the table into docs/{REPORT.name}")
     arguments = parser.parse_args()
     try:
@@ -187,7 +197,7 @@ async def main() -> int:
     if arguments.sdk:
         wanted = (WITHOUT,)
     elif arguments.nodes is not None:
-        wanted = (Column(arguments.nodes, arguments.store),)
+        wanted = (Column(arguments.nodes, arguments.store, arguments.answer),)
     columns: dict[Column, Run] = {}
     for column in (BASELINE, *wanted):
         columns[column] = await run_column(suite, column)
