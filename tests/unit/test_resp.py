@@ -132,6 +132,20 @@ async def test_command_given_up_before_it_was_written_is_never_sent(proxy: Fault
         assert await connection.call("GET", "unsent") is None
 
 
+async def test_call_made_during_a_failing_attempt_gets_one_of_its_own(proxy: FaultProxy) -> None:
+    """A fault that was over when a call was made is no reason to fail it (P9)."""
+    async with connected(proxy.url, connect_timeout=0.5) as connection:
+        proxy.black_hole()
+        first = asyncio.ensure_future(connection.call("ECHO", "first"))
+        while not proxy.connections:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        second = asyncio.ensure_future(connection.call("ECHO", "second"))
+        with pytest.raises(StoreUnavailable):
+            await first
+        await proxy.heal()
+        assert await second == b"second"
+
+
 async def test_refused_connection_fails_at_once_and_heals(proxy: FaultProxy) -> None:
     """Recovery needs no restart (P9)."""
     async with connected(proxy.url) as connection:

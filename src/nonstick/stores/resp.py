@@ -174,12 +174,14 @@ async def open_wire(address: Address, *, name: str = "", timeout: float) -> Wire
     except TimeoutError:
         await _give_up(wire)
         raise StoreUnavailable(f"{address.url} did not answer within {timeout:g} s") from None
-    except (OSError, UnicodeError) as error:  # UnicodeError: a host name that cannot be one
-        await _give_up(wire)
-        raise StoreUnavailable(f"cannot connect to {address.url}: {error}") from None
-    except BaseException:
+    except (StoreUnavailable, asyncio.CancelledError):
         await _give_up(wire)
         raise
+    except Exception as error:
+        # Mostly an OSError; a host name that cannot be one is a UnicodeError. Nothing else may leave here: those who
+        # connect in the background would not try again.
+        await _give_up(wire)
+        raise StoreUnavailable(f"cannot connect to {address.url}: {error}") from error
     return wire
 
 
@@ -319,19 +321,25 @@ class Connection:
         raise StoreUnavailable(f"{self._address.url} is too slow: too much is waiting for it")
 
     async def _connect(self) -> None:
-        """Opens the socket, after a pause if that just failed; then everything that waited is written, or fails."""
-        try:
+        """Opens the socket, after a pause if that just failed; then everything that waits is written.
+
+        Should it fail, so does what has waited through the whole attempt. What came later gets an attempt of its own:
+        it must not fail for a fault that may have been over when it was asked.
+        """
+        wire: Wire | None = None
+        while wire is None and self._waiting:
             if self._failures:
                 await asyncio.sleep(self._failed_at + backoff(self._failures) - self._loop.time())
-            wire = await open_wire(self._address, name=self._name, timeout=self._connect_timeout)
-        except StoreUnavailable as error:
-            self._failures += 1
-            self._failed_at = self._loop.time()
-            self._connecting = None
-            self._fail(str(error))
-        else:
+            known = len(self._waiting)
+            try:
+                wire = await open_wire(self._address, name=self._name, timeout=self._connect_timeout)
+            except StoreUnavailable as error:
+                self._failures += 1
+                self._failed_at = self._loop.time()
+                self._fail(str(error), known)
+        self._connecting = None
+        if wire is not None:
             self._failures = 0
-            self._connecting = None
             self._adopt(wire)
 
     def _adopt(self, wire: Wire) -> None:
@@ -370,10 +378,12 @@ class Connection:
             logger.warning("lost the connection to %s: %s", self._address.url, reason)
         self._fail(f"lost the connection to {self._address.url}: {reason}")
 
-    def _fail(self, reason: str) -> None:
-        waiting = self._waiting
-        self._waiting, self._bytes, self._backlog = deque(), 0, []
-        for future, _, _ in waiting:
+    def _fail(self, reason: str, count: int | None = None) -> None:
+        """Ends the wait of the oldest `count` commands, or of all."""
+        del self._backlog[:count]
+        for _ in range(len(self._waiting) if count is None else count):
+            future, _, size = self._waiting.popleft()
+            self._bytes -= size
             if not future.done():
                 future.set_exception(StoreUnavailable(reason))
 
