@@ -19,7 +19,7 @@ __all__ = ["main"]
 
 _TOP = """\
 examples:
-  nonstick serve server.py                              two lines of yours, one SQLite file, port 8000
+  nonstick serve server.py                              one process, an SQLite file, port 8000
   nonstick serve server.py --workers 4                  four processes, any of which serves any session
   nonstick serve shop.tools:mcp --store redis://cache   a node of a cluster: start as many as you like
   nonstick demo                                         see it work: three nodes, no affinity, a kill -9

@@ -99,7 +99,10 @@ class JSONFormatter(_Formatter):
 
 
 class TextFormatter(_Formatter):
-    """A record as one line to be read; a traceback follows it, indented. Colours the level only."""
+    """A record as one line to be read; what has more lines, such as a traceback, follows it, indented.
+
+    Colours the level only.
+    """
 
     def __init__(self, node: str = "-", *, colour: bool = False) -> None:
         super().__init__(node)
@@ -110,11 +113,12 @@ class TextFormatter(_Formatter):
         if self.colour:
             level = f"\x1b[{_COLOURS.get(record.levelname, '0')}m{level}\x1b[0m"
         fields = "".join(f" {name}={_value(value)}" for name, value in self.fields(record).items())
-        # A message may quote what a client sent: it must not be able to write a line of its own.
-        line = f"{self.time(record)} {level} {self.node} {record.name}: {self.text(record).translate(_ESCAPED)}{fields}"
+        # A message may quote what a client sent: it must not be able to begin a line.
+        text, *rest = [row.translate(_ESCAPED) for row in self.text(record).rstrip().split("\n")]
         if record.exc_info:
-            line += "".join(f"\n    {row}" for row in self.formatException(record.exc_info).splitlines())
-        return line
+            rest += self.formatException(record.exc_info).splitlines()
+        line = f"{self.time(record)} {level} {self.node} {record.name}: {text}{fields}"
+        return line + "".join(f"\n    {row}" for row in rest)
 
 
 def _value(value: object) -> str:

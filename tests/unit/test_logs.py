@@ -70,13 +70,14 @@ def test_json_record_takes_a_value_that_json_does_not_know() -> None:
     assert json_line(stream)["kinds"] == "{1}"
 
 
-def test_text_message_cannot_start_a_line_of_its_own() -> None:
+def test_text_message_cannot_begin_a_line() -> None:
     """What a client sent may be quoted in a message."""
     stream = io.StringIO()
     logs.configure(stream=stream)
-    logging.getLogger("nonstick").warning("bad host %s", "x\n2026 ERROR forged\x1b[2J\u2028")
-    (line,) = stream.getvalue().splitlines()
-    assert line.endswith("bad host x\\n2026 ERROR forged\\x1b[2J\\u2028")
+    logging.getLogger("nonstick").warning("bad host %s", "x\n2026 ERROR forged\r\x1b[2J\u2028", extra={"n": 1})
+    first, second = stream.getvalue().splitlines()
+    assert first.endswith("bad host x n=1")
+    assert second == "    2026 ERROR forged\\r\\x1b[2J\\u2028"
 
 
 def test_text_record_quotes_field_values_that_need_it() -> None:
