@@ -314,10 +314,10 @@ async def test_model_catches_the_broken_store(kind: type[MemoryStore]) -> None:
     """Random programs find these faults without a test that was written for them."""
     async with kind() as store:
         with pytest.raises((*CAUGHT, BaseExceptionGroup)):
-            await check_programs(store, store, "key", shrink=False)
+            await check_programs(store, store, "key", examples=200, shrink=False)
 
 
 async def test_model_passes_the_sound_store() -> None:
     """And they find none where there is none."""
     async with Sound() as store:
-        await check_programs(store, store, "key", shrink=False)
+        await check_programs(store, store, "key", examples=200, shrink=False)

@@ -352,7 +352,7 @@ class Trim(Action):
     async def run(self, world: World, store: Store, key: str) -> None:
         session = world.model.sessions.get(key, ModelSession({}))
         streams = sorted({_stream(session, which, 0)[0] for which in self.streams})
-        before = session.end + 1 if self.before is None else self.before % (session.end + 1)
+        before = session.end + 1 if self.before is None else 1 + self.before % (session.end + 1)
         world.model.trim(key, streams, before)
         await store.trim(key, streams=streams, standalone_before=before)
 
@@ -392,7 +392,8 @@ async def run_program(program: Program, a: Store, b: Store, keys: tuple[str, ...
     """Runs the program on both nodes and on the model, then compares all that is left, as either node sees it."""
     count = iter(range(1, 1 << 32))
     world = World((a, b), ModelStore(), keys, lambda: next(count).to_bytes(8, "big"))
-    await Create({"x": b"1"}).run(world, a, keys[0])
+    for key in keys:
+        await Create({"x": b"1"}).run(world, a, key)
     for step in program:
         await step.do.run(world, world.nodes[step.node], keys[step.session])
     for store in world.nodes:
@@ -402,6 +403,7 @@ async def run_program(program: Program, a: Store, b: Store, keys: tuple[str, ...
 
 
 _bytes = st.binary(max_size=6)
+_value: st.SearchStrategy[bytes | None] = st.sampled_from([b"1", b"", None, b"\0\xff"])
 _questions = st.sampled_from(QUESTIONS)
 _requests = st.sampled_from(REQUESTS)
 _extras: Final[dict[str, st.SearchStrategy[Any]]] = {
@@ -410,11 +412,9 @@ _extras: Final[dict[str, st.SearchStrategy[Any]]] = {
     "settle": _questions,
     "cancel": _requests,
     "uncancel": _requests,
-    "fields": st.dictionaries(st.sampled_from(NAMES), st.none() | _bytes, min_size=1),
+    "fields": st.dictionaries(st.sampled_from(NAMES), _value, min_size=1),
 }
-_values: st.SearchStrategy[dict[str, bytes | None]] = st.dictionaries(
-    st.sampled_from(NAMES), st.sampled_from([None, b"", b"1"])
-)
+_values: st.SearchStrategy[dict[str, bytes | None]] = st.dictionaries(st.sampled_from(NAMES), _value)
 
 
 def _weighted(table: dict[str, tuple[int, st.SearchStrategy[Any]]]) -> st.SearchStrategy[Any]:
@@ -426,6 +426,10 @@ def _weighted(table: dict[str, tuple[int, st.SearchStrategy[Any]]]) -> st.Search
 _extra = _weighted(
     {"none": (6, st.builds(dict[str, Any]))}
     | {name: (2, st.fixed_dictionaries({name: value})) for name, value in _extras.items()}
+    | {
+        f"{name}, fields": (1, st.fixed_dictionaries({n: _extras[n] for n in (name, "fields")}))
+        for name in ("settle", "answers")
+    }
 )
 _append_action = st.builds(
     Append,
@@ -439,8 +443,8 @@ _append_action = st.builds(
 )
 _actions: st.SearchStrategy[Action] = _weighted(
     {
-        "append": (20, _append_action),
-        "repeat": (4, st.builds(Repeat, st.sampled_from(WRITERS[1:]))),
+        "append": (24, _append_action),
+        "repeat": (6, st.builds(Repeat, st.sampled_from(WRITERS[1:]))),
         "read": (
             8,
             st.builds(
@@ -452,7 +456,7 @@ _actions: st.SearchStrategy[Action] = _weighted(
         ),
         "trim": (4, st.builds(Trim, st.lists(st.integers(0, 3), max_size=4), st.none() | st.integers(0, 40))),
         "update": (4, st.builds(Update, _values, _values)),
-        "create": (5, st.builds(Create, st.dictionaries(st.sampled_from(NAMES), _bytes))),
+        "create": (4, st.builds(Create, st.dictionaries(st.sampled_from(NAMES), _bytes))),
         "load": (3, st.just(Load())),
         "touch": (1, st.just(Touch())),
         "delete": (2, st.builds(Delete, st.booleans())),
