@@ -111,6 +111,28 @@ async def test_black_hole_fails_within_the_deadline_and_heals(proxy: FaultProxy)
         assert await connection.call("ECHO", "back", timeout=PATIENT) == b"back"
 
 
+async def test_connection_that_falls_silent_is_replaced() -> None:
+    """A black hole that never ends costs one deadline: the next call goes another way (P9)."""
+    opened = 0
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal opened
+        opened += 1
+        silent = opened == 1
+        while data := await reader.read(65536):
+            if not silent or b"ECHO" not in data:
+                writer.write(b"+PONG\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as listening:
+        async with connected(f"redis://127.0.0.1:{listening.sockets[0].getsockname()[1]}", timeout=0.2) as connection:
+            with pytest.raises(StoreUnavailable):
+                await connection.call("ECHO", "x")
+            assert await connection.call("ECHO", "x", timeout=PATIENT) == b"PONG"
+        await asyncio.sleep(0)
+    assert opened == 2
+
+
 async def test_lost_reply_is_an_error_and_the_command_not_sent_again(proxy: FaultProxy, server: ValkeyServer) -> None:
     """A command is written at most once: whether to repeat it is the caller's decision."""
     async with connected(proxy.url) as connection, connected(server.url) as direct:
