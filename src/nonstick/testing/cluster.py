@@ -37,7 +37,8 @@ class Member:
     def __init__(self, name: str, application: App) -> None:
         self.name = name
         self.app = application
-        self._socket = socket.socket()
+        # Named as TCP, asyncio turns off Nagle's algorithm on its connections, which would cost 40 ms a response.
+        self._socket = socket.socket(proto=socket.IPPROTO_TCP)
         self._socket.bind(("127.0.0.1", 0))
         self.port: int = self._socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}/mcp"
