@@ -125,7 +125,8 @@ async def test_connection_that_falls_silent_is_replaced() -> None:
         writer.close()
 
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as listening:
-        async with connected(f"redis://127.0.0.1:{listening.sockets[0].getsockname()[1]}", timeout=0.2) as connection:
+        async with connected(f"redis://127.0.0.1:{listening.sockets[0].getsockname()[1]}", timeout=0.5) as connection:
+            await connection.call("PING", timeout=PATIENT)
             with pytest.raises(StoreUnavailable):
                 await connection.call("ECHO", "x")
             assert await connection.call("ECHO", "x", timeout=PATIENT) == b"PONG"
