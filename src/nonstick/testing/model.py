@@ -389,17 +389,23 @@ async def same(model: Callable[[], object], real: Callable[[], Awaitable[object]
 
 
 async def run_program(program: Program, a: Store, b: Store, keys: tuple[str, ...]) -> None:
-    """Runs the program on both nodes and on the model, then compares all that is left, as either node sees it."""
+    """Runs the program on both nodes and on the model, then compares all that is left, and that it can be ended, as
+    either node sees it.
+    """
     count = iter(range(1, 1 << 32))
     world = World((a, b), ModelStore(), keys, lambda: next(count).to_bytes(8, "big"))
     for key in keys:
         await Create({"x": b"1"}).run(world, a, key)
     for step in program:
         await step.do.run(world, world.nodes[step.node], keys[step.session])
-    for store in world.nodes:
-        for key in keys:
+    for key in keys:
+        for store in world.nodes:
             await Load().run(world, store, key)
             await Read(0, "none", 1000).run(world, store, key)
+        await Delete(anew=False).run(world, a, key)
+        for store in world.nodes:
+            await Load().run(world, store, key)
+            await Update({}, {}).run(world, store, key)
 
 
 _bytes = st.binary(max_size=6)
@@ -465,9 +471,9 @@ _actions: st.SearchStrategy[Action] = _weighted(
 
 
 def programs() -> st.SearchStrategy[Program]:
-    """Programs of 15 to 60 calls; most are on one session."""
+    """Programs of 10 to 40 calls; most are on one session."""
     steps = st.builds(Step, st.integers(0, 1), st.sampled_from([0, 0, 0, 0, 0, 1]), _actions)
-    return st.lists(steps, min_size=15, max_size=60)
+    return st.lists(steps, min_size=10, max_size=40)
 
 
 async def check_programs(a: Store, b: Store, name: str, *, examples: int = EXAMPLES, shrink: bool = True) -> None:
