@@ -138,11 +138,14 @@ async def kill_the_node_that_opened_the_session(stage: Stage) -> None:
     async with stage.client() as client:
         await _where(stage, client)
         victim = stage.last("initialize").backend
+        streams = stage.streams()
         stage.tell.event(f"kill -9 {victim}")
         stage.kill(victim)
         for _ in range(2 * len(stage.cluster.nodes)):
             await _where(stage, client)
         await _count(stage, client)
+        if streams[-1].backend == victim:
+            await stage.until(lambda: len(stage.streams()) > len(streams))  # the client opens it again by itself
 
 
 async def the_sdk_alone(stage: Stage) -> None:

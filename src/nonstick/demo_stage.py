@@ -28,7 +28,7 @@ __all__ = ["CLIENT_NAME", "Cluster", "Narrator", "Node", "Problem", "Stage", "se
 
 CLIENT_NAME: Final = "demo-client"
 
-_START_SECONDS: Final = 20.0
+_START_SECONDS: Final = 60.0
 _POLL_SECONDS: Final = 0.05
 _CALL_SECONDS: Final = 10.0
 _STOP_SECONDS: Final = 4.0
@@ -254,7 +254,7 @@ class Stage:
     @contextlib.asynccontextmanager
     async def client(self) -> AsyncIterator[Client]:
         """A client with a session of its own, which it ends when it is left; ready when its GET stream is answered."""
-        before = len(self.exchanges)
+        before = len(self.streams())
         transport = streamable_http_client(self.url)
         async with Client(
             transport,
@@ -262,7 +262,7 @@ class Stage:
             read_timeout_seconds=_CALL_SECONDS,
             client_info=Implementation(name=CLIENT_NAME, version="1"),
         ) as client:
-            await self.until(lambda: any(exchange.method == "GET" for exchange in self.exchanges[before:]))
+            await self.until(lambda: len(self.streams()) > before)
             yield client
 
     def session_id(self) -> str:
@@ -272,6 +272,10 @@ class Stage:
     def last(self, rpc: str) -> Exchange:
         """The latest exchange with this method."""
         return next(exchange for exchange in reversed(self.exchanges) if exchange.rpc == rpc)
+
+    def streams(self) -> list[Exchange]:
+        """The GETs so far."""
+        return [exchange for exchange in self.exchanges if exchange.method == "GET"]
 
     async def ping(self, session_id: str) -> int:
         """The status of a ping in this session, sent without the client."""

@@ -114,7 +114,7 @@ class TextFormatter(_Formatter):
             level = f"\x1b[{_COLOURS.get(record.levelname, '0')}m{level}\x1b[0m"
         fields = "".join(f" {name}={_value(value)}" for name, value in self.fields(record).items())
         # A message may quote what a client sent: it must not be able to begin a line.
-        text, *rest = [row.translate(_ESCAPED) for row in self.text(record).rstrip().split("\n")]
+        text, *rest = [row.translate(_ESCAPED) for row in self.text(record).rstrip("\n").split("\n")]
         if record.exc_info:
             rest += self.formatException(record.exc_info).splitlines()
         line = f"{self.time(record)} {level} {self.node} {record.name}: {text}{fields}"
