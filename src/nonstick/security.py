@@ -51,7 +51,7 @@ def principal_of(scope: Scope) -> bytes:
 def json_depth_exceeds(value: Any, limit: int) -> bool:
     """Whether lists and objects in this parsed JSON are nested in more than `limit` levels."""
     level = [value]
-    for _ in range(limit + 1):
+    for _ in range(limit):
         inner: list[Any] = []
         for item in level:
             if isinstance(item, dict):
