@@ -405,9 +405,8 @@ class Exchange:
     async def _write(self, batch: Batch) -> None:
         session = self.session
         self._in_doubt = batch
-        appended = await session.node.store.append(session.key, batch, patience=_EMIT_PATIENCE)
+        appended = await session.append(batch, patience=_EMIT_PATIENCE)
         self._in_doubt = None
-        session.note(appended)
         opens = batch.stream == NEW_STREAM
         if opens:
             self.stream = appended.first

@@ -10,10 +10,10 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Final, TypeVar
 
 import anyio
 import pydantic_core
@@ -26,11 +26,14 @@ from nonstick.events import EventId, Kind, body_of, decode, draft, kind_of
 from nonstick.follow import Subscription
 from nonstick.rescue import Rescue
 from nonstick.session import Session, request_key
-from nonstick.store import MAX_READ, STANDALONE, Batch, Cursor, Event
+from nonstick.store import MAX_READ, STANDALONE, Appended, Batch, Cursor, Draft, Event
+from nonstick.turns import Turn, Turns
 
 __all__ = ["Listener", "Resumption"]
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _LEAVE_SECONDS: Final = 2.0
 
@@ -83,7 +86,7 @@ class Reader(ABC):
 
     def hand_over(self) -> None:
         """The node stops: the client is told to come back, and the connection is closed (P8)."""
-        self.outlet.put(wire.sse_retry(self.session.node.settings.retry_interval), self.outlet.sent)
+        self.outlet.put(wire.sse_retry(self.session.node.settings.retry_interval))
         self.outlet.end()
 
     def follow(self, after: Cursor) -> contextlib.closing[Subscription]:
@@ -112,10 +115,11 @@ class Reader(ABC):
 
 async def _entry(session: Session, cursor: Cursor) -> list[Event]:
     """The entry that a client's event id names, and what follows it; empty if the store no longer has it."""
-    events = await session.node.store.read(session.key, Cursor(cursor.position - 1), limit=MAX_READ)
-    if not events or events[0].cursor != cursor:
+    try:
+        events = await session.node.store.read(session.key, Cursor(cursor.position - 1), limit=MAX_READ)
+    except Diverged:
         return []
-    return events
+    return events if events and events[0].cursor == cursor else []
 
 
 class Resumption(Reader):
@@ -199,19 +203,13 @@ class Resumption(Reader):
         self.outlet.put(frame)
 
 
-@dataclass(slots=True)
-class _Rival:
-    """The latest connection to the standalone stream that the log knows of."""
-
-    listener: str
-    node: str
-    position: int
-    since: int
-    read: int | None = None
-
-
 class Listener(Reader):
     """A connection to the session's standalone stream.
+
+    The log is the arbiter of several: each begins its turn with a `listening` event, carries what comes before the next
+    one's, then says how far it got and is silent. The next one begins there, so that two never carry the same message.
+    The superseded one stays open, for a client whose connection is closed comes back, and the two would take turns for
+    ever; it goes on when the newer one has left.
 
     Args:
         place: Where the client wants to go on, if it said so.
@@ -220,16 +218,20 @@ class Listener(Reader):
 
     def __init__(self, session: Session, place: EventId | None, *, primes: bool) -> None:
         super().__init__(session)
-        self._name = secrets.token_hex(8)
         self._place = place
         self._primes = primes
-        self._rival: _Rival | None = None
-        self._after = Cursor(0)
-        self._end = Cursor(0)
-        self._position = 0
-        self._active = False
+        self._turns = Turns()
         self._settled: set[str] = set()
-        self._delivered = 0
+        self._seen = Cursor(0)
+        """Up to where the log is taken into account."""
+        self._start = 0
+        """Up to where the client had the stream when its connection came, or its turn began."""
+        self._reached = 0
+        """Up to where it was put into the outlet."""
+        self._turn = ""
+        self._position = 0
+        self._carries = False
+        self._claim: asyncio.Task[Appended] | None = None
 
     async def prepare(self, *, reject: bool = False) -> bool:
         """Reads what the log has. False if `reject` and another live connection carries the stream.
@@ -238,129 +240,138 @@ class Listener(Reader):
             SessionNotFound, StoreUnavailable: As `Store.read`.
         """
         if self._place is not None:
-            if await _entry(self.session, self._place.cursor):
-                self._after = self._place.cursor
-            else:
-                logger.warning("session %s: events of its standalone stream are lost", self.session.key[:12])
-        await self._scan()
-        return not (reject and self._place is None and await self._rival_lives())
+            self._start = self._reached = await self._find(self._place.cursor)
+        await self._scan(Cursor(self._start))
+        return not (reject and self._place is None and await self._is_carried())
 
-    async def _scan(self) -> None:
-        after = self._after
-        while events := await self.session.node.store.read(self.session.key, after, limit=MAX_READ):
+    async def _find(self, cursor: Cursor) -> int:
+        """Where to go on for a client that has everything up to this entry."""
+        with contextlib.suppress(Diverged):
+            found = await self.session.node.store.read(self.session.key, Cursor(cursor.position - 1), limit=1)
+            if not found or found[0].position > cursor.position or found[0].cursor == cursor:
+                return cursor.position
+        logger.warning("session %s: events of its standalone stream are lost", self.session.key[:12])
+        return 0
+
+    async def _scan(self, after: Cursor) -> None:
+        self._seen = after
+        while events := await self.session.node.store.read(self.session.key, self._seen, limit=MAX_READ):
             for event in events:
                 self._note(event)
-            after = events[-1].cursor
-        self._end = after
 
     def _note(self, event: Event) -> None:
-        """Keeps account of who listens and which server requests are settled."""
+        """Keeps account of whose turn it is and which server requests are settled."""
+        if event.position <= self._seen.position:
+            return
+        self._seen = event.cursor
+        self._turns.note(event)
         kind = kind_of(event.data)
-        if kind is Kind.LISTENING:
-            body = decode(event.data)
-            if body["listener"] != self._name:
-                self._rival = _Rival(body["listener"], body["node"], event.position, body["since"])
-        elif kind is Kind.LEFT:
-            body = decode(event.data)
-            if self._rival is not None and body["listener"] == self._rival.listener:
-                self._rival.read = body["read"]
-        elif kind is Kind.REPLY:
+        if kind is Kind.REPLY:
             self._settled.add(request_key(decode(event.data)["id"]))
         elif kind is Kind.MESSAGE and event.stream == STANDALONE and b'"notifications/cancelled"' in event.data:
             self._settled.add(request_key((decode(event.data).get("params") or {}).get("requestId", "")))
 
-    async def _rival_lives(self) -> bool:
-        rival = self._rival
-        if rival is None or rival.read is not None:
-            return False
-        return not await self.session.node.store.lapsed([rival.node])
+    async def _is_carried(self) -> bool:
+        """Whether a newer connection carries the stream."""
+        turn = self._turns.latest
+        return turn is not None and not turn.left and not await self.session.node.store.lapsed([turn.node])
 
     async def feed(self) -> None:
         while True:
             try:
-                await self._listen()
+                await self._take_turns()
                 return
             except Diverged:
                 logger.warning("session %s: its standalone stream is followed from the start", self.session.key[:12])
-                self._after, self._place = Cursor(0), None
-                self._rival = None
-                await self._scan()
+                self._place, self._carries = None, False
+                await self._leave()
+                self._start = self._reached = 0
+                self._turns = Turns()
+                await _patiently(lambda: self._scan(Cursor(0)))
 
-    async def _listen(self) -> None:
-        # A client that comes back with what it had, while a newer connection lives, stays silent: else the two would
-        # take the stream from each other for ever.
-        if self._place is not None and self._rival is not None and await self._patient(self._rival_lives):
-            with self.follow(self._end) as subscription:
-                await self._stay_silent(subscription)
+    async def _take_turns(self) -> None:
+        if self._place is not None and await _patiently(self._is_carried):
+            await self._stay_silent()
         while True:
-            await self._announce()
+            await self._begin_turn()
             if await self._carry_on():
                 return
+            await self._stay_silent()
 
-    async def _patient(self, question: object) -> bool:
-        while True:
-            try:
-                return await self._rival_lives()
-            except StoreUnavailable:
-                await asyncio.sleep(_LIVENESS_POLL)
+    async def _begin_turn(self) -> None:
+        """Says in the log that this connection carries the stream from here on, and finds out where to go on."""
+        self._turns.forget()
+        given, self._place = self._place, None
+        self._turn = secrets.token_hex(8)
+        self._position = sys.maxsize
+        since = self._start if given else max(self._reached, self._turns.read_before(self._position))
+        body = {"listener": self._turn, "node": self.session.node.id, "since": since}
+        # Its outcome must be known when this connection goes meanwhile: others wait for it to leave.
+        self._claim = self.session.node.spawn(self._append(draft(Kind.LISTENING, pydantic_core.to_json(body))))
+        self._position = (await asyncio.shield(self._claim)).first
+        await self._follow_while(self._what_is_open_before_mine if given is None else self._what_is_mine)
+        if given is None:
+            self._start = max(self._reached, self._turns.read_before(self._position))
+        self._reached = self._start
+        self._carries = True
 
-    async def _announce(self) -> None:
-        """Says in the log that this connection carries the stream from here on."""
-        body = {"listener": self._name, "node": self.session.node.id, "since": self._after.position}
-        while True:
-            try:
-                appended = await self.session.node.store.append(
-                    self.session.key, Batch([draft(Kind.LISTENING, pydantic_core.to_json(body))])
-                )
-                break
-            except StoreUnavailable:
-                await asyncio.sleep(_LIVENESS_POLL)
-        self._position = appended.first
-        self._active = True
+    def _what_is_mine(self) -> Turn | None:
+        """The turn of this connection, until the log has been taken into account up to there."""
+        if self._seen.position >= self._position:
+            return None
+        return Turn(self._turn, self.session.node.id, self._position, 0)
+
+    def _what_is_open_before_mine(self) -> Turn | None:
+        return self._what_is_mine() or self._turns.open_before(self._position)
+
+    def _what_is_newer(self) -> Turn | None:
+        self._turns.forget()
+        turn = self._turns.latest
+        return None if turn is None or turn.left else turn
+
+    async def _follow_while(self, turn_open: Callable[[], Turn | None]) -> None:
+        """Follows the log while there is such a turn. One whose node is seen dead twice in a row is over."""
+        doubted = ""
+        with self.follow(self._seen) as subscription:
+            while (turn := turn_open()) is not None:
+                events = await self.next(subscription)
+                for event in events:
+                    self._note(event)
+                if events:
+                    continue
+                node = turn.node
+                if not await _patiently(lambda: self.session.node.store.lapsed([node])):  # noqa: B023
+                    doubted = ""
+                elif doubted == turn.name:
+                    turn.give_up()
+                else:
+                    doubted = turn.name
 
     async def _carry_on(self) -> bool:
-        """Carries the stream until it is taken over and left again by a newer connection (False), or hung up."""
-        after = self._after
-        if self._place is None and self._rival is not None:
-            after = Cursor(await self._where_rival_left())
-        self._delivered = after.position
-        with self.follow(after) as subscription:
+        """Carries the stream until the next turn begins (False), or it is hung up (True)."""
+        with self.follow(Cursor(self._start)) as subscription:
             while True:
-                events = await self.next(subscription)
-                if not events:
-                    continue
-                for event in events:
-                    if self._carry(event):
-                        return True
-                    if not self._active:
+                for event in await self.next(subscription):
+                    self._note(event)
+                    if event.stream != STANDALONE:
+                        continue
+                    kind = kind_of(event.data)
+                    if kind is Kind.LISTENING and event.position > self._position:
+                        await self.outlet.flushed()
                         await self._leave()
-                        self._end = event.cursor
-                        break
-                if not self._active:
-                    break
-        with self.follow(self._end) as subscription:
-            await self._stay_silent(subscription)
-        return False
+                        return False
+                    if kind is Kind.HANGUP and event.position > self._position:
+                        return True
+                    self._carry(kind, event)
 
-    def _carry(self, event: Event) -> bool:
-        """Handles one event in the log's order. Whether the connection is to be closed."""
-        kind = kind_of(event.data)
-        self._note(event)
-        if event.stream != STANDALONE:
-            return False
+    def _carry(self, kind: Kind | None, event: Event) -> None:
         if kind is Kind.MESSAGE:
             if not self._is_settled(event):
                 self.put(event, EventId(STANDALONE, event.cursor))
-            self._delivered = event.position
-        elif kind is Kind.LISTENING and event.position == self._position:
-            if self._primes:
-                event_id = EventId(STANDALONE, event.cursor).seal(self.session.id)
-                self.outlet.put(wire.sse_priming(event_id, self.session.node.settings.retry_interval), event.position)
-        elif kind is Kind.LISTENING and event.position > self._position:
-            self._active = False
-        elif kind is Kind.HANGUP and event.position > self._position:
-            return True
-        return False
+            self._reached = event.position
+        elif kind is Kind.LISTENING and event.position == self._position and self._primes:
+            event_id = EventId(STANDALONE, event.cursor).seal(self.session.id)
+            self.outlet.put(wire.sse_priming(event_id, self.session.node.settings.retry_interval), event.position)
 
     def _is_settled(self, event: Event) -> bool:
         """Whether this is a server request that was answered or given up meanwhile."""
@@ -369,50 +380,40 @@ class Listener(Reader):
         message = decode(event.data)
         return "method" in message and "id" in message and request_key(message["id"]) in self._settled
 
-    async def _where_rival_left(self) -> int:
-        """How far the connection before this one is known to have got. It says so when it is superseded."""
-        rival = self._rival
-        assert rival is not None
-        with self.follow(self._end) as subscription:
-            while rival.read is None and self._rival is rival:
-                events = await self.next(subscription)
-                for event in events:
-                    if event.position < self._position or kind_of(event.data) is Kind.LEFT:
-                        self._note(event)
-                if not events and not await self._patient(self._rival_lives):
-                    return rival.since
-        return rival.read if rival.read is not None else rival.since
-
-    async def _stay_silent(self, subscription: Subscription) -> None:
-        """Holds the connection open without a word while a newer one lives; goes on where that one got to."""
-        rival = self._rival
-        assert rival is not None
-        while rival is not None and rival.read is None:
-            events = await self.next(subscription)
-            for event in events:
-                self._note(event)
-            rival = self._rival
-            assert rival is not None
-            if not events and not await self._patient(self._rival_lives):
-                break
-        # What that connection had written, the client has; if it never said, what this one did not deliver.
-        reached = rival.read if rival.read is not None else max(rival.since, self._delivered)
-        self._after = Cursor(reached)
-        self._rival = None
+    async def _stay_silent(self) -> None:
+        """Holds the connection open without a word while a newer one lives."""
+        await self._follow_while(self._what_is_newer)
 
     async def _leave(self) -> None:
-        """Says in the log how far this connection got."""
-        body = {"listener": self._name, "read": max(self.outlet.sent, self._after.position)}
+        """Says in the log up to where the client has the stream; not known if its turn never came."""
+        if self._claim is None:
+            return
+        read = max(self.outlet.sent, self._start) if self._carries else None
+        body = {"listener": self._turn, "read": read}
         with contextlib.suppress(StoreError):
-            await self.session.node.store.append(
-                self.session.key, Batch([draft(Kind.LEFT, pydantic_core.to_json(body))])
-            )
+            await asyncio.shield(self._claim)
+            await self._append(draft(Kind.LEFT, pydantic_core.to_json(body)))
+        self._claim, self._carries = None, False
+
+    async def _append(self, event: Draft) -> Appended:
+        batch = Batch([event], writer=secrets.token_hex(8), sequence=1)
+        return await _patiently(lambda: self.session.append(batch))
 
     async def serve(self, receive: Receive, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
         try:
             await super().serve(receive, send, headers)
         finally:
-            if self._active and not self.session.ended:
-                self._active = False
+            if not self.session.ended:
+                # Until it is said, others wait; but not this response, for a store that is away.
+                leaving = self.session.node.spawn(self._leave())
                 with anyio.move_on_after(_LEAVE_SECONDS, shield=True):
-                    await self._leave()
+                    await asyncio.wait([leaving])
+
+
+async def _patiently(call: Callable[[], Awaitable[T]]) -> T:
+    """What the store answers, as soon as it can be reached."""
+    while True:
+        try:
+            return await call()
+        except StoreUnavailable:
+            await asyncio.sleep(_LIVENESS_POLL)

@@ -282,12 +282,11 @@ class Session:
             self._sequence += 1
             batch = Batch([event], writer=self._writer, sequence=self._sequence, expect=expect)
             try:
-                appended = await self.node.store.append(self.key, batch, patience=_STANDALONE_PATIENCE)
+                await self.append(batch, patience=_STANDALONE_PATIENCE)
             except BaseException:
                 # Nobody knows whether it was written, so this writer's next number is not known either.
                 self._writer = ""
                 raise
-        self.note(appended)
 
     async def close_standalone(self) -> None:
         """`close_standalone_sse_stream`: the connection to the standalone stream is closed; the client comes back."""
@@ -300,9 +299,11 @@ class Session:
         level = (params or {}).get("level")
         return level not in _LOG_LEVELS or _LOG_LEVELS.index(level) >= _LOG_LEVELS.index(self.log_level)
 
-    def note(self, appended: Appended) -> None:
-        """Sees to the log's size after an append."""
+    async def append(self, batch: Batch, *, patience: float | None = None) -> Appended:
+        """As `Store.append`, and sees to the log's size afterwards (P10)."""
+        appended = await self.node.store.append(self.key, batch, patience=patience)
         self.trimmer.note(appended)
+        return appended
 
     # ---- server requests and their replies
 
@@ -349,7 +350,7 @@ class Session:
             return
         with anyio.move_on_after(_WITHDRAW_SECONDS, shield=True):
             try:
-                await self.node.store.append(self.key, Batch([], settle=request_key(request_id)))
+                await self.append(Batch([], settle=request_key(request_id)))
                 if opts.get("cancel_on_abandon", True):
                     params = {"requestId": request_id, "reason": reason}
                     await emit(draft(Kind.MESSAGE, wire.notification_body("notifications/cancelled", params)), ())
@@ -363,7 +364,7 @@ class Session:
         key = request_key(request_id)
         batch = Batch([draft(Kind.REPLY, body)], settle=key)
         try:
-            await self.node.store.append(self.key, batch, patience=patience)
+            await self.append(batch, patience=patience)
         except NotPending:
             logger.debug("session %s: dropped a reply that nothing waits for", self.key[:12])
             return
@@ -377,7 +378,7 @@ class Session:
             return
         batch = Batch([draft(Kind.PROGRESS, pydantic_core.to_json(params))], answers=key)
         with contextlib.suppress(NotPending):
-            await self.node.store.append(self.key, batch, patience=patience)
+            await self.append(batch, patience=patience)
 
     async def take_cancel(self, request_id: RequestId, params: Mapping[str, Any], *, patience: float) -> None:
         """The client cancels a request of its own, wherever it runs, or before it arrives (P5)."""
@@ -386,7 +387,7 @@ class Session:
             exchange.cancel()
             return
         batch = Batch([draft(Kind.CANCEL, pydantic_core.to_json(params))], cancel=key)
-        await self.node.store.append(self.key, batch, patience=patience)
+        await self.append(batch, patience=patience)
 
     def _deliver_reply(self, body: bytes) -> None:
         message: dict[str, Any] = pydantic_core.from_json(body)

@@ -160,12 +160,18 @@ class Outlet:
             self._freed.clear()
             await self._freed.wait()
 
+    async def flushed(self) -> None:
+        """Waits until the connection took all that was put, or nobody reads any more."""
+        while self._waiting and not self._gone:
+            self._freed.clear()
+            await self._freed.wait()
+
     def put(self, frame: bytes, mark: int = 0) -> None:
-        """Takes a frame. Does nothing when the client is gone or the end was put."""
+        """Takes a frame, and how far it brings the client. Does nothing when the client is gone or the end was put."""
         if self._gone or self._ended:
             return
         self._frames.append(frame)
-        self._mark = mark
+        self._mark = max(self._mark, mark)
         self._waiting += len(frame)
         self._changed.set()
 

@@ -1,0 +1,619 @@
+"""A request that becomes a stream: what its client reads, where it resumes, and that nothing is lost or doubled."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import Any
+
+import pytest
+
+from nonstick.events import EventId, parse_event_id
+from nonstick.security import session_key
+from nonstick.store import Cursor, Store
+from nonstick.stores.memory import MemoryStore
+from nonstick.testing.cluster import Member, Session
+from tests.cluster.conftest import MakeStore, one
+from tests.cluster.sse import DEADLINE, getting, posting
+from tests.cluster.stage import Context, HeldStore, Stage, accept, ask, call, eventually, say, staged, text_of, texts_of
+
+pytestmark = pytest.mark.anyio
+
+OLD_VERSIONS = ["2024-11-05", "2025-03-26", "2025-06-18"]
+
+
+@pytest.fixture
+def memory() -> MakeStore:
+    """For what does not depend on the store."""
+    return one(MemoryStore())
+
+
+def counting(stage: Stage) -> None:
+    """A tool that says 0, 1, 2 … `count` - 1; before each it waits at the door of that name, if `doors`."""
+
+    @stage.tool
+    async def count(ctx: Context, arguments: dict[str, Any]) -> str:
+        for number in range(arguments["count"]):
+            if arguments.get("doors"):
+                await stage.door(f"{number}")
+            await say(ctx, f"{number}")
+        await stage.door("end") if arguments.get("doors") else None
+        return "done"
+
+
+# ---- promotion
+
+
+async def test_a_handler_that_ends_soon_and_silently_is_answered_with_json_and_leaves_the_log_alone(
+    make_store: MakeStore,
+) -> None:
+    """P3: the log is not touched."""
+    async with staged(make_store) as (stage, a, b, _):
+
+        @stage.tool
+        async def quick(ctx: Context, arguments: dict[str, Any]) -> str:
+            return "done"
+
+        session = await a.open()
+        async with posting(b, session, call("quick")) as stream:
+            assert text_of(await stream.answer()) == "done"
+        assert await stage.log(session) == []
+
+
+async def test_a_handler_that_notifies_is_answered_with_a_stream(make_store: MakeStore) -> None:
+    """P3: primed with an id, every message has one, the answer ends it."""
+    async with staged(make_store) as (stage, a, b, _):
+        counting(stage)
+        session = await a.open()
+        async with posting(b, session, call("count", "x-1", count=3)) as stream:
+            response = await stream.response()
+            assert response.status_code == 200
+            assert response.headers["content-type"] == "text/event-stream"
+            assert response.headers["x-accel-buffering"] == "no"
+            assert "no-cache" in response.headers["cache-control"]
+            assert response.headers["mcp-session-id"] == session.id
+            priming, *events = await stream.events()
+        assert priming.id
+        assert priming.data == ""
+        assert priming.retry == 1000
+        messages = [event.message for event in events]
+        assert texts_of(messages) == ["0", "1", "2", "done"]
+        assert [message.get("id") for message in messages] == [None, None, None, "x-1"]
+        assert all(event.event == "message" for event in events)
+        ids = [parse_event_id(event.id or "", session.id) for event in (priming, *events)]
+        positions = [place.cursor.position for place in ids if place is not None]
+        assert positions == list(range(positions[0], positions[0] + 5))
+        assert {place.stream for place in ids if place is not None} == {positions[0]}
+
+
+@pytest.mark.parametrize("version", OLD_VERSIONS)
+async def test_older_clients_get_ids_but_no_priming_event(memory: MakeStore, version: str) -> None:
+    """P3: they cannot parse one."""
+    async with staged(memory) as (stage, a, b, _):
+        counting(stage)
+        session = await a.open(version=version)
+        async with posting(b, session, call("count", count=1)) as stream:
+            events = await stream.events()
+        assert texts_of([event.message for event in events]) == ["0", "done"]
+        assert all(event.id for event in events)
+
+
+@pytest.mark.parametrize("version", OLD_VERSIONS)
+async def test_older_clients_get_no_close_callbacks(memory: MakeStore, version: str) -> None:
+    """P3: they would not come back."""
+    async with staged(memory) as (stage, a, b, _):
+
+        @stage.tool
+        async def callbacks(ctx: Context, arguments: dict[str, Any]) -> str:
+            return f"{ctx.close_sse_stream} {ctx.close_standalone_sse_stream}"
+
+        session = await a.open(version=version)
+        assert text_of((await b.post(call("callbacks"), session)).json()) == "None None"
+
+
+async def test_a_handler_that_asks_is_answered_with_a_stream(make_store: MakeStore) -> None:
+    """P3, P4."""
+    async with staged(make_store) as (stage, a, b, c):
+
+        @stage.tool
+        async def name(ctx: Context, arguments: dict[str, Any]) -> str:
+            return str((await ask(ctx))["content"]["name"])
+
+        session = await a.open()
+        async with posting(b, session, call("name")) as stream:
+            request = await stream.message()
+            assert request["method"] == "elicitation/create"
+            assert (await c.post(accept(request), session)).status_code == 202
+            assert texts_of(await stream.rest()) == ["Ada"]
+
+
+async def test_a_silent_handler_that_outlives_the_window_is_answered_with_a_stream(make_store: MakeStore) -> None:
+    """P3."""
+    async with staged(make_store, window=0.05) as (stage, a, b, _):
+
+        @stage.tool
+        async def slow(ctx: Context, arguments: dict[str, Any]) -> str:
+            await stage.door("end")
+            return "done"
+
+        session = await a.open()
+        async with posting(b, session, call("slow")) as stream:
+            priming = await stream.event()
+            assert priming.id
+            assert not priming.data
+            stage.open("end")
+            assert texts_of(await stream.rest()) == ["done"]
+
+
+async def test_answer_sse_streams_even_what_is_ready_at_once(make_store: MakeStore) -> None:
+    """P3."""
+    async with staged(make_store, answer="sse") as (stage, a, b, c):
+        stage.tool(_quick)
+        session = await a.open()
+        async with posting(b, session, call("_quick")) as stream:
+            priming, event = await stream.events()
+            assert not priming.data
+            assert text_of(event.message) == "quick"
+        async with getting(c, session, priming.id) as stream:
+            assert texts_of(await stream.rest()) == ["quick"]
+
+
+async def test_answer_json_never_streams_and_drops_what_belongs_to_the_request(make_store: MakeStore) -> None:
+    """P3."""
+    async with staged(make_store, answer="json", window=0.02) as (stage, a, b, _):
+
+        @stage.tool
+        async def talks(ctx: Context, arguments: dict[str, Any]) -> str:
+            await say(ctx, "unheard")
+            await ctx.session.report_progress(0.5)
+            stage.open("talked")
+            await stage.door("end")
+            return "done"
+
+        session = await a.open()
+        async with posting(b, session, call("talks", meta={"progressToken": 1})) as stream:
+            await stage.reached("talked")
+            # The window passes: the node follows the log, and still does not stream.
+            await eventually(lambda: any(s.follower.subscriptions for s in _node(b).sessions.values()))
+            assert not stream.started
+            stage.open("end")
+            assert text_of(await stream.answer()) == "done"
+        assert await stage.log(session) == []
+
+
+async def _quick(ctx: Context, arguments: dict[str, Any]) -> str:
+    return "quick"
+
+
+def _node(member: Member) -> Any:
+    return member.app.manager._node
+
+
+async def test_progress_is_on_the_requests_stream(memory: MakeStore) -> None:
+    """P3."""
+    async with staged(memory) as (stage, a, b, _):
+
+        @stage.tool
+        async def work(ctx: Context, arguments: dict[str, Any]) -> str:
+            await ctx.session.report_progress(1, 2, "half")
+            return "done"
+
+        session = await a.open()
+        async with posting(b, session, call("work", meta={"progressToken": "t"})) as stream:
+            progress, _ = await stream.rest()
+        assert progress["params"] == {"progressToken": "t", "progress": 1, "total": 2, "message": "half"}
+
+
+async def test_a_handler_that_fails_ends_its_stream_with_one_error(memory: MakeStore) -> None:
+    """P3."""
+    async with staged(memory) as (stage, a, b, _):
+
+        @stage.tool
+        async def fails(ctx: Context, arguments: dict[str, Any]) -> str:
+            await say(ctx, "0")
+            raise ValueError("boom")
+
+        session = await a.open()
+        async with posting(b, session, call("fails", 5)) as stream:
+            said, error = await stream.rest()
+        assert text_of(said) == "0"
+        assert error["id"] == 5
+        assert error["error"]["message"] == "boom"
+
+
+async def test_concurrent_requests_of_a_session_each_get_their_own_messages_only(make_store: MakeStore) -> None:
+    """P3: a message goes to exactly one stream; streams of one log, from three nodes, do not mix."""
+    async with staged(make_store) as (stage, *members):
+
+        @stage.tool
+        async def many(ctx: Context, arguments: dict[str, Any]) -> str:
+            for number in range(20):
+                await say(ctx, f"{arguments['me']}-{number}")
+            return f"{arguments['me']}-end"
+
+        session = await members[0].open()
+
+        async def run(me: int) -> None:
+            async with posting(members[me % 3], session, call("many", me, me=me)) as stream:
+                assert texts_of(await stream.rest()) == [f"{me}-{n}" for n in range(20)] + [f"{me}-end"]
+
+        await asyncio.gather(*(run(me) for me in range(12)))
+        positions = [event.position for event in await stage.log(session)]
+        assert positions == list(range(1, 12 * 22 + 1))
+
+
+# ---- acknowledged first
+
+
+@pytest.mark.parametrize("written", [False, True], ids=["before it is written", "before it is acknowledged"])
+async def test_no_byte_leaves_before_the_store_has_acknowledged_it(make_store: MakeStore, written: bool) -> None:
+    """P3: append, wait for the acknowledgement, then write to the socket."""
+    held: list[HeldStore] = []
+
+    def make() -> Store:
+        held.append(HeldStore(make_store(), "append", after=written))
+        return held[-1]
+
+    async with staged(make) as (stage, a, b, _):
+        stage.tool(_quick)
+        store = held[2]  # the stage's own is the first
+
+        @stage.tool
+        async def talk(ctx: Context, arguments: dict[str, Any]) -> str:
+            await say(ctx, "0")
+            store.holding = True
+            stage.open("holding")
+            await say(ctx, "1")
+            return "done"
+
+        session = await a.open()
+        async with posting(b, session, call("talk")) as stream:
+            assert text_of(await stream.message()) == "0"
+            async with asyncio.timeout(DEADLINE):
+                await store.held.wait()
+            # A fence: what b has written to its sockets until now has come.
+            assert (await b.post(call("_quick", 2), session)).status_code == 200
+            assert not stream.waiting
+            store.holding = False
+            store.released.set()
+            assert texts_of(await stream.rest()) == ["1", "done"]
+
+
+async def test_not_even_the_headers_leave_before_the_stream_is_in_the_store(make_store: MakeStore) -> None:
+    """P3: a client that saw a stream open can resume it."""
+    held: list[HeldStore] = []
+
+    def make() -> Store:
+        held.append(HeldStore(make_store(), "append", after=True))
+        return held[-1]
+
+    async with staged(make) as (stage, a, b, _):
+        stage.tool(_quick)
+        counting(stage)
+        session = await a.open()
+        held[2].holding = True
+        async with posting(b, session, call("count", count=1)) as stream:
+            async with asyncio.timeout(DEADLINE):
+                await held[2].held.wait()
+            assert (await b.post(call("_quick", 2), session)).status_code == 200
+            assert not stream.started
+            held[2].holding = False
+            held[2].released.set()
+            assert texts_of(await stream.rest()) == ["0", "done"]
+
+
+# ---- a tool that makes its client poll
+
+
+async def test_close_sse_stream_makes_the_client_come_back_for_the_rest(make_store: MakeStore) -> None:
+    """P3: the connection ends, the request goes on, and the rest is had on another node."""
+    async with staged(make_store) as (stage, a, b, c):
+
+        @stage.tool
+        async def poll(ctx: Context, arguments: dict[str, Any]) -> str:
+            await say(ctx, "0")
+            assert ctx.close_sse_stream is not None
+            await ctx.close_sse_stream()
+            await say(ctx, "1")
+            await stage.door("end")
+            return "done"
+
+        session = await a.open()
+        async with posting(b, session, call("poll")) as stream:
+            assert texts_of(await stream.rest()) == ["0"]
+        async with getting(c, session, stream.last_id) as resumed:
+            assert text_of(await resumed.message()) == "1"
+            stage.open("end")
+            assert texts_of(await resumed.rest()) == ["done"]
+
+
+async def test_close_sse_stream_closes_a_resumed_connection_on_another_node(make_store: MakeStore) -> None:
+    """P3: wherever it is; and does not close those that come afterwards."""
+    async with staged(make_store) as (stage, a, b, c):
+
+        @stage.tool
+        async def poll(ctx: Context, arguments: dict[str, Any]) -> str:
+            assert ctx.close_sse_stream is not None
+            for number in range(3):
+                await stage.door(f"{number}")
+                await ctx.close_sse_stream()
+                await say(ctx, f"{number}")
+            await stage.door("end")
+            return "done"
+
+        session = await a.open()
+        stage.open("0")
+        async with posting(b, session, call("poll")) as stream:
+            assert await stream.rest() == []
+        last = stream.last_id
+        for number, member in ((0, c), (1, a)):
+            async with getting(member, session, last) as resumed:
+                assert text_of(await resumed.message()) == f"{number}"
+                stage.open(f"{number + 1}")
+                assert await resumed.rest() == []
+                last = resumed.last_id
+        async with getting(b, session, last) as resumed:
+            assert text_of(await resumed.message()) == "2"
+            stage.open("end")
+            assert texts_of(await resumed.rest()) == ["done"]
+
+
+# ---- resume
+
+
+async def test_a_finished_stream_is_resumed_at_any_event_with_exactly_the_rest(make_store: MakeStore) -> None:
+    """P3: on every node, at every id; then it ends."""
+    async with staged(make_store) as (stage, a, b, c):
+        counting(stage)
+        session = await a.open()
+        async with posting(b, session, call("count", 9, count=4)) as stream:
+            events = await stream.events()
+        for number, event in enumerate(events):
+            for member in (a, b, c):
+                async with getting(member, session, event.id) as resumed:
+                    response = await resumed.response()
+                    assert response.headers["x-accel-buffering"] == "no"
+                    # Byte for byte what the first connection carried, the same ids among it.
+                    assert await resumed.events() == events[number + 1 :]
+
+
+async def test_a_running_stream_is_resumed_with_the_rest_then_live_then_ends(make_store: MakeStore) -> None:
+    """P3: while the request runs on another node."""
+    async with staged(make_store) as (stage, a, b, c):
+        counting(stage)
+        session = await a.open()
+        stage.open("0")
+        stage.open("1")
+        async with posting(b, session, call("count", 9, count=4, doors=True)) as stream:
+            first = await stream.event()
+            assert text_of(await stream.message()) == "0"
+            assert text_of(await stream.message()) == "1"
+        async with getting(c, session, first.id) as resumed:
+            assert text_of(await resumed.message()) == "0"
+            assert text_of(await resumed.message()) == "1"
+            stage.open("2")
+            assert text_of(await resumed.message()) == "2"
+            stage.open("3")
+            stage.open("end")
+            assert texts_of(await resumed.rest()) == ["3", "done"]
+
+
+async def test_a_stream_is_resumed_while_its_first_connection_is_open(make_store: MakeStore) -> None:
+    """P3: both carry all of it."""
+    async with staged(make_store) as (stage, a, b, c):
+        counting(stage)
+        session = await a.open()
+        async with posting(b, session, call("count", count=3, doors=True)) as stream:
+            stage.open("0")
+            assert text_of(await stream.message()) == "0"
+            async with getting(c, session, stream.last_id) as resumed:
+                for door in ("1", "2", "end"):
+                    stage.open(door)
+                assert texts_of(await resumed.rest()) == ["1", "2", "done"]
+            assert texts_of(await stream.rest()) == ["1", "2", "done"]
+
+
+async def test_twenty_clients_resume_one_stream_at_once(make_store: MakeStore) -> None:
+    """P3."""
+    async with staged(make_store) as (stage, a, b, c):
+        counting(stage)
+        session = await a.open()
+        stage.open("0")
+        async with posting(b, session, call("count", count=10, doors=True)) as stream:
+            priming = await stream.event()
+            assert text_of(await stream.message()) == "0"
+
+            async def resume(number: int) -> None:
+                async with getting((a, b, c)[number % 3], session, priming.id) as resumed:
+                    assert text_of(await resumed.message()) == "0"
+                    stage.open(f"resumed {number}")
+                    assert texts_of(await resumed.rest()) == [*(f"{n}" for n in range(1, 10)), "done"]
+
+            async with asyncio.TaskGroup() as group:
+                for number in range(20):
+                    group.create_task(resume(number))
+                for number in range(20):
+                    await stage.reached(f"resumed {number}")
+                for door in (*(f"{n}" for n in range(1, 10)), "end"):
+                    stage.open(door)
+
+
+async def test_a_long_backlog_is_resumed_whole(memory: MakeStore) -> None:
+    """P3: more events than one read takes, with another stream's among them."""
+    async with staged(memory, max_log_events=20_000) as (stage, a, b, c):
+        counting(stage)
+        session = await a.open()
+        async with (
+            posting(a, session, call("count", 1, count=1500)) as one_,
+            posting(b, session, call("count", 2, count=1500)) as two,
+        ):
+            first = await one_.event()
+            assert len(await one_.rest()) == len(await two.rest()) == 1501
+        async with getting(c, session, first.id) as resumed:
+            assert texts_of(await resumed.rest()) == [*(f"{n}" for n in range(1500)), "done"]
+
+
+async def test_another_sessions_forged_and_malformed_ids_are_refused(make_store: MakeStore) -> None:
+    """P3: never an event of another session or stream."""
+    async with staged(make_store) as (stage, a, b, c):
+        counting(stage)
+        session, other = await a.open(), await b.open()
+        async with posting(b, session, call("count", count=1)) as stream:
+            first = (await stream.events())[0].id
+        assert first is not None
+        version, name, position, tag, request, mac = first.split(".")
+        forged = [
+            f"{version}.{name}.{int(position, 16) - 1:x}.{tag}.{request}.{mac}",
+            f"{version}.0.{position}.{tag}.{request}.{mac}",
+            EventId(int(name, 16), Cursor(int(position, 16), bytes.fromhex(tag)), 1).seal("guessed"),
+            first[:-1],
+            first + "0",
+            "1",
+            "0",
+            "1_0",
+            "x" * 5000,
+            "1.1.1..",
+            "¹.².³",
+        ]
+        for text in forged:
+            headers = {**_stream_headers(session), b"last-event-id": text.encode()}
+            response = await c.client.get(c.url, headers=headers)
+            assert response.status_code == 400, text
+            assert "error" in response.json()
+        for member in (a, b, c):
+            async with getting(member, other, first) as refused:
+                assert (await refused.response()).status_code == 400
+            unknown = Session("0" * len(session.id), session.version, {})
+            async with getting(member, unknown, first) as refused:
+                assert (await refused.response()).status_code == 404
+
+
+def _stream_headers(session: Session) -> dict[bytes, bytes]:
+    headers = {"accept": "application/json, text/event-stream", **session.headers}
+    return {name.encode(): value.encode() for name, value in headers.items()}
+
+
+# ---- what the store lost
+
+
+async def test_a_trimmed_stream_is_answered_with_one_error_for_its_request(make_store: MakeStore) -> None:
+    """P9: its client does not wait for ever."""
+    async with staged(make_store) as (stage, a, b, c):
+        counting(stage)
+        session = await a.open()
+        async with posting(b, session, call("count", "mine", count=2)) as stream:
+            events = await stream.events()
+        place = parse_event_id(events[0].id or "", session.id)
+        assert place is not None
+        await stage.store.trim(session_key(session.id), streams=[place.stream])
+        for event in events:
+            async with getting(c, session, event.id) as resumed:
+                (error,) = await resumed.rest()
+            assert error["id"] == "mine"
+            assert error["error"]["data"]["reason"] == "stream_lost"
+
+
+class Forgetful(MemoryStore):
+    """A store that can lose what it has acknowledged, as a failover to a replica that lagged does."""
+
+    def lose(self, key: str, after: int) -> None:
+        """Forgets every event behind this position, and the streams and writers that they made."""
+        session = self._sessions[key]
+        session.events = {position: event for position, event in session.events.items() if position <= after}
+        session.size = sum(len(event.data) for event in session.events.values())
+        session.head = session.events[after].cursor if after else Cursor(0)
+        session.streams = {name: stream for name, stream in session.streams.items() if name <= after}
+        session.writers.clear()
+        self._watches.announce(key, None)
+
+
+@pytest.mark.parametrize("refilled", [False, True], ids=["shorter", "with other entries"])
+async def test_a_stream_that_the_store_lost_is_answered_with_one_error(refilled: bool) -> None:
+    """P9: a failover lost acknowledged writes; positions are given out again, and are not taken for the old ones."""
+    store = Forgetful()
+    async with staged(one(store)) as (stage, a, b, c):
+        counting(stage)
+        session = await a.open()
+        async with posting(b, session, call("count", 1, count=2)) as stream:
+            await stream.rest()
+        async with posting(b, session, call("count", "mine", count=5)) as stream:
+            events = await stream.events()
+        store.lose(session_key(session.id), 4)
+        if refilled:
+            async with posting(a, session, call("count", 3, count=8)) as stream:
+                await stream.rest()
+        for event in events:
+            async with getting(c, session, event.id) as resumed:
+                (error,) = await resumed.rest()
+            assert error["id"] == "mine"
+            assert error["error"]["data"]["reason"] == "stream_lost"
+
+
+async def test_a_resumed_stream_that_is_lost_while_it_is_open_ends_with_one_error() -> None:
+    """P9."""
+    store = Forgetful()
+    async with staged(one(store)) as (stage, a, b, c):
+        counting(stage)
+        session = await a.open()
+        stage.open("0")
+        async with posting(b, session, call("count", "mine", count=3, doors=True)) as stream:
+            priming = await stream.event()
+            await stream.message()
+            async with getting(c, session, priming.id) as resumed:
+                assert text_of(await resumed.message()) == "0"
+                store.lose(session_key(session.id), 0)
+                (error,) = await resumed.rest()
+            assert error["id"] == "mine"
+            # The request itself cannot go on either: its stream is gone.
+            stage.open("1")
+            assert await stream.rest() == []
+
+
+# ---- ids
+
+
+@pytest.mark.parametrize("request_id", [0, -1, 2**53, "", "7", "ü" * 40, "x" * 1000, 'a"b.c\\'])
+async def test_any_request_id_can_be_resumed(memory: MakeStore, request_id: Any) -> None:
+    """P3."""
+    async with staged(memory) as (stage, a, b, c):
+        counting(stage)
+        session = await a.open()
+        async with posting(b, session, call("count", request_id, count=1)) as stream:
+            events = await stream.events()
+        assert all(re.fullmatch(r"[\x21-\x7e]+", event.id or "") for event in events)
+        async with getting(c, session, events[0].id) as resumed:
+            assert await resumed.events() == events[1:]
+        assert events[-1].message["id"] == request_id
+
+
+async def test_a_client_that_uses_its_ids_again_resumes_the_stream_that_it_means(make_store: MakeStore) -> None:
+    """P3: streams are named by position, never by the request's id."""
+    async with staged(make_store) as (stage, a, b, c):
+
+        @stage.tool
+        async def echo(ctx: Context, arguments: dict[str, Any]) -> str:
+            await say(ctx, arguments["text"])
+            return str(arguments["text"])
+
+        session = await a.open()
+        ids: list[str | None] = []
+        for text in ("first", "second"):
+            async with posting(b, session, call("echo", 7, text=text)) as stream:
+                ids.append((await stream.events())[0].id)
+        for text, last in zip(("first", "second"), ids, strict=True):
+            async with getting(c, session, last) as resumed:
+                assert texts_of(await resumed.rest()) == [text, text]
+
+
+async def test_a_client_that_goes_stops_nothing(make_store: MakeStore) -> None:
+    """P3: its request goes on, and the answer waits for it."""
+    async with staged(make_store) as (stage, a, b, c):
+        counting(stage)
+        session = await a.open()
+        stage.open("0")
+        async with posting(b, session, call("count", count=2, doors=True)) as stream:
+            await stream.message()
+        for door in ("1", "end"):
+            stage.open(door)
+        async with getting(c, session, stream.last_id) as resumed:
+            assert texts_of(await resumed.rest()) == ["1", "done"]

@@ -1,0 +1,89 @@
+"""From the log alone every connection to the standalone stream knows whose turn it is and where to go on."""
+
+from __future__ import annotations
+
+import pydantic_core
+
+from nonstick.events import Kind, draft
+from nonstick.store import STANDALONE, Event
+from nonstick.turns import Turns
+
+
+def noted(*entries: tuple[str, str, int | None]) -> Turns:
+    """The turns after these entries, at positions 1, 2 …: `("l", name, since)` or `("x", name, read)`."""
+    turns = Turns()
+    for position, (kind, name, number) in enumerate(entries, 1):
+        if kind == "l":
+            body = {"listener": name, "node": f"node of {name}", "since": number}
+        else:
+            body = {"listener": name, "read": number}
+        event = draft(Kind(ord(kind)), pydantic_core.to_json(body))
+        turns.note(Event(position, event.tag, STANDALONE, event.data))
+    return turns
+
+
+def open_before(turns: Turns, position: int) -> str | None:
+    turn = turns.open_before(position)
+    return None if turn is None else turn.name
+
+
+def test_the_first_begins_at_the_beginning() -> None:
+    """P3: nothing sent before it opened is lost."""
+    turns = noted(("l", "one", 0))
+    assert open_before(turns, 1) is None
+    assert turns.read_before(1) == 0
+
+
+def test_the_next_waits_for_the_one_before_and_begins_where_it_got_to() -> None:
+    """P3: two never carry the same message."""
+    assert open_before(noted(("l", "one", 0), ("l", "two", 0)), 2) == "one"
+    turns = noted(("l", "one", 0), ("l", "two", 0), ("x", "one", 7))
+    assert open_before(turns, 2) is None
+    assert turns.read_before(2) == 7
+
+
+def test_one_that_carried_nothing_passes_on_what_it_would_have_waited_for() -> None:
+    """P3."""
+    turns = noted(("l", "one", 0), ("l", "two", 0), ("x", "two", None), ("l", "three", 0))
+    assert open_before(turns, 4) == "one"
+    turns = noted(("l", "one", 0), ("l", "two", 0), ("x", "two", None), ("x", "one", 5), ("l", "three", 0))
+    assert open_before(turns, 5) is None
+    assert turns.read_before(5) == 5
+
+
+def test_newer_turns_do_not_matter_to_an_older_one() -> None:
+    """P3: also when they are over before it could begin."""
+    turns = noted(("l", "one", 0), ("l", "two", 0), ("l", "three", 9), ("x", "three", 12))
+    assert open_before(turns, 2) == "one"
+
+
+def test_one_whose_node_died_counts_as_having_read_what_it_began_with() -> None:
+    """P3: rather again than never."""
+    turns = noted(("l", "one", 4), ("l", "two", 4))
+    turn = turns.open_before(2)
+    assert turn is not None
+    turn.give_up()
+    assert open_before(turns, 2) is None
+    assert turns.read_before(2) == 4
+
+
+def test_a_turn_whose_beginning_was_trimmed_still_tells_how_far_it_got() -> None:
+    """P10."""
+    turns = noted(("x", "gone", 30), ("l", "two", 0))
+    assert open_before(turns, 2) is None
+    assert turns.read_before(2) == 30
+    turns = noted(("l", "two", 0), ("x", "gone", 30), ("l", "three", 0))
+    assert open_before(turns, 1) is None
+    assert turns.read_before(1) == 30
+    assert open_before(turns, 3) == "two"
+
+
+def test_what_is_forgotten_does_not_matter() -> None:
+    """P10: a connection that stays for long keeps no list of all that came and went."""
+    turns = noted(
+        *(entry for n in range(100) for entry in (("l", f"{n}", n), ("x", f"{n}", n + 1))), ("l", "last", 100)
+    )
+    before = turns.read_before(201), open_before(turns, 201), turns.latest
+    turns.forget()
+    assert (turns.read_before(201), open_before(turns, 201), turns.latest) == before
+    assert len(turns._turns) == 2
