@@ -370,7 +370,9 @@ async def test_subscription_that_is_silently_dead_is_replaced(server: ValkeyServ
         await elsewhere.close()
 
 
-async def test_healthy_subscription_is_left_alone(server: ValkeyServer, admin: redis.Redis) -> None:
+async def test_healthy_subscription_is_left_alone(
+    server: ValkeyServer, admin: redis.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
     """Proofs of life come back in time: one connection serves every watch, and ends when nothing is watched."""
     connection = Connection(Address.parse(server.url))
     probes: asyncio.Queue[str] = asyncio.Queue()
@@ -403,6 +405,7 @@ async def test_healthy_subscription_is_left_alone(server: ValkeyServer, admin: r
     finally:
         await subscriber.close()
         await connection.close()
+    assert caplog.text == ""
 
 
 async def test_cancelled_call_does_not_disturb_its_neighbours(store: RedisStore, key: str) -> None:

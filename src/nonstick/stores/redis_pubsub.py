@@ -122,6 +122,7 @@ class Subscriber(Generic[T]):
             finally:
                 self._wire = None
                 self._in_force.clear()
+                wire.on_lost = lambda _: None
                 wire.abort("closed")
                 await wire.closed
             # When a server goes down, not every node should be back in the same instant.
@@ -154,8 +155,7 @@ class Subscriber(Generic[T]):
         return True
 
     def _on_lost(self, reason: str) -> None:
-        if not self._closed:
-            logger.warning("lost the subscription at %s: %s", self._address.url, reason)
+        logger.warning("lost the subscription at %s: %s", self._address.url, reason)
 
     def _on_reply(self, reply: Any) -> None:
         if isinstance(reply, ServerError):
