@@ -382,13 +382,13 @@ async def test_healthy_subscription_is_left_alone(
         probes.put_nowait(channel)
 
     subscriber = Subscriber[bytes](
-        Address.parse(server.url), name="healthy", prefix="h", decode=lambda body: body, publish=publish, interval=0.05
+        Address.parse(server.url), name="healthy", prefix="h", decode=lambda body: body, publish=publish, interval=0.2
     )
     try:
         hints: asyncio.Queue[bytes | None] = asyncio.Queue()
         stops = [subscriber.watch(channel, hints.put_nowait) for channel in ("a", "a", "b")]
         async with asyncio.timeout(PATIENT):
-            for _ in range(8):
+            for _ in range(5):
                 await probes.get()
             assert [await hints.get() for _ in stops] == [None] * 3
             assert hints.empty()
