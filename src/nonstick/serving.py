@@ -241,6 +241,9 @@ def _serve_in_children(settings: Settings, listener: socket.socket) -> int:
         factory=True,
         workers=settings.workers,
         reload=settings.reload,
+        # A worker answers only once it has imported everything, which on a busy machine takes longer than the default
+        # of 5 s: it would be restarted for ever.
+        timeout_worker_healthcheck=60,
         **_uvicorn_options(settings),
     )
     if settings.reload:
