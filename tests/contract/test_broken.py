@@ -314,7 +314,7 @@ async def test_model_catches_the_broken_store(kind: type[MemoryStore]) -> None:
     """Random programs find these faults without a test that was written for them."""
     async with kind() as store:
         with pytest.raises((*CAUGHT, BaseExceptionGroup)):
-            await check_programs(store, store, "key", examples=200, shrink=False)
+            await check_programs(store, store, "key", examples=1000, shrink=False)
 
 
 async def test_model_passes_the_sound_store() -> None:

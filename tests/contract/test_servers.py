@@ -138,11 +138,17 @@ def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's help is needed")
-def test_server_dies_with_the_process_that_started_it() -> None:
+def test_server_dies_with_the_process_that_started_it(tmp_path: Path) -> None:
     """The server dies with this process, also when that is killed."""
     code = "import sys; from nonstick.testing import ValkeyServer\n"
     code += "with ValkeyServer() as server: print(server.pid, flush=True); sys.stdin.read()"
-    parent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},  # nobody is left to remove its directory
+    )
     with parent:
         assert parent.stdout is not None
         ended = os.pidfd_open(int(parent.stdout.readline()))
