@@ -165,7 +165,8 @@ class Resumption(Reader):
                     return
                 if self._carry(events, rescue, live=True, after=backlog):
                     return
-                if not events:
+                # Other streams of the session are no sign of life.
+                if not any(event.stream == self._place.stream for event in events):
                     with contextlib.suppress(StoreUnavailable):
                         await rescue.look()
 
@@ -291,6 +292,8 @@ class Listener(Reader):
 
     async def _take_turns(self) -> None:
         if self._place is not None and await _patiently(self._is_carried):
+            # When that one has gone, its client has what it carried.
+            self._place = None
             await self._stay_silent()
         while True:
             await self._begin_turn()
@@ -332,13 +335,17 @@ class Listener(Reader):
     async def _follow_while(self, turn_open: Callable[[], Turn | None]) -> None:
         """Follows the log while there is such a turn. One whose node is seen dead twice in a row is over."""
         doubted = ""
+        loop = asyncio.get_running_loop()
+        looked = loop.time()
         with self.follow(self._seen) as subscription:
             while (turn := turn_open()) is not None:
                 events = await self.next(subscription)
                 for event in events:
                     self._note(event)
-                if events:
+                # Other streams may never be silent.
+                if events and loop.time() - looked < _LIVENESS_POLL:
                     continue
+                looked = loop.time()
                 node = turn.node
                 if not await _patiently(lambda: self.session.node.store.lapsed([node])):  # noqa: B023
                     doubted = ""
