@@ -458,7 +458,8 @@ class Exchange:
 
     def observe(self, kind: Kind, event: Event) -> None:
         """The log brought something on this request's stream that may not be of our own making."""
-        if self._closed or (kind is Kind.TAKEN and decode(event.data).get("node") == self.session.node.id):
+        # What is followed may begin before this attempt.
+        if self._closed or (kind is Kind.TAKEN and decode(event.data)["attempt"] <= self.attempt):
             return
         if kind in (Kind.TERMINAL, Kind.TAKEN):
             logger.warning("session %s: another node ended a request of this node's", self.session.key[:12])

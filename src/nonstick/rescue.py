@@ -6,11 +6,13 @@ itself should it wake up, one writes the terminal event.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 from typing import Any
 
 from mcp.server.runner import ServerRunner
+from mcp.server.streamable_http import REQUEST_CANCELLED
 from mcp.shared.dispatcher import CallOptions
 from mcp.shared.exceptions import NoBackChannelError
 from mcp.shared.transport_context import TransportContext
@@ -19,13 +21,16 @@ from starlette.requests import Request
 
 from nonstick import wire
 from nonstick.errors import Fenced, StreamClosed
-from nonstick.events import Kind, decode, draft
-from nonstick.session import Session
-from nonstick.store import Batch, Event
+from nonstick.events import Kind, decode, draft, kind_of
+from nonstick.session import Session, request_key
+from nonstick.store import MAX_READ, Batch, Cursor, Event
 
 __all__ = ["Rescue"]
 
 logger = logging.getLogger(__name__)
+
+_BETWEEN_LOOKS = 1.0
+"""Seconds, at least, between two looks whether the node that should write still lives."""
 
 _LIST_PAGES = 100
 
@@ -39,12 +44,16 @@ class Rescue:
 
     def __init__(self, session: Session, opened: Event) -> None:
         self._session = session
+        self._opened = opened
         self._stream = opened.position
         body = decode(opened.data)
         self._node: str = body["node"]
         self._attempt: int = body["attempt"]
         self._request = JSONRPCRequest.model_validate(body["request"], by_name=False)
         self._suspected = False
+        self._cancelled = False
+        self._loop = asyncio.get_running_loop()
+        self._looked_at = self._loop.time()
 
     def taken(self, event: Event) -> None:
         """Another node runs the request now."""
@@ -54,22 +63,33 @@ class Rescue:
     async def look(self) -> None:
         """Looks whether the node that runs the request lives; acts when it is seen dead twice.
 
-        Twice, because after an outage of the store every lease has lapsed, and the living need a moment to renew.
+        Twice, because after an outage of the store every lease has lapsed, and the living need a moment to renew. May
+        be called as often as one likes: there are some seconds between two looks.
 
         Raises:
             SessionNotFound, StoreUnavailable: As the store's methods.
         """
-        session = self._session
+        session, now = self._session, self._loop.time()
+        if now - self._looked_at < _BETWEEN_LOOKS:
+            return
+        self._looked_at = now
         if self._node == session.node.id:
             running = any(exchange.stream == self._stream for exchange in session.exchanges.values())
             lost = not running
         else:
             lost = bool(await session.node.store.lapsed([self._node]))
-        if lost and self._suspected:
+        suspected, self._suspected = self._suspected, lost
+        if lost and suspected:
             await self._act()
-        self._suspected = lost
 
     async def _act(self) -> None:
+        node = self._node
+        await self._catch_up()
+        if self._node != node:
+            return
+        if self._cancelled:
+            await self._end(ErrorData(code=REQUEST_CANCELLED, message="Request cancelled"))
+            return
         safe = await self._may_repeat()
         if safe and self._session.node.settings.reexecute == "idempotent" and await self._run_again():
             return
@@ -78,6 +98,10 @@ class Rescue:
             message="The server node that ran this request was lost before it finished",
             data={"reason": "node_lost", "retrySafe": safe},
         )
+        await self._end(error)
+
+    async def _end(self, error: ErrorData) -> None:
+        """Writes the end of the stream, unless somebody else has, or has taken it over."""
         terminal = draft(Kind.TERMINAL, wire.error_body(self._request.id, error))
         batch = Batch(
             [terminal],
@@ -94,6 +118,19 @@ class Rescue:
         self._session.node.counters.rescued += 1
         logger.warning("session %s: ended a request whose node was lost", self._session.key[:12])
 
+    async def _catch_up(self) -> None:
+        """Finds out what came before the place where this client began to read: who took over, and cancels (P5)."""
+        key = request_key(self._request.id)
+        after = Cursor(self._stream)
+        while events := await self._session.node.store.read(self._session.key, after, limit=MAX_READ):
+            for event in events:
+                kind = kind_of(event.data)
+                if event.stream == self._stream and kind is Kind.TAKEN:
+                    self.taken(event)
+                elif kind is Kind.CANCEL and request_key(decode(event.data)["requestId"]) == key:
+                    self._cancelled = True
+            after = Cursor(events[-1].position)
+
     async def _run_again(self) -> bool:
         # Imported here: an exchange knows its session, and a session's streams are rescued from its readers.
         from nonstick.exchange import Exchange
@@ -104,7 +141,8 @@ class Rescue:
             session,
             self._request,
             Request(scope),
-            head=session.head,
+            # A cancel may come until it is registered here (P5).
+            head=self._opened.cursor,
             protocol_version=session.connection.protocol_version,
         )
         taken = await exchange.take_over(self._stream, self._attempt)
