@@ -11,7 +11,6 @@ __all__ = [
     "ConfigurationError",
     "Diverged",
     "Fenced",
-    "LogTooLarge",
     "NonstickError",
     "NotPending",
     "NotRunning",
@@ -75,10 +74,6 @@ class Fenced(StoreError):
 
 class NotPending(StoreError):
     """The server request that a reply names is not in the session's pending set (P4)."""
-
-
-class LogTooLarge(StoreError):
-    """The append would exceed the session's log limits (P10)."""
 
 
 class Trimmed(StoreError):

@@ -14,6 +14,7 @@ Rules for every method:
   an unknown outcome. Every write here may be repeated as it was, with the same arguments: that is how the outcome is
   learned.
 * A cancelled call also has an unknown outcome, and must not disturb any other call.
+* A call that need not wait may return without ever suspending: a loop of calls has to yield by itself.
 * Methods are atomic: another node sees all of a call's effects or none.
 
 The published suite `nonstick.testing.contract` holds an implementation to all of this.
@@ -266,9 +267,11 @@ class Store(Protocol):
     async def append(self, key: str, batch: Batch) -> Appended:
         """Writes the batch at the end of the log, or nothing of it; wakes the watchers.
 
-        A (writer, sequence) that was written before, within `WRITER_SECONDS` since the writer's last append or while
-        its stream is kept, is a duplicate: it answers the positions from then, whatever has happened to the
-        stream and the pending set since. This check comes first.
+        A sequence that is not above its writer's last is a duplicate and is not written: that check comes first. For
+        the last one the answer is the position from then, whatever has happened to the stream and the pending set
+        since; for an older one it may be that of a later append. A writer is remembered for `WRITER_SECONDS` after
+        its last append and, if it wrote to a stream of its own, while that stream is kept. A refused append has not
+        used its number up. An append does not renew the session's expiry.
 
         Raises:
             SessionNotFound: No live session has this key.
