@@ -80,6 +80,8 @@ _NOTICE_PATIENCE: Final = 5.0
 _NEVER: Final = 10 * 365 * 86_400.0
 """The lifetime, in seconds, of sessions that are not to expire: no key in a store is without one."""
 
+_MAY_BE_ZERO: Final = ("window", "grace")
+
 _HOW_TO_RUN: Final = (
     "nonstick is not running in this process: its lifespan was not entered. Run the app itself with an ASGI server, "
     "or, where it is mounted in another app, give the host its lifespan: FastAPI(lifespan=app.lifespan), or in the "
@@ -158,6 +160,8 @@ class SessionManager:
             raise ConfigurationError("max_request_body_size must be a positive number of bytes")
         if json_response and options.get("answer", "json") != "json":
             raise ConfigurationError('json_response=True means answer="json": give one of the two')
+        if not isinstance(store, str) and not callable(getattr(store, "load", None)):
+            raise ConfigurationError(f"store must be a URL or a Store, not {type(store).__name__}")
         node_name = options.pop("node_name", None)
         self._node_header = options.pop("node_header", False)
         if json_response:
@@ -578,12 +582,12 @@ def _with_header(send: Send, header: tuple[bytes, bytes]) -> Send:
 
 
 def _settings(options: Options, **more: Any) -> Settings:
-    known = {field.name for field in fields(Settings)}
+    defaults = {field.name: field.default for field in fields(Settings)}
     for name, value in options.items():
-        if name not in known:
-            raise ConfigurationError(f"unknown option {name!r}; there are: {', '.join(sorted(known))}")
-        if isinstance(value, int | float) and not (math.isfinite(value) and value >= 0):
-            raise ConfigurationError(f"{name} must be a finite number, zero or more")
+        if name not in defaults:
+            raise ConfigurationError(f"unknown option {name!r}; there are: {', '.join(sorted(defaults))}")
+        if not isinstance(defaults[name], str):
+            _check_number(name, value)
     choices = {
         "answer": ("auto", "sse", "json"),
         "second_listener": ("takeover", "reject"),
@@ -593,3 +597,10 @@ def _settings(options: Options, **more: Any) -> Settings:
         if (chosen := options.get(name)) is not None and chosen not in allowed:
             raise ConfigurationError(f"{name} must be one of {', '.join(allowed)}, not {chosen!r}")
     return Settings(**{**options, **more})
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ConfigurationError(f"{name} must be a finite number, not {value!r}")
+    if value < 0 or (value == 0 and name not in _MAY_BE_ZERO):
+        raise ConfigurationError(f"{name} must be {'zero or ' if name in _MAY_BE_ZERO else ''}a positive number")
