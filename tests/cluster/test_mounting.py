@@ -1,0 +1,310 @@
+"""nonstick in somebody else's app, with somebody else's routes, or without an app at all."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any, cast
+
+import httpx2
+import pytest
+from fastapi import FastAPI
+from mcp import Client
+from mcp.client.streamable_http import streamable_http_client
+from mcp.server import MCPServer, Server
+from mcp.server.streamable_http import EventStore
+from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
+from mcp.server.transport_security import TransportSecuritySettings
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Mount
+from starlette.types import Receive, Scope, Send
+
+import nonstick
+from nonstick.errors import ConfigurationError, NotRunning
+from nonstick.stores.memory import MemoryStore
+from nonstick.testing.cluster import HEADERS, Session
+from tests.cluster.servers import World, answer, call, error, opening, request
+
+pytestmark = pytest.mark.anyio
+
+BASE = "http://127.0.0.1:8000"
+
+
+@asynccontextmanager
+async def running(host: Any) -> AsyncIterator[httpx2.AsyncClient]:
+    """A client of this app, whose lifespan is entered as an ASGI server would."""
+    async with host.router.lifespan_context(host), client_of(host) as client:
+        yield client
+
+
+def client_of(host: Any) -> httpx2.AsyncClient:
+    return httpx2.AsyncClient(transport=httpx2.ASGITransport(app=host), base_url=BASE, headers=HEADERS)
+
+
+async def open_session(client: httpx2.AsyncClient, path: str = "/mcp") -> Session:
+    response = await client.post(path, json=opening())
+    assert response.status_code == 200, response.text
+    return Session(response.headers["mcp-session-id"], "2025-11-25", {})
+
+
+async def talks(client: httpx2.AsyncClient, path: str) -> bool:
+    session = await open_session(client, path)
+    response = await client.post(path, json=call("echo", x=1), headers=session.headers)
+    return bool(answer(response) == {"x": 1})
+
+
+def hosts() -> list[Any]:
+    def starlette(inner: nonstick.App) -> Any:
+        return Starlette(routes=[Mount("/tools", inner)], lifespan=inner.lifespan)
+
+    def fastapi(inner: nonstick.App) -> Any:
+        host = FastAPI(lifespan=inner.lifespan)
+        host.mount("/tools", inner)
+        return host
+
+    return [pytest.param(starlette, id="starlette"), pytest.param(fastapi, id="fastapi")]
+
+
+@pytest.mark.parametrize("mount", hosts())
+async def test_mounted_app_serves_sessions(mount: Callable[[nonstick.App], Any]) -> None:
+    world = World()
+    inner = nonstick.app(world.server(), store="memory:")
+    async with running(mount(inner)) as client:
+        assert await talks(client, "/tools/mcp")
+        assert await talks(client, "/tools/mcp")
+    assert world.starts == 1
+
+
+@pytest.mark.parametrize("mount", hosts())
+async def test_lifespan_can_be_entered_in_the_hosts_own(mount: Callable[[nonstick.App], Any]) -> None:
+    world, order = World(), list[str]()
+    inner = nonstick.app(world.server(), store="memory:")
+
+    @asynccontextmanager
+    async def lifespan(_: Any) -> AsyncIterator[dict[str, str]]:
+        order.append("host")
+        async with inner.lifespan():
+            yield {"host": "state"}
+
+    host = mount(inner)
+    host.router.lifespan_context = lifespan
+    async with running(host) as client:
+        assert await talks(client, "/tools/mcp")
+    assert (order, world.starts) == (["host"], 1)
+
+
+@pytest.mark.parametrize("mount", hosts())
+async def test_request_before_the_lifespan_is_answered_with_the_line_to_add(
+    mount: Callable[[nonstick.App], Any],
+) -> None:
+    """A mounted app's lifespan is never run by its host: whoever forgets it must be told."""
+    inner = nonstick.app(World().server(), store="memory:")
+    async with client_of(mount(inner)) as client:
+        for method in ("POST", "GET", "DELETE"):
+            response = await client.request(method, "/tools/mcp", json=opening())
+            assert response.status_code == 500
+            message = error(response)["message"]
+            assert "lifespan=app.lifespan" in message
+            assert "async with app.lifespan(): yield" in message
+
+
+async def test_app_alone_runs_its_own_lifespan() -> None:
+    world = World()
+    async with running(nonstick.app(world.server(), store="memory:", path="/elsewhere")) as client:
+        assert await talks(client, "/elsewhere")
+        assert (await client.post("/mcp", json=opening())).status_code == 404
+    assert world.starts == 1
+
+
+async def test_custom_routes_middleware_and_tools_of_the_server_are_kept() -> None:
+    starts = 0
+
+    @asynccontextmanager
+    async def lifespan(_: MCPServer[Any]) -> AsyncIterator[dict[str, str]]:
+        nonlocal starts
+        starts += 1
+        yield {"database": "open"}
+
+    server = MCPServer[dict[str, str]]("custom", lifespan=lifespan)
+
+    @server.custom_route("/health", methods=["GET"])  # type: ignore[untyped-decorator]
+    async def health(_: Request) -> Response:
+        return PlainTextResponse("well")
+
+    @server.tool()
+    def double(x: int) -> int:
+        return 2 * x
+
+    inner = nonstick.app(server, store="memory:")
+    async with running(inner) as client:
+        assert (await client.get("/health")).text == "well"
+        for mode in ("legacy", "2026-07-28"):
+            transport = streamable_http_client(f"{BASE}/mcp", http_client=client)
+            async with Client(transport, mode=mode) as official:
+                result = await official.call_tool("double", {"x": 21})
+                assert result.structured_content == {"result": 42}
+    assert starts == 1
+
+
+# ---- the manager alone
+
+
+def manager(**more: Any) -> nonstick.SessionManager:
+    return nonstick.SessionManager(World().server(), **{"store": MemoryStore(), **more})
+
+
+async def test_manager_serves_behind_routes_of_ones_own() -> None:
+    """It takes the place of the SDK's: `run`, `handle_request`, `asgi_app`."""
+    own = manager()
+
+    async def endpoint(scope: Scope, receive: Receive, send: Send) -> None:
+        await own.handle_request(scope, receive, send)
+
+    @asynccontextmanager
+    async def lifespan(_: Any) -> AsyncIterator[None]:
+        async with own.run():
+            yield
+
+    host = Starlette(routes=[Mount("/a", endpoint), Mount("/b", own.asgi_app)], lifespan=lifespan)
+    async with running(host) as client:
+        session = await open_session(client, "/a/")
+        for path in ("/b/", "/a/"):
+            response = await client.post(path, json=call("echo", x=path), headers=session.headers)
+            assert answer(response) == {"x": path}
+        assert (await client.delete("/b/", headers=session.headers)).status_code == 200
+        assert (await client.post("/a/", json=call("echo"), headers=session.headers)).status_code == 404
+
+
+async def test_manager_takes_the_sdks_arguments() -> None:
+    """In the SDK's order, under the SDK's names, with the SDK's defaults."""
+    arguments = {
+        "event_store": None,
+        "json_response": True,
+        "stateless": False,
+        "security_settings": TransportSecuritySettings(allowed_hosts=["tools.example"]),
+        "retry_interval": 500,
+        "session_idle_timeout": 60.0,
+        "max_request_body_size": 5_000,
+        "max_sessions": 10,
+    }
+    server = World().server()
+    theirs = StreamableHTTPSessionManager(server, *arguments.values())  # type: ignore[arg-type]
+    ours = nonstick.SessionManager(server, *arguments.values(), store="memory:")  # type: ignore[arg-type]
+    plain_theirs, plain_ours = StreamableHTTPSessionManager(server), nonstick.SessionManager(server, store="memory:")
+    for name in arguments.keys() - {"event_store"}:
+        assert getattr(ours, name) == getattr(theirs, name) == arguments[name]
+        assert getattr(plain_ours, name) == getattr(plain_theirs, name)
+    host = Starlette(routes=[Mount("/", ours.asgi_app)])
+    async with ours.run(), client_of(host) as client:
+        assert (await client.post("/", json=opening())).status_code == 421
+        accepted = await client.post("/", json=opening(), headers={"host": "tools.example"})
+        assert accepted.headers["content-type"] == "application/json"
+
+
+async def test_stateless_manager_has_no_sessions() -> None:
+    own = manager(stateless=True)
+    async with own.run(), client_of(Starlette(routes=[Mount("/", own.asgi_app)])) as client:
+        response = await client.post("/", json=opening())
+        assert response.status_code == 200
+        assert "mcp-session-id" not in response.headers
+        assert (await client.post("/", json=request("ping"))).status_code == 200
+
+
+async def test_manager_runs_once() -> None:
+    own = manager()
+    async with own.run():
+        with pytest.raises(RuntimeError, match=r"can only be called once per instance"):
+            async with own.run():
+                pass
+        assert own.node
+    with pytest.raises(RuntimeError, match=r"can only be called once per instance"):
+        async with own.run():
+            pass
+
+
+async def test_manager_that_does_not_run_says_so() -> None:
+    own = manager()
+    with pytest.raises(NotRunning, match=r"async with app\.lifespan\(\): yield"):
+        _ = own.node
+    with pytest.raises(NotRunning):
+        await own.check_ready()
+    async with own.run():
+        await own.check_ready()
+    with pytest.raises(NotRunning):
+        own.begin_drain()
+
+
+async def test_lifespan_that_fails_is_reported_and_leaves_the_server_as_it_was() -> None:
+    @asynccontextmanager
+    async def lifespan(server: Server[Any]) -> AsyncIterator[None]:
+        if not server.name:
+            yield
+        raise RuntimeError("no database")
+
+    server = Server("broken", lifespan=lifespan)
+    own = nonstick.SessionManager(server, store="memory:")
+    with pytest.raises(RuntimeError, match="no database"):
+        async with own.run():
+            pass
+    assert server.lifespan is lifespan
+
+
+async def test_error_in_the_hosts_lifespan_reaches_the_host() -> None:
+    world = World()
+    own = nonstick.SessionManager(world.server(), store="memory:")
+    with pytest.raises(ExceptionGroup) as caught:
+        async with own.run():
+            raise KeyError("host")
+    # In a group, as the SDK's manager does it.
+    assert caught.group_contains(KeyError, match="host")
+
+
+async def test_managers_of_several_servers_run_side_by_side() -> None:
+    first, second = manager(), manager()
+    host = Starlette(routes=[Mount("/1", first.asgi_app), Mount("/2", second.asgi_app)])
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(first.run())
+        await stack.enter_async_context(second.run())
+        client = await stack.enter_async_context(client_of(host))
+        session = await open_session(client, "/1/")
+        assert (await client.post("/1/", json=call("echo"), headers=session.headers)).status_code == 200
+        assert (await client.post("/2/", json=call("echo"), headers=session.headers)).status_code == 404
+
+
+# ---- what cannot work
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"event_store": cast("EventStore", object())}, "streams are resumed from the session store"),
+        ({"session_idle_timeout": 0}, "session_idle_timeout"),
+        ({"session_idle_timeout": float("inf")}, "session_idle_timeout"),
+        ({"max_sessions": 0}, "max_sessions"),
+        ({"max_request_body_size": 0}, "max_request_body_size"),
+        ({"json_response": True, "answer": "sse"}, "give one of the two"),
+        ({"windov": 1}, "unknown option 'windov'"),
+        ({"window": -1}, "window must be"),
+        ({"window": float("nan")}, "window must be"),
+        ({"window": "soon"}, "window must be"),
+        ({"window": True}, "window must be"),
+        ({"ping_interval": 0}, "ping_interval must be a positive"),
+        ({"max_streams": None}, "max_streams must be"),
+        ({"answer": "xml"}, "answer must be one of auto, sse, json"),
+        ({"second_listener": "both"}, "second_listener must be one of takeover, reject"),
+        ({"reexecute": "always"}, "reexecute must be one of never, idempotent"),
+        ({"store": "mongodb://x"}, "scheme is none that is known"),
+        ({"store": None}, "store must be a URL or a Store, not NoneType"),
+        ({"store": ""}, "store"),
+    ],
+)
+async def test_argument_that_cannot_work_is_refused_with_the_reason(arguments: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigurationError, match=reason):
+        manager(**arguments)
+
+
+async def test_app_wants_a_server_of_the_sdk() -> None:
+    with pytest.raises(ConfigurationError, match=r"needs an MCP server of the official SDK .* not builtins\.int"):
+        nonstick.app(7, store="memory:")  # type: ignore[arg-type]
