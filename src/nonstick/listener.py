@@ -53,6 +53,8 @@ class Reader(ABC):
         """Sends the stream until it ends, the session ends, or the client goes."""
         node = self.session.node
         node.readers.add(self)
+        if node.draining:
+            self.hand_over()
         tasks = [node.spawn(self._feed()), node.spawn(self._watch(receive))]
         try:
             with self.session:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +50,8 @@ class Stream:
 
     def __init__(self, member: Member, method: str, session: Session, message: Any, headers: dict[str, str]) -> None:
         self._request = (member, method, session, message, headers)
-        self._blocks: asyncio.Queue[Sse | None] = asyncio.Queue()
+        self._blocks: deque[Sse | None] = deque()
+        self._arrived = asyncio.Event()
         self._response: asyncio.Future[httpx2.Response] = asyncio.get_running_loop().create_future()
         self.last_id: str | None = None
         """Id of the last event that was taken."""
@@ -71,7 +73,7 @@ class Stream:
                     self.bytes += len(chunk)
                     *blocks, rest = (rest + chunk).split("\r\n\r\n")
                     for block in blocks:
-                        self._blocks.put_nowait(Sse.parse(block))
+                        self._put(Sse.parse(block))
                 assert not rest, f"the stream ended in the middle of an event: {rest!r}"
         except BaseException as error:
             if not self._response.done():
@@ -80,7 +82,11 @@ class Stream:
                 self._response.exception()
             raise
         finally:
-            self._blocks.put_nowait(None)
+            self._put(None)
+
+    def _put(self, block: Sse | None) -> None:
+        self._blocks.append(block)
+        self._arrived.set()
 
     @property
     def started(self) -> bool:
@@ -89,8 +95,8 @@ class Stream:
 
     @property
     def waiting(self) -> bool:
-        """Whether something arrived that was not taken yet."""
-        return not self._blocks.empty()
+        """Whether a message arrived that was not taken yet."""
+        return any(block is not None and block.data for block in self._blocks)
 
     async def response(self) -> httpx2.Response:
         """The response: its headers, and its body if it is no stream."""
@@ -100,9 +106,12 @@ class Stream:
     async def block(self) -> Sse | None:
         """What comes next, comments included; None at the end."""
         async with asyncio.timeout(DEADLINE):
-            block = await self._blocks.get()
+            while not self._blocks:
+                self._arrived.clear()
+                await self._arrived.wait()
+        block = self._blocks.popleft()
         if block is None:
-            self._blocks.put_nowait(None)
+            self._put(None)
         elif block.id is not None:
             self.last_id = block.id
         return block
@@ -137,6 +146,13 @@ class Stream:
         response = await self.response()
         assert response.headers["content-type"].startswith("application/json"), response.headers
         return json.loads(response.text)
+
+    async def outcome(self) -> Any:
+        """The response to the request, whichever way it came."""
+        response = await self.response()
+        if response.headers["content-type"].startswith("application/json"):
+            return json.loads(response.text)
+        return (await self.rest())[-1]
 
     async def close(self) -> None:
         """The client goes: the connection is cut."""
