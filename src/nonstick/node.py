@@ -104,7 +104,8 @@ class Node:
 
     async def __aenter__(self) -> Self:
         await self._stack.enter_async_context(self.store)
-        self._stack.enter_context(self._keeper)
+        self._keeper.start()
+        self._stack.push_async_callback(self._keeper.stop)
         self.spawn(self._keeper.tick())
         self.spawn(self._touch())
         return self
@@ -240,12 +241,13 @@ class _LeaseKeeper:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="nonstick-lease", daemon=True)
 
-    def __enter__(self) -> None:
+    def start(self) -> None:
         self._thread.start()
 
-    def __exit__(self, *_: object) -> None:
+    async def stop(self) -> None:
+        """Ends the lease, if the store can be reached. Other work goes on meanwhile."""
         self._stop.set()
-        self._thread.join(timeout=5)
+        await asyncio.to_thread(self._thread.join, 5)
 
     async def tick(self) -> None:
         while True:
