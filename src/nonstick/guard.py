@@ -69,8 +69,8 @@ class GuardedStore:
 
         await self._until(create, self.patience)
 
-    async def load(self, key: str) -> Loaded:
-        return await self._until(lambda: self.store.load(key), self.patience)
+    async def load(self, key: str, *, patience: float | None = None) -> Loaded:
+        return await self._until(lambda: self.store.load(key), self.patience if patience is None else patience)
 
     async def update(
         self,

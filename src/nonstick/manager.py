@@ -367,7 +367,8 @@ class SessionManager:
                 # Whether there is such a session is said first, as the SDK does.
                 problem = refusal
         key = session_key(session_id)
-        loaded = await node.store.load(key)
+        sent_once = isinstance(message, JSONRPCNotification | JSONRPCResponse | JSONRPCError)
+        loaded = await node.store.load(key, patience=_NOTICE_PATIENCE if sent_once else None)
         record = Record.from_fields(loaded.fields)
         if record.principal != principal_of(request.scope):
             logger.warning("session %s: refused a request of another principal", key[:12])
