@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 import sys
@@ -23,6 +24,9 @@ ROOT: Final = Path(__file__).resolve().parents[2]
 
 START_SECONDS: Final = 30.0
 STOP_SECONDS: Final = 10.0
+
+LOGS: Final = "NONSTICK_TEST_LOGS"
+"""Environment variable: if it is set, what the servers write comes out on stderr, not only if one fails."""
 
 StoreKind = Literal["sqlite", "valkey"]
 Answer = Literal["auto", "sse", "json"]
@@ -62,16 +66,18 @@ async def serving(setup: Setup) -> AsyncIterator[int]:
     command = [sys.executable, "-m", *setup, "--port", str(port)]
     with tempfile.TemporaryFile() as log:
         process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdin=DEVNULL, stdout=log, stderr=log)
+        served = False
         try:
             if not await _listens(process, port):
                 raise RuntimeError(f"the server on port {port} did not start")
             yield port
+            served = process.returncode is None
         finally:
             await _stop(process)
-            log.seek(0)
-            # For whoever has to find out why a test failed: a healthy server writes next to nothing.
-            if written := log.read().decode(errors="replace"):
-                print(f"---- node on port {port}\n{written[-8000:]}", file=sys.stderr)
+            if LOGS in os.environ or not served:
+                log.seek(0)
+                written = log.read().decode(errors="replace")
+                print(f"---- what the server on port {port} wrote\n{written[-8000:]}", file=sys.stderr)
 
 
 @asynccontextmanager
