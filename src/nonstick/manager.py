@@ -457,6 +457,8 @@ class SessionManager:
         send: Send,
         headers: list[tuple[bytes, bytes]],
     ) -> None:
+        if session.node.is_closing:
+            raise wire.unavailable("This node is shutting down. Try again.")
         key = request_key(message.id)
         if key in session.exchanges:
             raise wire.Refusal(409, "Conflict: a request with this id is still running in this session")

@@ -32,8 +32,8 @@ __all__ = ["Counters", "Node", "Settings"]
 logger = logging.getLogger(__name__)
 
 _TICK: Final = 1.0
-_LAST_WORDS: Final = 1.0
-"""Seconds that requests which are ended by a drain get to say so."""
+_LAST_WORDS: Final = 0.75
+"""Seconds that a handler which is ended by a drain gets to stop, before its request ends without it."""
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -96,8 +96,9 @@ class Node:
         self.sessions: dict[str, Session] = {}
         self.readers: set[Reader] = set()
         self.draining = False
+        """Other nodes are to take what comes."""
         self._left = asyncio.Event()
-        self._drained: asyncio.Task[None] | None = None
+        self._grace_ends = 0.0
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stack = AsyncExitStack()
         self._keeper = _LeaseKeeper(self)
@@ -120,7 +121,9 @@ class Node:
             tasks = list(self._tasks)
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            if tasks:
+                # Not for ever: a handler in a thread cannot be stopped, and the lease is to be given back.
+                await asyncio.wait(tasks, timeout=_LAST_WORDS)
         finally:
             await self._stack.aclose()
 
@@ -154,32 +157,41 @@ class Node:
 
     def begin_drain(self) -> None:
         """Stops taking work (P8). May be called more than once."""
-        if self._drained is None:
-            self.draining = True
-            self._drained = asyncio.create_task(self._drain(), name="drain")
+        if self.draining:
+            return
+        self.draining = True
+        self._grace_ends = asyncio.get_running_loop().time() + self.settings.grace
+        for reader in list(self.readers):
+            reader.hand_over()
+        self.spawn(self._end_in_time())
+
+    @property
+    def is_closing(self) -> bool:
+        """The grace period is over: what began now would be ended at once."""
+        return self.draining and asyncio.get_running_loop().time() >= self._grace_ends
 
     async def drain(self) -> None:
         """Drains, and returns when everything here has finished, or been ended at the end of the grace period."""
         self.begin_drain()
-        assert self._drained is not None
-        await asyncio.shield(self._drained)
+        patience = self._grace_ends + 2 * _LAST_WORDS - asyncio.get_running_loop().time()
+        await self._finished(max(patience, _LAST_WORDS))
 
-    async def _drain(self) -> None:
-        for reader in list(self.readers):
-            reader.hand_over()
-        await self._finished(self.settings.grace)
-        running = self._running()
-        if not running:
-            return
-        logger.warning("%d requests did not finish within the grace period of %g s", len(running), self.settings.grace)
+    async def _end_in_time(self) -> None:
+        """Ends what still runs after the grace period, also what began in the meantime."""
+        await asyncio.sleep(self.settings.grace)
         error = ErrorData(
             code=INTERNAL_ERROR,
             message="The server node that ran this request was shut down before it finished",
             data={"reason": "node_shut_down", "retrySafe": False},
         )
-        for exchange in running:
-            exchange.fail(error)
-        await self._finished(_LAST_WORDS)
+        while True:
+            if running := self._running():
+                logger.warning("%d requests did not finish in %g s of grace", len(running), self.settings.grace)
+            for exchange in running:
+                exchange.fail(error)
+            await asyncio.sleep(_LAST_WORDS)
+            for exchange in running:
+                self.spawn(exchange.abandon())
 
     async def _finished(self, patience: float) -> None:
         """Waits until no request runs here, or the patience is over."""
