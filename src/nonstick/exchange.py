@@ -8,6 +8,7 @@ then acknowledged by the store, then written to the socket (P3).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 from collections.abc import Mapping, Sequence
@@ -102,7 +103,7 @@ class Exchange:
             can_send_request=streams,
         )
         self._scope = anyio.CancelScope()
-        self._stopped: Literal["cancelled", "ended", "failed"] | None = None
+        self._stopped: Literal["cancelled", "ended", "failed", "fenced"] | None = None
         self._failure: ErrorData | None = None
         self._closed = False
         self._writing = asyncio.Lock()
@@ -170,6 +171,8 @@ class Exchange:
                 await self._promote()
             with self._scope:
                 body = await self._handle()
+            if self._closed:
+                return
             self._closed = True
             window.cancel()
             if self._scope.cancelled_caught or self._stopped is not None:
@@ -180,7 +183,8 @@ class Exchange:
             self._refuse(wire.Refusal(404, "Session not found"))
             self.session.node.spawn(self.session.end())
         except (StreamClosed, Fenced):
-            # Another node has ended this stream: nothing more of it is ours to say (P7).
+            # Another node has ended this stream: nothing more of it is ours to say, or to keep (P7).
+            self.session.state.revert()
             self._outlet.end()
         except StoreUnavailable as error:
             self._refuse(wire.unavailable(f"The session store cannot be reached: {error}. Try again."))
@@ -228,6 +232,8 @@ class Exchange:
                 self._failure = ErrorData(code=REQUEST_CANCELLED, message="Request cancelled")
             case "failed":
                 assert self._failure is not None
+            case "fenced":
+                raise Fenced
             case "ended" | None:
                 return None
             case _ as never:
@@ -434,8 +440,10 @@ class Exchange:
             with anyio.CancelScope(shield=True):
                 async with self._writing:
                     await self._append([draft(Kind.HANGUP)])
-        except (SessionNotFound, StreamClosed, Fenced):
+        except SessionNotFound:
             self._stop("ended")
+        except (StreamClosed, Fenced):
+            self._stop("fenced")
         self._outlet.end()
 
     # ---- what stops it
@@ -456,6 +464,15 @@ class Exchange:
             self._failure = error
         self._stop("failed")
 
+    async def abandon(self) -> None:
+        """Ends the request without its handler, which did not stop when it was told to: it has no say any more."""
+        if self._closed:
+            return
+        self._closed = True
+        with anyio.CancelScope(shield=True), contextlib.suppress(SessionNotFound, StreamClosed, Fenced):
+            await self._finish(self._stopped_body())
+        self._leave()
+
     def observe(self, kind: Kind, event: Event) -> None:
         """The log brought something on this request's stream that may not be of our own making."""
         # What is followed may begin before this attempt.
@@ -463,10 +480,10 @@ class Exchange:
             return
         if kind in (Kind.TERMINAL, Kind.TAKEN):
             logger.warning("session %s: another node ended a request of this node's", self.session.key[:12])
-            self._stop("ended")
+            self._stop("fenced")
             self._outlet.end()
 
-    def _stop(self, reason: Literal["cancelled", "ended", "failed"]) -> None:
+    def _stop(self, reason: Literal["cancelled", "ended", "failed", "fenced"]) -> None:
         if self._stopped is None and not self._closed:
             self._stopped = reason
             self._scope.cancel()
@@ -499,8 +516,11 @@ class Exchange:
             return
         try:
             await self._emit(draft(Kind.MESSAGE, wire.notification_body(method, params)))
-        except (SessionNotFound, StreamClosed, Fenced):
+        except SessionNotFound:
             self._stop("ended")
+            await anyio.lowlevel.checkpoint()
+        except (StreamClosed, Fenced):
+            self._stop("fenced")
             await anyio.lowlevel.checkpoint()
         except StoreUnavailable:
             # It is in doubt, not lost: the next append repeats it first.

@@ -117,6 +117,14 @@ class SessionState(dict[str, Any]):
                 super().__setitem__(key, json.loads(data))
                 self._saved[key] = data
 
+    def revert(self) -> None:
+        """Forgets what was changed here and is not saved: another node has ended what changed it (P7)."""
+        for key in list(self):
+            if key not in self._saved:
+                super().__delitem__(key)
+        for key, data in self._saved.items():
+            super().__setitem__(key, json.loads(data))
+
     def changes(self) -> dict[str, bytes | None]:
         """Record fields to write, with None those to remove, for what changed since it was loaded or saved.
 
