@@ -1,0 +1,243 @@
+"""What goes over the wire, byte by byte, and a slow or lost client at the other end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mcp_types import ErrorData
+from pydantic_core import PydanticSerializationError
+from starlette.types import Message
+
+from nonstick import wire
+
+pytestmark = pytest.mark.anyio
+
+
+class Client:
+    """Takes ASGI messages, as fast as it is allowed to."""
+
+    def __init__(self, *, slow: bool = False) -> None:
+        self.messages: list[Message] = []
+        self.taking = asyncio.Event()
+        self._more = asyncio.Event()
+        if not slow:
+            self.taking.set()
+
+    async def send(self, message: Message) -> None:
+        self.messages.append(message)
+        self._more.set()
+        await self.taking.wait()
+
+    async def received(self, count: int) -> None:
+        """Returns once so many messages have come."""
+        while len(self.messages) < count:
+            self._more.clear()
+            await self._more.wait()
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(message.get("body", b"") for message in self.messages)
+
+
+# ---- bodies and frames
+
+
+def test_bodies_are_json_rpc() -> None:
+    assert json.loads(wire.result_body("7", {"a": float("inf"), "ü": 1})) == {
+        "jsonrpc": "2.0",
+        "id": "7",
+        "result": {"a": None, "ü": 1},
+    }
+    assert json.loads(wire.error_body(None, ErrorData(code=-1, message="no"))) == {
+        "jsonrpc": "2.0",
+        "id": None,
+        "error": {"code": -1, "message": "no"},
+    }
+    assert json.loads(wire.error_body(3, ErrorData(code=-1, message="no", data=[1])))["error"]["data"] == [1]
+    assert json.loads(wire.request_body("srv-1", "ping", None)) == {"jsonrpc": "2.0", "id": "srv-1", "method": "ping"}
+    assert "params" not in json.loads(wire.request_body("srv-1", "ping", {}))
+    assert json.loads(wire.notification_body("n", {"x": 1})) == {"jsonrpc": "2.0", "method": "n", "params": {"x": 1}}
+    assert "params" not in json.loads(wire.notification_body("n", None))
+
+
+def test_result_that_is_no_json_is_refused() -> None:
+    with pytest.raises(PydanticSerializationError):
+        wire.result_body(1, {"a": object()})
+
+
+@given(st.text())
+def test_frame_is_one_event_whatever_the_text(text: str) -> None:
+    """A line break in the data would end it."""
+    body = wire.notification_body("n", {"text": text})
+    frame = wire.sse_frame("id-1", body)
+    assert frame.endswith(b"\r\n\r\n")
+    assert frame.count(b"\n") == 4
+    fields = dict(line.split(b": ", 1) for line in frame.strip().split(b"\r\n"))
+    assert fields[b"id"] == b"id-1"
+    assert json.loads(fields[b"data"])["params"]["text"] == text
+
+
+def test_priming_event_has_an_id_and_no_message() -> None:
+    assert wire.sse_priming("i", 500) == b"id: i\r\nretry: 500\r\ndata: \r\n\r\n"
+    assert wire.sse_priming("i", None) == b"id: i\r\ndata: \r\n\r\n"
+    assert wire.sse_retry(500) == b"retry: 500\r\n\r\n"
+
+
+async def test_refusal_says_what_is_wrong_in_json() -> None:
+    client = Client()
+    refusal = wire.Refusal(405, "no", allow="GET", retry_after=3)
+    await refusal.send(client.send, [(b"x", b"y")])
+    head, body = client.messages
+    headers = dict(head["headers"])
+    assert head["status"] == 405
+    assert headers[b"allow"] == b"GET"
+    assert headers[b"retry-after"] == b"3"
+    assert headers[b"content-type"] == b"application/json"
+    assert headers[b"x"] == b"y"
+    assert int(headers[b"content-length"]) == len(body["body"])
+    assert json.loads(body["body"]) == {"jsonrpc": "2.0", "id": None, "error": {"code": -32600, "message": "no"}}
+
+
+async def test_plain_refusal_is_text_and_changes_no_header_that_it_was_given() -> None:
+    client, given_headers = Client(), [(b"x", b"y")]
+    await wire.Refusal(403, "no", plain=True).send(client.send, given_headers)
+    assert client.body == b"no"
+    assert given_headers == [(b"x", b"y")]
+
+
+# ---- the outlet
+
+
+def start(outlet: wire.Outlet, client: Client) -> asyncio.Task[bool]:
+    return asyncio.create_task(outlet.pump(client.send))
+
+
+async def test_frames_arrive_in_order_and_then_the_end() -> None:
+    outlet, client = wire.Outlet(), Client()
+    pumping = start(outlet, client)
+    for number in range(100):
+        outlet.put(b"%d " % number, number)
+        if number % 7 == 0:
+            await asyncio.sleep(0)
+    outlet.end()
+    assert await pumping is True
+    assert client.body == b"".join(b"%d " % number for number in range(100))
+    assert [message["more_body"] for message in client.messages][-1] is False
+    assert all(message["more_body"] for message in client.messages[:-1])
+    assert outlet.sent == 99
+
+
+async def test_nothing_is_written_after_the_end() -> None:
+    outlet, client = wire.Outlet(), Client()
+    outlet.put(b"a")
+    outlet.end()
+    outlet.put(b"b")
+    assert await outlet.pump(client.send) is True
+    outlet.put(b"c")
+    assert client.body == b"a"
+
+
+async def test_who_produces_waits_for_a_slow_reader() -> None:
+    """P10."""
+    outlet, client = wire.Outlet(room=10), Client(slow=True)
+    pumping = start(outlet, client)
+    outlet.put(b"x" * 11)
+    waiting = asyncio.create_task(outlet.room())
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    client.taking.set()
+    async with asyncio.timeout(5):
+        await waiting
+    outlet.end()
+    assert await pumping is True
+
+
+async def test_reader_that_takes_nothing_is_cut_off_and_nobody_waits_for_it() -> None:
+    """P10."""
+    outlet, client = wire.Outlet(room=10, patience=0.05), Client(slow=True)
+    outlet.put(b"x" * 11, 1)
+    async with asyncio.timeout(5):
+        assert await start(outlet, client) is False
+        assert outlet.gone
+        await outlet.room()
+    outlet.put(b"y", 2)
+    assert outlet.sent == 0
+
+
+async def test_what_the_connection_took_is_known() -> None:
+    """A listener says how far it got by it."""
+    outlet, client = wire.Outlet(), Client(slow=True)
+    outlet.put(b"a", 1)
+    pumping = start(outlet, client)
+    await asyncio.sleep(0.01)
+    outlet.put(b"b", 2)
+    assert outlet.sent == 0
+    client.taking.set()
+    outlet.end()
+    await pumping
+    assert outlet.sent == 2
+
+
+@pytest.mark.parametrize("full", [False, True])
+async def test_client_that_leaves_ends_the_pump_and_frees_who_waits(full: bool) -> None:
+    outlet, client = wire.Outlet(room=10, ping=60), Client(slow=full)
+    pumping = start(outlet, client)
+    await asyncio.sleep(0)
+    if full:
+        outlet.put(b"x" * 100)
+    waiting = asyncio.create_task(outlet.room())
+    await asyncio.sleep(0.01)
+    outlet.leave()
+    client.taking.set()
+    async with asyncio.timeout(5):
+        assert await pumping is False
+        await waiting
+
+
+async def test_broken_connection_frees_who_waits() -> None:
+    outlet = wire.Outlet(room=10)
+
+    async def broken(message: Message) -> None:
+        raise OSError("connection lost")
+
+    outlet.put(b"x" * 100)
+    waiting = asyncio.create_task(outlet.room())
+    with pytest.raises(OSError, match="connection lost"):
+        await outlet.pump(broken)
+    async with asyncio.timeout(5):
+        await waiting
+    assert outlet.gone
+
+
+async def test_silent_stream_is_kept_alive_with_comments() -> None:
+    outlet, client = wire.Outlet(ping=0.01), Client()
+    pumping = start(outlet, client)
+    async with asyncio.timeout(5):
+        await client.received(3)
+    outlet.end()
+    await pumping
+    assert set(client.body.split(b"\r\n\r\n")) == {b": ping", b""}
+
+
+@given(st.lists(st.binary(min_size=1, max_size=20)), st.data())
+def test_no_frame_is_lost_or_doubled(frames: list[bytes], data: st.DataObject) -> None:
+    pauses = data.draw(st.lists(st.integers(0, 2), min_size=len(frames), max_size=len(frames)))
+
+    async def run() -> Any:
+        outlet, client = wire.Outlet(room=8), Client()
+        pumping = start(outlet, client)
+        for frame, pause in zip(frames, pauses, strict=True):
+            await outlet.room()
+            outlet.put(frame)
+            for _ in range(pause):
+                await asyncio.sleep(0)
+        outlet.end()
+        await pumping
+        return client.body
+
+    assert asyncio.run(run()) == b"".join(frames)
