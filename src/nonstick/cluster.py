@@ -12,7 +12,7 @@ import json
 import logging
 import secrets
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 import anyio.lowlevel
 import pydantic_core
@@ -34,7 +34,7 @@ from nonstick.events import Kind, decode, draft, kind_of
 from nonstick.follow import Follower
 from nonstick.guard import GuardedStore
 from nonstick.sender import Sender
-from nonstick.store import Appended, Cursor, Event
+from nonstick.store import Appended, Batch, Cursor, Event
 
 __all__ = ["CLUSTER_KEY", "Cluster"]
 
@@ -106,8 +106,7 @@ class Cluster:
             loaded = await store.load(CLUSTER_KEY)
         self._codec.use(_unpack(loaded.fields[_KEYS]))
         self._store = store
-        self._bus.sender = Sender(store, CLUSTER_KEY)
-        self._bus.trim = self._trim
+        self._bus.sender = Sender(self._append)
         return loaded.head
 
     async def keep(self, store: GuardedStore) -> None:
@@ -167,13 +166,15 @@ class Cluster:
         elif kind is Kind.KEYS:
             self._codec.use(_unpack((await store.load(CLUSTER_KEY)).fields[_KEYS]))
 
-    async def _trim(self, appended: Appended) -> None:
+    async def _append(self, batch: Batch, /, *, patience: float) -> Appended:
         assert self._store is not None
+        appended = await self._store.append(CLUSTER_KEY, batch, patience=patience)
         if appended.count > _LOG_EVENTS:
             try:
                 await self._store.trim(CLUSTER_KEY, standalone_before=appended.first - _LOG_EVENTS // 2)
             except StoreError as error:
                 logger.debug("could not trim the cluster log: %s", error)
+        return appended
 
 
 class _Bus:
@@ -182,7 +183,6 @@ class _Bus:
     def __init__(self) -> None:
         self.local = InMemorySubscriptionBus()
         self.sender: Sender | None = None
-        self.trim: Callable[[Appended], Any] | None = None
 
     async def publish(self, event: ServerEvent) -> None:
         """Appends the event; every node, this one too, delivers it from the log.
@@ -191,10 +191,10 @@ class _Bus:
             NotRunning: The app's lifespan is not entered.
             StoreUnavailable: As `Store.append`.
         """
-        if self.sender is None or self.trim is None:
+        if self.sender is None:
             raise NotRunning("the cluster is not joined: enter the app's lifespan before publishing")
         body = {"method": _METHODS[type(event)], "uri": getattr(event, "uri", None)}
-        await self.trim(await self.sender.send(draft(Kind.PUBLISHED, pydantic_core.to_json(body))))
+        await self.sender.send(draft(Kind.PUBLISHED, pydantic_core.to_json(body)))
         await anyio.lowlevel.checkpoint()
 
     def subscribe(self, listener: Callable[[ServerEvent], None]) -> Callable[[], None]:

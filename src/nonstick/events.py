@@ -47,6 +47,10 @@ class Kind(IntEnum):
     """The client cancelled a request. Body: the notification's params."""
     LISTENING = ord("l")
     """A connection to the standalone stream opened. Body: `{"listener", "node"}`."""
+    PUBLISHED = ord("b")
+    """In the cluster log: something changed that clients may have subscribed to. Body: `{"method", "uri"}`."""
+    KEYS = ord("k")
+    """In the cluster log: its record has other `requestState` keys now. No body."""
     LEFT = ord("x")
     """That connection went. Body: `{"listener", "read"}`: the last position that it had written out."""
 

@@ -5,23 +5,27 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, Protocol
 
-from nonstick.guard import GuardedStore
 from nonstick.store import Appended, Batch, Draft
 
-__all__ = ["Sender"]
+__all__ = ["Append", "Sender"]
 
 _PATIENCE: Final = 20.0
 """Seconds; well below `WRITER_SECONDS`, within which a repeat is recognised."""
 
 
+class Append(Protocol):
+    """`Store.append` to one log, with so much patience, in seconds."""
+
+    async def __call__(self, batch: Batch, /, *, patience: float) -> Appended: ...
+
+
 class Sender:
     """A writer of one log's standalone stream on this node."""
 
-    def __init__(self, store: GuardedStore, key: str) -> None:
-        self._store = store
-        self._key = key
+    def __init__(self, append: Append) -> None:
+        self._append = append
         self._writer = ""
         self._sequence = 0
         self._writing = asyncio.Lock()
@@ -38,7 +42,7 @@ class Sender:
             self._sequence += 1
             batch = Batch([event], writer=self._writer, sequence=self._sequence, expect=expect)
             try:
-                return await self._store.append(self._key, batch, patience=_PATIENCE)
+                return await self._append(batch, patience=_PATIENCE)
             except BaseException:
                 # Nobody knows whether it was written, so this writer's next number is not known either.
                 self._writer = ""

@@ -30,6 +30,7 @@ from nonstick.errors import Diverged, NotPending, SessionNotFound, StoreUnavaila
 from nonstick.events import Kind, body_of, decode, draft, kind_of
 from nonstick.follow import Follower
 from nonstick.record import Record, SessionState
+from nonstick.sender import Sender
 from nonstick.store import Appended, Batch, Cursor, Draft, Event, Loaded
 from nonstick.trim import Trimmer
 
@@ -47,7 +48,6 @@ Emit = Callable[[Draft, Sequence[str]], Awaitable[None]]
 T = TypeVar("T")
 
 _WITHDRAW_SECONDS: Final = 5.0
-_STANDALONE_PATIENCE: Final = 20.0
 _RECENT_CANCELS: Final = 32
 _LOG_LEVELS: Final = ("debug", "info", "notice", "warning", "error", "critical", "alert", "emergency")
 
@@ -155,9 +155,7 @@ class Session:
         self._attendants = 0
         self._inbox: asyncio.Task[None] | None = None
         self._holding = False
-        self._writer = ""
-        self._sequence = 0
-        self._writing = asyncio.Lock()
+        self._sender = Sender(self.append)
         self._before_open: list[Draft] | None = None
 
     # ---- hydrate and evict
@@ -276,17 +274,7 @@ class Session:
         if self._before_open is not None:
             self._before_open.append(event)
             return
-        async with self._writing:
-            if not self._writer:
-                self._writer, self._sequence = secrets.token_hex(8), 0
-            self._sequence += 1
-            batch = Batch([event], writer=self._writer, sequence=self._sequence, expect=expect)
-            try:
-                await self.append(batch, patience=_STANDALONE_PATIENCE)
-            except BaseException:
-                # Nobody knows whether it was written, so this writer's next number is not known either.
-                self._writer = ""
-                raise
+        await self._sender.send(event, expect)
 
     async def close_standalone(self) -> None:
         """`close_standalone_sse_stream`: the connection to the standalone stream is closed; the client comes back."""
@@ -469,6 +457,8 @@ class Session:
             self._recent_cancels.append((event.position, key))
             exchange = self.exchanges.get(key)
             if exchange is not None and exchange.head.position < event.position:
+                # It did its work: a later request of that id is another one.
+                self.node.spawn(self.append(Batch([], uncancel=key)))
                 exchange.cancel()
         elif kind in (Kind.TERMINAL, Kind.TAKEN, Kind.HANGUP):
             for exchange in list(self.exchanges.values()):
