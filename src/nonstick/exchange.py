@@ -249,11 +249,7 @@ class Exchange:
             if self._opens:
                 await self._open(body)
                 return
-            try:
-                changes = self.session.state.changes()
-            except StateNotJSON as error:
-                body = wire.error_body(self.message.id, ErrorData(code=INTERNAL_ERROR, message=str(error)))
-                changes = {}
+            body, changes = self._changes(body)
             fields = changes | self._record_changes()
             if self.stream or self._in_doubt is not None:
                 await self._end_stream(body, fields)
@@ -266,6 +262,14 @@ class Exchange:
                     return
                 self._outcome.set_result(body)
             self.session.state.saved(changes)
+
+    def _changes(self, body: bytes) -> tuple[bytes, dict[str, bytes | None]]:
+        """The answer, which is an error if state cannot be saved, and the state to save in either case."""
+        try:
+            return body, self.session.state.changes()
+        except StateNotJSON as error:
+            self._failure = ErrorData(code=INTERNAL_ERROR, message=str(error))
+            return wire.error_body(self.message.id, self._failure), self.session.state.changes()
 
     async def _end_stream(self, body: bytes, fields: Mapping[str, bytes | None]) -> None:
         """Appends the terminal event. It waits as long as it must for the store: without it no resume would end."""
@@ -303,13 +307,13 @@ class Exchange:
     async def _open(self, body: bytes) -> None:
         """Makes the session visible, now that its `initialize` succeeded; a failed one leaves nothing (P2)."""
         session, settings = self.session, self._settings
+        body, changes = self._changes(body)
         if self._failure is not None:
             self._outcome.set_result(body)
             return
         connection = session.connection
         assert connection.client_params is not None
         fields = opening_fields(connection.protocol_version, connection.client_params, self._principal)
-        changes = session.state.changes()
         fields |= {name: data for name, data in changes.items() if data is not None}
         limits = {} if settings.max_sessions is None else {"all": settings.max_sessions}
         try:

@@ -119,23 +119,34 @@ class SessionState(dict[str, Any]):
 
     def revert(self) -> None:
         """Forgets what was changed here and is not saved: another node has ended what changed it (P7)."""
-        for key in list(self):
-            if key not in self._saved:
-                super().__delitem__(key)
-        for key, data in self._saved.items():
-            super().__setitem__(key, json.loads(data))
+        for key in self.keys() | self._saved.keys():
+            self._restore(key)
+
+    def _restore(self, key: str) -> None:
+        if key in self._saved:
+            super().__setitem__(key, json.loads(self._saved[key]))
+        else:
+            super().pop(key, None)
 
     def changes(self) -> dict[str, bytes | None]:
         """Record fields to write, with None those to remove, for what changed since it was loaded or saved.
 
         Raises:
-            StateNotJSON: A value that was changed in place is not JSON any more.
+            StateNotJSON: A value that was changed in place is not JSON any more. It is now what it was before, so
+                that the next call gives the other changes, and no later request of the session fails for it.
         """
         if not self and not self._saved:
             return {}
         found: dict[str, bytes | None] = {}
+        refused: StateNotJSON | None = None
         for key in self._changed_keys():
-            found[STATE + key] = _to_json(key, self[key]) if key in self else None
+            try:
+                found[STATE + key] = _to_json(key, self[key]) if key in self else None
+            except StateNotJSON as error:
+                refused = refused or error
+                self._restore(key)
+        if refused is not None:
+            raise refused
         return found
 
     def saved(self, changes: Mapping[str, bytes | None]) -> None:
@@ -147,8 +158,14 @@ class SessionState(dict[str, Any]):
                 self._saved[name[len(STATE) :]] = data
 
     def _changed_keys(self) -> set[str]:
-        changed = {key for key, value in self.items() if self._saved.get(key) != _to_json(key, value)}
+        changed = {key for key, value in self.items() if self._differs(key, value)}
         return changed | (self._saved.keys() - self.keys())
+
+    def _differs(self, key: str, value: Any) -> bool:
+        try:
+            return self._saved.get(key) != _to_json(key, value)
+        except StateNotJSON:
+            return True
 
 
 def _to_json(key: str, value: Any) -> bytes:

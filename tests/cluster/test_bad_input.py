@@ -260,6 +260,20 @@ async def test_state_that_is_not_json_is_a_clear_error_and_nothing_is_saved(clus
     assert state == {"before": 1} | ({} if later else {"fine": []})
 
 
+async def test_state_that_is_not_json_spoils_no_other_request(in_memory: Cluster, shared: World) -> None:
+    """P2: not of those that share the view with it, and none that comes later."""
+    a, b, _c = in_memory
+    session = await a.open()
+    running = asyncio.create_task(a.post(call("wait", 1, door="d", good=1), session))
+    await shared.saw("at d")
+    for number in (2, 3):
+        assert "'fine'" in error(await a.post(call("object", number, later=True), session))["message"]
+        assert answer(await a.post(call("put", 4, **{f"key {number}": number}), session)) is None
+    shared.doors["d"].set()
+    assert (await running).status_code == 200
+    assert answer(await b.post(call("get"), session)) == {"good": 1, "key 2": 2, "key 3": 3}
+
+
 async def test_too_many_requests_of_a_session_at_once_are_refused(shared: World) -> None:
     """P10."""
     async with Cluster(shared.server, one(MemoryStore()), nodes=1, max_streams=2) as (a,):

@@ -269,6 +269,7 @@ async def test_failed_initialize_leaves_nothing(make_store: MakeStore, failing: 
     async with Cluster(server, calls.make) as cluster:
         message = request("initialize", {"protocolVersion": 7}) if failing == "params" else opening()
         response = await cluster[0].post(message)
+        assert response.status_code == 200
         assert error(response)["code"] == {"middleware": -32001, "params": -32602, "state": -32603}[failing]
         assert "mcp-session-id" not in response.headers
         assert calls.created == []

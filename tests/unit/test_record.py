@@ -167,8 +167,33 @@ def test_change_in_place_is_noticed() -> None:
     state["cart"].append("milk")
     assert state.changes() == {"state:cart": b'["tea","milk"]'}
     state["cart"].append(object())
+    state["good"] = 1
     with pytest.raises(StateNotJSON, match="'cart'"):
         state.changes()
+    # The value is again what it was, and the rest can be saved.
+    assert state.changes() == {"state:good": b"1"}
+    assert state == {"cart": ["tea"], "good": 1}
+
+
+def test_value_that_is_not_json_for_a_moment_disturbs_no_refresh() -> None:
+    """Another request of the session may come while a handler is at work."""
+    state = on_another_node({"state:cart": b"[]"})
+    state["cart"].append(object())
+    state.refresh({"cart": b"[1]", "new": b"2"})
+    state["cart"][:] = ["tea"]
+    assert state == {"cart": ["tea"], "new": 2}
+    assert state.changes() == {"state:cart": b'["tea"]'}
+
+
+def test_what_is_not_saved_can_be_forgotten() -> None:
+    """P7."""
+    state = on_another_node({"state:a": b"[1]", "state:b": b"2"})
+    state["a"].append(object())
+    state["c"] = 3
+    del state["b"]
+    state.revert()
+    assert state == {"a": [1], "b": 2}
+    assert state.changes() == {}
 
 
 def test_what_another_node_saved_is_taken_over_but_for_what_was_changed_here() -> None:
