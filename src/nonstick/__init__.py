@@ -7,10 +7,11 @@ protocol for where sessions live). Errors are in `nonstick.errors`, the store co
 """
 
 from nonstick.app import App, app
+from nonstick.cluster import Cluster
 from nonstick.exchange import current_attempt
 from nonstick.manager import SessionManager
 from nonstick.session import current_connection
 from nonstick.store import Store
 
-__all__ = ["App", "SessionManager", "Store", "app", "current_attempt", "current_connection"]
+__all__ = ["App", "Cluster", "SessionManager", "Store", "app", "current_attempt", "current_connection"]
 __version__ = "0.1.0"

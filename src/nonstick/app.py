@@ -16,6 +16,7 @@ from mcp.server.transport_security import DEFAULT_MAX_REQUEST_BODY_SIZE, Transpo
 from starlette.applications import Starlette
 from starlette.routing import Route
 
+from nonstick.cluster import Cluster
 from nonstick.errors import ConfigurationError
 from nonstick.manager import Options, SessionManager
 from nonstick.store import Store
@@ -53,6 +54,7 @@ def app(
     server: MCPServer[Any] | Server[Any],
     *,
     store: str | Store,
+    cluster: Cluster | None = None,
     path: str = "/mcp",
     json_response: bool = False,
     stateless_http: bool = False,
@@ -70,6 +72,7 @@ def app(
         server: Of the SDK: an `MCPServer` or a low-level `Server`.
         store: Where sessions live, the same for every replica: `sqlite:///sessions.db`, `redis://host:6379`,
             `rediss://`, `unix://`, `memory:` for one process, or a `Store`.
+        cluster: The `Cluster` that the server was built with. Need not be said if it is the only one in the process.
         path: Of the MCP endpoint.
         host: What the server is bound to. As with the SDK, a loopback address turns on the Host and Origin checks
             for local use, unless `transport_security` says otherwise.
@@ -108,6 +111,7 @@ def app(
         max_request_body_size=max_request_body_size,
         max_sessions=max_sessions,
         store=store,
+        cluster=cluster or Cluster.only(),
         modern=theirs,
         **options,
     )

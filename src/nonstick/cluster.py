@@ -12,7 +12,8 @@ import json
 import logging
 import secrets
 from collections.abc import Callable
-from typing import Final
+from typing import ClassVar, Final
+from weakref import WeakSet
 
 import anyio.lowlevel
 import pydantic_core
@@ -60,15 +61,16 @@ _METHODS: Final[dict[type[ServerEvent], str]] = {
 
 
 class Cluster:
-    """What the nodes of one deployment share beside sessions. Made before the server, and given to both:
+    """What the nodes of one deployment share beside sessions. Made before the server, and given to it:
 
         cluster = nonstick.Cluster()
         mcp = MCPServer(
             "name", subscriptions=cluster.subscription_bus, request_state_security=cluster.request_state_security
         )
-        app = nonstick.app(mcp, store="redis://cache:6379", cluster=cluster)
+        app = nonstick.app(mcp, store="redis://cache:6379")
 
-    Nothing is connected until the app's lifespan runs.
+    Nothing is connected until the app's lifespan runs. Where no app of nonstick runs (on stdio, say) both work within
+    the process, as the SDK's own do.
 
     Args:
         request_state_ttl: Seconds for which a client may come back with a `requestState`.
@@ -78,13 +80,22 @@ class Cluster:
         request_state_security: Any node accepts the `requestState` that another has sealed.
     """
 
+    _made: ClassVar[WeakSet[Cluster]] = WeakSet()
+
     def __init__(self, *, request_state_ttl: float = 600.0) -> None:
+        self._made.add(self)
         self._bus = _Bus()
         self._codec = _Codec()
         self.subscription_bus: SubscriptionBus = self._bus
         self.request_state_security = RequestStateSecurity(codec=self._codec, ttl=request_state_ttl)
         self._store: GuardedStore | None = None
         self._rotating = asyncio.Lock()
+
+    @classmethod
+    def only(cls) -> Cluster | None:
+        """The one that was made in this process; None if there is none, or more than one."""
+        made = list(cls._made)
+        return made[0] if len(made) == 1 else None
 
     async def join(self, store: GuardedStore) -> Cursor:
         """Makes sure of the cluster's record and keys, and takes part from here on. Returns where its log is now.
@@ -109,11 +120,14 @@ class Cluster:
         self._bus.sender = Sender(self._append)
         return loaded.head
 
-    async def keep(self, store: GuardedStore) -> None:
+    async def keep(self, store: GuardedStore, joined: asyncio.Event) -> None:
         """Follows the cluster log for as long as the node runs: joins, and joins again after a loss."""
+        self._codec.use([])
         while True:
             try:
-                await self._follow(store, await self.join(store))
+                head = await self.join(store)
+                joined.set()
+                await self._follow(store, head)
             except (SessionNotFound, Diverged):
                 logger.warning("the cluster log was lost; it begins anew")
             except StoreUnavailable:
@@ -188,11 +202,11 @@ class _Bus:
         """Appends the event; every node, this one too, delivers it from the log.
 
         Raises:
-            NotRunning: The app's lifespan is not entered.
             StoreUnavailable: As `Store.append`.
         """
         if self.sender is None:
-            raise NotRunning("the cluster is not joined: enter the app's lifespan before publishing")
+            await self.local.publish(event)
+            return
         body = {"method": _METHODS[type(event)], "uri": getattr(event, "uri", None)}
         await self.sender.send(draft(Kind.PUBLISHED, pydantic_core.to_json(body)))
         await anyio.lowlevel.checkpoint()
@@ -203,13 +217,14 @@ class _Bus:
 
 
 class _Codec:
-    """The SDK's own sealing, under the cluster's keys."""
+    """The SDK's own sealing, under the cluster's keys, or one of this process's own where no cluster is joined."""
 
     def __init__(self) -> None:
-        self._keyed: AESGCMRequestStateCodec | None = None
+        self._keyed: AESGCMRequestStateCodec | None = AESGCMRequestStateCodec([secrets.token_bytes(32)])
 
     def use(self, keys: list[bytes]) -> None:
-        self._keyed = AESGCMRequestStateCodec(keys)
+        """Seals with the first of these keys and accepts all of them; with none, neither until there are some."""
+        self._keyed = AESGCMRequestStateCodec(keys) if keys else None
 
     def seal(self, payload: bytes) -> str:
         if self._keyed is None:

@@ -58,6 +58,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope, Send
 
 from nonstick import wire
+from nonstick.cluster import Cluster
 from nonstick.errors import ConfigurationError, NonstickError, NotRunning, SessionNotFound, StoreUnavailable
 from nonstick.events import parse_event_id
 from nonstick.exchange import Answer, Exchange
@@ -124,6 +125,7 @@ class SessionManager:
         session_idle_timeout: Seconds after which an idle session expires; None for ten years.
         max_request_body_size: Bytes; a larger body gets 413.
         max_sessions: Live sessions in the whole store; over it `initialize` gets 503. None for no limit.
+        cluster: What the nodes share for clients of 2026-07-28, if the server was built with it.
         modern: The SDK's manager that serves clients of 2026-07-28 and later; one is made if none is given.
         options: nonstick's own settings.
 
@@ -144,6 +146,7 @@ class SessionManager:
         max_sessions: int | None = DEFAULT_MAX_SESSIONS,
         *,
         store: str | Store,
+        cluster: Cluster | None = None,
         modern: StreamableHTTPSessionManager | None = None,
         **options: Unpack[Options],
     ) -> None:
@@ -191,6 +194,7 @@ class SessionManager:
         self._security = TransportSecurityMiddleware(security_settings)
         self._limited = RequestBodyLimitMiddleware(self._handle, max_request_body_size)
         self._node_name = node_name
+        self._cluster = cluster
         self._node: Node | None = None
         self._started = False
 
@@ -205,7 +209,9 @@ class SessionManager:
             )
         self._started = True
         async with self._serve_modern() as state:
-            node = Node(self.app, state, GuardedStore(self.store), self.settings, name=self._node_name)
+            node = Node(
+                self.app, state, GuardedStore(self.store), self.settings, name=self._node_name, cluster=self._cluster
+            )
             with node.signals():
                 async with node:
                     self._node = node

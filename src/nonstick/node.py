@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self
 from mcp.server import Server
 from mcp_types import INTERNAL_ERROR, ErrorData
 
+from nonstick.cluster import CLUSTER_KEY, Cluster
 from nonstick.errors import StoreError, StoreUnavailable
 from nonstick.guard import GuardedStore
 
@@ -83,7 +84,14 @@ class Node:
     """One process start. Never reused: its id is its name and a random incarnation."""
 
     def __init__(
-        self, server: Server[Any], lifespan_state: Any, store: GuardedStore, settings: Settings, *, name: str | None
+        self,
+        server: Server[Any],
+        lifespan_state: Any,
+        store: GuardedStore,
+        settings: Settings,
+        *,
+        name: str | None,
+        cluster: Cluster | None = None,
     ) -> None:
         name = name or os.environ.get("NONSTICK_NODE") or f"{socket.gethostname()}-{os.getpid()}"
         self.name = name
@@ -92,6 +100,7 @@ class Node:
         self.lifespan_state = lifespan_state
         self.store = store
         self.settings = settings
+        self.cluster = cluster
         self.counters = Counters()
         self.sessions: dict[str, Session] = {}
         self.readers: set[Reader] = set()
@@ -109,6 +118,15 @@ class Node:
         self._stack.push_async_callback(self._keeper.stop)
         self.spawn(self._keeper.tick())
         self.spawn(self._touch())
+        if self.cluster is not None:
+            joined = asyncio.Event()
+            self.spawn(self.cluster.keep(self.store, joined))
+            try:
+                # A store that is down must not keep the node from starting; until it is up, what needs it fails.
+                async with asyncio.timeout(self.store.patience):
+                    await joined.wait()
+            except TimeoutError:
+                logger.warning("the cluster log could not be joined yet: the store cannot be reached")
         return self
 
     async def __aexit__(
@@ -147,6 +165,8 @@ class Node:
         while True:
             await asyncio.sleep(min(self.settings.lifetime / 5, 60.0))
             active = [key for key, session in self.sessions.items() if session.is_active]
+            if self.cluster is not None:
+                active.append(CLUSTER_KEY)
             try:
                 if active:
                     await self.store.touch(active)

@@ -66,6 +66,7 @@ class Settings:
     reload: bool = False
     answer: Literal["auto", "sse", "json"] = "auto"
     grace: float = 20.0
+    lease: float = 12.0
     log_format: logs.Format = "text"
     log_level: str = "info"
 
@@ -176,6 +177,7 @@ def _application(server: loading.AnyServer, settings: Settings) -> App:
         host=settings.host,
         answer=settings.answer,
         grace=settings.grace,
+        lease=settings.lease,
     )
     taken = {getattr(route, "path", None) for route in app.routes}
     for probe in (Route("/healthz", _healthz), Route("/readyz", _Ready(app.manager).answer)):

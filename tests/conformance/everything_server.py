@@ -28,6 +28,7 @@ from mcp.shared.exceptions import MCPDeprecationWarning
 from pydantic import Field
 from starlette.types import ASGIApp
 
+import nonstick
 from tests.conformance import input_required
 from tests.conformance.event_store import MemoryEventStore
 
@@ -123,7 +124,14 @@ def schema_2020_12_tool() -> Tool:
     return tool.model_copy(update={"parameters": SCHEMA_2020_12})
 
 
-server: MCPServer[Any] = MCPServer(name="everything", version="1.0.0", tools=[schema_2020_12_tool()])
+cluster = nonstick.Cluster()
+server: MCPServer[Any] = MCPServer(
+    name="everything",
+    version="1.0.0",
+    tools=[schema_2020_12_tool()],
+    subscriptions=cluster.subscription_bus,
+    request_state_security=cluster.request_state_security,
+)
 input_required.register(server)
 
 
@@ -418,8 +426,6 @@ def sdk_app(*, json_response: bool = False) -> ASGIApp:
 
 def nonstick_app(store: str) -> ASGIApp:
     """nonstick over this store."""
-    import nonstick
-
     return nonstick.app(server, store=store)
 
 

@@ -1,0 +1,118 @@
+"""What nodes share for clients that have no session: the subscription bus and the `requestState` keys."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+
+import pytest
+from mcp.server.request_state import InvalidRequestState
+from mcp.shared.subscriptions import ResourceUpdated, ServerEvent, ToolsListChanged
+
+import nonstick.cluster
+from nonstick import Cluster
+from nonstick.guard import GuardedStore
+from nonstick.store import Store
+
+pytestmark = pytest.mark.anyio
+
+
+class Node:
+    """A cluster object that takes part, as a node's does."""
+
+    def __init__(self, store: Store) -> None:
+        self.cluster = Cluster()
+        self.store = GuardedStore(store)
+        self.heard: asyncio.Queue[ServerEvent] = asyncio.Queue()
+        self.cluster.subscription_bus.subscribe(self.heard.put_nowait)
+
+    async def start(self, stack: AsyncExitStack) -> None:
+        await stack.enter_async_context(self.store)
+        joined = asyncio.Event()
+        task = asyncio.create_task(self.cluster.keep(self.store, joined))
+
+        async def stop() -> None:
+            task.cancel()
+            await asyncio.wait([task])
+
+        stack.push_async_callback(stop)
+        async with asyncio.timeout(10):
+            await joined.wait()
+
+    async def hear(self) -> ServerEvent:
+        async with asyncio.timeout(10):
+            return await self.heard.get()
+
+
+async def test_what_one_node_publishes_every_node_hears_once_and_in_order(make_store: Callable[[], Store]) -> None:
+    """P11, for clients of 2026-07-28; a last event as a fence shows that nothing came twice."""
+    async with AsyncExitStack() as stack:
+        a, b = Node(make_store()), Node(make_store())
+        await a.start(stack)
+        await b.start(stack)
+        sent: list[ServerEvent] = [
+            ToolsListChanged(),
+            ResourceUpdated("test://1"),
+            ResourceUpdated("test://2"),
+            ToolsListChanged(),
+        ]
+        for event in sent:
+            await a.cluster.subscription_bus.publish(event)
+        fence = ResourceUpdated("test://fence")
+        await b.cluster.subscription_bus.publish(fence)
+        for node in (a, b):
+            assert [await node.hear() for _ in range(5)] == [*sent, fence]
+
+
+async def test_a_state_sealed_on_one_node_is_unsealed_on_another(make_store: Callable[[], Store]) -> None:
+    """Nodes that start at once agree on one key."""
+    async with AsyncExitStack() as stack:
+        nodes = [Node(make_store()) for _ in range(3)]
+        await asyncio.gather(*(node.start(stack) for node in nodes))
+        token = nodes[0].cluster.request_state_security.codec.seal(b"state")
+        for node in nodes:
+            assert node.cluster.request_state_security.codec.unseal(token) == b"state"
+
+
+async def test_a_rotated_key_seals_only_when_every_node_accepts_it(
+    make_store: Callable[[], Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Older tokens stay good, and at no moment does a node meet a key that it does not know."""
+    monkeypatch.setattr(nonstick.cluster, "_SPREAD_SECONDS", 0.5)
+    async with AsyncExitStack() as stack:
+        a, b = Node(make_store()), Node(make_store())
+        await a.start(stack)
+        await b.start(stack)
+        before = a.cluster.request_state_security.codec.seal(b"before")
+        rotation = asyncio.create_task(a.cluster.rotate_request_state_key())
+        fence = 0
+        while not rotation.done():
+            token = a.cluster.request_state_security.codec.seal(b"meanwhile")
+            await a.cluster.subscription_bus.publish(ResourceUpdated(f"test://{fence}"))
+            # What came before this in the log, b has taken.
+            while await b.hear() != ResourceUpdated(f"test://{fence}"):
+                pass
+            assert b.cluster.request_state_security.codec.unseal(token) == b"meanwhile"
+            fence += 1
+        await rotation
+        after = a.cluster.request_state_security.codec.seal(b"after")
+        assert after[:9] != before[:9], "the key's fingerprint has changed"
+        assert b.cluster.request_state_security.codec.unseal(before) == b"before"
+        assert b.cluster.request_state_security.codec.unseal(after) == b"after"
+
+
+async def test_without_an_app_both_work_within_the_process() -> None:
+    """The same server also runs on stdio, where nothing is shared."""
+    cluster, other = Cluster(), Cluster()
+    heard: list[ServerEvent] = []
+    stop = cluster.subscription_bus.subscribe(heard.append)
+    await cluster.subscription_bus.publish(ToolsListChanged())
+    stop()
+    stop()
+    await cluster.subscription_bus.publish(ToolsListChanged())
+    assert heard == [ToolsListChanged()]
+    token = cluster.request_state_security.codec.seal(b"state")
+    assert cluster.request_state_security.codec.unseal(token) == b"state"
+    with pytest.raises(InvalidRequestState):
+        other.request_state_security.codec.unseal(token)
