@@ -1,0 +1,158 @@
+"""Every call to a store ends in time, and one that failed is repeated until then (P9)."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from nonstick.errors import AlreadyExists, SessionNotFound, StoreUnavailable
+from nonstick.guard import GuardedStore
+from nonstick.store import Batch, Cursor, Store
+from nonstick.stores.memory import MemoryStore
+
+pytestmark = pytest.mark.anyio
+
+KEY = "k" * 40
+
+
+class Unsteady(MemoryStore):
+    """A store that does first what the script says: fails, before or after it has done its work, or hangs."""
+
+    def __init__(self, *script: str) -> None:
+        super().__init__()
+        self.script = list(script)
+        self.calls = 0
+
+    def __getattribute__(self, name: str) -> Any:
+        found = super().__getattribute__(name)
+        if name not in _CALLS:
+            return found
+
+        async def call(*args: Any, **more: Any) -> Any:
+            self.calls += 1
+            step = self.script.pop(0) if self.script else "work"
+            if step == "fail":
+                raise StoreUnavailable("down")
+            if step == "hang":
+                await asyncio.Event().wait()
+            result = await found(*args, **more)
+            if step == "lose":
+                raise StoreUnavailable("the answer is lost")
+            return result
+
+        return call
+
+
+_CALLS = ("create", "load", "update", "touch", "delete", "append", "read", "trim", "lapsed", "ping")
+
+
+def calls(store: GuardedStore) -> list[Any]:
+    return [
+        lambda: store.create(KEY, {}, lifetime=9),
+        lambda: store.load(KEY),
+        lambda: store.update(KEY, {}),
+        lambda: store.touch([KEY]),
+        lambda: store.append(KEY, Batch([])),
+        lambda: store.read(KEY, Cursor(0)),
+        lambda: store.trim(KEY),
+        lambda: store.lapsed(["n"]),
+        lambda: store.ping(),
+        lambda: store.delete(KEY),
+    ]
+
+
+async def test_failed_call_is_repeated_as_it_was() -> None:
+    unsteady = Unsteady()
+    for call in calls(GuardedStore(unsteady)):
+        unsteady.script, unsteady.calls = ["fail", "fail"], 0
+        await call()
+        assert unsteady.calls == 3
+
+
+@pytest.mark.parametrize("step", ["fail", "hang"])
+async def test_call_that_keeps_failing_ends_in_time(step: str) -> None:
+    unsteady = Unsteady(*[step] * 10_000)
+    loop = asyncio.get_running_loop()
+    for call in calls(GuardedStore(unsteady, patience=0.05)):
+        started = loop.time()
+        with pytest.raises(StoreUnavailable):
+            await call()
+        assert loop.time() - started < 1
+    # With growing pauses in between, not in a busy loop.
+    assert unsteady.calls < 100
+
+
+async def test_caller_may_grant_more_time() -> None:
+    unsteady = Unsteady()
+    guarded = GuardedStore(unsteady, patience=0.01)
+    await guarded.create(KEY, {}, lifetime=9)
+    patient: list[Any] = [
+        lambda: guarded.load(KEY, patience=5),
+        lambda: guarded.update(KEY, {}, patience=5),
+        lambda: guarded.append(KEY, Batch([]), patience=5),
+    ]
+    for call in patient:
+        unsteady.script = ["fail"] * 4  # takes at least 0.02 + 0.04 + 0.08 + 0.16 seconds, halved
+        await call()
+    unsteady.script = ["fail"] * 4
+    with pytest.raises(StoreUnavailable):
+        await guarded.load(KEY)
+
+
+async def test_what_a_store_answers_is_not_repeated() -> None:
+    unsteady = Unsteady()
+    guarded = GuardedStore(unsteady)
+    for call in (lambda: guarded.load(KEY), lambda: guarded.update(KEY, {}), lambda: guarded.append(KEY, Batch([]))):
+        unsteady.calls = 0
+        with pytest.raises(SessionNotFound):
+            await call()
+        assert unsteady.calls == 1
+
+
+async def test_create_whose_answer_was_lost_has_succeeded() -> None:
+    """Its repeat finds the session that it made itself."""
+    unsteady = Unsteady("lose")
+    guarded = GuardedStore(unsteady)
+    await guarded.create(KEY, {"a": b"1"}, lifetime=9)
+    assert (await guarded.load(KEY)).fields == {"a": b"1"}
+
+
+async def test_create_of_a_key_that_exists_is_refused() -> None:
+    guarded = GuardedStore(Unsteady())
+    await guarded.create(KEY, {}, lifetime=9)
+    with pytest.raises(AlreadyExists):
+        await guarded.create(KEY, {}, lifetime=9)
+
+
+async def test_delete_whose_answer_was_lost_has_succeeded() -> None:
+    guarded = GuardedStore(Unsteady())
+    await guarded.create(KEY, {}, lifetime=9)
+    guarded = GuardedStore(_after(guarded.store, "lose"))
+    await guarded.delete(KEY)
+    with pytest.raises(SessionNotFound):
+        await guarded.load(KEY)
+
+
+def _after(store: Store, *script: str) -> Store:
+    assert isinstance(store, Unsteady)
+    store.script = list(script)
+    return store
+
+
+async def test_cancelled_call_is_cancelled_at_once() -> None:
+    guarded = GuardedStore(Unsteady("hang"), patience=60)
+    calling = asyncio.create_task(guarded.load(KEY))
+    await asyncio.sleep(0)
+    calling.cancel()
+    async with asyncio.timeout(5):
+        with pytest.raises(asyncio.CancelledError):
+            await calling
+
+
+async def test_callers_own_timeout_is_not_taken_for_the_stores() -> None:
+    guarded = GuardedStore(Unsteady("hang"), patience=60)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.01):
+            await guarded.load(KEY)
