@@ -260,7 +260,7 @@ class Exchange:
                 except StoreUnavailable:
                     self._refuse(wire.unavailable(_UNSAVED))
                     return
-                self._outcome.set_result(body)
+                self._answer_with(body)
             self.session.state.saved(changes)
 
     def _changes(self, body: bytes) -> tuple[bytes, dict[str, bytes | None]]:
@@ -309,7 +309,7 @@ class Exchange:
         session, settings = self.session, self._settings
         body, changes = self._changes(body)
         if self._failure is not None:
-            self._outcome.set_result(body)
+            self._answer_with(body)
             return
         connection = session.connection
         assert connection.client_params is not None
@@ -319,7 +319,7 @@ class Exchange:
         try:
             await session.node.store.create(session.key, fields, lifetime=settings.lifetime, limits=limits)
         except TooManySessions:
-            self._outcome.set_result(wire.unavailable("Too many open sessions"))
+            self._answer_with(wire.unavailable("Too many open sessions"))
             return
         self._visible = True
         session.node.sessions[session.key] = session
@@ -331,7 +331,7 @@ class Exchange:
             await self._append([*self._held, terminal], terminal=True)
             self._outlet.end()
         else:
-            self._outcome.set_result(body)
+            self._answer_with(body)
 
     # ---- promotion
 
@@ -392,8 +392,10 @@ class Exchange:
         Only under `_writing`, and never cancelled: at most one append is outstanding, and one whose outcome is not
         known is repeated as it was before the next.
         """
-        if self._in_doubt is not None:
-            await self._write(self._in_doubt)
+        if (doubted := self._in_doubt) is not None:
+            await self._write(doubted)
+            if doubted.terminal:
+                return
         opens = not self.stream
         events = [self._opened(), *drafts] if opens else drafts
         if not events:
@@ -420,8 +422,7 @@ class Exchange:
         opens = batch.stream == NEW_STREAM
         if opens:
             self.stream = appended.first
-            if not self._outcome.done():
-                self._outcome.set_result(None)
+            self._answer_with(None)
         for offset, event in enumerate(batch.events):
             event_id = self._event_id(Cursor(appended.first + offset, event.tag))
             if offset or not opens:
@@ -493,9 +494,13 @@ class Exchange:
             self._scope.cancel()
 
     def _refuse(self, refusal: wire.Refusal) -> None:
-        if not self._outcome.done():
-            self._outcome.set_result(refusal)
+        self._answer_with(refusal)
         self._outlet.end()
+
+    def _answer_with(self, outcome: bytes | wire.Refusal | None) -> None:
+        """How the response begins, unless that is decided: the session may end while its last answer is being saved."""
+        if not self._outcome.done():
+            self._outcome.set_result(outcome)
 
     # ---- DispatchContext
 

@@ -16,7 +16,7 @@ from mcp.shared.dispatcher import CallOptions
 from mcp.shared.message import ServerMessageMetadata
 
 from nonstick import current_connection
-from nonstick.errors import NotPending
+from nonstick.errors import NotPending, StoreUnavailable
 from nonstick.events import Kind, kind_of
 from nonstick.node import Node
 from nonstick.security import session_key
@@ -263,3 +263,18 @@ class HeldStore:
 
     async def __aexit__(self, *error: Any) -> None:
         await self._store.__aexit__(*error)
+
+
+class DownStore(HeldStore):
+    """A node's store one of whose methods cannot be reached while the test says so; `after`: it can, but not back."""
+
+    def _hold(self, method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        async def down(*args: Any, **options: Any) -> Any:
+            if not self.holding or not self._when(*args):
+                return await method(*args, **options)
+            if self._after:
+                await method(*args, **options)
+            self.held.set()
+            raise StoreUnavailable("cut off by the test")
+
+        return down

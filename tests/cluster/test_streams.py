@@ -8,14 +8,27 @@ from typing import Any
 
 import pytest
 
-from nonstick.events import EventId, parse_event_id
+from nonstick.events import EventId, Kind, kind_of, parse_event_id
 from nonstick.security import session_key
 from nonstick.store import Cursor, Store
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing.cluster import Member, Session
 from tests.cluster.conftest import MakeStore, one
 from tests.cluster.sse import DEADLINE, getting, posting
-from tests.cluster.stage import Context, HeldStore, Stage, accept, ask, call, eventually, say, staged, text_of, texts_of
+from tests.cluster.stage import (
+    Context,
+    DownStore,
+    HeldStore,
+    Stage,
+    accept,
+    ask,
+    call,
+    eventually,
+    say,
+    staged,
+    text_of,
+    texts_of,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -300,6 +313,46 @@ async def test_not_even_the_headers_leave_before_the_stream_is_in_the_store(make
             held[2].holding = False
             held[2].released.set()
             assert texts_of(await stream.rest()) == ["0", "done"]
+
+
+@pytest.mark.parametrize("written", [False, True], ids=["not written", "written but not acknowledged"])
+@pytest.mark.parametrize("position", [-1, 0, 1, 2], ids=["opening", "first", "second", "answer"])
+async def test_what_is_in_doubt_while_the_store_is_away_is_written_once_and_in_order(
+    make_store: MakeStore, position: int, written: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P3, P9: the store comes back after all patience is over; nothing is lost, doubled or out of order."""
+    monkeypatch.setattr("nonstick.exchange._EMIT_PATIENCE", 0.05)
+    monkeypatch.setattr("nonstick.exchange._RETRY_PAUSE", 0.05)
+    stores: list[DownStore] = []
+
+    def make() -> Store:
+        stores.append(DownStore(make_store(), "append", after=written))
+        return stores[-1]
+
+    async with staged(make) as (stage, a, b, _):
+
+        @stage.tool
+        async def talk(ctx: Context, arguments: dict[str, Any]) -> str:
+            for number in range(-1, 2):
+                down.holding = number == position
+                if number >= 0:
+                    await say(ctx, f"{number}")
+                elif down.holding:
+                    await say(ctx, "opening")
+            down.holding = position == 2
+            return "done"
+
+        session = await a.open()
+        down = stores[2]
+        async with posting(b, session, call("talk")) as stream:
+            if position == 2:
+                async with asyncio.timeout(DEADLINE):
+                    await down.held.wait()
+                down.holding = False
+            messages = await stream.rest()
+            assert texts_of(messages) == [*(["opening"] if position < 0 else []), "0", "1", "done"]
+        events = [event for event in await stage.log(session) if kind_of(event.data) is not Kind.OPENED]
+        assert len(events) == len(messages)
 
 
 # ---- a tool that makes its client poll
