@@ -84,6 +84,9 @@ class Subscription:
 
     def offer(self, events: Sequence[Event]) -> None:
         """Takes these events if they are the next ones and there is room; else `next` will read for itself."""
+        if self._losses != self._follower.losses:
+            # What follows a place that is lost is not its continuation.
+            return
         for event in events:
             if event.position == self._buffered_to + 1 and len(self._buffer) < _BUFFER:
                 self._buffer.append(event)
@@ -172,7 +175,7 @@ class Follower:
         self._wake.set()
 
     async def _read(self) -> bool:
-        """Reads to the end of the log. Whether the store could be reached."""
+        """Reads to the end of the log. Whether the store could be reached, and knew the place."""
         try:
             while True:
                 before = self.cursor
@@ -194,6 +197,8 @@ class Follower:
                 "session %s: the store lost entries of its log before %d", self.key[:12], self.cursor.position
             )
             self._lose()
+            # Not at once: a store in such a state may say so again.
+            return False
         except StoreUnavailable:
             return False
         return True
