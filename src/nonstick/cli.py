@@ -22,7 +22,7 @@ examples:
   nonstick serve server.py                              one process, an SQLite file, port 8000
   nonstick serve server.py --workers 4                  four processes, any of which serves any session
   nonstick serve shop.tools:mcp --store redis://cache   a node of a cluster: start as many as you like
-  nonstick demo                                         see it work: three nodes, no affinity, a kill -9
+  nonstick demo                                         see it work: three nodes, no affinity, kill -9
 """
 
 _SERVE = """\
@@ -142,6 +142,14 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="how long a stop (SIGTERM) waits for what runs. Default: 20",
     )
     parser.add_argument(
+        "--lease",
+        type=_lease,
+        default=12.0,
+        metavar="SECONDS",
+        help="how long a node that is not heard of counts as alive; after that, and a few seconds, whoever waits for "
+        "a request that it ran gets an error. Default: 12",
+    )
+    parser.add_argument(
         "--log-format",
         choices=("text", "json"),
         default="text",
@@ -156,7 +164,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "demo",
         help="show a session that moves between nodes",
         description="Starts nodes that share a store, a proxy that sends every request to another one, and the "
-        "official Python client; says who served what; then kills a node.",
+        "official Python client; says who served what; kills nodes and cuts connections in the middle of it.",
         epilog=_DEMO,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -190,6 +198,10 @@ def _nodes(text: str) -> int:
 
 def _seconds(text: str) -> float:
     return _number(text, 0, 86_400, "a number of seconds (0 to 86400)")
+
+
+def _lease(text: str) -> float:
+    return _number(text, 1, 86_400, "a number of seconds (1 to 86400)")
 
 
 def _path(text: str) -> str:

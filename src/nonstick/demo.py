@@ -1,4 +1,4 @@
-"""`nonstick demo`: real node processes, a balancer without affinity, the official client, and a kill -9.
+"""`nonstick demo`: real node processes, a balancer without affinity, the official client, and kill -9.
 
 It is a list of acts. The first line of an act's docstring is its title; it takes the stage, drives the client, says
 what it sees, and raises `Problem` if something is not as it must be. Every exchange is told by the stage itself.
@@ -11,19 +11,32 @@ import contextlib
 import logging
 import signal
 import tempfile
+import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from mcp import Client
+from mcp.client import ClientRequestContext
+from mcp.shared.exceptions import MCPError
+from mcp_types import ElicitRequestParams, ElicitResult
 
-from nonstick.demo_stage import CLIENT_NAME, Cluster, Narrator, Problem, Stage, served, text_of
+from nonstick.demo_stage import CLIENT_NAME, LEASE, Cluster, Narrator, Problem, Stage, served, text_of
 from nonstick.stores import open_store
 
 __all__ = ["run"]
 
-_ACT_SECONDS: Final = 20.0
+_ACT_SECONDS: Final = 40.0
 _COUNT_TO: Final = 4
+_COUNT_ON_TO: Final = 16
+"""A count that takes more than twice as long as the client waits before it comes back for the rest."""
+_STRIKE_AT: Final = 3
+_POLL_SECONDS: Final = 3.0
+"""A node is found dead by two looks, each after 1.5 s of silence."""
+_SLACK_SECONDS: Final = 3.0
+_COLOUR: Final = "teal"
 
 Act = Callable[[Stage], Awaitable[None]]
 
@@ -72,6 +85,7 @@ async def _play(tell: Narrator, cluster: Cluster) -> int:
             for number, act in enumerate(SDK_ACTS if cluster.sdk else ACTS, 1):
                 tell.title(f"{number}. {(act.__doc__ or '').splitlines()[0]}")
                 async with asyncio.timeout(_ACT_SECONDS):
+                    await stage.restart()
                     await act(stage)
                 if stage.unexpected:
                     raise Problem("; ".join(stage.unexpected))
@@ -93,7 +107,8 @@ def _summary(stage: Stage) -> str:
         return f"failed as it must without nonstick: {lost} of {total} requests got 404"
     return (
         f"{total} requests ({served(stage.exchanges)}), {stage.progress} progress notifications, "
-        f"{', '.join(stage.killed)} killed, no request failed"
+        f"{len(stage.killed)} kill -9, {stage.cuts} cut connection; "
+        "no request failed but the one that a killed node ran"
     )
 
 
@@ -139,13 +154,43 @@ async def kill_the_node_that_opened_the_session(stage: Stage) -> None:
         await _where(stage, client)
         victim = stage.last("initialize").backend
         streams = stage.streams()
-        stage.tell.event(f"kill -9 {victim}")
         stage.kill(victim)
         for _ in range(2 * len(stage.cluster.nodes)):
             await _where(stage, client)
         await _count(stage, client)
         if streams[-1].backend == victim:
             await stage.until(lambda: len(stage.streams()) > len(streams))  # the client opens it again by itself
+
+
+async def cut_off_in_the_middle(stage: Stage) -> None:
+    """Streaming calls, cut off in the middle: first the connection, then the node (kill -9)
+
+    P3 and P7. Only the client's own resumption is at work here: it comes back with the last event id that it got.
+    """
+    async with stage.client() as client:
+        await _lose_the_connection(stage, client)
+        await _lose_the_node(stage, client)
+        await _where(stage, client)
+
+
+async def answer_through_another_node(stage: Stage) -> None:
+    """A tool asks the user, and the answer comes in at another node
+
+    P4: it reaches the tool, which waits for it on its own node.
+    """
+
+    async def answer(context: ClientRequestContext, params: ElicitRequestParams) -> ElicitResult:  # noqa: ARG001
+        stage.tell.aside(f'"{params.message}" The client answers: {_COLOUR}')
+        return ElicitResult(action="accept", content={"colour": _COLOUR})
+
+    async with stage.client(elicitation=answer) as client:
+        said = text_of(await client.call_tool("paint"))
+        stage.tell.aside(f'"{said}"')
+    asked, replied = stage.last("tools/call").backend, stage.last("response").backend
+    if said != f"{asked} was told {_COLOUR}":
+        raise Problem(f"{asked} answered: {said}")
+    if replied == asked:
+        raise Problem(f"the reply went to {replied}, which had asked: that shows nothing")
 
 
 async def the_sdk_alone(stage: Stage) -> None:
@@ -165,7 +210,12 @@ async def the_sdk_alone(stage: Stage) -> None:
     stage.tell.aside("nonstick keeps it in a store that all nodes share: run this again without --sdk.")
 
 
-ACTS: Final[tuple[Act, ...]] = (one_session_on_every_node, kill_the_node_that_opened_the_session)
+ACTS: Final[tuple[Act, ...]] = (
+    one_session_on_every_node,
+    kill_the_node_that_opened_the_session,
+    cut_off_in_the_middle,
+    answer_through_another_node,
+)
 SDK_ACTS: Final[tuple[Act, ...]] = (the_sdk_alone,)
 
 
@@ -178,16 +228,82 @@ async def _where(stage: Stage, client: Client) -> None:
         raise Problem(f"{node} answered: {said}")
 
 
+@dataclass
+class _Count:
+    """A call that reports progress while it runs.
+
+    Attributes:
+        at: The step after which `strike` is called; 0 for never.
+        steps: What came so far, each with the node through which it came.
+    """
+
+    stage: Stage
+    to: int
+    at: int = 0
+    strike: Callable[[], None] = lambda: None
+    steps: list[tuple[float, str]] = field(default_factory=list[tuple[float, str]])
+
+    async def call(self, client: Client) -> None:
+        """Makes the call. All progress must come once, in order, before the result."""
+        said = text_of(await client.call_tool("count", {"to": self.to}, progress_callback=self._take))
+        self.stage.tell.aside(f'"{said}"')
+        self.check(self.to)
+
+    def check(self, to: int) -> None:
+        """Every step up to this one came once and in order.
+
+        Raises:
+            Problem: It was not so.
+        """
+        numbers = [number for number, _ in self.steps]
+        if numbers != list(range(1, to + 1)):
+            raise Problem(f"progress came as {numbers}")
+
+    async def _take(self, progress: float, total: float | None, message: str | None) -> None:
+        through = self.stage.carriers()[-1].backend
+        self.steps.append((progress, through))
+        self.stage.progress += 1
+        how = f", read through {through}" if self.at else ""
+        self.stage.tell.aside(f"progress {progress:.0f} of {total or 0:.0f}: {message}{how}")
+        if progress == self.at:
+            self.strike()
+
+
 async def _count(stage: Stage, client: Client) -> None:
-    """A call that reports progress while it runs: all of it must come, in order, before the result."""
-    steps: list[float] = []
+    await _Count(stage, _COUNT_TO).call(client)
 
-    async def on_progress(progress: float, total: float | None, message: str | None) -> None:
-        steps.append(progress)
-        stage.progress += 1
-        stage.tell.aside(f"progress {progress:.0f} of {total or 0:.0f}: {message}")
 
-    said = text_of(await client.call_tool("count", {"to": _COUNT_TO}, progress_callback=on_progress))
-    stage.tell.aside(f'"{said}"')
-    if steps != list(range(1, _COUNT_TO + 1)):
-        raise Problem(f"progress came as {steps}")
+async def _lose_the_connection(stage: Stage, client: Client) -> None:
+    """A call whose connection is cut goes on, and the client reads the rest of it through another node."""
+    count = _Count(stage, _COUNT_ON_TO, _STRIKE_AT, lambda: stage.cut(stage.carriers()[-1]))
+    await count.call(client)
+    through = Counter(node for _, node in count.steps)
+    shares = " and ".join(f"{share} through {node}" for node, share in through.items())
+    stage.tell.aside(f"each of the {_COUNT_ON_TO} steps came once, in order: {shares}")
+    if len(through) == 1:
+        raise Problem("the client did not come back through another node")
+
+
+async def _lose_the_node(stage: Stage, client: Client) -> None:
+    """A call whose node is killed gets one clear error, on another node, in time."""
+    killed = 0.0
+
+    def strike() -> None:
+        nonlocal killed
+        stage.kill(stage.carriers()[-1].backend)
+        killed = time.monotonic()
+
+    count = _Count(stage, _COUNT_ON_TO, _STRIKE_AT, strike)
+    try:
+        await count.call(client)
+    except MCPError as error:
+        took = time.monotonic() - killed
+        stage.tell.aside(f'the call failed {took:.1f} s after the kill: "{error.message}"')
+        stage.tell.aside(f"(a node of this demo is taken for dead when it was not heard of for {LEASE:.0f} s)")
+        if not isinstance(error.data, dict) or error.data.get("reason") != "node_lost":
+            raise Problem(f"the error came with {error.data}, not with the reason node_lost") from error
+    else:
+        raise Problem("the call was answered, although its node was killed")
+    count.check(len(count.steps))
+    if took > LEASE + _POLL_SECONDS + _SLACK_SECONDS:
+        raise Problem(f"the error came after {took:.1f} s, for a lease of {LEASE:.0f} s")

@@ -6,6 +6,7 @@ import asyncio
 import os
 
 from mcp.server.mcpserver import Context, MCPServer
+from pydantic import BaseModel
 from starlette.applications import Starlette
 
 __all__ = ["mcp", "sdk_app"]
@@ -34,6 +35,20 @@ async def count(to: int, ctx: Context) -> str:
         await asyncio.sleep(STEP_SECONDS)
         await ctx.report_progress(step, to, f"{step} on {_node()}")
     return f"{_node()} counted to {to}"
+
+
+class Colour(BaseModel):
+    """What `paint` asks the user for."""
+
+    colour: str
+
+
+@mcp.tool()
+async def paint(ctx: Context) -> str:
+    """Asks the user for a colour before it answers."""
+    answer = await ctx.elicit(f"{_node()} asks: which colour?", Colour)
+    chosen = answer.data.colour if answer.action == "accept" else f"nothing, but {answer.action}"
+    return f"{_node()} was told {chosen}"
 
 
 def sdk_app() -> Starlette:

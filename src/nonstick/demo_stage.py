@@ -17,20 +17,26 @@ from typing import Final, Self
 
 import httpx2
 from mcp import Client
+from mcp.client.session import ElicitationFnT
 from mcp.client.streamable_http import streamable_http_client
 from mcp_types import CallToolResult, Implementation, TextContent
 
+from nonstick.events import parse_event_id
 from nonstick.logs import wants_colour
+from nonstick.store import STANDALONE
 from nonstick.testing.balancer import Backend, Balancer, Exchange
 from nonstick.testing.servers import DIE_WITH_PARENT
 
-__all__ = ["CLIENT_NAME", "Cluster", "Narrator", "Node", "Problem", "Stage", "served", "text_of", "what"]
+__all__ = ["CLIENT_NAME", "LEASE", "Cluster", "Narrator", "Node", "Problem", "Stage", "served", "text_of", "what"]
 
 CLIENT_NAME: Final = "demo-client"
 
+LEASE: Final = 2.0
+"""Seconds after which a node that is not heard of counts as dead: less than usual, so that nobody has to wait long."""
+
 _START_SECONDS: Final = 60.0
 _POLL_SECONDS: Final = 0.05
-_CALL_SECONDS: Final = 10.0
+_CALL_SECONDS: Final = 15.0
 _STOP_SECONDS: Final = 4.0
 _LOG_LINES: Final = 15
 
@@ -87,12 +93,22 @@ class Narrator:
 
 
 def what(exchange: Exchange) -> str:
+    """What was asked, in a few words."""
+    if exchange.method == "GET":
+        return "GET (rest of a call)" if _resumes_a_call(exchange) else "GET (stream)"
     if exchange.rpc is None:
-        return {"GET": "GET (stream)"}.get(exchange.method, exchange.method)
+        return exchange.method
     params = (exchange.message or {}).get("params")
     if exchange.rpc == "tools/call" and isinstance(params, dict):
         return f"tools/call {params.get('name')}"
-    return exchange.rpc
+    return {"response": "reply"}.get(exchange.rpc, exchange.rpc)
+
+
+def _resumes_a_call(exchange: Exchange) -> bool:
+    """Whether it asks for the rest of a POST's stream, and not for the session's standalone one."""
+    headers = exchange.request_headers
+    place = parse_event_id(headers.get("last-event-id", ""), headers.get("mcp-session-id", ""))
+    return place is not None and place.stream != STANDALONE
 
 
 # ---- the nodes
@@ -114,10 +130,11 @@ class Node:
     def start(self, store: str, *, sdk: bool) -> None:
         command = [sys.executable, "-m", "uvicorn", "--factory", "nonstick.demo_server:sdk_app"]
         if not sdk:
-            command = [sys.executable, "-m", "nonstick", "serve", "nonstick.demo_server:mcp", "--grace", "2"]
+            options = ["--grace", "2", "--lease", str(LEASE)]
+            command = [sys.executable, "-m", "nonstick", "serve", "nonstick.demo_server:mcp", *options]
         if sys.platform == "linux":
             command = [sys.executable, "-ISc", DIE_WITH_PARENT, *command]
-        with self.log.open("wb") as log:
+        with self.log.open("ab") as log:
             self._process = subprocess.Popen(  # noqa: S603 (our own interpreter)
                 [*command, "--port", str(self.port)],
                 env=os.environ | {"NONSTICK_NODE": self.name, "NONSTICK_STORE": store},
@@ -188,11 +205,7 @@ class Cluster:
 
     async def __aenter__(self) -> Self:
         try:
-            for node in self.nodes:
-                node.start(self._store, sdk=self.sdk)
-            async with httpx2.AsyncClient(timeout=_START_SECONDS) as http:
-                for node in self.nodes:
-                    await node.ready(http, "/" if self.sdk else "/readyz")
+            await self.start()
         except BaseException:
             self._stop()
             raise
@@ -202,6 +215,19 @@ class Cluster:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop()
+
+    async def start(self) -> None:
+        """Starts the nodes that do not run, and returns when all are ready.
+
+        Raises:
+            Problem: As `Node.ready`.
+        """
+        idle = [node for node in self.nodes if not node.running]
+        for node in idle:
+            node.start(self._store, sdk=self.sdk)
+        async with httpx2.AsyncClient(timeout=_START_SECONDS) as http:
+            for node in idle:
+                await node.ready(http, "/" if self.sdk else "/readyz")
 
     def kill(self, name: str) -> None:
         """SIGKILL, and returns when the process is gone."""
@@ -233,6 +259,7 @@ class Stage:
         self.exchanges: list[Exchange] = []
         self.progress = 0
         self.killed: list[str] = []
+        self.cuts = 0
         self.unexpected: list[str] = []
         self._expected = 0
         self._balancer = Balancer(cluster.backends, observe=self._saw)
@@ -252,7 +279,7 @@ class Stage:
         return f"{self._balancer.url}/mcp"
 
     @contextlib.asynccontextmanager
-    async def client(self) -> AsyncIterator[Client]:
+    async def client(self, elicitation: ElicitationFnT | None = None) -> AsyncIterator[Client]:
         """A client with a session of its own, which it ends when it is left; ready when its GET stream is answered."""
         before = len(self.streams())
         transport = streamable_http_client(self.url)
@@ -261,6 +288,7 @@ class Stage:
             mode="legacy",  # a client of 2026-07-28 has no session: there would be nothing to show
             read_timeout_seconds=_CALL_SECONDS,
             client_info=Implementation(name=CLIENT_NAME, version="1"),
+            elicitation_callback=elicitation,
         ) as client:
             await self.until(lambda: len(self.streams()) > before)
             yield client
@@ -274,8 +302,18 @@ class Stage:
         return next(exchange for exchange in reversed(self.exchanges) if exchange.rpc == rpc)
 
     def streams(self) -> list[Exchange]:
-        """The GETs so far."""
-        return [exchange for exchange in self.exchanges if exchange.method == "GET"]
+        """The GETs of standalone streams so far."""
+        return [exchange for exchange in self.exchanges if what(exchange) == "GET (stream)"]
+
+    def carriers(self) -> list[Exchange]:
+        """What the latest call is answered through: its POST, and the GETs that went on with its stream."""
+        carriers: list[Exchange] = []
+        for exchange in reversed(self.exchanges):
+            if exchange.rpc == "tools/call" or _resumes_a_call(exchange):
+                carriers.insert(0, exchange)
+            if exchange.rpc == "tools/call":
+                break
+        return carriers
 
     async def ping(self, session_id: str) -> int:
         """The status of a ping in this session, sent without the client."""
@@ -286,8 +324,22 @@ class Stage:
 
     def kill(self, name: str) -> None:
         """SIGKILL for a node; the balancer is not told."""
+        self.tell.event(f"kill -9 {name}")
         self.cluster.kill(name)
         self.killed.append(name)
+
+    async def restart(self) -> None:
+        """Starts the nodes again that were killed."""
+        for node in self.cluster.nodes:
+            if not node.running:
+                self.tell.event(f"{node.name} is started again")
+        await self.cluster.start()
+
+    def cut(self, exchange: Exchange) -> None:
+        """Cuts the connection that carries this exchange."""
+        self.tell.event(f"the client's connection to {exchange.backend} is cut")
+        self.cuts += 1
+        self._balancer.cut(exchange)
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Returns once an exchange has made this true."""

@@ -152,6 +152,29 @@ async def test_client_that_goes_away_is_gone_for_the_node() -> None:
             await gone.wait()
 
 
+async def test_cut_exchange_is_a_lost_connection_for_both_sides_and_no_other() -> None:
+    gone = asyncio.Event()
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n1\r\nx\r\n")
+        with contextlib.suppress(ConnectionError):
+            await reader.read()
+        gone.set()
+
+    async with node("a", script) as a, node("b", says("b")) as b, httpx2.AsyncClient() as client:
+        async with Balancer([a, b]) as balancer, asyncio.timeout(DEADLINE):
+            async with client.stream("GET", balancer.url) as response:
+                assert (await client.get(balancer.url)).text == "b"
+                cut, whole = balancer.exchanges
+                balancer.cut(whole)
+                balancer.cut(cut)
+                with pytest.raises(httpx2.TransportError):
+                    await response.aread()
+            await gone.wait()
+        assert (cut.complete, whole.complete) == (False, True)
+
+
 async def test_node_that_dies_is_a_lost_connection_for_the_client() -> None:
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")

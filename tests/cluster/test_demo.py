@@ -13,7 +13,7 @@ import pytest
 
 from nonstick.testing.servers import ValkeyServer
 
-DEADLINE = 90.0
+DEADLINE = 100.0
 
 COMMAND = [sys.executable, "-m", "nonstick", "demo"]
 
@@ -39,6 +39,10 @@ def nodes_of(story: str, what: str) -> set[str]:
     return {match[1] for line in lines_of(story, what) if (match := re.search(r"-> (node-[a-i])", line))}
 
 
+def acts_of(story: str) -> list[str]:
+    return re.split(r"^\d\. ", story, flags=re.MULTILINE)[1:]
+
+
 def assert_it_passed(ended: subprocess.CompletedProcess[str]) -> None:
     story = ended.stdout
     assert ended.returncode == 0, story + ended.stderr
@@ -52,34 +56,69 @@ def assert_it_passed(ended: subprocess.CompletedProcess[str]) -> None:
         "tools/list": "200 json",
         "tools/call where": "200 json",
         "tools/call count": "200 sse",
+        "GET (rest of a call)": "200 sse",
+        "tools/call paint": "200 sse",
+        "reply": "202",
         "DELETE": "200",
     }.items():
         assert lines_of(story, what), f"{what} is missing in:\n{story}"
         assert all(f" {status}" in line for line in lines_of(story, what)), story
     assert " 404 " in lines_of(story, "ping")[0]
-    first, second = story.split("*  kill -9 ")
-    assert nodes_of(first, "tools/call where") == {"node-a", "node-b", "node-c"}
+    everywhere, opener_killed, cut_off, asked = acts_of(story)
+    assert nodes_of(everywhere, "tools/call where") == {"node-a", "node-b", "node-c"}
     for step in range(1, 5):
-        assert f"progress {step} of 4" in first
-        assert f"progress {step} of 4" in second
-    # After the kill the session lives on, without the dead node.
-    killed = second[:6]
-    survivors = {"node-a", "node-b", "node-c"} - {killed}
-    assert nodes_of(second, "tools/call where") == survivors
-    assert nodes_of(second, "DELETE") <= survivors
+        assert f"progress {step} of 4" in everywhere
+        assert f"progress {step} of 4" in opener_killed
+    assert_the_session_outlived_its_opener(opener_killed)
+    assert_calls_were_cut_off(cut_off)
+    assert nodes_of(asked, "reply").isdisjoint(nodes_of(asked, "tools/call paint"))
+    assert re.search(r'"node-[abc] was told teal"', asked)
+
+
+def assert_the_session_outlived_its_opener(act: str) -> None:
+    before, after = act.split("*  kill -9 ")
+    survivors = {"node-a", "node-b", "node-c"} - {after[:6]}
+    assert nodes_of(before, "initialize") == {after[:6]}
+    assert nodes_of(after, "tools/call where") == survivors
+    assert nodes_of(after, "DELETE") <= survivors
+
+
+def assert_calls_were_cut_off(act: str) -> None:
+    cut, killed = act.split("*  kill -9 ")
+    # The connection was cut: each step once, in order, the rest of them through another node.
+    cut, second_call = cut.split("each of the 16 steps came once, in order")
+    steps = re.findall(r"progress (\d+) of 16: \1 on (node-.), read through (node-.)", cut)
+    assert [int(step) for step, _, _ in steps] == list(range(1, 17))
+    (runner,) = nodes_of(cut, "tools/call count")
+    assert {ran for _, ran, _ in steps} == {runner}
+    assert {through for _, _, through in steps} == {runner} | nodes_of(cut, "GET (rest of a call)")
+    assert runner not in nodes_of(cut, "GET (rest of a call)")
+    # The node was killed: one error, through another node, and the session goes on.
+    assert nodes_of(second_call, "tools/call count") == {killed[:6]}
+    assert nodes_of(killed, "GET (rest of a call)")
+    assert killed.count("The server node that ran this request was lost before it finished") == 1
+    assert nodes_of(killed, "tools/call where")
+    assert killed[:6] not in nodes_of(killed, "tools/call where") | nodes_of(killed, "DELETE")
 
 
 def test_demo_passes_on_sqlite() -> None:
-    """P1, P2, P3, P6."""
+    """P1, P2, P3, P4, P6, P7."""
     assert_it_passed(demo())
 
 
 def test_demo_passes_on_valkey() -> None:
-    """P1, P2, P3, P6. The store is the one that was named."""
+    """P1, P2, P3, P4, P6, P7. The store is the one that was named."""
     with ValkeyServer() as valkey:
         ended = demo("--store", valkey.url)
         assert_it_passed(ended)
         assert f"they share {valkey.url}" in ended.stdout
+
+
+def test_two_nodes_are_enough_for_every_act() -> None:
+    """P1, P3, P4, P7."""
+    ended = demo("--nodes", "2")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert len(acts_of(ended.stdout)) == 4
 
 
 def test_sdk_alone_fails_as_expected() -> None:

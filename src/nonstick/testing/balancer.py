@@ -110,6 +110,7 @@ class Balancer:
         self._observe = observe
         self._server: asyncio.Server | None = None
         self._clients: set[asyncio.Task[None]] = set()
+        self._carried: list[tuple[Exchange, _Peer]] = []
 
     @property
     def port(self) -> int:
@@ -134,6 +135,15 @@ class Balancer:
             client.cancel()
         await asyncio.gather(*self._clients, return_exceptions=True)
         await self._server.wait_closed()
+
+    def cut(self, exchange: Exchange) -> None:
+        """Drops the client's connection that carries this exchange, abruptly; the node's goes with it.
+
+        Harmless when the exchange has ended.
+        """
+        for carried, client in self._carried:
+            if carried is exchange:
+                client.abort()
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.create_task(self._serve(_Peer(h11.Connection(h11.SERVER), reader, writer)))
@@ -164,9 +174,12 @@ class Balancer:
                 await _refuse(client, request)
                 exchange.status = 502
                 return False
+            carried = (exchange, client)
+            self._carried.append(carried)
             try:
                 await self._carry(client, node, request, exchange, start)
             finally:
+                self._carried = [other for other in self._carried if other is not carried]
                 node.abort()
             return client.next_cycle()
         finally:
