@@ -123,8 +123,14 @@ class _Standalone:
         return await self._session.ask(self._session.emit, method, params, opts)
 
     async def notify(self, method: str, params: Mapping[str, Any] | None, opts: CallOptions | None = None) -> None:
-        if self._session.wants(method, params):
+        if not self._session.wants(method, params):
+            return
+        try:
             await self._session.emit(draft(Kind.MESSAGE, wire.notification_body(method, params)))
+        except SessionNotFound:
+            # The end cancels whoever sent this, who has done nothing wrong (P6).
+            self._session.node.spawn(self._session.end())
+            await anyio.lowlevel.checkpoint()
 
 
 class Session:
