@@ -478,6 +478,10 @@ class Exchange:
             await self._finish(self._stopped_body())
         self._leave()
 
+    def let_go(self) -> None:
+        """Closes the client's connection, whatever is still to be said: another node says it when this one is gone."""
+        self._refuse(wire.unavailable("This node was shut down before the request's end could be stored."))
+
     def observe(self, kind: Kind, event: Event) -> None:
         """The log brought something on this request's stream that may not be of our own making."""
         # What is followed may begin before this attempt.

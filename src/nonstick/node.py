@@ -33,8 +33,9 @@ __all__ = ["Counters", "Node", "Settings"]
 logger = logging.getLogger(__name__)
 
 _TICK: Final = 1.0
-_LAST_WORDS: Final = 0.75
-"""Seconds that a handler which is ended by a drain gets to stop, before its request ends without it."""
+_LAST_WORDS: Final = 0.5
+"""Seconds that a handler which is ended by a drain gets to stop, before its request ends without it; and that the
+store then gets to take the end."""
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -194,7 +195,7 @@ class Node:
         """Drains, and returns when everything here has finished, or been ended at the end of the grace period."""
         self.begin_drain()
         patience = self._grace_ends + 2 * _LAST_WORDS - asyncio.get_running_loop().time()
-        await self._finished(max(patience, _LAST_WORDS))
+        await self._finished(max(patience, 0.0))
 
     async def _end_in_time(self) -> None:
         """Ends what still runs after the grace period, also what began in the meantime."""
@@ -212,6 +213,9 @@ class Node:
             await asyncio.sleep(_LAST_WORDS)
             for exchange in running:
                 self.spawn(exchange.abandon())
+            await asyncio.sleep(_LAST_WORDS)
+            for exchange in running:
+                exchange.let_go()
 
     async def _finished(self, patience: float) -> None:
         """Waits until no request runs here, or the patience is over."""

@@ -29,6 +29,7 @@ from nonstick.testing.oracle import (
     Record,
     Replayed,
     Replied,
+    Restarted,
     token_of,
 )
 
@@ -37,6 +38,8 @@ __all__ = ["Call", "History", "Patience", "Session", "Target", "error_of"]
 HEADERS = {"accept": "application/json, text/event-stream", "content-type": "application/json"}
 VERSION = "2025-11-25"
 PAUSE = 0.05
+REPLAYS = 5
+REPLAY_SECONDS = 8.0
 
 
 class Target(Protocol):
@@ -128,6 +131,7 @@ class Session:
         self._standalone = Call("", 0)
         self._listening: asyncio.Task[None] | None = None
         self._seen = asyncio.Condition()
+        self._restarts = 0
 
     # ---- requests
 
@@ -208,28 +212,42 @@ class Session:
         """Reads the standalone stream from now on, over as many connections as it takes."""
         self._listening = self._spawn(self._listen())
 
-    async def has(self, token: str, call: Call | None = None) -> None:
-        """Returns once a call's stream, by default the standalone one, brought a message with this token."""
-        messages = (call or self._standalone).messages
+    async def has(self, token: str, call: Call | None = None, *, or_restart: bool = False) -> None:
+        """Returns once a call's stream, by default the standalone one, brought a message with this token.
+
+        With `or_restart` also if the standalone stream was begun anew meanwhile.
+        """
+        messages, restarts = (call or self._standalone).messages, self._restarts
+
+        def there() -> bool:
+            found = any((message.get("params") or {}).get("message") == token for message in messages)
+            return found or (or_restart and self._restarts != restarts)
+
         async with self._seen:
-            await self._seen.wait_for(
-                lambda: any((message.get("params") or {}).get("message") == token for message in messages)
-            )
+            await self._seen.wait_for(there)
 
     async def catch_up(self) -> bool:
         """Sends something on the standalone stream and waits until it arrives: all before it has then arrived.
 
-        Whether the session lived long enough.
+        Whether the session lived long enough, and it did.
         """
-        async with asyncio.timeout(self._patience.call * 2):
-            while not self.ended:
-                fence = self.call("announce", steps=1, standalone=True, pause=0.0)
-                terminal = await fence.end()
-                if terminal is not None and "result" in terminal:
-                    await self.has(f"{fence.label}:1:1")
-                    self.history.add(Caught(time.monotonic(), self.name))
-                    return True
+        while not self.ended:
+            restarts = self._restarts
+            fence = self.call("announce", steps=1, standalone=True, pause=0.0)
+            terminal = await fence.end()
+            if terminal is None or "result" not in terminal:
                 await asyncio.sleep(PAUSE)
+                continue
+            try:
+                async with asyncio.timeout(self._patience.call):
+                    await self.has(f"{fence.label}:1:1", or_restart=True)
+            except TimeoutError:
+                self.history.add(GaveUp(time.monotonic(), self.name, fence.label, "hung"))
+                return False
+            if self._restarts != restarts:
+                continue  # a connection that broke too soon may have carried it
+            self.history.add(Caught(time.monotonic(), self.name))
+            return True
         return False
 
     async def close(self) -> None:
@@ -239,8 +257,15 @@ class Session:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _listen(self) -> None:
+        came = False
         while not self.ended:
+            if came and self._standalone.last is None:
+                self.history.add(Restarted(time.monotonic(), self.name))
+                self._restarts += 1
+                async with self._seen:
+                    self._seen.notify_all()
             status = await self._resume(self._standalone)
+            came = came or status == 200
             if status == 404:
                 return
             if status != 200:
@@ -311,24 +336,32 @@ class Session:
         """Reads a finished stream again, from one of its events on, on any node. Records what came."""
         if not call.ids or call.terminal is None:
             return
-        target = on or self._rng.choice(self.targets)
         again = Call(call.label, call.request_id, last=self._rng.choice(call.ids))
         after = self._place(again.last or "")
         events: list[tuple[Place, dict[str, Any]]] = []
-        ended = False
+        for _ in range(REPLAYS):
+            target = on or self._rng.choice(self.targets)
+            ended = await self._replay(again, events, target)
+            if ended is False or (ended and again.last == call.ids[-1]):
+                self.history.add(Replayed(time.monotonic(), self.name, call.label, after, events, ended, target.name))
+                return
+            await asyncio.sleep(PAUSE)
+
+    async def _replay(self, call: Call, events: list[tuple[Place, dict[str, Any]]], target: Target) -> bool | None:
+        """One connection. Whether the server ended it; None if that was not seen: the node may be down or frozen."""
         try:
-            async with self._stream("GET", target, None, again.last) as response:
+            async with asyncio.timeout(REPLAY_SECONDS), self._stream("GET", target, None, call.last) as response:
                 if response.status_code != 200:
-                    return
+                    return None
                 async for event_id, data in self._events(response, cuts=False):
+                    call.last = event_id or call.last
                     if data:
                         events.append((self._place(event_id), json.loads(data)))
-                ended = True
-        except httpx2.ReadTimeout:
-            pass  # it did not end
-        except (httpx2.TransportError, TimeoutError):
-            return
-        self.history.add(Replayed(time.monotonic(), self.name, call.label, after, events, ended, target.name))
+                return True
+        except httpx2.TransportError:
+            return None
+        except TimeoutError:
+            return False  # there were signs of life all the time, and no end
 
     async def read_rest(self, call: Call, last: str) -> list[dict[str, Any]]:
         """The rest of a stream after an event id, to its end, over as many connections as it takes. Not recorded."""

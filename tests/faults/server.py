@@ -40,7 +40,7 @@ def record(label: str, what: str, **more: Any) -> None:
     if path := os.environ.get("FAULTS_RECORD"):
         handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
-            os.write(handle, json.dumps(line | {"at": time.time()}).encode() + b"\n")
+            os.write(handle, json.dumps(line | {"at": time.monotonic()}).encode() + b"\n")
         finally:
             os.close(handle)
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from mcp.server import MCPServer
 
 from nonstick.stores.memory import MemoryStore
+from nonstick.testing import FaultProxy, ValkeyServer
 from nonstick.testing.cluster import Cluster
 from nonstick.testing.oracle import Answered
 from tests.faults.client import Patience, Session, error_of
@@ -109,6 +111,27 @@ async def test_handler_that_cannot_be_stopped_does_not_keep_its_client_waiting(s
     client.targets = [b]
     await client.replay(call)
     assert stage.judge() == []
+
+
+async def test_node_that_cannot_reach_its_store_is_gone_in_time_all_the_same(
+    valkey: ValkeyServer, tmp_path: Path
+) -> None:
+    """P8, P9: what it could not say any more, another node says for it."""
+    async with FaultProxy(f"{valkey.url}?prefix={tmp_path.name}") as proxy, Stage(proxy.url, tmp_path) as stage:
+        stage.node(grace=1.0)
+        stage.node(store=f"{valkey.url}?prefix={tmp_path.name}")
+        a, b = stage.nodes
+        await asyncio.gather(a.start(), b.start())
+        client = stage.client(nodes=[a])
+        await client.open()
+        call = client.call("count", steps=1000, pause=0.05)
+        await call.started.wait()
+        client.targets = [b]
+        await proxy.cut()
+        a.terminate()
+        assert await a.wait(1.0 + 2.0), a.written
+        assert error_of(await call.end())["reason"] == "node_lost"
+        assert stage.judge() == []
 
 
 async def test_stream_that_is_opened_during_the_drain_is_handed_over_at_once() -> None:

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from math import inf
 from typing import Any, NamedTuple
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Record",
     "Replayed",
     "Replied",
+    "Restarted",
     "Token",
     "Violation",
     "judge",
@@ -90,7 +92,7 @@ class GaveUp:
 
     Attributes:
         why: "lost": the connection broke before there was an event id to come back with. "refused": it was answered
-            with 404 or 503. "hung": the deadline passed.
+            with 404 or 503. "hung": the deadline passed, for its end or for what it sent on the standalone stream.
     """
 
     at: float
@@ -132,6 +134,17 @@ class Caught:
 
 
 @dataclass(frozen=True, slots=True)
+class Restarted:
+    """A client came to the standalone stream without an event id, after a connection that broke before it had one.
+
+    What that connection was sent counts as received.
+    """
+
+    at: float
+    session: str
+
+
+@dataclass(frozen=True, slots=True)
 class Ran:
     """A tool's own record: `what` is start, reply, end, cancelled or failed."""
 
@@ -153,7 +166,7 @@ class Fault:
     target: str
 
 
-Record = Called | Got | Replayed | GaveUp | Answered | Replied | Caught | Ran | Fault
+Record = Called | Got | Replayed | GaveUp | Answered | Replied | Caught | Restarted | Ran | Fault
 
 
 class Token(NamedTuple):
@@ -211,6 +224,7 @@ class _Index:
     replies: dict[tuple[str, int], list[Replied]] = field(default_factory=lambda: defaultdict(list))
     runs: dict[str, list[Ran]] = field(default_factory=lambda: defaultdict(list))
     caught: dict[str, Caught] = field(default_factory=dict)
+    restarts: dict[str, float] = field(default_factory=dict)
 
     def add(self, record: Record) -> None:
         match record:
@@ -230,6 +244,8 @@ class _Index:
                 self.runs[record.label].append(record)
             case Caught():
                 self.caught[record.session] = record
+            case Restarted():
+                self.restarts[record.session] = record.at
             case Fault():
                 pass
 
@@ -288,7 +304,8 @@ def _every_event_comes_once_in_order(index: _Index) -> Iterator[Violation]:
 
 def _no_step_is_missing(index: _Index) -> Iterator[Violation]:
     """P3: a stream is gapless: the steps of each attempt come as 1, 2, 3 … and none twice."""
-    for (_, chain), events in index.chains.items():
+    for (session, chain), events in index.chains.items():
+        restarted = index.restarts.get(session, -inf) if not chain else -inf
         latest: dict[tuple[str, int], Got | None] = {}
         for got in events:
             token = token_of(got.message)
@@ -296,7 +313,8 @@ def _no_step_is_missing(index: _Index) -> Iterator[Violation]:
                 continue
             before = latest.get(token[:2])
             step = 0 if before is None else token_of(before.message)[2]  # type: ignore[index]
-            if token.step != step + 1:
+            missed = token.step > step + 1 and (0.0 if before is None else before.at) < restarted < got.at
+            if token.step != step + 1 and not missed:
                 shown = (got,) if before is None else (before, got)
                 yield Violation("P3", f"on {chain!r}, step {token.step} of {token.label!r} followed {step}", shown)
             latest[token[:2]] = got
@@ -307,14 +325,15 @@ def _a_call_ends_once(index: _Index) -> Iterator[Violation]:
     for call in index.calls.values():
         events = index.chain_of(call)
         terminal = index.terminal_of(call)
+        reason = index.gave_up.get(call.label)
         if terminal is not None:
             rest = events[events.index(terminal) + 1 :]
             if rest:
                 yield Violation("P7", f"{call.label!r} went on after its end", (terminal, *rest))
-            continue
-        reason = index.gave_up.get(call.label)
-        if (reason is None or reason.why == "hung") and not index.deletes(call.session):
-            yield Violation("P3", f"{call.label!r} never ended", (call, *events[-2:], *_shown(reason)))
+        elif reason is None and not index.deletes(call.session):
+            yield Violation("P3", f"{call.label!r} never ended", (call, *events[-2:]))
+        if reason is not None and reason.why == "hung":
+            yield Violation("P3", f"{call.label!r} was waited for in vain", (call, *events[-2:], reason))
 
 
 def _a_result_is_whole(index: _Index) -> Iterator[Violation]:
@@ -345,7 +364,7 @@ def _the_standalone_stream_is_whole(index: _Index) -> Iterator[Violation]:
             continue
         token = token_of(terminal.message)
         got = _steps(index.chains.get((call.session, ""), []), call.label, 1 if token is None else token.attempt)
-        if got != call.steps and call.at < caught.at:
+        if got != call.steps and index.restarts.get(call.session, -inf) < call.at < caught.at:
             yield Violation("P3", f"the standalone stream carried {got} of {call.steps} of {call.label!r}", (call,))
 
 
@@ -402,7 +421,7 @@ def _an_ended_session_stays_ended(index: _Index) -> Iterator[Violation]:
 def _a_session_lives_until_it_is_ended(index: _Index) -> Iterator[Violation]:
     """P1, P9: no 404 for a session that nobody ended."""
     for session, answers in index.answers.items():
-        ending = min((one.sent for one in answers if one.method == "DELETE"), default=float("inf"))
+        ending = min((one.sent for one in answers if one.method == "DELETE"), default=inf)
         for one in answers:
             if one.status == 404 and one.at < ending:
                 yield Violation("P1", f"{session!r} was not found while it lived", (one,))
@@ -415,10 +434,6 @@ def _statuses_are_the_promised_ones(index: _Index) -> Iterator[Violation]:
         for one in answers:
             if one.status not in allowed:
                 yield Violation("P9", f"{one.method} was answered with {one.status}", (one,))
-
-
-def _shown(record: Record | None) -> tuple[Record, ...]:
-    return () if record is None else (record,)
 
 
 _RULES = (
