@@ -371,12 +371,12 @@ class Exchange:
         if self._opens:
             self._held.append(event)
             return
-        if self.session.trimmer.full:
-            self.fail(ErrorData(code=INTERNAL_ERROR, message="The session's log is full; the request was ended"))
-            await anyio.lowlevel.checkpoint()
         with anyio.CancelScope(shield=True):
             async with self._writing:
                 await self._append([event], expect=expect)
+        if await self.session.trimmer.full():
+            self.fail(ErrorData(code=INTERNAL_ERROR, message="The session's log is full; the request was ended"))
+            await anyio.lowlevel.checkpoint()
         await self._outlet.room()
 
     async def _append(

@@ -100,7 +100,6 @@ class Reader(ABC):
         Raises:
             SessionNotFound, Diverged: As `Subscription.next`.
         """
-        await self.outlet.room()
         try:
             async with asyncio.timeout(_LIVENESS_POLL):
                 return await subscription.next()
@@ -110,7 +109,9 @@ class Reader(ABC):
             await asyncio.sleep(_LIVENESS_POLL)
             return []
 
-    def put(self, event: Event, event_id: EventId) -> None:
+    async def put(self, event: Event, event_id: EventId) -> None:
+        """Takes a message as soon as the client has taken enough of those before."""
+        await self.outlet.room()
         frame = wire.sse_frame(event_id.seal(self.session.id), body_of(event.data))
         self.outlet.put(frame, event.position)
 
@@ -156,7 +157,7 @@ class Resumption(Reader):
             return
         rescue = Rescue(self.session, self._opened)
         backlog = self._events[-1].position
-        if self._carry(self._events, rescue, live=False):
+        if await self._carry(self._events, rescue, live=False):
             return
         with self.follow(self._events[-1].cursor) as subscription:
             while True:
@@ -165,14 +166,14 @@ class Resumption(Reader):
                 except Diverged:
                     self._lose()
                     return
-                if self._carry(events, rescue, live=True, after=backlog):
+                if await self._carry(events, rescue, live=True, after=backlog):
                     return
                 # Other streams of the session are no sign of life.
                 if not any(event.stream == self._place.stream for event in events):
                     with contextlib.suppress(StoreUnavailable):
                         await rescue.look()
 
-    def _carry(self, events: Iterable[Event], rescue: Rescue, *, live: bool, after: int = 0) -> bool:
+    async def _carry(self, events: Iterable[Event], rescue: Rescue, *, live: bool, after: int = 0) -> bool:
         """Puts the stream's own messages. Whether that was its end."""
         place = self._place
         for event in events:
@@ -186,7 +187,7 @@ class Resumption(Reader):
                     return True
                 continue
             if kind in (Kind.MESSAGE, Kind.TERMINAL):
-                self.put(event, EventId(place.stream, event.cursor, place.request))
+                await self.put(event, EventId(place.stream, event.cursor, place.request))
             if kind is Kind.TERMINAL:
                 return True
             # An older hang-up was meant for the connections of then.
@@ -371,12 +372,12 @@ class Listener(Reader):
                         return False
                     if kind is Kind.HANGUP and event.position > self._position:
                         return True
-                    self._carry(kind, event)
+                    await self._carry(kind, event)
 
-    def _carry(self, kind: Kind | None, event: Event) -> None:
+    async def _carry(self, kind: Kind | None, event: Event) -> None:
         if kind is Kind.MESSAGE:
             if not self._is_settled(event):
-                self.put(event, EventId(STANDALONE, event.cursor))
+                await self.put(event, EventId(STANDALONE, event.cursor))
             self._reached = event.position
         elif kind is Kind.LISTENING and event.position == self._position and self._primes:
             event_id = EventId(STANDALONE, event.cursor).seal(self.session.id)

@@ -442,10 +442,10 @@ class SessionManager:
         send: Send,
         headers: list[tuple[bytes, bytes]],
     ) -> None:
-        if isinstance(message, JSONRPCRequest):
-            await self._serve_request(session, message, request, loaded, send, headers)
-            return
         with session:
+            if isinstance(message, JSONRPCRequest):
+                await self._serve_request(session, message, request, loaded, send, headers)
+                return
             if isinstance(message, JSONRPCNotification):
                 await self._take_notification(session, message)
                 # In the background: the client waits for no handler of a notification (as the SDK).

@@ -296,7 +296,7 @@ class Session:
     async def append(self, batch: Batch, *, patience: float | None = None) -> Appended:
         """As `Store.append`, and sees to the log's size afterwards (P10)."""
         appended = await self.node.store.append(self.key, batch, patience=patience)
-        self.trimmer.note(appended)
+        self.trimmer.note(appended, ended=batch.terminal)
         return appended
 
     # ---- server requests and their replies
