@@ -28,8 +28,8 @@ test: $(READY) lint types ## lint, types and every test, on real servers
 	$(BIN)/python -m pytest
 
 lint: $(READY)
-	$(BIN)/ruff format --check --quiet src tests examples || { echo "run: make format"; exit 1; }
-	$(BIN)/ruff check --quiet src tests examples
+	$(BIN)/ruff format --check --quiet src tests bench examples || { echo "run: make format"; exit 1; }
+	$(BIN)/ruff check --quiet src tests bench examples
 	$(BIN)/python -m tests.public_names
 
 types: $(READY)
@@ -44,8 +44,8 @@ clients: $(READY) ## the official TypeScript and Python clients against nonstick
 check: format test ## format, then test
 
 format: $(READY) ## format and fix what ruff can fix
-	$(BIN)/ruff format --quiet src tests examples
-	$(BIN)/ruff check --quiet --fix src tests examples
+	$(BIN)/ruff format --quiet src tests bench examples
+	$(BIN)/ruff check --quiet --fix src tests bench examples
 
 clean: ## remove what the targets above made
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis node_modules
