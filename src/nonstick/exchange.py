@@ -30,7 +30,15 @@ from starlette.requests import Request
 from starlette.types import Send
 
 from nonstick import wire
-from nonstick.errors import Fenced, SessionNotFound, StateNotJSON, StoreUnavailable, StreamClosed, TooManySessions
+from nonstick.errors import (
+    Fenced,
+    SessionNotFound,
+    StateNotJSON,
+    StoreError,
+    StoreUnavailable,
+    StreamClosed,
+    TooManySessions,
+)
 from nonstick.events import EventId, Kind, decode, draft
 from nonstick.record import opening_fields, subscription_field
 from nonstick.session import Session, request_key
@@ -445,10 +453,8 @@ class Exchange:
             with anyio.CancelScope(shield=True):
                 async with self._writing:
                     await self._append([draft(Kind.HANGUP)])
-        except SessionNotFound:
-            self._stop("ended")
-        except (StreamClosed, Fenced):
-            self._stop("fenced")
+        except (SessionNotFound, StreamClosed, Fenced) as error:
+            await self._heed(error)
         self._outlet.end()
 
     # ---- what stops it
@@ -492,6 +498,11 @@ class Exchange:
             self._stop("fenced")
             self._outlet.end()
 
+    async def _heed(self, error: StoreError) -> None:
+        """The session or the stream has ended elsewhere: the handler, which has done nothing wrong, is cancelled."""
+        self._stop("ended" if isinstance(error, SessionNotFound) else "fenced")
+        await anyio.lowlevel.checkpoint()
+
     def _stop(self, reason: Literal["cancelled", "ended", "failed", "fenced"]) -> None:
         if self._stopped is None and not self._closed:
             self._stopped = reason
@@ -521,7 +532,11 @@ class Exchange:
     ) -> dict[str, Any]:
         if not self.can_send_request or self._opens:
             raise NoBackChannelError(method)
-        return await self.session.ask(self._emit, method, params, opts)
+        try:
+            return await self.session.ask(self._emit, method, params, opts)
+        except (SessionNotFound, StreamClosed, Fenced) as error:
+            await self._heed(error)
+            raise
 
     async def notify(self, method: str, params: Mapping[str, Any] | None, opts: CallOptions | None = None) -> None:
         if self._closed or self._answer == "json" or not self.session.wants(method, params):
@@ -529,12 +544,8 @@ class Exchange:
             return
         try:
             await self._emit(draft(Kind.MESSAGE, wire.notification_body(method, params)))
-        except SessionNotFound:
-            self._stop("ended")
-            await anyio.lowlevel.checkpoint()
-        except (StreamClosed, Fenced):
-            self._stop("fenced")
-            await anyio.lowlevel.checkpoint()
+        except (SessionNotFound, StreamClosed, Fenced) as error:
+            await self._heed(error)
         except StoreUnavailable:
             # It is in doubt, not lost: the next append repeats it first.
             logger.warning("session %s: %s waits for the store", self.session.key[:12], method)
