@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types check format conformance clients clean
+.PHONY: help setup demo test lint types check format conformance clients faults clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,10 @@ conformance: $(READY) ## the official MCP conformance suite against the SDK alon
 
 clients: $(READY) ## the official TypeScript and Python clients against nonstick on three nodes
 	$(BIN)/python -m pytest tests/clients
+
+faults: $(READY) ## nodes die, freeze and drain under load, judged by an oracle; SECONDS=60 SEED=1
+	$(BIN)/python -m tests.faults.campaign --store sqlite --seconds $(or $(SECONDS),60) $(if $(SEED),--seed $(SEED))
+	$(BIN)/python -m tests.faults.campaign --store valkey --seconds $(or $(SECONDS),60) $(if $(SEED),--seed $(SEED))
 
 check: format test ## format, then test
 

@@ -264,7 +264,7 @@ class Session:
                 self._restarts += 1
                 async with self._seen:
                     self._seen.notify_all()
-            status = await self._resume(self._standalone)
+            status = await self.resume(self._standalone)
             came = came or status == 200
             if status == 404:
                 return
@@ -279,7 +279,7 @@ class Session:
             async with asyncio.timeout(self._patience.call):
                 why = await self._start(call, message, on)
                 while not why:
-                    if await self._resume(call) == 404:
+                    if await self.resume(call) == 404:
                         why = "refused"
                     elif call.terminal is None:
                         await asyncio.sleep(PAUSE)
@@ -317,9 +317,9 @@ class Session:
                     continue
             return "done" if call.terminal is not None else ("" if call.last else "lost")
 
-    async def _resume(self, call: Call) -> int:
+    async def resume(self, call: Call, on: Target | None = None) -> int:
         """One GET for the rest of a stream. Its status; 0 if there was none."""
-        target = self._rng.choice(self.targets)
+        target = on or self._rng.choice(self.targets)
         sent = time.monotonic()
         status = 0
         try:
@@ -332,18 +332,18 @@ class Session:
             pass
         return status
 
-    async def replay(self, call: Call, on: Target | None = None) -> None:
-        """Reads a finished stream again, from one of its events on, on any node. Records what came."""
+    async def replay(self, call: Call, on: Target | None = None, *, after: str | None = None) -> None:
+        """Reads a finished stream again, after one of its events, on any node. Records what came."""
         if not call.ids or call.terminal is None:
             return
-        again = Call(call.label, call.request_id, last=self._rng.choice(call.ids))
-        after = self._place(again.last or "")
+        again = Call(call.label, call.request_id, last=after or self._rng.choice(call.ids))
+        place = self._place(again.last or "")
         events: list[tuple[Place, dict[str, Any]]] = []
         for _ in range(REPLAYS):
             target = on or self._rng.choice(self.targets)
             ended = await self._replay(again, events, target)
             if ended is False or (ended and again.last == call.ids[-1]):
-                self.history.add(Replayed(time.monotonic(), self.name, call.label, after, events, ended, target.name))
+                self.history.add(Replayed(time.monotonic(), self.name, call.label, place, events, ended, target.name))
                 return
             await asyncio.sleep(PAUSE)
 
