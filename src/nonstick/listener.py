@@ -156,7 +156,6 @@ class Resumption(Reader):
             self._lose()
             return
         rescue = Rescue(self.session, self._opened)
-        backlog = self._events[-1].position
         if await self._carry(self._events, rescue, live=False):
             return
         with self.follow(self._events[-1].cursor) as subscription:
@@ -166,14 +165,14 @@ class Resumption(Reader):
                 except Diverged:
                     self._lose()
                     return
-                if await self._carry(events, rescue, live=True, after=backlog):
+                if await self._carry(events, rescue, live=True):
                     return
                 # Other streams of the session are no sign of life.
                 if not any(event.stream == self._place.stream for event in events):
                     with contextlib.suppress(StoreUnavailable):
                         await rescue.look()
 
-    async def _carry(self, events: Iterable[Event], rescue: Rescue, *, live: bool, after: int = 0) -> bool:
+    async def _carry(self, events: Iterable[Event], rescue: Rescue, *, live: bool) -> bool:
         """Puts the stream's own messages. Whether that was its end."""
         place = self._place
         for event in events:
@@ -191,7 +190,7 @@ class Resumption(Reader):
             if kind is Kind.TERMINAL:
                 return True
             # An older hang-up was meant for the connections of then.
-            if kind is Kind.HANGUP and live and event.position > after:
+            if kind is Kind.HANGUP and live:
                 return True
         return False
 

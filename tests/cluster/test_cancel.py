@@ -236,6 +236,30 @@ async def test_a_cancel_that_did_its_work_does_not_hit_a_later_request_with_that
             assert texts_of(await stream.rest()) == ["done"]
 
 
+async def test_an_old_cancel_that_is_read_late_does_not_hit_a_request_that_came_after_it(make_store: MakeStore) -> None:
+    """P5: an older request has its node read the log from before the cancel."""
+    async with staged(make_store, window=0.5) as (stage, a, b, c):
+        waiting(stage)
+        session = await a.open()
+        async with posting(b, session, call("wait", 1, name="old")) as old:
+            await stage.reached("running old")
+            await c.post(cancel(7), session)
+            assert (await a.post(call("quick", 7), session)).json()["error"] == CANCELLED
+
+            async def used_up() -> bool:
+                return not await is_left(stage, session, "7")
+
+            await eventually(used_up)
+            async with posting(b, session, call("wait", 7, name="new")) as new:
+                await stage.reached("running new")
+                # The fence: what b reads after that cancel.
+                await c.post(cancel(1), session)
+                await stage.reached("stopped old")
+                assert (await old.outcome())["error"] == CANCELLED
+                stage.open("go on new")
+                assert text_of(await new.outcome()) == "done"
+
+
 async def test_a_cancel_stops_no_other_request_or_session(make_store: MakeStore) -> None:
     """P5."""
     async with staged(make_store, window=0.02) as (stage, a, b, c):

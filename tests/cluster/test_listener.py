@@ -106,6 +106,18 @@ async def test_what_is_sent_on_one_node_reaches_the_connection_on_another(make_s
                 assert parse_event_id(event.id or "", session.id) is not None
 
 
+async def test_what_is_sent_does_not_wait_to_be_looked_for(make_store: MakeStore) -> None:
+    """P3: twenty messages, one after the other, take less than the shortest pauses between looks would."""
+    async with talking(make_store) as (_, a, b, c):
+        session = await a.open()
+        async with getting(c, session) as stream:
+            await stream.event()
+            async with asyncio.timeout(8):
+                for number in range(20):
+                    await tell(b, session, number)
+                    await heard(stream, number)
+
+
 async def test_what_was_sent_before_the_first_connection_opened_is_delivered(make_store: MakeStore) -> None:
     """P3: nothing sent before it opened is lost."""
     async with talking(make_store) as (_, a, b, c):

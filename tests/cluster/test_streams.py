@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from nonstick import current_connection
 from nonstick.events import EventId, Kind, kind_of, parse_event_id
 from nonstick.security import session_key
 from nonstick.store import Cursor, Store
@@ -353,6 +354,46 @@ async def test_what_is_in_doubt_while_the_store_is_away_is_written_once_and_in_o
             assert texts_of(messages) == [*(["opening"] if position < 0 else []), "0", "1", "done"]
         events = [event for event in await stage.log(session) if kind_of(event.data) is not Kind.OPENED]
         assert len(events) == len(messages)
+
+
+async def test_state_that_was_saved_in_doubt_is_not_saved_again_later(
+    make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P2, P9: it would undo what another node saved since."""
+    monkeypatch.setattr("nonstick.exchange._EMIT_PATIENCE", 0.05)
+    monkeypatch.setattr("nonstick.exchange._RETRY_PAUSE", 0.05)
+    stores: list[DownStore] = []
+
+    def make() -> Store:
+        stores.append(DownStore(make_store(), "append", after=True))
+        return stores[-1]
+
+    async with staged(make) as (stage, a, b, c):
+
+        @stage.tool
+        async def put(ctx: Context, arguments: dict[str, Any]) -> str:
+            current_connection().state["number"] = arguments["number"]
+            await say(ctx, "put")
+            stores[2].holding = arguments["down"]
+            return "done"
+
+        @stage.tool
+        async def get(ctx: Context, arguments: dict[str, Any]) -> str:
+            return str(current_connection().state["number"])
+
+        session = await a.open()
+        # The session's view stays on b.
+        async with getting(b, session) as standalone:
+            await standalone.event()
+            async with posting(b, session, call("put", number=1, down=True)) as stream:
+                async with asyncio.timeout(DEADLINE):
+                    await stores[2].held.wait()
+                stores[2].holding = False
+                assert texts_of(await stream.rest()) == ["put", "done"]
+            async with posting(c, session, call("put", number=2, down=False)) as stream:
+                await stream.rest()
+            for member in (b, c, a):
+                assert text_of((await member.post(call("get"), session)).json()) == "2"
 
 
 # ---- a tool that makes its client poll
