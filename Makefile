@@ -16,7 +16,7 @@ $(READY): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "setting up $(VENV) (once)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[redis,fast,testing]' --group dev
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[redis,postgres,fast,testing]' --group dev
 	@touch $@
 
 setup: $(READY) ## make .venv with everything in it

@@ -10,12 +10,38 @@ import pytest
 
 from nonstick.store import Store
 from nonstick.stores.memory import MemoryStore
+from nonstick.stores.postgres import PostgresStore
 from nonstick.stores.redis import RedisStore
 from nonstick.stores.sqlite import SQLiteStore
-from nonstick.testing import ValkeyServer
+from nonstick.testing import PostgresServer, ValkeyServer
 
 MakeStore = Callable[[], Store]
 """Each call gives another node's instance, all on the same data (in memory: the one instance)."""
+
+ON_POSTGRES_TOO = {
+    "test_every_node_serves_a_session_that_another_one_opened",
+    "test_concurrent_writes_of_different_keys_on_different_nodes_all_survive",
+    "test_delete_on_any_node_is_404_on_every_node_at_once",
+    "test_a_handler_that_notifies_is_answered_with_a_stream",
+    "test_a_running_stream_is_resumed_with_the_rest_then_live_then_ends",
+    "test_a_model_is_sampled_through_another_node",
+    "test_a_reply_counts_once",
+    "test_what_is_sent_on_one_node_reaches_the_connection_on_another",
+    "test_messages_that_come_while_connections_take_over_are_delivered_once",
+}
+"""One test of each kind: what PostgreSQL does differently from Valkey, the stores' own tests look at."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leaves out the other tests on PostgreSQL."""
+    items[:] = [
+        item for item in items if not _on_postgres(item) or getattr(item, "originalname", "") in ON_POSTGRES_TOO
+    ]
+
+
+def _on_postgres(item: pytest.Item) -> bool:
+    spec = getattr(item, "callspec", None)
+    return spec is not None and spec.params.get("make_store") == "postgres"
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +51,14 @@ def valkey() -> Iterator[ValkeyServer]:
         yield server
 
 
-@pytest.fixture(params=["memory", "sqlite", "valkey"])
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """One PostgreSQL for all tests; each takes a schema of its own."""
+    with PostgresServer() as server:
+        yield server
+
+
+@pytest.fixture(params=["memory", "sqlite", "valkey", "postgres"])
 def make_store(request: pytest.FixtureRequest, tmp_path: Path) -> MakeStore:
     """A store for every node of a cluster."""
     match request.param:
@@ -33,6 +66,10 @@ def make_store(request: pytest.FixtureRequest, tmp_path: Path) -> MakeStore:
             return one(MemoryStore())
         case "sqlite":
             return lambda: SQLiteStore(tmp_path / "sessions.db")
+        case "postgres":
+            database: PostgresServer = request.getfixturevalue("postgres")
+            schema = f"test_{secrets.token_hex(6)}"
+            return lambda: PostgresStore(database.url, schema=schema)
         case _:
             # Asked for only here, so that tests on other stores start no server.
             server: ValkeyServer = request.getfixturevalue("valkey")

@@ -67,7 +67,7 @@ async def test_prefix_in_the_url_separates_two_applications(valkey: ValkeyServer
 @pytest.mark.parametrize(
     ("url", "hint"),
     [
-        ("postgresql://secret@host/db", "redis://"),
+        ("mysql://secret@host/db", "redis://"),
         ("cache:6379", "redis://"),
         ("sessions.db", "sqlite:///"),
         ("", "memory:"),

@@ -12,7 +12,8 @@ __all__ = ["open_store"]
 
 _POSSIBLE: Final = (
     "memory: (one process), sqlite:///file.db or sqlite:////absolute/file.db (one machine), "
-    "redis://host:port/db, rediss://host:port/db or unix:///path/to/socket (Redis or Valkey)"
+    "redis://host:port/db, rediss://host:port/db or unix:///path/to/socket (Redis or Valkey), "
+    "postgresql://user@host:port/database (PostgreSQL)"
 )
 
 
@@ -22,6 +23,8 @@ def open_store(store: str | Store) -> Store:
     * `memory:`: in this process only. Two calls make two stores.
     * `sqlite:///relative.db`, `sqlite:////absolute.db`: a file on a local disk. The path is taken as it stands.
     * `redis://`, `rediss://`, `unix://`: Redis or Valkey. `?prefix=name` puts the store's keys under that name.
+    * `postgresql://`, `postgres://`: PostgreSQL. `?schema=name` puts everything under that schema; `listen_dsn`,
+      `prepared`, `unlogged` and `pool_size` are described at `PostgresStore`.
 
     Connects to nothing and opens no file: entering the store does.
 
@@ -39,6 +42,8 @@ def open_store(store: str | Store) -> Store:
             return _sqlite(store)
         case "redis" | "rediss" | "unix":
             return _redis(store)
+        case "postgresql" | "postgres":
+            return _postgres(store)
         case _:
             raise ConfigurationError(f"the store URL's scheme is none that is known; possible are {_POSSIBLE}")
 
@@ -71,6 +76,12 @@ def _redis(url: str) -> Store:
             raise
         raise ConfigurationError("a Redis store needs further packages: pip install 'nonstick[redis]'") from error
     return RedisStore(url) if prefix is None else RedisStore(url, prefix=prefix)
+
+
+def _postgres(url: str) -> Store:
+    from nonstick.stores.postgres import PostgresStore  # which says what to install, if its driver is missing
+
+    return PostgresStore(url)
 
 
 def _without_prefix(url: str) -> tuple[str, str | None]:

