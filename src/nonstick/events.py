@@ -46,13 +46,14 @@ class Kind(IntEnum):
     CANCEL = ord("c")
     """The client cancelled a request. Body: the notification's params."""
     LISTENING = ord("l")
-    """A connection to the standalone stream opened. Body: `{"listener", "node"}`."""
+    """A connection carries the standalone stream from here on. Body: `{"listener", "node", "since"}`: a name for this
+    turn of it, and the position up to which its client is known to have the stream."""
     PUBLISHED = ord("b")
     """In the cluster log: something changed that clients may have subscribed to. Body: `{"method", "uri"}`."""
     KEYS = ord("k")
     """In the cluster log: its record has other `requestState` keys now. No body."""
     LEFT = ord("x")
-    """That connection went. Body: `{"listener", "read"}`: the last position that it had written out."""
+    """That turn is over. Body: `{"listener", "read"}`: the last position that it had written out, null if none."""
 
 
 def draft(kind: Kind, body: bytes = b"") -> Draft:

@@ -335,7 +335,7 @@ def alive(*kinds: type) -> list[object]:
 
 
 async def test_idle_sessions_cost_a_node_nothing(memory: MakeStore) -> None:
-    """P10: of a thousand sessions that were used in every way no object and no task is left, though they live on."""
+    """P10: of five hundred sessions that were used in every way no object and no task is left, though they live on."""
     before = alive(View, Exchange, Follower, Subscription, Reader)
     async with staged(memory, window=0.01) as (stage, a, b, c):
         talking(stage)
@@ -383,7 +383,7 @@ async def test_idle_sessions_cost_a_node_nothing(memory: MakeStore) -> None:
             async with gate:
                 await use(number)
 
-        await asyncio.gather(*(one_of_many(number) for number in range(1000)))
+        await asyncio.gather(*(one_of_many(number) for number in range(500)))
         await settled(members)
         assert working_tasks() <= tasks
         # A timer that was cancelled keeps the context of its task until its time.
