@@ -206,6 +206,23 @@ async def test_tables_are_not_made_where_that_is_not_wanted(server: PostgresServ
         await store.create("key", {}, lifetime=LONG)
 
 
+async def test_user_without_the_right_to_make_tables_can_use_them(
+    server: PostgresServer, schema: str, store: PostgresStore, sql: Any
+) -> None:
+    """`migrate=False` needs USAGE on the schema, EXECUTE on its functions and all rights on its tables."""
+    role = f"r{schema}"
+    await sql(f"CREATE ROLE {role} LOGIN")
+    await sql(f"GRANT USAGE ON SCHEMA {schema} TO {role}")
+    await sql(f"GRANT ALL ON ALL TABLES IN SCHEMA {schema} TO {role}")
+    url = server.url.replace("nonstick@", f"{role}@")
+    async with PostgresStore(url, schema=schema, migrate=False) as user:
+        await user.create("key", {"x": b"1"}, lifetime=LONG, limits={"g": 5})
+        await user.append("key", Batch(drafts(b"1"), writer="w", sequence=1, stream=NEW_STREAM, expect=["q"]))
+        assert (await store.load("key")).fields == {"x": b"1"}
+        assert await user.delete("key")
+        await user.ping()
+
+
 async def test_newer_tables_are_refused_if_this_code_cannot_use_them(
     server: PostgresServer, store: PostgresStore, schema: str, sql: Any
 ) -> None:

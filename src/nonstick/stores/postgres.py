@@ -1,4 +1,4 @@
-"""Sessions in PostgreSQL (13 or newer): every method is one call of one function, and so one transaction.
+"""Sessions in PostgreSQL: every method is one call of one function, and so one transaction.
 
 postgres.sql holds the tables and the functions, and says what they rely on. The modules beside it: `postgres_url`
 reads the URL, `postgres_schema` makes and checks the tables, `postgres_pool` runs the calls, `postgres_news` wakes.

@@ -228,7 +228,8 @@ class Listener:
             except TimeoutError:
                 pass
             unheard = 0 if self._heard or not sent or not self._watches else unheard + 1
-        logger.warning("the news from %s %s", self._address.url, "were cut off" if lost.is_set() else "are silent")
+        reason = "were cut off" if lost.is_set() else "are silent; if it is a pooler, listen_dsn has to lead past it"
+        logger.warning("the news from %s %s", self._address.url, reason)
 
     def _on_payload(self, connection: object, pid: int, channel: str, payload: object) -> None:
         sender, _, body = str(payload).partition("\n")

@@ -41,9 +41,11 @@ TROUBLE: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.Interna
 _ADVICE: Final = {
     "08": "the connection to the store was lost",
     "25006": "the store is a standby or read-only: point the URL at the primary (target_session_attrs=read-write)",
+    "26": "a pooler stands before the store that does not know prepared statements: put prepared=false into its URL",
     "28": "the store refused the login: check user and password in its URL, and the server's pg_hba.conf",
     "3D000": "the store's database does not exist: create it, or correct the URL",
     "40": "the store could not do this beside other transactions; its default isolation must be read committed",
+    "42P05": "a pooler stands before the store that does not know prepared statements: put prepared=false into its URL",
     "42501": "the store's user lacks a permission: let it create the schema, or grant it USAGE on the schema, EXECUTE "
     "on its functions, and all rights on its tables",
     "53100": "the store's disk is full",
@@ -171,8 +173,12 @@ class Pool:
             self._discard(self._idle.pop(0)[0])
 
     async def close(self) -> None:
-        """Waits for the calls that are under way, which have their deadlines, and closes every connection."""
+        """Waits for the calls that are under way, until their deadline at most, and closes every connection."""
         self._closed = True
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=self._timeout)
+        for task in self._tasks:
+            task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
         self._drop_idle()
