@@ -40,6 +40,7 @@ from nonstick.errors import (
     TooManySessions,
 )
 from nonstick.events import EventId, Kind, decode, draft
+from nonstick.node import EVERYBODY
 from nonstick.record import opening_fields, subscription_field
 from nonstick.session import Session, request_key
 from nonstick.store import NEW_STREAM, Batch, Cursor, Draft, Event
@@ -53,6 +54,10 @@ Answer = Literal["auto", "sse", "json"]
 `json` never."""
 
 _UNSAVED: Final = "The request ran, but the session store could not be reached to save what it changed in the session"
+
+_TOO_MANY: Final = wire.Refusal(
+    429, "Too many sessions of this principal are open; end one with DELETE, or wait until one expires", retry_after=10
+)
 
 _EMIT_PATIENCE: Final = 20.0
 _RETRY_PAUSE: Final = 1.0
@@ -323,11 +328,12 @@ class Exchange:
         assert connection.client_params is not None
         fields = opening_fields(connection.protocol_version, connection.client_params, self._principal)
         fields |= {name: data for name, data in changes.items() if data is not None}
-        limits = {} if settings.max_sessions is None else {"all": settings.max_sessions}
         try:
-            await session.node.store.create(session.key, fields, lifetime=settings.lifetime, limits=limits)
-        except TooManySessions:
-            self._answer_with(wire.unavailable("Too many open sessions"))
+            await session.node.store.create(
+                session.key, fields, lifetime=settings.lifetime, limits=settings.session_limits(self._principal)
+            )
+        except TooManySessions as error:
+            self._answer_with(wire.unavailable("Too many open sessions") if error.group == EVERYBODY else _TOO_MANY)
             return
         self._visible = True
         session.node.sessions[session.key] = session

@@ -82,6 +82,7 @@ _NEVER: Final = 10 * 365 * 86_400.0
 """The lifetime, in seconds, of sessions that are not to expire: no key in a store is without one."""
 
 _MAY_BE_ZERO: Final = ("window", "grace")
+_MAY_BE_NONE: Final = ("max_sessions_per_principal",)
 
 _HOW_TO_RUN: Final = (
     "nonstick is not running in this process: its lifespan was not entered. Run the app itself with an ASGI server, "
@@ -95,6 +96,7 @@ class Options(TypedDict, total=False):
 
     answer: Answer
     window: float
+    max_sessions_per_principal: int | None
     max_streams: int
     max_log_events: int
     max_log_bytes: int
@@ -595,7 +597,7 @@ def _settings(options: Options, **more: Any) -> Settings:
     for name, value in options.items():
         if name not in defaults:
             raise ConfigurationError(f"unknown option {name!r}; there are: {', '.join(sorted(defaults))}")
-        if not isinstance(defaults[name], str):
+        if not isinstance(defaults[name], str) and not (value is None and name in _MAY_BE_NONE):
             _check_number(name, value)
     choices = {
         "answer": ("auto", "sse", "json"),

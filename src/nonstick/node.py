@@ -22,15 +22,19 @@ from mcp_types import INTERNAL_ERROR, ErrorData
 from nonstick.cluster import CLUSTER_KEY, Cluster
 from nonstick.errors import StoreError, StoreUnavailable
 from nonstick.guard import GuardedStore
+from nonstick.security import principal_group
 
 if TYPE_CHECKING:
     from nonstick.exchange import Answer, Exchange
     from nonstick.listener import Reader
     from nonstick.session import Session
 
-__all__ = ["Counters", "Node", "Settings"]
+__all__ = ["EVERYBODY", "Counters", "Node", "Settings"]
 
 logger = logging.getLogger(__name__)
+
+EVERYBODY: Final = "all"
+"""The group that every session is counted in."""
 
 _TICK: Final = 1.0
 _LAST_WORDS: Final = 0.5
@@ -52,6 +56,8 @@ class Settings:
     """Milliseconds after which a client whose stream was closed is to come back."""
     max_sessions: int | None = 10_000
     """Live sessions in the store."""
+    max_sessions_per_principal: int | None = 1000
+    """Live sessions in the store of one authenticated principal."""
     max_streams: int = 128
     """Requests of one session that run on this node at once."""
     max_log_events: int = 10_000
@@ -70,6 +76,15 @@ class Settings:
     """How long the event loop may hang, in a blocking tool say, before the node gives up its lease."""
     second_listener: Literal["takeover", "reject"] = "takeover"
     reexecute: Literal["never", "idempotent"] = "never"
+
+    def session_limits(self, principal: bytes) -> dict[str, int]:
+        """The groups that a session of this principal is counted in, and how many each may hold (P10)."""
+        limits: dict[str, int] = {}
+        if principal and self.max_sessions_per_principal is not None:
+            limits[principal_group(principal)] = self.max_sessions_per_principal
+        if self.max_sessions is not None:
+            limits[EVERYBODY] = self.max_sessions
+        return limits
 
 
 @dataclass(slots=True)

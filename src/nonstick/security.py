@@ -14,7 +14,15 @@ from typing import Any, Final
 from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser, authorization_context
 from starlette.types import Scope
 
-__all__ = ["MAX_DEPTH", "json_depth_exceeds", "new_session_id", "principal_of", "session_key", "valid_session_id"]
+__all__ = [
+    "MAX_DEPTH",
+    "json_depth_exceeds",
+    "new_session_id",
+    "principal_group",
+    "principal_of",
+    "session_key",
+    "valid_session_id",
+]
 
 _SHAPE: Final = re.compile(r"[A-Za-z0-9_-]{22,64}")
 
@@ -46,6 +54,11 @@ def principal_of(scope: Scope) -> bytes:
     if not isinstance(user, AuthenticatedUser):
         return b""
     return json.dumps(authorization_context(user), sort_keys=True).encode()
+
+
+def principal_group(principal: bytes) -> str:
+    """The name under which the sessions of this principal are counted in the store (P10, P13)."""
+    return "principal:" + hashlib.sha256(principal).hexdigest()[:32]
 
 
 def json_depth_exceeds(value: Any, limit: int) -> bool:

@@ -17,7 +17,7 @@ from nonstick.record import Record
 from nonstick.security import session_key
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing.cluster import HEADERS, Cluster, Member, Session
-from tests.cluster.conftest import one
+from tests.cluster.conftest import MakeStore, one
 from tests.cluster.raw import Raw, send
 from tests.cluster.servers import call, error, messages, opening, request
 
@@ -192,3 +192,34 @@ async def test_session_without_a_principal_is_not_for_those_who_have_one() -> No
 
 async def _status(member: Member, session: Session) -> int:
     return (await member.post(request("ping"), session)).status_code
+
+
+@pytest.mark.parametrize("make_store", ["memory", "sqlite", "valkey"], indirect=True)
+async def test_sessions_of_one_principal_are_limited_and_nobody_elses_for_it(make_store: MakeStore) -> None:
+    """P10: counted in the whole store, by who it is and not by the token; a session that ends makes room."""
+    async with Cluster(server, make_store, max_sessions_per_principal=2) as cluster:
+        first = await cluster[0].open(authorization=ADA)
+        await cluster[1].open(authorization="Bearer ada-2")
+        for member in cluster:
+            refused = await member.post(opening(), authorization=ADA)
+            assert refused.status_code == 429
+            assert int(refused.headers["retry-after"]) >= 1
+            assert "mcp-session-id" not in refused.headers
+            assert "end one with DELETE" in error(refused)["message"]
+        for token in others():
+            await cluster[2].open(authorization=f"Bearer {token}")
+        assert (await cluster[2].delete(first)).status_code == 200
+        await cluster[0].open(authorization=ADA)
+
+
+async def test_limit_for_a_principal_is_none_for_those_without_authentication() -> None:
+    """P10: they are all alike, so one could lock out the others."""
+    async with Cluster(lambda: MCPServer("open"), one(MemoryStore()), max_sessions_per_principal=1) as cluster:
+        for member in cluster:
+            await member.open()
+
+
+async def test_limit_for_a_principal_may_be_turned_off() -> None:
+    async with Cluster(server, one(MemoryStore()), nodes=1, max_sessions_per_principal=None) as (member,):
+        for _ in range(3):
+            await member.open(authorization=ADA)
