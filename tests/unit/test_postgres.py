@@ -274,21 +274,23 @@ async def test_tables_that_were_lost_are_made_again(own: PostgresServer) -> None
 # ---- the record and the log
 
 
-async def test_hundred_creates_at_once_keep_to_the_limit(store: PostgresStore, sql: Any) -> None:
+async def test_hundred_creates_at_once_keep_to_the_limit(server: PostgresServer, schema: str, sql: Any) -> None:
     """`create`: near its limit a group is counted exactly (P10)."""
 
-    async def create(n: int) -> bool:
+    async def create(store: PostgresStore, n: int) -> bool:
         try:
-            await store.create(f"key{n}", {}, lifetime=LONG, limits={"one": 10, "all": 1000})
+            await store.create(f"key{n}", {}, lifetime=LONG, limits={"all": 1000, f"group{n % 5}": 4})
         except TooManySessions as full:
-            return full.group != "one"
+            return full.group == "all"
         return True
 
-    made = await asyncio.gather(*map(create, range(100)))
-    assert sum(made) == 10
-    assert await sql("SELECT sum(n) FROM tally WHERE grp = 'all'") == 10
-    await asyncio.gather(*(store.delete(f"key{n}") for n in range(100)))
-    assert await sql("SELECT count(*) FROM tally") == 0
+    async with PostgresStore(server.url, schema=schema, pool_size=40) as store:
+        await asyncio.gather(*(store.ping() for _ in range(40)))  # all connections are there
+        made = await asyncio.gather(*(create(store, n) for n in range(100)))
+        assert sum(made) == 5 * 4
+        assert await sql("SELECT sum(n) FROM tally WHERE grp = 'all'") == 5 * 4
+        await asyncio.gather(*(store.delete(f"key{n}") for n in range(100)))
+        assert await sql("SELECT count(*) FROM tally") == 0
 
 
 async def test_twin_creates_in_a_full_group_make_one_session(store: PostgresStore) -> None:
@@ -317,6 +319,29 @@ async def test_expired_sessions_are_swept_and_leave_nothing(server: PostgresServ
         await eventually(clean)
         assert await sql("SELECT (SELECT count(*) FROM field) + (SELECT sum(n) FROM tally)") == 2
         await store.load("kept")
+
+
+async def test_full_group_of_expired_sessions_is_swept_for_a_create(store: PostgresStore, sql: Any) -> None:
+    """`create`: a limit counts live sessions, also before anybody has swept the others (P10)."""
+    for n in range(300):
+        await store.create(f"key{n}", {}, lifetime=LONG, limits={"g": 300})
+    await sql("UPDATE session SET expires_at = 0")
+    await sql("UPDATE expiry SET due = 0")
+    await store.create("key", {}, lifetime=LONG, limits={"g": 1})
+    assert await sql("SELECT sum(n) FROM tally") == 1
+
+
+async def test_ends_and_sweeps_at_once_do_not_lock_each_other_out(store: PostgresStore, sql: Any) -> None:
+    """Locks are taken in one order: nothing is given up as a deadlock, and every session is counted out once."""
+    keys = [f"key{n}" for n in range(120)]
+    await asyncio.gather(*(store.create(key, {}, lifetime=LONG, limits={"a": 999, "b": 999}) for key in keys))
+    await sql("UPDATE expiry SET due = 0")
+    await sql("UPDATE session SET expires_at = 0 WHERE id % 2 = 0")
+    sweeps = [store._call("sweep", 20) for _ in range(20)]
+    await asyncio.gather(*sweeps, *(store.delete(key) for key in keys), *(store.touch(keys[n:]) for n in range(20)))
+    assert await sql("SELECT count(*) FROM session") == 0
+    assert await sql("SELECT count(*) FROM tally") == 0
+    assert await sql("SELECT count(*) FROM expiry") == 0
 
 
 async def test_look_at_a_renewed_session_is_put_off(store: PostgresStore, sql: Any) -> None:

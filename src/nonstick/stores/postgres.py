@@ -197,7 +197,8 @@ class PostgresStore:
     ) -> None:
         groups = dict(limits or {})
         arguments = (key, lifetime, *_columns(fields), *_columns(groups))
-        while True:
+        deadline = asyncio.get_running_loop().time() + self._timeout
+        while asyncio.get_running_loop().time() < deadline:
             outcome, group = (await self._call("create", *arguments))[0]
             match outcome:
                 case "ok":
@@ -212,6 +213,7 @@ class PostgresStore:
                         await asyncio.sleep(0.01)
                 case _:
                     raise _refused(outcome)
+        raise StoreUnavailable("the store is busy removing expired sessions")
 
     async def load(self, key: str) -> Loaded:
         live, names, values, position, tag, cancels = (await self._call("load", key))[0]

@@ -9,7 +9,7 @@
 --     their commits: positions have no gaps, and no reader sees a later one without the earlier.
 --   * Time is clock_timestamp(), asked for once the lock is held. now() is when the transaction began to wait.
 --   * What is refused is answered, not raised: an error would fill the server's log.
---   * Rows of `tally` are locked in the order (grp, slot), and by one statement of each transaction: no deadlocks.
+--   * No deadlocks: locks are waited for in the order session (by id), expiry, tally (by grp, slot), or not at all.
 -- Times are seconds since 1970, by the server's clock.
 
 CREATE TABLE nonstick.meta (
@@ -244,6 +244,7 @@ END $$;
 -- Ends sessions whose rows the caller has locked. What they leave elsewhere is out of everybody's sight.
 CREATE FUNCTION nonstick.bury(ids bigint[]) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN
+    DELETE FROM nonstick.expiry x WHERE x.session = ANY (ids);
     IF EXISTS (SELECT FROM nonstick.member m WHERE m.session = ANY (ids)) THEN
         PERFORM FROM nonstick.tally t
             WHERE (t.grp, t.slot) IN (SELECT m.grp, m.slot FROM nonstick.member m WHERE m.session = ANY (ids))
@@ -257,7 +258,6 @@ BEGIN
         DELETE FROM nonstick.member m WHERE m.session = ANY (ids);
     END IF;
     INSERT INTO nonstick.grave (session) SELECT unnest(ids);
-    DELETE FROM nonstick.expiry x WHERE x.session = ANY (ids);
     DELETE FROM nonstick.session s WHERE s.id = ANY (ids);
 END $$;
 
