@@ -18,6 +18,7 @@ __all__ = ["Client", "text_of"]
 
 _VERSION = "2025-11-25"
 _LIMIT = 1 << 20
+_IDLE_SECONDS = 2.0
 
 Heard = Callable[[dict[str, Any]], None]
 
@@ -31,6 +32,8 @@ class _Connection:
         self._writer = writer
         self.session = ""
         """The session id in the latest answer."""
+        self.used = 0.0
+        """When it became idle."""
 
     @classmethod
     async def open(cls, port: int) -> _Connection:
@@ -48,18 +51,20 @@ class _Connection:
             lines += [f"mcp-session-id: {session}", f"mcp-protocol-version: {_VERSION}"]
         self._writer.write("\r\n".join([*lines, "", ""]).encode() + body)
 
-    async def messages(self) -> AsyncIterator[dict[str, Any]]:
-        """The JSON-RPC messages in the answer, until it ends.
+    async def messages(self, started: Callable[[], None] | None = None) -> AsyncIterator[dict[str, Any]]:
+        """The JSON-RPC messages in the answer, until it ends. `started` is called when it begins.
 
         Raises:
-            RuntimeError: The status is not 200 or 202.
+            RuntimeError: The status is not 200 or 202, or the node closed the connection.
         """
-        status = int((await self._reader.readline()).split()[1])
+        status = int((await self._line()).split()[1])
         headers = {}
-        while (line := await self._reader.readline()).strip():
+        while (line := await self._line()).strip():
             name, _, value = line.decode().partition(":")
             headers[name.lower()] = value.strip()
         self.session = headers.get("mcp-session-id", "")
+        if started is not None:
+            started()
         if "content-length" in headers:
             body = await self._reader.readexactly(int(headers["content-length"]))
             if status not in (200, 202):
@@ -68,12 +73,18 @@ class _Connection:
                 yield json.loads(body)
             return
         # A node writes whole events, and never one in several chunks.
-        while size := int(await self._reader.readline(), 16):
+        while size := int(await self._line(), 16):
             chunk = await self._reader.readexactly(size + 2)
             for text in chunk.split(b"\r\n"):
                 if text.startswith(b"data: {"):
                     yield json.loads(text[6:])
-        await self._reader.readline()
+        await self._line()
+
+    async def _line(self) -> bytes:
+        line = await self._reader.readline()
+        if not line:
+            raise RuntimeError(f"the node on port {self._port} closed the connection in the middle of an answer")
+        return line
 
     def close(self) -> None:
         self._writer.transport.abort()
@@ -118,13 +129,20 @@ class Client:
         return next(self._ids)
 
     async def call(
-        self, port: int, tool: str, heard: Heard | None = None, *, request_id: int = 0, **arguments: Any
+        self,
+        port: int,
+        tool: str,
+        heard: Heard | None = None,
+        *,
+        started: Callable[[], None] | None = None,
+        request_id: int = 0,
+        **arguments: Any,
     ) -> dict[str, Any]:
-        """Calls a tool, and returns the whole response. `heard` gets what comes before it."""
+        """Calls a tool, and returns the whole response. `heard` gets what comes before it, after `started`."""
         request_id = request_id or self.next_id()
         params = {"name": tool, "arguments": arguments}
         message = {"jsonrpc": "2.0", "id": request_id, "method": "tools/call", "params": params}
-        return await self._post(port, message, heard)
+        return await self._post(port, message, heard, started)
 
     async def notify(self, port: int, method: str, **params: Any) -> int:
         """Sends a notification; returns when its sending began, once it is accepted."""
@@ -154,11 +172,17 @@ class Client:
                 pass
         return now
 
-    async def _post(self, port: int, message: dict[str, Any], heard: Heard | None = None) -> dict[str, Any]:
+    async def _post(
+        self,
+        port: int,
+        message: dict[str, Any],
+        heard: Heard | None = None,
+        started: Callable[[], None] | None = None,
+    ) -> dict[str, Any]:
         async with self._connected(port) as connection:
             connection.send("POST", self._session, json.dumps(message).encode())
             response: dict[str, Any] | None = None
-            async for heard_now in connection.messages():
+            async for heard_now in connection.messages(started):
                 if "method" not in heard_now:
                     response = heard_now
                 elif heard is not None:
@@ -172,9 +196,10 @@ class Client:
     async def _connected(self, port: int) -> AsyncIterator[_Connection]:
         """A connection of this client's own until it is left; kept for the next one if all went well."""
         idle = self._idle.setdefault(port, [])
-        if idle:
-            connection = idle.pop()
-        else:
+        connection = idle.pop() if idle else None
+        # uvicorn closes a connection that was idle for 5 s, and those below it were idle for longer.
+        if connection is None or time.monotonic() - connection.used > _IDLE_SECONDS:
+            idle.clear()
             connection = await _Connection.open(port)
             self._all.append(connection)
         try:
@@ -182,6 +207,7 @@ class Client:
         except BaseException:
             connection.close()
             raise
+        connection.used = time.monotonic()
         idle.append(connection)
 
 
