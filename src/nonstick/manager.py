@@ -67,7 +67,7 @@ from nonstick.listener import Listener, Reader, Resumption
 from nonstick.node import Node, Settings
 from nonstick.record import Record
 from nonstick.security import json_depth_exceeds, new_session_id, principal_of, session_key, valid_session_id
-from nonstick.session import Session, request_key
+from nonstick.session import Session, as_number, request_key
 from nonstick.store import STANDALONE, Batch, Loaded, Store
 from nonstick.stores import open_store
 
@@ -450,8 +450,12 @@ class SessionManager:
                 return
             if isinstance(message, JSONRPCNotification):
                 await self._take_notification(session, message)
+                if len(session.notices) >= self.settings.max_streams:
+                    raise wire.Refusal(
+                        429, "Too many notifications of this session are being handled; wait for some", retry_after=1
+                    )
                 # In the background: the client waits for no handler of a notification (as the SDK).
-                session.spawn(self._notify(session, message, request))
+                session.spawn_notice(self._notify(session, message, request))
             else:
                 await self._take_response(session, message)
             await wire.send_body(send, 202, b"", [*headers, wire.JSON_TYPE])
@@ -497,8 +501,7 @@ class SessionManager:
                     await session.take_cancel(request_id, params, patience=_NOTICE_PATIENCE)
             case "notifications/progress":
                 token = progress_token_from_params({"_meta": params})
-                progress = params.get("progress")
-                if token is not None and isinstance(progress, int | float) and not isinstance(progress, bool):
+                if token is not None and as_number(params.get("progress")) is not None:
                     await session.take_progress(token, params, patience=_NOTICE_PATIENCE)
             case _:
                 pass
@@ -506,7 +509,8 @@ class SessionManager:
     async def _notify(self, session: Session, message: JSONRPCNotification, request: Request) -> None:
         """Runs the server's handler, if it has one, and saves what it changed."""
         session.make_current()
-        await session.runner.on_notify(_Notice(session, request), message.method, message.params)
+        with session.attending_later():
+            await session.runner.on_notify(_Notice(session, request), message.method, message.params)
         await session.save()
 
     async def _take_response(self, session: Session, message: JSONRPCResponse | JSONRPCError) -> None:

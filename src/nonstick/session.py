@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
+import math
 import secrets
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
     from nonstick.exchange import Exchange
     from nonstick.node import Node
 
-__all__ = ["Emit", "Session", "current_connection", "request_key"]
+__all__ = ["Emit", "Session", "as_number", "current_connection", "request_key"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ T = TypeVar("T")
 
 _WITHDRAW_SECONDS: Final = 5.0
 _RECENT_CANCELS: Final = 32
+_LONGEST_KEY: Final = 64
 _LOG_LEVELS: Final = ("debug", "info", "notice", "warning", "error", "critical", "alert", "emergency")
 
 _connection: ContextVar[Connection] = ContextVar("nonstick_connection")
@@ -67,8 +70,23 @@ def current_connection() -> Connection:
 
 
 def request_key(request_id: RequestId) -> str:
-    """What correlates a request with what names it: 7 and "7" are one request (as in the SDK)."""
-    return str(coerce_request_id(request_id))
+    """What correlates a request with what names it: 7 and "7" are one request (as in the SDK).
+
+    At most 64 characters, because records keep these keys (P10): a longer id goes by its hash.
+    """
+    key = str(coerce_request_id(request_id))
+    return key if len(key) <= _LONGEST_KEY else hashlib.sha256(key.encode()).hexdigest()
+
+
+def as_number(value: object) -> float | None:
+    """This JSON value as a finite float; None if it is no number, or an integer that is too large for one."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 @dataclass(slots=True)
@@ -151,6 +169,8 @@ class Session:
         self.follower = Follower(node.store, key)
         self.trimmer = Trimmer(node, key)
         self.exchanges: dict[str, Exchange] = {}
+        self.notices: set[asyncio.Task[Any]] = set()
+        """The handlers of notifications that run here."""
         self.log_level: str | None = None
         self.subscriptions: frozenset[str] = frozenset()
         self.head = Cursor(0)
@@ -208,10 +228,18 @@ class Session:
             return
         self.evict()
 
-    def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Runs this in the background, for the session, whose view is kept meanwhile."""
         self.__enter__()
-        self.node.spawn(work).add_done_callback(lambda _: self.__exit__())
+        task = self.node.spawn(work)
+        task.add_done_callback(lambda _: self.__exit__())
+        return task
+
+    def spawn_notice(self, work: Coroutine[Any, Any, Any]) -> None:
+        """As `spawn`, for the handler of a notification: the session's end cancels it (P6)."""
+        task = self.spawn(work)
+        self.notices.add(task)
+        task.add_done_callback(self.notices.discard)
 
     def evict(self) -> None:
         """Forgets this view; the session lives on in the store."""
@@ -236,6 +264,8 @@ class Session:
         self.follower.end()
         for exchange in list(self.exchanges.values()):
             exchange.end()
+        for notice in self.notices:
+            notice.cancel()
         for waiter in self._waiters.values():
             _fail(waiter, MCPError(CONNECTION_CLOSED, "Session ended"))
         await aclose_shielded(self.connection)
@@ -396,14 +426,11 @@ class Session:
 
     def _deliver_progress(self, params: Mapping[str, Any]) -> None:
         waiter = self._waiters.get(request_key(params["progressToken"]))
-        if waiter is not None and waiter.on_progress is not None:
-            total, text = params.get("total"), params.get("message")
-            progress = waiter.on_progress(
-                float(params["progress"]),
-                float(total) if isinstance(total, int | float) else None,
-                text if isinstance(text, str) else None,
-            )
-            self.node.spawn(_contained(progress))
+        progress, text = as_number(params["progress"]), params.get("message")
+        if waiter is None or waiter.on_progress is None or progress is None:
+            return
+        text = text if isinstance(text, str) else None
+        self.node.spawn(_contained(waiter.on_progress, progress, as_number(params.get("total")), text))
 
     # ---- what the log brings
 
@@ -415,6 +442,15 @@ class Session:
             yield
         finally:
             self.leave()
+
+    @contextlib.contextmanager
+    def attending_later(self) -> Iterator[None]:
+        """As `attending`, from when the window has passed: most work is done by then."""
+        with contextlib.ExitStack() as stack:
+            window = self.node.settings.window
+            timer = asyncio.get_running_loop().call_later(window, stack.enter_context, self.attending())
+            stack.callback(timer.cancel)
+            yield
 
     def attend(self) -> None:
         """Follows the log from where the earliest of the requests that run here loaded its record."""
@@ -445,12 +481,19 @@ class Session:
                     subscription = self.follower.subscribe(Cursor(0))
                     continue
                 for event in events:
-                    self._take(event)
+                    self._take_contained(event)
         except SessionNotFound:
             # Not in this task, which the end cancels.
             self.node.spawn(self.end())
         finally:
             subscription.close()
+
+    def _take_contained(self, event: Event) -> None:
+        """One event that this node makes nothing of must not keep the next from those who wait for it (P4, P5)."""
+        try:
+            self._take(event)
+        except Exception:
+            logger.exception("session %s: passed over event %d of its log", self.key[:12], event.position)
 
     def _take(self, event: Event) -> None:
         kind = kind_of(event.data)
@@ -481,8 +524,8 @@ def _fail(waiter: _Waiter, error: MCPError) -> None:
         waiter.reply.set_exception(error)
 
 
-async def _contained(call: Coroutine[Any, Any, None]) -> None:
+async def _contained(callback: ProgressFnT, progress: float, total: float | None, message: str | None) -> None:
     try:
-        await call
+        await callback(progress, total, message)
     except Exception:
         logger.exception("progress callback raised")

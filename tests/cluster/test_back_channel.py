@@ -11,7 +11,8 @@ import pytest
 from mcp.shared.exceptions import MCPError, NoBackChannelError
 
 from nonstick import current_connection
-from nonstick.events import Kind
+from nonstick.events import Kind, draft
+from nonstick.security import session_key
 from nonstick.store import Batch
 from nonstick.stores.memory import MemoryStore
 from tests.cluster.conftest import MakeStore, one
@@ -228,6 +229,61 @@ async def test_the_clients_progress_reaches_the_handler(make_store: MakeStore) -
             assert seen == expected
             await c.post(accept(request), session)
             assert texts_of(await stream.rest()) == ["Ada"]
+
+
+HUGE = 10**400
+"""An integer that JSON has and a float has not."""
+
+
+@pytest.mark.parametrize("on_own_node", [False, True])
+async def test_progress_that_is_no_number_is_ignored_and_the_reply_still_counts(
+    memory: MakeStore, on_own_node: bool
+) -> None:
+    """P4: whichever node it is sent to."""
+    async with staged(memory) as (stage, _, b, c):
+        seen: list[tuple[float, float | None]] = []
+
+        async def hear(progress: float, total: float | None, message: str | None) -> None:
+            seen.append((progress, total))
+            if progress == 2:
+                stage.open("heard")
+
+        @stage.tool
+        async def name(ctx: Context, arguments: dict[str, Any]) -> str:
+            return str((await ask(ctx, on_progress=hear))["content"]["name"])
+
+        session = await b.open()
+        sender = b if on_own_node else c
+        async with posting(b, session, call("name")) as stream:
+            request = await asked(stream)
+            token = request["params"]["_meta"]["progressToken"]
+            numbers = [(HUGE, 1), (-HUGE, 1), (True, 1), (1, HUGE), (1, "x"), (2, 3)]
+            for progress, total in numbers:
+                sent = notification("notifications/progress", progressToken=token, progress=progress, total=total)
+                assert (await sender.post(sent, session)).status_code == 202
+            await stage.reached("heard")
+            assert seen == [(1, None), (1, None), (2, 3)]
+            await c.post(accept(request), session)
+            assert texts_of(await stream.rest()) == ["Ada"]
+
+
+async def test_an_event_that_nobody_can_read_does_not_keep_the_reply_from_its_handler(
+    memory: MakeStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    """P4, P12: whatever wrote it. What is logged names the session by its hash only (P13)."""
+    async with staged(memory) as (stage, _, b, c):
+        asking(stage)
+        session = await b.open()
+        async with posting(b, session, call("name")) as stream:
+            request = await asked(stream)
+            bodies = [b"not JSON", b"[]", b"{}", b'{"progressToken":"%s"}' % request["id"].encode()]
+            bad = [draft(kind, body) for kind in (Kind.REPLY, Kind.PROGRESS, Kind.CANCEL) for body in bodies]
+            await stage.store.append(session_key(session.id), Batch(bad))
+            await c.post(accept(request), session)
+            assert texts_of(await stream.rest()) == ["Ada"]
+        told = [record for record in caplog.records if "passed over" in record.message]
+        assert len(told) == len(bad)
+        assert session.id not in caplog.text
 
 
 async def test_concurrent_requests_get_each_their_own_reply(make_store: MakeStore) -> None:

@@ -8,6 +8,7 @@ import json
 import socket
 from typing import Any
 
+import mcp_types as types
 import pytest
 
 from nonstick.events import Kind, kind_of
@@ -30,6 +31,7 @@ from tests.cluster.stage import (
     cancel,
     eventually,
     node_of,
+    notification,
     say,
     staged,
     text_of,
@@ -231,6 +233,38 @@ async def test_the_same_id_twice_at_once_is_refused(memory: MakeStore) -> None:
             assert (await b.post(call("count", "7", count=0), session)).status_code == 409
             stage.open("end")
             assert text_of(await stream.outcome()) == "done"
+
+
+async def test_too_many_notifications_at_once_get_429(memory: MakeStore) -> None:
+    """P10: their handlers run in the background. A cancel takes effect all the same (P5)."""
+    async with staged(memory, max_streams=2, window=0.02) as (stage, a, b, _):
+        talking(stage)
+        handled: list[int] = []
+
+        async def handle(ctx: Context, params: types.NotificationParams) -> None:
+            handled.append(1)
+            await stage.door("end")
+            handled.remove(1)
+
+        for member in (a, b):
+            node_of(member).server.add_notification_handler("notifications/x", types.NotificationParams, handle)
+        session, other = await a.open(), await a.open()
+        async with posting(b, session, call("count", 7, count=0, door="never")) as stream:
+            await stage.reached("at never")
+            for _ in range(2):
+                assert (await b.post(notification("notifications/x"), session)).status_code == 202
+            await eventually(lambda: len(handled) == 2)
+            refused = await b.post(notification("notifications/x"), session)
+            assert refused.status_code == 429
+            assert refused.headers["retry-after"] == "1"
+            assert len(handled) == 2
+            await b.post(cancel(7), session)
+            assert "cancelled" in text_of(await stream.outcome())
+        assert (await b.post(notification("notifications/x"), other)).status_code == 202
+        await eventually(lambda: len(handled) == 3)
+        stage.open("end")
+        await eventually(lambda: not handled)
+        assert (await b.post(notification("notifications/x"), session)).status_code == 202
 
 
 # ---- slow readers

@@ -7,6 +7,7 @@ import logging
 from contextlib import AsyncExitStack
 from typing import Any
 
+import mcp_types as types
 import pytest
 
 from nonstick import current_connection
@@ -95,6 +96,29 @@ async def test_delete_on_one_node_stops_the_handlers_and_closes_the_streams_of_a
                 # No more than what it had: an ended session says nothing.
                 assert all("result" not in message and "error" not in message for message in await stream.rest())
         for member in (a, b, c):
+            await eventually(lambda member=member: not node_of(member).sessions)  # type: ignore[misc]
+
+
+async def test_delete_on_one_node_stops_the_handlers_of_notifications_on_all(make_store: MakeStore) -> None:
+    """P6."""
+    async with staged(make_store, window=0.02) as (stage, a, b, c):
+        for member in (a, b, c):
+
+            async def handle(ctx: Context, params: types.NotificationParams, name: str = member.name) -> None:
+                stage.open(f"running {name}")
+                try:
+                    await stage.door("never")
+                finally:
+                    stage.open(f"stopped {name}")
+
+            node_of(member).server.add_notification_handler("notifications/x", types.NotificationParams, handle)
+        session = await a.open()
+        for member in (a, b, c):
+            assert (await member.post({"jsonrpc": "2.0", "method": "notifications/x"}, session)).status_code == 202
+            await stage.reached(f"running {member.name}")
+        assert (await c.delete(session)).status_code == 200
+        for member in (a, b, c):
+            await stage.reached(f"stopped {member.name}")
             await eventually(lambda member=member: not node_of(member).sessions)  # type: ignore[misc]
 
 
