@@ -37,6 +37,10 @@ class Kind(IntEnum):
     """The JSON-RPC response that ends the stream. Body: the message."""
     TAKEN = ord("a")
     """Another node took the stream over. Body: `{"node", "attempt"}`."""
+    PROBE = ord("q")
+    """Somebody who resumed this stream asks whether its request still runs. No body."""
+    ALIVE = ord("v")
+    """It does. No body."""
     HANGUP = ord("h")
     """Connections that carry this stream are to be closed; the client comes back. No body."""
     REPLY = ord("r")

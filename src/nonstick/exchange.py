@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
+from collections import deque
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, Final, Literal, assert_never
@@ -53,7 +54,20 @@ Answer = Literal["auto", "sse", "json"]
 """How requests are answered: `auto` JSON if the handler ends soon and silently, else a stream; `sse` always a stream;
 `json` never."""
 
-_UNSAVED: Final = "The request ran, but the session store could not be reached to save what it changed in the session"
+_UNSAVED: Final = ErrorData(
+    code=INTERNAL_ERROR,
+    message="The request ran, but the session store could not be reached to save what it changed in the session",
+    data={"reason": "state_not_saved", "retrySafe": False},
+)
+_NOT_RUN: Final = ErrorData(
+    code=INTERNAL_ERROR,
+    message="The request was not run: the session store could not be reached",
+    data={"reason": "store_unavailable", "retrySafe": True},
+)
+
+_ATTEMPTS: Final = 1 << 50
+_UNSENT: Final = 1000
+"""Messages of one request that wait for a store that is away; beyond that the oldest are dropped."""
 
 _TOO_MANY: Final = wire.Refusal(
     429, "Too many sessions of this principal are open; end one with DELETE, or wait until one expires", retry_after=10
@@ -96,7 +110,8 @@ class Exchange:
         self.key = request_key(message.id)
         self.head = head
         self.stream = 0
-        self.attempt = 1
+        # From a random number on: should the store lose this stream, another one takes its name, and is not this one.
+        self.attempt = self._first_attempt = secrets.randbelow(_ATTEMPTS) + 1
         self.cancel_requested = anyio.Event()
         self._settings = session.node.settings
         self._answer: Answer = self._settings.answer
@@ -123,6 +138,8 @@ class Exchange:
         self._writer = secrets.token_hex(8)
         self._sequence = 0
         self._in_doubt: Batch | None = None
+        self._unsent: deque[Draft] = deque(maxlen=_UNSENT)
+        self._gave_id = False
         self._outlet = wire.Outlet(patience=self._settings.send_timeout, ping=self._settings.ping_interval)
         self._outcome: asyncio.Future[bytes | wire.Refusal | None] = asyncio.get_running_loop().create_future()
         self._attending = False
@@ -153,9 +170,9 @@ class Exchange:
                 headers = []
             await wire.send_body(send, 200, outcome, [*headers, wire.JSON_TYPE])
 
-    async def take_over(self, stream: int, attempt: int) -> bool:
+    async def take_over(self, stream: int, attempt: int, *, first: int) -> bool:
         """Runs a request whose node was lost again, as the next attempt at its stream. False if another node does."""
-        self.stream, self.attempt = stream, attempt + 1
+        self.stream, self.attempt, self._first_attempt = stream, attempt + 1, first
         body = {"node": self.session.node.id, "attempt": self.attempt}
         taken = draft(Kind.TAKEN, pydantic_core.to_json(body))
         self._sequence = 1
@@ -174,15 +191,18 @@ class Exchange:
 
     async def _run(self) -> None:
         window = asyncio.get_running_loop().call_later(self._settings.window, self._window_passed)
-        _attempt.set(self.attempt)
+        _attempt.set(self.attempt - self._first_attempt + 1)
         self.session.make_current()
         try:
             body: bytes | None
             if self.session.was_cancelled(self.key, self.head):
+                self.session.use_up_cancel(self.key)
                 self.cancel()
             if self._answer == "sse" and not self._opens:
                 await self._promote()
             with self._scope:
+                # Cancelled before it began, the handler does not run to its first wait either.
+                await anyio.lowlevel.checkpoint_if_cancelled()
                 body = await self._handle()
             if self._closed:
                 return
@@ -198,9 +218,12 @@ class Exchange:
         except (StreamClosed, Fenced):
             # Another node has ended this stream: nothing more of it is ours to say, or to keep (P7).
             self.session.state.revert()
-            self._outlet.end()
-        except StoreUnavailable as error:
-            self._refuse(wire.unavailable(f"The session store cannot be reached: {error}. Try again."))
+            self._give_up_stream()
+        except StoreUnavailable:
+            self._refuse(wire.unavailable("The session store cannot be reached. The session is kept; try again."))
+            if self._in_doubt is not None:
+                # A stream may have been opened that nobody would end.
+                await self._end_stream(wire.error_body(self.message.id, _NOT_RUN), {})
         except BaseException:
             self._refuse(wire.Refusal(500, "The request was interrupted", INTERNAL_ERROR))
             raise
@@ -271,7 +294,8 @@ class Exchange:
                     if fields:
                         await self.session.node.store.update(self.session.key, fields)
                 except StoreUnavailable:
-                    self._refuse(wire.unavailable(_UNSAVED))
+                    # Not 503, which says "try again": it would run twice.
+                    self._answer_with(wire.error_body(self.message.id, _UNSAVED))
                     return
                 self._answer_with(body)
             self.session.state.saved(changes)
@@ -407,11 +431,17 @@ class Exchange:
         known is repeated as it was before the next.
         """
         if (doubted := self._in_doubt) is not None:
-            await self._write(doubted)
+            try:
+                await self._write(doubted)
+            except StoreUnavailable:
+                if not expect and not terminal:
+                    self._unsent.extend(drafts)
+                raise
             if doubted.terminal:
                 return
         opens = not self.stream
-        events = [self._opened(), *drafts] if opens else drafts
+        events = [*([self._opened()] if opens else []), *self._unsent, *drafts]
+        self._unsent.clear()
         if not events:
             return
         self._sequence += 1
@@ -439,11 +469,12 @@ class Exchange:
             self._answer_with(None)
         for offset, event in enumerate(batch.events):
             event_id = self._event_id(Cursor(appended.first + offset, event.tag))
-            if offset or not opens:
-                if event.data[1] != Kind.HANGUP:
-                    self._outlet.put(wire.sse_frame(event_id, event.data[2:]))
-            elif self._resumable:
+            if event.data[1] in (Kind.MESSAGE, Kind.TERMINAL):
+                self._outlet.put(wire.sse_frame(event_id, event.data[2:]))
+                self._gave_id = True
+            elif event.data[1] == Kind.OPENED and self._resumable:
                 self._outlet.put(wire.sse_priming(event_id, self._settings.retry_interval))
+                self._gave_id = True
 
     def _opened(self) -> Draft:
         message = self.message.model_dump(mode="json", by_alias=True, exclude_unset=True)
@@ -458,7 +489,8 @@ class Exchange:
         try:
             with anyio.CancelScope(shield=True):
                 async with self._writing:
-                    await self._append([draft(Kind.HANGUP)])
+                    if not self._closed:
+                        await self._append([draft(Kind.HANGUP)])
         except (SessionNotFound, StreamClosed, Fenced) as error:
             await self._heed(error)
         self._outlet.end()
@@ -499,10 +531,25 @@ class Exchange:
         # What is followed may begin before this attempt.
         if self._closed or (kind is Kind.TAKEN and decode(event.data)["attempt"] <= self.attempt):
             return
-        if kind in (Kind.TERMINAL, Kind.TAKEN):
+        if kind is Kind.PROBE:
+            self.session.spawn(self._show_life())
+        elif kind in (Kind.TERMINAL, Kind.TAKEN):
             logger.warning("session %s: another node ended a request of this node's", self.session.key[:12])
             self._stop("fenced")
-            self._outlet.end()
+            self._give_up_stream()
+
+    async def _show_life(self) -> None:
+        """Somebody who resumed the stream asks whether the request still runs: it does."""
+        async with self._writing:
+            if not self._closed:
+                with contextlib.suppress(StoreError):
+                    await self._append([draft(Kind.ALIVE)])
+
+    def _give_up_stream(self) -> None:
+        """The stream is another node's, or lost. Who holds an id of it learns more by resuming; others here."""
+        if not self._gave_id:
+            self._outlet.put(wire.sse_message(wire.error_body(self.message.id, wire.STREAM_LOST)))
+        self._outlet.end()
 
     async def _heed(self, error: StoreError) -> None:
         """The session or the stream has ended elsewhere: the handler, which has done nothing wrong, is cancelled."""

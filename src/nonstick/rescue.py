@@ -32,6 +32,12 @@ logger = logging.getLogger(__name__)
 _BETWEEN_LOOKS = 1.0
 """Seconds, at least, between two looks whether the node that should write still lives."""
 
+_MOVED = 5.0
+"""Seconds without a look after which the stream must have moved meanwhile."""
+
+_PROBE_AFTER = 30.0
+"""Seconds of silence after which the request is asked whether it still runs."""
+
 _LIST_PAGES = 100
 
 
@@ -49,11 +55,14 @@ class Rescue:
         body = decode(opened.data)
         self._node: str = body["node"]
         self._attempt: int = body["attempt"]
+        self._first_attempt = self._attempt
         self._request = JSONRPCRequest.model_validate(body["request"], by_name=False)
         self._suspected = False
         self._cancelled = False
         self._loop = asyncio.get_running_loop()
         self._looked_at = self._loop.time()
+        self._quiet_since = self._looked_at
+        self._probe: int | None = None
 
     def taken(self, event: Event) -> None:
         """Another node runs the request now."""
@@ -72,6 +81,9 @@ class Rescue:
         session, now = self._session, self._loop.time()
         if now - self._looked_at < _BETWEEN_LOOKS:
             return
+        if now - self._looked_at > _MOVED:
+            # Nobody looks beside a stream that moves.
+            self._quiet_since, self._probe = now, None
         self._looked_at = now
         if self._node == session.node.id:
             running = any(exchange.stream == self._stream for exchange in session.exchanges.values())
@@ -79,8 +91,28 @@ class Rescue:
         else:
             lost = bool(await session.node.store.lapsed([self._node]))
         suspected, self._suspected = self._suspected, lost
-        if lost and suspected:
+        if (lost and suspected) or (not lost and await self._is_mute(now)):
             await self._act()
+
+    async def _is_mute(self, now: float) -> bool:
+        """Whether the node lives and yet nobody there works for the stream: a failover may have lost its end (P9)."""
+        settings = self._session.node.settings
+        if self._probe is None:
+            if now - self._quiet_since < _PROBE_AFTER:
+                return False
+            batch = Batch([draft(Kind.PROBE)], stream=self._stream, attempt=self._attempt)
+            try:
+                self._probe = (await self._session.node.store.append(self._session.key, batch)).first
+            except (StreamClosed, Fenced):
+                # It has ended, or moved: the log will bring it.
+                self._quiet_since = now
+            return False
+        events = await self._session.node.store.read(self._session.key, Cursor(self._probe), limit=MAX_READ)
+        if any(event.stream == self._stream and kind_of(event.data) is not Kind.PROBE for event in events):
+            self._quiet_since, self._probe = now, None
+            return False
+        # A node whose loop hangs answers late; one that hung for longer has lost its lease.
+        return now - self._quiet_since > _PROBE_AFTER + settings.max_stall + settings.lease
 
     async def _act(self) -> None:
         node = self._node
@@ -145,7 +177,7 @@ class Rescue:
             head=self._opened.cursor,
             protocol_version=session.connection.protocol_version,
         )
-        taken = await exchange.take_over(self._stream, self._attempt)
+        taken = await exchange.take_over(self._stream, self._attempt, first=self._first_attempt)
         if taken:
             session.node.counters.reexecuted += 1
         return taken

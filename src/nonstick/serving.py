@@ -245,7 +245,7 @@ def _serve_in_children(settings: Settings, listener: socket.socket) -> int:
         reload=settings.reload,
         # A worker answers only once it has imported everything, which on a busy machine takes longer than the default
         # of 5 s: it would be restarted for ever.
-        timeout_worker_healthcheck=60,
+        timeout_worker_healthcheck=15,
         **_uvicorn_options(settings),
     )
     if settings.reload:

@@ -506,13 +506,16 @@ class Session:
             self._recent_cancels.append((event.position, key))
             exchange = self.exchanges.get(key)
             if exchange is not None and exchange.head.position < event.position:
-                # It did its work: a later request of that id is another one.
-                self.node.spawn(self.append(Batch([], uncancel=key)))
+                self.use_up_cancel(key)
                 exchange.cancel()
-        elif kind in (Kind.TERMINAL, Kind.TAKEN, Kind.HANGUP):
+        elif kind in (Kind.TERMINAL, Kind.TAKEN, Kind.PROBE):
             for exchange in list(self.exchanges.values()):
                 if exchange.stream == event.stream:
                     exchange.observe(kind, event)
+
+    def use_up_cancel(self, key: str) -> None:
+        """A cancel that is left in the record did its work: a later request of that id is another one."""
+        self.node.spawn(self.append(Batch([], uncancel=key)))
 
     def was_cancelled(self, key: str, head: Cursor) -> bool:
         """Whether a cancel for this request came after its record was loaded and before it was registered here."""

@@ -14,6 +14,7 @@ from starlette.types import Send
 
 __all__ = [
     "SSE_HEADERS",
+    "STREAM_LOST",
     "Outlet",
     "Refusal",
     "error_body",
@@ -22,6 +23,7 @@ __all__ = [
     "result_body",
     "send_body",
     "sse_frame",
+    "sse_message",
     "sse_priming",
 ]
 
@@ -111,6 +113,18 @@ def notification_body(method: str, params: Mapping[str, Any] | None) -> bytes:
     """A JSON-RPC notification."""
     message = {"jsonrpc": "2.0", "method": method}
     return pydantic_core.to_json(message if params is None else message | {"params": params}, inf_nan_mode="null")
+
+
+STREAM_LOST: Final = ErrorData(
+    code=INTERNAL_ERROR,
+    message="The stream of this request is no longer in the session store; its outcome is not known",
+    data={"reason": "stream_lost", "retrySafe": False},
+)
+
+
+def sse_message(body: bytes) -> bytes:
+    """One SSE event that carries a message and has no id: it is not in the log."""
+    return b"event: message\r\ndata: %b\r\n\r\n" % body
 
 
 def sse_frame(event_id: str, body: bytes) -> bytes:

@@ -175,8 +175,12 @@ async def test_a_cancel_that_arrives_between_the_records_load_and_the_start_coun
                 await eventually(lambda: _follows(b))
                 await c.post(cancel(3), session)
                 on_b.released.set()
-                await stage.reached("stopped")
                 assert (await stream.outcome())["error"] == CANCELLED
+
+                async def used_up() -> bool:
+                    return not await is_left(stage, session, "3")
+
+                await eventually(used_up)
                 stage.open("go on other")
                 assert texts_of(await other.rest()) == ["done"]
 

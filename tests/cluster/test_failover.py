@@ -1,0 +1,229 @@
+"""A failover that lost acknowledged writes: it is reported, and nothing of one request gets into another (P3, P9).
+
+The store is one in memory, whose sessions are put back to how they were some appends ago.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from typing import Any
+
+import pytest
+
+import nonstick.exchange
+import nonstick.rescue
+from nonstick import current_connection
+from nonstick.stores.memory import MemoryStore
+from tests.cluster.conftest import one
+from tests.cluster.sse import DEADLINE, getting, posting
+from tests.cluster.stage import DownStore, call, eventually, say, staged, text_of
+
+pytestmark = pytest.mark.anyio
+
+
+class Failover:
+    """What a replica had, to which the store falls back."""
+
+    def __init__(self, store: MemoryStore) -> None:
+        self._store = store
+        self._sessions = copy.deepcopy(store._sessions)
+
+    def happen(self) -> None:
+        self._store._sessions = self._sessions
+        for key in list(self._store._watches._by_key):
+            self._store._watches.announce(key, None)
+
+
+async def test_a_request_whose_stream_was_lost_writes_nothing_into_the_one_that_took_its_name() -> None:
+    """P3: the store gives the lost positions out again."""
+    store = MemoryStore()
+    async with staged(one(store), window=0.1) as (stage, a, b, c):
+
+        @stage.tool
+        async def lost(ctx: Any, args: dict[str, Any]) -> str:
+            await say(ctx, "lost 1")
+            await stage.door("go on lost")
+            await say(ctx, "lost 2")
+            return "lost done"
+
+        @stage.tool
+        async def later(ctx: Any, args: dict[str, Any]) -> str:
+            await say(ctx, "later 1")
+            await stage.door("go on later")
+            return "later done"
+
+        session = await a.open()
+        failover = Failover(store)
+        async with posting(a, session, call("lost", "x")) as first:
+            assert text_of(await first.message()) == "lost 1"
+            failover.happen()
+            async with posting(b, session, call("later", "y")) as second:
+                assert text_of(await second.message()) == "later 1"
+                place = second.last_id
+            stage.open("go on lost")
+            # Its own client holds an id of what is lost: it comes back and hears so.
+            assert await first.rest() == []
+            async with getting(c, session, first.last_id) as resumed:
+                (end,) = await resumed.rest()
+                assert end["id"] == "x"
+                assert end["error"]["data"]["reason"] == "stream_lost"
+            async with getting(c, session, place) as resumed:
+                stage.open("go on later")
+                (end,) = await resumed.rest()
+                assert (end["id"], text_of(end)) == ("y", "later done")
+
+
+async def test_a_client_that_holds_no_id_of_a_lost_stream_gets_an_error_on_its_own_connection() -> None:
+    """P9: a client of before 2025-11-25 got no priming event, and would wait for ever."""
+    store = MemoryStore()
+    async with staged(one(store), window=0.1) as (stage, a, _b, _c):
+
+        @stage.tool
+        async def wait(ctx: Any, args: dict[str, Any]) -> str:
+            await stage.door("go on")
+            return "done"
+
+        session = await a.open(version="2025-06-18")
+        failover = Failover(store)
+        async with posting(a, session, call("wait", 5)) as stream:
+            await stream.response()
+            failover.happen()
+            stage.open("go on")
+            (end,) = await stream.rest()
+            assert end["id"] == 5
+            assert end["error"]["data"] == {"reason": "stream_lost", "retrySafe": False}
+
+
+async def test_a_resume_whose_streams_end_was_lost_is_ended_though_its_node_lives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """P7, P9: nobody works for the stream any more, and nobody answers when it is asked."""
+    monkeypatch.setattr(nonstick.rescue, "_PROBE_AFTER", 1.5)
+    store = MemoryStore()
+    async with staged(one(store), window=0.1, lease=1.0, max_stall=0.5) as (stage, a, b, _c):
+
+        @stage.tool
+        async def count(ctx: Any, args: dict[str, Any]) -> str:
+            await say(ctx, "1")
+            await stage.door("go on")
+            return "done"
+
+        session = await a.open()
+        async with posting(a, session, call("count", 1)) as stream:
+            assert text_of(await stream.message()) == "1"
+            failover, place = Failover(store), stream.last_id
+            stage.open("go on")
+            assert [text_of(message) for message in await stream.rest()] == ["done"]
+        failover.happen()
+        async with getting(b, session, place) as resumed, asyncio.timeout(DEADLINE):
+            (end,) = await resumed.rest()
+            assert end["error"]["data"]["reason"] == "node_lost"
+
+
+async def test_a_request_that_still_runs_says_so_when_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """P7: a tool may be silent for long; a resumed client waits for it."""
+    monkeypatch.setattr(nonstick.rescue, "_PROBE_AFTER", 1.2)
+    store = MemoryStore()
+    async with staged(one(store), window=0.1, lease=1.0, max_stall=0.3) as (stage, a, b, _c):
+
+        @stage.tool
+        async def think(ctx: Any, args: dict[str, Any]) -> str:
+            await say(ctx, "1")
+            await stage.door("go on")
+            return "done"
+
+        session = await a.open()
+        async with posting(a, session, call("think", 1)) as stream:
+            assert text_of(await stream.message()) == "1"
+            async with getting(b, session, stream.last_id) as resumed:
+
+                async def asked_twice() -> bool:
+                    kinds = [kind.name for kind in await stage.kinds(session) if kind is not None]
+                    return kinds.count("ALIVE") >= 2
+
+                await eventually(asked_twice)
+                stage.open("go on")
+                assert [text_of(message) for message in await resumed.rest()] == ["done"]
+            assert [text_of(message) for message in await stream.rest()] == ["done"]
+
+
+async def test_a_request_whose_state_cannot_be_saved_does_not_ask_to_be_made_again() -> None:
+    """P9: it ran, so 503 would have it run twice."""
+    store = MemoryStore()
+    downs: list[DownStore] = []
+
+    def make() -> Any:
+        downs.append(DownStore(store, "update", after=False))
+        return downs[-1]
+
+    async with staged(make) as (stage, a, _b, _c):
+        runs: list[int] = []
+
+        @stage.tool
+        async def put(ctx: Any, args: dict[str, Any]) -> str:
+            runs.append(1)
+            current_connection().state["key"] = 1
+            return "done"
+
+        session = await a.open()
+        for down in downs:
+            down.holding = True
+        answer = await a.post(call("put", 5), session)
+        assert answer.status_code == 200
+        assert answer.json()["id"] == 5
+        assert answer.json()["error"]["data"] == {"reason": "state_not_saved", "retrySafe": False}
+        assert runs == [1]
+
+
+async def test_a_stream_that_is_closed_after_the_answer_is_never_opened() -> None:
+    """P10: nobody would ever end it."""
+    store = MemoryStore()
+    async with staged(one(store), window=5.0) as (stage, a, _b, _c):
+        closing: list[asyncio.Task[None]] = []
+
+        @stage.tool
+        async def answer(ctx: Any, args: dict[str, Any]) -> str:
+            async def later() -> None:
+                await stage.door("answered")
+                await ctx.close_sse_stream()
+
+            closing.append(asyncio.create_task(later()))
+            return "done"
+
+        session = await a.open()
+        assert text_of((await a.post(call("answer", 1), session)).json()) == "done"
+        stage.open("answered")
+        await closing[0]
+        assert await stage.kinds(session) == []
+
+
+async def test_messages_of_a_long_outage_come_in_order_when_the_store_is_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """P3, P9: the first is in doubt, those after it wait for it."""
+    monkeypatch.setattr(nonstick.exchange, "_EMIT_PATIENCE", 0.2)
+    store = MemoryStore()
+    downs: list[DownStore] = []
+
+    def make() -> Any:
+        downs.append(DownStore(store, "append", after=False))
+        return downs[-1]
+
+    async with staged(make, window=5.0) as (stage, a, _b, _c):
+
+        @stage.tool
+        async def count(ctx: Any, args: dict[str, Any]) -> str:
+            for number in range(1, 7):
+                if number == 3:
+                    for down in downs:
+                        down.holding = True
+                if number == 6:
+                    for down in downs:
+                        down.holding = False
+                await say(ctx, str(number))
+            return "done"
+
+        session = await a.open()
+        async with posting(a, session, call("count", 1)) as stream:
+            assert [text_of(message) for message in await stream.rest()] == ["1", "2", "3", "4", "5", "6", "done"]
