@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types check format conformance clients faults clean
+.PHONY: help setup demo test test-all lint types check format conformance clients faults clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,8 +24,11 @@ setup: $(READY) ## make .venv with everything in it
 demo: $(READY) ## three nodes, a round-robin proxy, a real client, and a kill -9
 	@$(BIN)/nonstick demo
 
-test: $(READY) lint types ## lint, types and every test, on real servers
-	$(BIN)/python -m pytest
+test: $(READY) lint types ## lint, types and the tests, on real servers
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile -m "not slow"
+
+test-all: $(READY) lint types ## the same with the tests that take long
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff format --check --quiet src tests bench examples || { echo "run: make format"; exit 1; }
@@ -52,4 +55,4 @@ format: $(READY) ## format and fix what ruff can fix
 	$(BIN)/ruff check --quiet --fix src tests bench examples
 
 clean: ## remove what the targets above made
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis node_modules
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis tests/*/node_modules

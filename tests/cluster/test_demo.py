@@ -114,6 +114,7 @@ def test_demo_passes_on_valkey() -> None:
         assert f"they share {valkey.url}" in ended.stdout
 
 
+@pytest.mark.slow
 def test_two_nodes_are_enough_for_every_act() -> None:
     """P1, P3, P4, P7."""
     ended = demo("--nodes", "2")
@@ -129,6 +130,7 @@ def test_sdk_alone_fails_as_expected() -> None:
     assert re.search(r"PASS  failed as it must without nonstick: \d of \d+ requests got 404", ended.stdout)
 
 
+@pytest.mark.slow
 def test_output_is_plain_when_nobody_watches_and_when_told() -> None:
     assert "\x1b" not in demo("--sdk", NO_COLOR="1").stdout
 
@@ -146,6 +148,7 @@ def test_unknown_store_is_refused_before_anything_starts() -> None:
     assert ended.stderr.startswith("nonstick: the store URL")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_demo_leaves_no_node_behind(signum: signal.Signals) -> None:
     process = subprocess.Popen(COMMAND, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
