@@ -39,7 +39,7 @@ types: $(READY)
 	$(BIN)/mypy
 
 conformance: $(READY) ## the official MCP conformance suite against the SDK alone and against nonstick on three nodes
-	$(BIN)/python -m tests.conformance.run
+	$(BIN)/python -m tests.conformance.run $(ARGS)
 
 clients: $(READY) ## the official TypeScript and Python clients against nonstick on three nodes
 	$(BIN)/python -m pytest tests/clients
