@@ -465,6 +465,46 @@ async def test_unreachable_store_can_be_entered_and_left(key: str) -> None:
         stop()
 
 
+async def test_replica_that_lags_ends_nothing(server: ValkeyServer, own: ValkeyServer, prefix: str, admin: Any) -> None:
+    """P9: a name that still points to a demoted primary means "unavailable", never that a session or event is gone."""
+    with redis.Redis(port=own.port) as replica:
+        async with RedisStore(server.url, prefix=prefix) as primary, RedisStore(own.url, prefix=prefix) as lagging:
+            await primary.create("old", {"a": b"1"}, lifetime=LONG)
+            await primary.append("old", Batch(drafts(b"1", b"2"), stream=NEW_STREAM))
+            replica.execute_command("REPLICAOF", "127.0.0.1", str(server.port))
+            admin.config_set("repl-diskless-sync-delay", 0)
+            assert await asyncio.to_thread(admin.execute_command, "WAIT", 1, int(PATIENT * 1000)) == 1
+            replica.execute_command("REPLICAOF", "127.0.0.1", "1")  # it keeps what it has, and gets no more
+            await primary.create("new", {}, lifetime=LONG)
+            opened = await primary.append("old", Batch(drafts(b"3"), stream=NEW_STREAM))
+            await primary.append("old", Batch([], expect=["srv-1"]))
+            await primary.update("old", {"a": b"2"})
+            (*_, last) = await primary.read("old", Cursor(0))
+            calls: dict[str, Awaitable[Any]] = {
+                "load": lagging.load("new"),
+                "touch": lagging.touch(["new"]),
+                "trim": lagging.trim("new", standalone_before=1),
+                "delete": lagging.delete("new"),
+                "update": lagging.update("new", {"a": b"1"}),
+                "update expecting": lagging.update("old", {"a": b"3"}, expect={"a": b"2"}),
+                "update expecting none": lagging.update("old", {"a": b"3"}, expect={"a": None}),
+                "create": lagging.create("old", {}, lifetime=LONG),
+                "create in a full group": lagging.create("third", {}, lifetime=LONG, limits={"g": 0}),
+                "append": lagging.append("new", Batch(drafts(b"x"))),
+                "append to a stream": lagging.append("old", Batch(drafts(b"x"), stream=opened.first)),
+                "append as another attempt": lagging.append("old", Batch(drafts(b"x"), stream=1, attempt=7)),
+                "append a reply": lagging.append("old", Batch(drafts(b"x"), settle="srv-1")),
+                "read": lagging.read("new", Cursor(0)),
+                "read on": lagging.read("old", last.cursor),
+                "read after another tag": lagging.read("old", Cursor(1, bytes(8))),
+            }
+            for name, call in calls.items():
+                with pytest.raises(StoreUnavailable, match="read-only replica"):
+                    print(name, await call)
+            assert (await primary.load("old")).fields == {"a": b"2"}
+            assert await primary.read("old", Cursor(2)) == [last]
+
+
 async def test_lease_that_gets_no_answer_fails_within_seconds(proxy: FaultProxy, key: str) -> None:
     """A node has to find out in time that it cannot renew."""
     async with RedisStore(proxy.url, prefix=key) as store:

@@ -7,7 +7,7 @@ local answers, settle, cancel, uncancel = ARGV[7], ARGV[8], ARGV[9], ARGV[10]
 local expects, sets, removes = tonumber(ARGV[11]), tonumber(ARGV[12]), tonumber(ARGV[13])
 
 local known = redis.call('HMGET', record, '#x', '#h')
-if not known[1] then return 'gone' end
+if not known[1] then return refuse('gone') end
 local _, expires = span(known[1])
 local position, size, count, tag = head(known[2])
 local now = clock()
@@ -30,12 +30,12 @@ if writer ~= '' and book[2] then
 end
 
 if stream > 0 then
-  if not book[3] then return 'closed' end
+  if not book[3] then return refuse('closed') end
   local current, ended = string.match(book[3], '^(%d+) (%d+)$')
-  if ended ~= '0' then return 'closed' end
-  if tonumber(current) ~= attempt then return 'fenced' end
+  if ended ~= '0' then return refuse('closed') end
+  if tonumber(current) ~= attempt then return refuse('fenced') end
 end
-if (answers ~= '' and not book[4]) or (settle ~= '' and not book[5]) then return 'not pending' end
+if (answers ~= '' and not book[4]) or (settle ~= '' and not book[5]) then return refuse('not pending') end
 
 local at = 14
 local set = {}

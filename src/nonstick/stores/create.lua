@@ -1,12 +1,12 @@
 -- ARGV: prefix, member, lifetime ms, number of groups, then (group, limit) each, then (field, value) each.
-if redis.call('EXISTS', record) == 1 then return 'exists' end
+if redis.call('EXISTS', record) == 1 then return refuse('exists') end
 local prefix, member, lifetime, groups = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local now = clock()
 local names = {}
 for i = 1, groups do
   local group, limit = ARGV[3 + 2 * i], tonumber(ARGV[4 + 2 * i])
   local key = prefix .. ':g:' .. group
-  if redis.call('ZCOUNT', key, now, '+inf') >= limit then return {'full', group} end
+  if redis.call('ZCOUNT', key, now, '+inf') >= limit then return refuse({'full', group}) end
   names[i] = group
 end
 -- The first write is one that a full memory refuses: after any other the server would let the rest of the script pass.

@@ -5,7 +5,7 @@ for i = 1, #all, 2 do
   if all[i] == '#x' then lifetime, expires = span(all[i + 1]) end
   if all[i] == '#g' then groups = all[i + 1] end
 end
-if not lifetime then return 'gone' end
+if not lifetime then return refuse('gone') end
 local now = clock()
 if expires - now < lifetime * (1 - tonumber(ARGV[3])) then renew(ARGV[1], ARGV[2], groups, lifetime, now) end
 return {now, all}

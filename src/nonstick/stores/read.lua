@@ -1,19 +1,19 @@
 -- ARGV: position, tag, limit. Answers the entries after the position.
 local known = redis.call('HMGET', record, '#x', '#h', '#d')
-if not known[1] then return 'gone' end
+if not known[1] then return refuse('gone') end
 local position, tag, limit = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3])
 local last, _, count, last_tag = head(known[2])
-if position > last then return 'diverged' end
+if position > last then return refuse('diverged') end
 -- An eviction may have taken the log and left the record. Whoever has all of it has lost nothing; nobody else reads on.
 if redis.call('XLEN', log) ~= count then
   if position == last and (tag == '' or tag == last_tag) then return {} end
-  return 'diverged'
+  return refuse('diverged')
 end
 if known[3] then
   -- That happened, and the log was started anew after this position.
   local lost, lost_tag = string.match(known[3], '^(%d+) (.*)$')
   lost = tonumber(lost)
-  if position < lost or (position == lost and tag ~= '' and tag ~= lost_tag) then return 'diverged' end
+  if position < lost or (position == lost and tag ~= '' and tag ~= lost_tag) then return refuse('diverged') end
   if position == lost then tag = '' end
 end
 if position == 0 or tag == '' then
@@ -22,8 +22,8 @@ end
 local entries = redis.call('XRANGE', log, '0-' .. position, '+', 'COUNT', limit + 1)
 if not entries[1] or entries[1][1] ~= '0-' .. position then
   local left = redis.call('XRANGE', log, '-', '+', 'COUNT', 1)
-  return {'trimmed', left[1] and left[1][1] or '0-0'}
+  return refuse({'trimmed', left[1] and left[1][1] or '0-0'})
 end
-if entries[1][2][2] ~= tag then return 'diverged' end
+if entries[1][2][2] ~= tag then return refuse('diverged') end
 table.remove(entries, 1)
 return entries

@@ -14,6 +14,13 @@
 
 local record, books, log = KEYS[1], KEYS[2], KEYS[3]
 
+-- Every refusal goes through here. A replica may lag behind, and what it lacks may well be there: it must not end what
+-- lives. A write that never changes anything makes it answer READONLY instead.
+local function refuse(with)
+  redis.call('HDEL', record, '#')
+  return with
+end
+
 local function clock()
   local time = redis.call('TIME')
   return time[1] * 1000 + math.floor(time[2] / 1000)

@@ -1,14 +1,14 @@
 -- ARGV: number of fields that must have a value, that must be absent, that are set, that are removed; then these, the
 -- first and third kind with their values.
-if redis.call('HEXISTS', record, '#x') == 0 then return 'gone' end
+if redis.call('HEXISTS', record, '#x') == 0 then return refuse('gone') end
 local has, lacks, sets = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local at = 5
 for _ = 1, has do
-  if redis.call('HGET', record, 'f' .. ARGV[at]) ~= ARGV[at + 1] then return 0 end
+  if redis.call('HGET', record, 'f' .. ARGV[at]) ~= ARGV[at + 1] then return refuse(0) end
   at = at + 2
 end
 for _ = 1, lacks do
-  if redis.call('HEXISTS', record, 'f' .. ARGV[at]) == 1 then return 0 end
+  if redis.call('HEXISTS', record, 'f' .. ARGV[at]) == 1 then return refuse(0) end
   at = at + 1
 end
 for _ = 1, sets do
