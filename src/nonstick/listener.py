@@ -18,6 +18,7 @@ from typing import Final, TypeVar
 import anyio
 import pydantic_core
 from mcp_types import INTERNAL_ERROR, ErrorData
+from mcp_types.version import is_version_at_least
 from starlette.types import Receive, Send
 
 from nonstick import wire
@@ -40,12 +41,17 @@ _LEAVE_SECONDS: Final = 2.0
 _LIVENESS_POLL: Final = 1.5
 """Seconds of silence after which it is looked whether the node that should write still lives."""
 
+_EXISTENCE_POLL: Final = 4.0
+"""Seconds, at least, between two looks whether a silent stream is still there."""
+
 
 class Reader(ABC):
     """A connection that carries a stream: a task feeds the outlet from the log, the ASGI task pumps it."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, place: EventId | None, *, primes: bool) -> None:
         self.session = session
+        self._place = place
+        self._primes = primes
         settings = session.node.settings
         self.outlet = wire.Outlet(patience=settings.send_timeout, ping=settings.ping_interval)
 
@@ -53,6 +59,7 @@ class Reader(ABC):
         """Sends the stream until it ends, the session ends, or the client goes."""
         node = self.session.node
         node.readers.add(self)
+        self.prime()
         if node.draining:
             self.hand_over()
         tasks = [node.spawn(self._feed()), node.spawn(self._watch(receive))]
@@ -86,34 +93,71 @@ class Reader(ABC):
     async def feed(self) -> None:
         """Puts everything that the client is to get, in order. Returns at the stream's end."""
 
+    def prime(self) -> None:
+        """Gives the client the id again that it came with.
+
+        There are clients that come back with an id only if the connection that broke brought one. They shall not lose
+        their place because nothing happened meanwhile (P3).
+        """
+        if self._primes and self._place is not None:
+            self.put_priming(self._place)
+
+    def put_priming(self, place: EventId) -> None:
+        frame = wire.sse_priming(place.seal(self.session.id), self.session.node.settings.retry_interval)
+        self.outlet.put(frame, place.cursor.position)
+
     def hand_over(self) -> None:
         """The node stops: the client is told to come back, and the connection is closed (P8)."""
         self.outlet.put(wire.sse_retry(self.session.node.settings.retry_interval))
         self.outlet.end()
 
-    def follow(self, after: Cursor) -> contextlib.closing[Subscription]:
-        return contextlib.closing(self.session.follower.subscribe(after))
-
-    async def next(self, subscription: Subscription) -> list[Event]:
-        """The next events; none after some silence.
-
-        Raises:
-            SessionNotFound, Diverged: As `Subscription.next`.
-        """
-        try:
-            async with asyncio.timeout(_LIVENESS_POLL):
-                return await subscription.next()
-        except TimeoutError:
-            return []
-        except StoreUnavailable:
-            await asyncio.sleep(_LIVENESS_POLL)
-            return []
+    def follow(self, after: Cursor) -> contextlib.closing[_Following]:
+        return contextlib.closing(_Following(self.session.follower.subscribe(after)))
 
     async def put(self, event: Event, event_id: EventId) -> None:
         """Takes a message as soon as the client has taken enough of those before."""
         await self.outlet.room()
         frame = wire.sse_frame(event_id.seal(self.session.id), body_of(event.data))
         self.outlet.put(frame, event.position)
+
+
+class _Following:
+    """A place in the log, from which a reader takes what comes, and looks around when nothing does."""
+
+    def __init__(self, subscription: Subscription) -> None:
+        self._subscription = subscription
+        self._next: asyncio.Task[list[Event]] | None = None
+
+    async def next(self) -> list[Event]:
+        """The next events; none after some silence.
+
+        Raises:
+            SessionNotFound, Diverged: As `Subscription.next`.
+        """
+        if self._next is None:
+            self._next = asyncio.create_task(self._subscription.next())
+        # A read of a slow store goes on meanwhile: begun anew each time, it would never come to its end.
+        await asyncio.wait([self._next], timeout=_LIVENESS_POLL)
+        if not self._next.done():
+            return []
+        done, self._next = self._next, None
+        try:
+            return done.result()
+        except StoreUnavailable:
+            await asyncio.sleep(_LIVENESS_POLL)
+            return []
+
+    def close(self) -> None:
+        if self._next is not None:
+            self._next.add_done_callback(_look_at)
+            self._next.cancel()
+        self._subscription.close()
+
+
+def _look_at(task: asyncio.Task[list[Event]]) -> None:
+    """Nobody asks any more how this ended."""
+    if not task.cancelled():
+        task.exception()
 
 
 async def _entry(session: Session, cursor: Cursor) -> list[Event]:
@@ -129,10 +173,12 @@ class Resumption(Reader):
     """The rest of one POST's stream."""
 
     def __init__(self, session: Session, place: EventId) -> None:
-        super().__init__(session)
-        self._place = place
+        super().__init__(session, place, primes=is_version_at_least(session.connection.protocol_version, "2025-11-25"))
+        self._place: EventId = place
         self._events: list[Event] = []
         self._opened: Event | None = None
+        self._looks_at = 0.0
+        self._missed = False
 
     async def prepare(self) -> None:
         """Reads what the log has.
@@ -146,8 +192,7 @@ class Resumption(Reader):
             return
         first = self._events[0]
         if first.position != stream:
-            found = await self.session.node.store.read(self.session.key, Cursor(stream - 1), limit=1)
-            first = found[0] if found else first
+            first = await self._read_first() or first
         if first.position == stream and kind_of(first.data) is Kind.OPENED:
             self._opened = first
 
@@ -158,19 +203,41 @@ class Resumption(Reader):
         rescue = Rescue(self.session, self._opened)
         if await self._carry(self._events, rescue, live=False):
             return
-        with self.follow(self._events[-1].cursor) as subscription:
+        with self.follow(self._events[-1].cursor) as following:
             while True:
                 try:
-                    events = await self.next(subscription)
+                    events = await following.next()
                 except Diverged:
                     self._lose()
                     return
                 if await self._carry(events, rescue, live=True):
                     return
                 # Other streams of the session are no sign of life.
-                if not any(event.stream == self._place.stream for event in events):
-                    with contextlib.suppress(StoreUnavailable):
-                        await rescue.look()
+                if any(event.stream == self._place.stream for event in events):
+                    self._missed = False
+                    continue
+                with contextlib.suppress(StoreUnavailable):
+                    await rescue.look()
+                    if await self._is_missing():
+                        self._lose()
+                        return
+
+    async def _read_first(self) -> Event | None:
+        """What is left of the log from where the stream began."""
+        found = await self.session.node.store.read(self.session.key, Cursor(self._place.stream - 1), limit=1)
+        return found[0] if found else None
+
+    async def _is_missing(self) -> bool:
+        """Whether the stream has ended and been trimmed, so that nothing more comes of it (P9).
+
+        When it is seen twice: what came before the trim may still be on its way here.
+        """
+        now = asyncio.get_running_loop().time()
+        if now < self._looks_at:
+            return False
+        before, self._missed = self._missed, await self._read_first() != self._opened
+        self._looks_at = now if self._missed else now + _EXISTENCE_POLL
+        return before and self._missed
 
     async def _carry(self, events: Iterable[Event], rescue: Rescue, *, live: bool) -> bool:
         """Puts the stream's own messages. Whether that was its end."""
@@ -220,9 +287,7 @@ class Listener(Reader):
     """
 
     def __init__(self, session: Session, place: EventId | None, *, primes: bool) -> None:
-        super().__init__(session)
-        self._place = place
-        self._primes = primes
+        super().__init__(session, place, primes=primes)
         self._turns = Turns()
         self._settled: set[str] = set()
         self._seen = Cursor(0)
@@ -339,9 +404,9 @@ class Listener(Reader):
         doubted = ""
         loop = asyncio.get_running_loop()
         looked = loop.time()
-        with self.follow(self._seen) as subscription:
+        with self.follow(self._seen) as following:
             while (turn := turn_open()) is not None:
-                events = await self.next(subscription)
+                events = await following.next()
                 for event in events:
                     self._note(event)
                 # Other streams may never be silent.
@@ -358,9 +423,9 @@ class Listener(Reader):
 
     async def _carry_on(self) -> bool:
         """Carries the stream until the next turn begins (False), or it is hung up (True)."""
-        with self.follow(Cursor(self._start)) as subscription:
+        with self.follow(Cursor(self._start)) as following:
             while True:
-                for event in await self.next(subscription):
+                for event in await following.next():
                     self._note(event)
                     if event.stream != STANDALONE:
                         continue
@@ -379,8 +444,7 @@ class Listener(Reader):
                 await self.put(event, EventId(STANDALONE, event.cursor))
             self._reached = event.position
         elif kind is Kind.LISTENING and event.position == self._position and self._primes:
-            event_id = EventId(STANDALONE, event.cursor).seal(self.session.id)
-            self.outlet.put(wire.sse_priming(event_id, self.session.node.settings.retry_interval), event.position)
+            self.put_priming(EventId(STANDALONE, event.cursor))
 
     def _is_settled(self, event: Event) -> bool:
         """Whether this is a server request that was answered or given up meanwhile."""

@@ -11,11 +11,11 @@ import pytest
 from nonstick import current_connection
 from nonstick.events import EventId, Kind, kind_of, parse_event_id
 from nonstick.security import session_key
-from nonstick.store import Cursor, Store
+from nonstick.store import Cursor, Event, Store
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing.cluster import Member, Session
 from tests.cluster.conftest import MakeStore, one
-from tests.cluster.sse import DEADLINE, getting, posting
+from tests.cluster.sse import DEADLINE, Sse, getting, posting
 from tests.cluster.stage import (
     Context,
     DownStore,
@@ -25,6 +25,7 @@ from tests.cluster.stage import (
     ask,
     call,
     eventually,
+    node_of,
     say,
     staged,
     text_of,
@@ -53,6 +54,11 @@ def counting(stage: Stage) -> None:
             await say(ctx, f"{number}")
         await stage.door("end") if arguments.get("doors") else None
         return "done"
+
+
+def primed(last_id: str | None) -> Sse:
+    """What a connection begins with that goes on from this id."""
+    return Sse(id=last_id, retry=1000, data="")
 
 
 # ---- promotion
@@ -468,7 +474,7 @@ async def test_a_finished_stream_is_resumed_at_any_event_with_exactly_the_rest(m
                     response = await resumed.response()
                     assert response.headers["x-accel-buffering"] == "no"
                     # Byte for byte what the first connection carried, the same ids among it.
-                    assert await resumed.events() == events[number + 1 :]
+                    assert await resumed.events() == [primed(event.id), *events[number + 1 :]]
 
 
 async def test_a_running_stream_is_resumed_with_the_rest_then_live_then_ends(make_store: MakeStore) -> None:
@@ -505,6 +511,63 @@ async def test_a_stream_is_resumed_while_its_first_connection_is_open(make_store
                     stage.open(door)
                 assert texts_of(await resumed.rest()) == ["1", "2", "done"]
             assert texts_of(await stream.rest()) == ["1", "2", "done"]
+
+
+async def test_a_silent_resumed_connection_gives_its_client_the_id_to_come_back_with(make_store: MakeStore) -> None:
+    """P3: some clients come back without an id from a connection that brought none."""
+    async with staged(make_store) as (stage, a, b, c):
+
+        @stage.tool
+        async def poll(ctx: Context, arguments: dict[str, Any]) -> str:
+            assert ctx.close_sse_stream is not None
+            for number in range(2):
+                await stage.door(f"{number}")
+                await ctx.close_sse_stream()
+            await stage.door("end")
+            return "done"
+
+        session = await a.open()
+        stage.open("0")
+        async with posting(b, session, call("poll")) as stream:
+            assert await stream.rest() == []
+        async with getting(c, session, stream.last_id) as resumed:
+            assert await resumed.event() == primed(stream.last_id)
+            stage.open("1")
+            assert await resumed.events() == []
+        async with getting(a, session, resumed.last_id) as again:
+            assert await again.event() == primed(stream.last_id)
+            stage.open("end")
+            assert texts_of(await again.rest()) == ["done"]
+
+
+async def test_a_resumed_connection_to_a_node_that_stops_is_primed_first(make_store: MakeStore) -> None:
+    """P8: its client comes back with the id, not without one."""
+    async with staged(make_store, grace=20.0) as (stage, a, b, c):
+        counting(stage)
+        session = await a.open()
+        stage.open("0")
+        async with posting(b, session, call("count", count=2, doors=True)) as stream:
+            await stream.message()
+            node_of(c).draining = True
+            async with getting(c, session, stream.last_id) as resumed:
+                assert await resumed.events() == [primed(stream.last_id), Sse(retry=1000)]
+            node_of(c).draining = False
+        for door in ("1", "end"):
+            stage.open(door)
+        async with getting(a, session, resumed.last_id) as again:
+            assert texts_of(await again.rest()) == ["1", "done"]
+
+
+@pytest.mark.parametrize("version", OLD_VERSIONS)
+async def test_a_resumed_connection_of_an_older_client_is_not_primed(memory: MakeStore, version: str) -> None:
+    """P3: it cannot parse that."""
+    async with staged(memory) as (stage, a, b, c):
+        counting(stage)
+        session = await a.open(version=version)
+        async with posting(b, session, call("count", count=3)) as stream:
+            events = await stream.events()
+        async with getting(c, session, events[0].id) as resumed:
+            assert await resumed.events() == events[1:]
 
 
 async def test_twenty_clients_resume_one_stream_at_once(make_store: MakeStore) -> None:
@@ -607,6 +670,63 @@ async def test_a_trimmed_stream_is_answered_with_one_error_for_its_request(make_
             assert error["error"]["data"]["reason"] == "stream_lost"
 
 
+async def test_a_stream_that_is_trimmed_while_it_is_resumed_ends_with_one_error() -> None:
+    """P9, P10: its client does not wait for ever for the rest."""
+    reading = MemoryStore()
+    stores: list[HeldStore] = []
+
+    def make() -> Store:
+        stores.append(HeldStore(reading, "read", after=False, when=lambda _, after, **__: after.position >= 1000))
+        return stores[-1]
+
+    async with staged(make) as (stage, a, b, c):
+        counting(stage)
+        session = await a.open()
+        async with posting(b, session, call("count", "mine", count=1200)) as stream:
+            first = await stream.event()
+            assert len(await stream.rest()) == 1201
+        place = parse_event_id(first.id or "", session.id)
+        assert place is not None
+        # The store of the third node: the first one is the stage's own.
+        held = stores[3]
+        held.holding = True
+        async with getting(c, session, first.id) as resumed:
+            await held.held.wait()
+            await reading.trim(session_key(session.id), streams=[place.stream])
+            held.released.set()
+            *messages, error = await resumed.rest()
+        assert texts_of(messages) == [f"{n}" for n in range(len(messages))]
+        assert error["id"] == "mine"
+        assert error["error"]["data"]["reason"] == "stream_lost"
+
+
+async def test_a_backlog_is_resumed_from_a_store_that_reads_slowly() -> None:
+    """P3, P9: a read that takes longer than it is silent between two looks is not begun anew for ever."""
+    reads: list[int] = []
+
+    class Slow(MemoryStore):
+        async def read(self, key: str, after: Cursor, *, limit: int = 256) -> list[Event]:
+            if slow and after.position >= 1000:
+                reads.append(after.position)
+                await asyncio.sleep(1.7)
+            return await super().read(key, after, limit=limit)
+
+    slow = False
+    async with staged(one(Slow())) as (stage, a, b, c):
+        counting(stage)
+        session = await a.open()
+        async with posting(b, session, call("count", count=1200)) as stream:
+            first = await stream.event()
+            assert len(await stream.rest()) == 1201
+        # The node follows the log already, so that what is behind must be read for the new connection alone.
+        async with getting(c, session) as standalone:
+            await standalone.event()
+            slow = True
+            async with getting(c, session, first.id) as resumed:
+                assert texts_of(await resumed.rest()) == [*(f"{n}" for n in range(1200)), "done"]
+        assert reads
+
+
 class Forgetful(MemoryStore):
     """A store that can lose what it has acknowledged, as a failover to a replica that lagged does."""
 
@@ -676,7 +796,7 @@ async def test_any_request_id_can_be_resumed(memory: MakeStore, request_id: Any)
             events = await stream.events()
         assert all(re.fullmatch(r"[\x21-\x7e]+", event.id or "") for event in events)
         async with getting(c, session, events[0].id) as resumed:
-            assert await resumed.events() == events[1:]
+            assert await resumed.events() == [primed(events[0].id), *events[1:]]
         assert events[-1].message["id"] == request_id
 
 
