@@ -30,6 +30,7 @@ from typing import NamedTuple, Protocol, Self
 __all__ = [
     "CANCEL_SECONDS",
     "FRESH_SHARE",
+    "MAX_CANCELS",
     "MAX_READ",
     "NEW_STREAM",
     "STANDALONE",
@@ -53,6 +54,9 @@ NEW_STREAM = -1
 
 CANCEL_SECONDS = 60
 """How long a cancel stays in the record, to catch a request that it overtook."""
+
+MAX_CANCELS = 128
+"""How many cancels a record keeps: a client may send them without end (P10)."""
 
 WRITER_SECONDS = 120
 """How long a store remembers an idle writer at least. A writer gives up its retries well before that."""
@@ -101,7 +105,7 @@ class Loaded(NamedTuple):
         fields: The record, all of its fields.
         head: Cursor of the last entry that was ever appended; `Cursor(0)` while there was none. If `trim` has dropped
             the entry since, the position is still its, and the tag may be empty.
-        cancels: Request keys of the cancels that were left within the last `CANCEL_SECONDS`.
+        cancels: Request keys of the cancels that were left within the last `CANCEL_SECONDS`, the last `MAX_CANCELS`.
     """
 
     fields: dict[str, bytes]
@@ -125,7 +129,9 @@ class Batch:
         expect: Ids of server requests to put into the session's pending set.
         answers: Id that must be in the pending set, else `NotPending` and nothing is written. It stays there.
         settle: Id to take out of the pending set; it must be there, else `NotPending` and nothing is written.
-        cancel: Request key to leave in the record for `CANCEL_SECONDS`.
+        cancel: Request key, of at most 64 characters, to leave in the record for `CANCEL_SECONDS`. Beyond
+            `MAX_CANCELS` the oldest are dropped, in this step; which ones, where the store's clock tells no difference,
+            is open, but never this one.
         uncancel: Request key whose cancel is taken out of the record.
         fields: Record fields to set, or with None to remove, in the same step.
     """

@@ -75,12 +75,16 @@ if events > 0 then set_head(position, size, count, tag) end
 for i = fields, fields + 2 * sets - 1, 2 do redis.call('HSET', record, 'f' .. ARGV[i], ARGV[i + 1]) end
 for i = fields + 2 * sets, at - 1 do redis.call('HDEL', record, 'f' .. ARGV[i]) end
 if cancel ~= '' then
+  local mine, left = '#c' .. string.sub(cancel, 2), {}
   for _, name in ipairs(redis.call('HKEYS', record)) do
-    if string.sub(name, 1, 2) == '#c' and tonumber(redis.call('HGET', record, name)) <= now then
-      redis.call('HDEL', record, name)
+    if string.sub(name, 1, 2) == '#c' and name ~= mine then
+      local till = tonumber(redis.call('HGET', record, name))
+      if till <= now then redis.call('HDEL', record, name) else left[#left + 1] = {till, name} end
     end
   end
-  redis.call('HSET', record, '#c' .. string.sub(cancel, 2), now + CANCEL_MS)
+  table.sort(left, function(one, other) return one[1] < other[1] end)
+  for i = 1, #left - MAX_CANCELS + 1 do redis.call('HDEL', record, left[i][2]) end
+  redis.call('HSET', record, mine, now + CANCEL_MS)
 end
 if uncancel ~= '' then redis.call('HDEL', record, '#c' .. string.sub(uncancel, 2)) end
 

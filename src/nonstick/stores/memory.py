@@ -26,6 +26,7 @@ from nonstick.errors import (
 from nonstick.store import (
     CANCEL_SECONDS,
     FRESH_SHARE,
+    MAX_CANCELS,
     MAX_READ,
     NEW_STREAM,
     STANDALONE,
@@ -336,7 +337,11 @@ def _settle_record(session: _Session, batch: Batch, now: float) -> None:
     if batch.settle is not None:
         session.pending.discard(batch.settle)
     if batch.cancel is not None:
+        # The newest comes last.
+        session.cancels.pop(batch.cancel, None)
         session.cancels[batch.cancel] = now
+        while len(session.cancels) > MAX_CANCELS:
+            del session.cancels[next(iter(session.cancels))]
     if batch.uncancel is not None:
         session.cancels.pop(batch.uncancel, None)
     _change(session.fields, batch.fields)

@@ -419,6 +419,10 @@ BEGIN
     IF cancels IS NOT NULL THEN
         INSERT INTO nonstick.cancel AS c (session, request, at) VALUES (log.id, cancels, now_at)
             ON CONFLICT (session, request) DO UPDATE SET at = excluded.at;
+        DELETE FROM nonstick.cancel c WHERE c.session = log.id AND c.request IN (
+            SELECT o.request FROM nonstick.cancel o WHERE o.session = log.id
+                ORDER BY o.request = cancels DESC, o.at DESC OFFSET MAX_CANCELS
+        );
     END IF;
     IF uncancels IS NOT NULL THEN
         DELETE FROM nonstick.cancel c WHERE c.session = log.id AND c.request = uncancels;

@@ -7,7 +7,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Final
 
 from nonstick.errors import ConfigurationError
-from nonstick.store import CANCEL_SECONDS, FRESH_SHARE, WRITER_SECONDS
+from nonstick.store import CANCEL_SECONDS, FRESH_SHARE, MAX_CANCELS, WRITER_SECONDS
 from nonstick.stores.postgres_url import Address
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ _OLDEST: Final = 1
 _CONSTANTS: Final = {
     "CANCEL_SECONDS": CANCEL_SECONDS,
     "WRITER_SECONDS": WRITER_SECONDS,
+    "MAX_CANCELS": MAX_CANCELS,
     "FRESH_SHARE": FRESH_SHARE,
     "READ_BYTES": READ_BYTES,
 }

@@ -37,6 +37,7 @@ from nonstick.errors import (
 from nonstick.store import (
     CANCEL_SECONDS,
     FRESH_SHARE,
+    MAX_CANCELS,
     MAX_READ,
     NEW_STREAM,
     WRITER_SECONDS,
@@ -79,6 +80,7 @@ def _script(name: str) -> _Script:
     folder = resources.files("nonstick.stores")
     constants = (
         f"local CANCEL_MS, WRITER_MS, INLINE_BYTES = {CANCEL_SECONDS * 1000}, {WRITER_SECONDS * 1000}, {INLINE_BYTES}\n"
+        f"local MAX_CANCELS = {MAX_CANCELS}\n"
     )
     source = constants + (folder / "shared.lua").read_text() + (folder / f"{name}.lua").read_text()
     return _Script(hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest(), source)

@@ -1,4 +1,4 @@
--- Stands before every script. A line before it defines CANCEL_MS, WRITER_MS and INLINE_BYTES.
+-- Stands before every script. Lines before it define CANCEL_MS, WRITER_MS, INLINE_BYTES and MAX_CANCELS.
 --
 -- KEYS of every script about one session (all in one hash slot, by the {key} in their names):
 --   1 record, a hash: "f" .. name = a field; "#x" = "<lifetime ms> <expires ms>"; "#g" = its groups, one a line;

@@ -143,6 +143,9 @@ DELETE FROM pending WHERE session = ? AND request = ?;
 INSERT INTO cancel VALUES (?, ?, ?) ON CONFLICT (session, request) DO UPDATE SET at = excluded.at;
 -- name: uncancel
 DELETE FROM cancel WHERE session = ? AND request = ?;
+-- name: drop_cancels
+DELETE FROM cancel WHERE session = ? AND request <> ? AND request NOT IN
+(SELECT request FROM cancel WHERE session = ? AND request <> ? ORDER BY at DESC LIMIT ?);
 -- name: forget_cancels
 DELETE FROM cancel WHERE session = ? AND at <= ?;
 

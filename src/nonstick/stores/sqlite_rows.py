@@ -22,6 +22,7 @@ from nonstick.errors import (
 from nonstick.store import (
     CANCEL_SECONDS,
     FRESH_SHARE,
+    MAX_CANCELS,
     NEW_STREAM,
     STANDALONE,
     WRITER_SECONDS,
@@ -319,6 +320,7 @@ def _settle_record(db: sqlite3.Connection, now: float, session: int, batch: Batc
         db.execute(SQL["settle"], (session, batch.settle))
     if batch.cancel is not None:
         db.execute(SQL["cancel"], (session, batch.cancel, now))
+        db.execute(SQL["drop_cancels"], (session, batch.cancel, session, batch.cancel, MAX_CANCELS - 1))
     if batch.uncancel is not None:
         db.execute(SQL["uncancel"], (session, batch.uncancel))
     _change(db, session, batch.fields)

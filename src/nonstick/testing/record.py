@@ -10,7 +10,7 @@ import anyio.to_thread
 import pytest
 
 from nonstick.errors import AlreadyExists, NotPending, SessionNotFound, StreamClosed, TooManySessions
-from nonstick.store import CANCEL_SECONDS, FRESH_SHARE, Batch, Cursor, Store
+from nonstick.store import CANCEL_SECONDS, FRESH_SHARE, MAX_CANCELS, Batch, Cursor, Store
 from nonstick.testing.base import ContractFixtures
 from nonstick.testing.tools import Clock, drafts, eventually, gone_at, open_stream, read_all, texts
 
@@ -247,6 +247,21 @@ class RecordContract(ContractFixtures):
         assert (await b.load(key)).cancels == {"r1", "r2"}
         await clock.advance(2)
         assert (await b.load(key)).cancels == {"r2"}
+
+    async def test_record_keeps_the_latest_cancels_only(self, a: Store, b: Store, key: str, clock: Clock) -> None:
+        """`Batch.cancel`: beyond MAX_CANCELS the oldest are dropped; one that is left again is new again (P10)."""
+        await a.create(key, {}, lifetime=LONG)
+        extra = 30
+        for number in range(MAX_CANCELS + extra):
+            if clock.exact:
+                await clock.advance(0.01)
+            await a.append(key, Batch(drafts(b"x"), cancel=f"r{number}"))
+            await a.append(key, Batch(drafts(b"x"), cancel="again"))
+        kept = (await b.load(key)).cancels
+        assert len(kept) == MAX_CANCELS
+        # Where the store's clock ticks slowly, a few of the oldest are equally old.
+        assert kept >= {"again", *(f"r{number}" for number in range(2 * extra, MAX_CANCELS + extra))}
+        assert kept.isdisjoint(f"r{number}" for number in range(extra // 2))
 
     # ---- nodes and the store itself
 
