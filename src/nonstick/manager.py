@@ -43,6 +43,7 @@ from mcp_types import (
     DEFAULT_NEGOTIATED_VERSION,
     INTERNAL_ERROR,
     INVALID_PARAMS,
+    INVALID_REQUEST,
     PARSE_ERROR,
     ErrorData,
     JSONRPCError,
@@ -81,6 +82,9 @@ _NOTICE_PATIENCE: Final = 5.0
 _NEVER: Final = 10 * 365 * 86_400.0
 """The lifetime, in seconds, of sessions that are not to expire: no key in a store is without one."""
 
+_LONGEST_URI: Final = 2048
+"""Characters of a resource's URI that a record keeps."""
+
 _MAY_BE_ZERO: Final = ("window", "grace")
 _MAY_BE_NONE: Final = ("max_sessions_per_principal",)
 
@@ -101,6 +105,8 @@ class Options(TypedDict, total=False):
     max_log_events: int
     max_log_bytes: int
     max_json_depth: int
+    max_subscriptions: int
+    max_initialize_bytes: int
     send_timeout: float
     ping_interval: float
     grace: float
@@ -339,6 +345,7 @@ class SessionManager:
             message = await self._parse(request)
             if not (isinstance(message, JSONRPCRequest) and message.method == "initialize"):
                 raise _MISSING_ID
+            self._check_initialize(message)
             session_id = new_session_id()
             session = Session(node, session_id, session_key(session_id))
             session.hold_back()
@@ -482,12 +489,34 @@ class SessionManager:
             error = ErrorData(code=REQUEST_CANCELLED, message="Request cancelled")
             await wire.send_body(send, 200, wire.error_body(message.id, error), [*headers, wire.JSON_TYPE])
             return
+        if message.method == "resources/subscribe" and (no_room := self._refuse_subscription(session, message.params)):
+            await wire.send_body(send, 200, wire.error_body(message.id, no_room), [*headers, wire.JSON_TYPE])
+            return
         if message.method == "initialize":
+            self._check_initialize(message)
             version = str((message.params or {}).get("protocolVersion", DEFAULT_NEGOTIATED_VERSION))
         else:
             version = session.connection.protocol_version
         exchange = Exchange(session, message, request, head=loaded.head, protocol_version=version)
         await exchange.serve(send, headers)
+
+    def _check_initialize(self, message: JSONRPCRequest) -> None:
+        limit = self.settings.max_initialize_bytes
+        if len(pydantic_core.to_json(message.params)) > limit:
+            raise wire.Refusal(400, f"The parameters of initialize are longer than {limit} bytes", INVALID_PARAMS)
+
+    def _refuse_subscription(self, session: Session, params: dict[str, Any] | None) -> ErrorData | None:
+        """The error for a subscription that the session's record has no room for (P10)."""
+        uri = str((params or {}).get("uri", ""))
+        if len(uri) > _LONGEST_URI:
+            return ErrorData(code=INVALID_PARAMS, message=f"The URI is longer than {_LONGEST_URI} characters")
+        limit = self.settings.max_subscriptions
+        if uri in session.subscriptions or len(session.subscriptions) < limit:
+            return None
+        return ErrorData(
+            code=INVALID_REQUEST,
+            message=f"This session is subscribed to {limit} resources already; unsubscribe from some first",
+        )
 
     async def _take_notification(self, session: Session, message: JSONRPCNotification) -> None:
         """What a notification means to the session, before it is acknowledged."""

@@ -64,6 +64,10 @@ class Settings:
     max_log_bytes: int = 16 * 1024 * 1024
     """A session's log; over it, finished streams and then the standalone stream's oldest events are dropped."""
     max_json_depth: int = 64
+    max_subscriptions: int = 1000
+    """Resources that one session is subscribed to."""
+    max_initialize_bytes: int = 64 * 1024
+    """What a client says of itself when it opens a session, which the record keeps."""
     send_timeout: float = 30.0
     """A client that takes nothing for so long is cut off."""
     ping_interval: float = 15.0

@@ -15,8 +15,9 @@ from nonstick.events import Kind, kind_of
 from nonstick.exchange import Exchange
 from nonstick.follow import Follower, Subscription
 from nonstick.listener import Reader
+from nonstick.security import session_key
 from nonstick.session import Session as View
-from nonstick.store import STANDALONE
+from nonstick.store import MAX_CANCELS, STANDALONE
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing.cluster import HEADERS, Member, Session
 from tests.cluster.conftest import MakeStore, one
@@ -265,6 +266,43 @@ async def test_too_many_notifications_at_once_get_429(memory: MakeStore) -> None
         stage.open("end")
         await eventually(lambda: not handled)
         assert (await b.post(notification("notifications/x"), session)).status_code == 202
+
+
+# ---- the record
+
+
+async def test_cancels_of_requests_that_never_come_do_not_fill_the_record(make_store: MakeStore) -> None:
+    """P10: however many they are, and however long their ids. The latest still count (P5)."""
+    async with staged(make_store) as (stage, *members):
+        talking(stage)
+        session = await members[0].open()
+        names = [f"{number}" + "x" * 100_000 * (number % 10 == 0) for number in range(MAX_CANCELS + 60)]
+        for number, name in enumerate(names):
+            assert (await members[number % 3].post(cancel(name), session)).status_code == 202
+        cancels = (await stage.store.load(session_key(session.id))).cancels
+        assert len(cancels) == MAX_CANCELS
+        assert max(map(len, cancels)) <= 64
+        long = max(names[-20:], key=len)
+        for late in (long, names[-1]):
+            answer = await members[1].post(call("count", late, count=0), session)
+            assert answer.json()["id"] == late
+            assert "cancelled" in text_of(answer.json())
+        other = await members[1].post(call("count", long + "x", count=0), session)
+        assert text_of(other.json()) == "done"
+
+
+async def test_a_running_request_with_a_long_id_is_cancelled_from_another_node(memory: MakeStore) -> None:
+    """P5: its key is short on both nodes."""
+    async with staged(memory, window=0.02) as (stage, a, b, c):
+        talking(stage)
+        session = await a.open()
+        name = "x" * 10_000
+        async with posting(b, session, call("count", name, count=0, door="never")) as stream:
+            await stage.reached("at never")
+            await c.post(cancel(name), session)
+            outcome = await stream.outcome()
+        assert outcome["id"] == name
+        assert "cancelled" in text_of(outcome)
 
 
 # ---- slow readers

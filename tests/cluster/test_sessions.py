@@ -173,6 +173,43 @@ async def test_resource_subscriptions_are_in_the_record(make_store: MakeStore) -
         assert fields[subscription_field("memo://2")] == b"memo://2"
 
 
+async def test_resource_subscriptions_are_limited(memory: MakeStore) -> None:
+    """P10: the request for one too many gets an error that says so; one that is given up makes room."""
+    async with world(memory, max_subscriptions=2) as (_, cluster, store):
+        session = await cluster[0].open()
+
+        async def subscribe(member: Member, uri: str) -> Any:
+            return messages(await member.post(request("resources/subscribe", {"uri": uri}, 7), session))[-1]
+
+        for number, member in enumerate(cluster):
+            assert ("result" in await subscribe(member, f"memo://{number}")) == (number < 2)
+        refused = await subscribe(cluster[1], "memo://2")
+        assert refused["id"] == 7
+        assert "unsubscribe" in refused["error"]["message"]
+        assert "result" in await subscribe(cluster[2], "memo://0")
+        await cluster[0].post(request("resources/unsubscribe", {"uri": "memo://1"}), session)
+        assert "longer" in (await subscribe(cluster[1], "memo://" + "x" * 3000))["error"]["message"]
+        assert "result" in await subscribe(cluster[1], "memo://2")
+        fields = (await store.load(session_key(session.id))).fields
+        assert Record.from_fields(fields).subscriptions == {"memo://0", "memo://2"}
+
+
+async def test_what_a_client_says_of_itself_is_limited(memory: MakeStore) -> None:
+    """P10: when it opens a session, and when it initializes it again; the session is as it was."""
+    async with world(memory, max_initialize_bytes=500) as (_, cluster, store):
+        session = await cluster[0].open()
+        before = (await store.load(session_key(session.id))).fields
+        long = opening(clientInfo={"name": "x" * 500, "version": "1"})
+        for member in cluster:
+            for owner in (None, session):
+                refused = await member.post(long, owner)
+                assert refused.status_code == 400
+                assert error(refused)["code"] == -32602
+                assert "500 bytes" in error(refused)["message"]
+        assert (await store.load(session_key(session.id))).fields == before
+        assert answer(await cluster[1].post(call("echo", x=1), session)) == {"x": 1}
+
+
 async def test_session_state_follows_the_session(make_store: MakeStore) -> None:
     """P2."""
     async with world(make_store) as (_, (a, b, c), _store):

@@ -80,6 +80,20 @@ class KeepsFieldsOfRefused(MemoryStore):
         return await super().append(key, batch)
 
 
+class KeepsEveryCancel(MemoryStore):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.kept: set[str] = set()
+
+    async def append(self, key: str, batch: Batch) -> Appended:
+        answer = await super().append(key, batch)
+        self.kept |= {batch.cancel} if batch.cancel else set()
+        return answer
+
+    async def load(self, key: str) -> Loaded:
+        return (await super().load(key))._replace(cancels=frozenset(self.kept))
+
+
 class TearsBatches(MemoryStore):
     async def append(self, key: str, batch: Batch) -> Appended:
         if batch.stream != STANDALONE or batch.writer or len(batch.events) < 2:
@@ -220,6 +234,7 @@ BROKEN = {
     ],
     SettlesAnything: ["test_answer_that_nobody_expects_is_refused", "test_one_of_racing_replies_settles_the_request"],
     KeepsFieldsOfRefused: ["test_other_attempt_is_fenced", "test_nothing_follows_the_terminal"],
+    KeepsEveryCancel: ["test_record_keeps_the_latest_cancels_only"],
     TearsBatches: ["test_reader_never_sees_half_a_batch"],
     CountsPositionsFromWhatIsLeft: ["test_trimmed_positions_are_never_given_out_again"],
     RaisesSessionsByUpdate: [
