@@ -36,6 +36,7 @@ from nonstick.follow import Follower
 from nonstick.guard import GuardedStore
 from nonstick.sender import Sender
 from nonstick.store import Appended, Batch, Cursor, Event
+from nonstick.wire import STORE_AWAY
 
 __all__ = ["CLUSTER_KEY", "Cluster"]
 
@@ -182,7 +183,12 @@ class Cluster:
 
     async def _append(self, batch: Batch, /, *, patience: float) -> Appended:
         assert self._store is not None
-        appended = await self._store.append(CLUSTER_KEY, batch, patience=patience)
+        try:
+            appended = await self._store.append(CLUSTER_KEY, batch, patience=patience)
+        except StoreUnavailable as error:
+            logger.warning("the cluster log: %s", error)
+            # Handlers pass on to their clients what they get, and what the store said may name its host.
+            raise StoreUnavailable(STORE_AWAY) from None
         if appended.count > _LOG_EVENTS:
             try:
                 await self._store.trim(CLUSTER_KEY, standalone_before=appended.first - _LOG_EVENTS // 2)

@@ -325,7 +325,12 @@ class Session:
 
     async def append(self, batch: Batch, *, patience: float | None = None) -> Appended:
         """As `Store.append`, and sees to the log's size afterwards (P10)."""
-        appended = await self.node.store.append(self.key, batch, patience=patience)
+        try:
+            appended = await self.node.store.append(self.key, batch, patience=patience)
+        except StoreUnavailable as error:
+            logger.warning("session %s: %s", self.key[:12], error)
+            # Handlers pass on to their clients what they get, and what the store said may name its host.
+            raise StoreUnavailable(wire.STORE_AWAY) from None
         self.trimmer.note(appended, ended=batch.terminal)
         return appended
 

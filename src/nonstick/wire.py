@@ -36,6 +36,9 @@ SSE_HEADERS: Final = [
     (b"x-accel-buffering", b"no"),
 ]
 
+STORE_AWAY: Final = "the session store cannot be reached"
+"""All that a client is told about it."""
+
 PING: Final = b": ping\r\n\r\n"
 
 

@@ -22,6 +22,7 @@ from nonstick.testing import FaultProxy, ValkeyServer
 from nonstick.testing.cluster import Cluster, Member, Session
 from tests.cluster.conftest import one
 from tests.cluster.servers import World, answer, call, error, eventually, messages, opening, request
+from tests.cluster.stage import DownStore, ask, staged
 
 pytestmark = pytest.mark.anyio
 
@@ -345,3 +346,34 @@ async def test_sqlite_file_that_another_process_locks_is_503_until_it_is_free(sh
             other.execute("ROLLBACK")
         assert (await a.post(opening())).status_code == 200
         assert answer(await a.post(call("get"), session)) in ({"x": 1}, {"x": 2})
+
+
+async def test_what_a_handler_gets_does_not_say_where_the_store_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """P13: it goes on to the client, in the error that the handler raises; the log says it."""
+    monkeypatch.setattr("nonstick.exchange._EMIT_PATIENCE", 0.05)
+    memory = MemoryStore()
+    stores: list[DownStore] = []
+
+    def make() -> Any:
+        stores.append(DownStore(memory, "append", after=False, when=lambda _key, batch: bool(batch.expect)))
+        return stores[-1]
+
+    async with staged(make) as (stage, a, _b, _c):
+
+        @stage.tool
+        async def name(ctx: Any, arguments: dict[str, Any]) -> str:
+            try:
+                return str(await ask(ctx))
+            except StoreUnavailable as refused:
+                for store in stores:
+                    store.holding = False
+                raise RuntimeError(f"failed: {refused}") from refused
+
+        session = await a.open(capabilities={"elicitation": {}})
+        for store in stores:
+            store.holding = True
+        response = await a.post(call("name"), session)
+        assert error(response)["message"] == "failed: the session store cannot be reached"
+        assert "cut off by the test" in caplog.text
