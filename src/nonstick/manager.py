@@ -82,6 +82,15 @@ _NOTICE_PATIENCE: Final = 5.0
 _NEVER: Final = 10 * 365 * 86_400.0
 """The lifetime, in seconds, of sessions that are not to expire: no key in a store is without one."""
 
+_GIVEN_OTHERWISE: Final = {
+    "lifetime": "give session_idle_timeout=, in seconds",
+    "max_sessions": "give max_sessions= to nonstick.app() or SessionManager()",
+    "retry_interval": "give retry_interval= to nonstick.app() or SessionManager(), in milliseconds",
+    "placement": "in this release any node serves any session. Where there are to be no sessions at all, give "
+    "stateless_http=True to nonstick.app(), or stateless=True to SessionManager(); a session that stays on one node "
+    '(placement="owner") is not offered yet',
+}
+
 _LONGEST_URI: Final = 2048
 """Characters of a resource's URI that a record keeps."""
 
@@ -628,8 +637,11 @@ def _with_header(send: Send, header: tuple[bytes, bytes]) -> Send:
 def _settings(options: Options, **more: Any) -> Settings:
     defaults = {field.name: field.default for field in fields(Settings)}
     for name, value in options.items():
-        if name not in defaults:
-            raise ConfigurationError(f"unknown option {name!r}; there are: {', '.join(sorted(defaults))}")
+        if name in _GIVEN_OTHERWISE:
+            raise ConfigurationError(f"{name} is no option: {_GIVEN_OTHERWISE[name]}")
+        if name not in Options.__optional_keys__:
+            known = ", ".join(sorted(Options.__optional_keys__))
+            raise ConfigurationError(f"unknown option {name!r}; there are: {known}")
         if not isinstance(defaults[name], str) and not (value is None and name in _MAY_BE_NONE):
             _check_number(name, value)
     choices = {

@@ -178,7 +178,8 @@ def _to_json(key: str, value: Any) -> bytes:
         pass
     raise StateNotJSON(
         f"session state {key!r} holds a {type(value).__name__} that JSON cannot hold as it is, so other nodes could "
-        'not load it. Store plain JSON values, or serve with placement="owner", which keeps a session on one node.'
+        "not load it. Store plain JSON values; a session that has to hold this needs to stay on one node "
+        '(placement="owner"), which this release does not offer.'
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import fields
 from typing import Any, cast
 
 import httpx2
@@ -23,6 +24,8 @@ from starlette.types import Receive, Scope, Send
 
 import nonstick
 from nonstick.errors import ConfigurationError, NotRunning
+from nonstick.manager import _settings
+from nonstick.node import Settings
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing.cluster import HEADERS, Session
 from tests.cluster.servers import World, answer, call, error, opening, request
@@ -286,6 +289,9 @@ async def test_managers_of_several_servers_run_side_by_side() -> None:
         ({"max_request_body_size": 0}, "max_request_body_size"),
         ({"json_response": True, "answer": "sse"}, "give one of the two"),
         ({"windov": 1}, "unknown option 'windov'"),
+        ({"lifetime": 60}, "lifetime is no option: give session_idle_timeout="),
+        ({"placement": "stateless"}, "stateless_http=True"),
+        ({"placement": "owner"}, "not offered yet"),
         ({"window": -1}, "window must be"),
         ({"window": float("nan")}, "window must be"),
         ({"window": "soon"}, "window must be"),
@@ -303,6 +309,26 @@ async def test_managers_of_several_servers_run_side_by_side() -> None:
 async def test_argument_that_cannot_work_is_refused_with_the_reason(arguments: dict[str, Any], reason: str) -> None:
     with pytest.raises(ConfigurationError, match=reason):
         manager(**arguments)
+
+
+async def test_options_that_are_named_are_those_that_can_be_given() -> None:
+    """Each is taken by the app; nothing that is a setting of another name, or an argument, is among them."""
+    with pytest.raises(ConfigurationError) as refused:
+        manager(windov=1)
+    named = str(refused.value).partition("there are: ")[2].split(", ")
+    assert {"node_name", "node_header", "window"} < set(named)
+    assert not {"lifetime", "max_sessions", "retry_interval"} & set(named)
+    defaults = {field.name: field.default for field in fields(Settings)} | {"node_name": None, "node_header": False}
+    for name in named:
+        nonstick.app(World().server(), store="memory:", **{name: defaults[name]})  # type: ignore[arg-type]
+    settings = {field.name for field in fields(Settings)}
+    assert settings - set(named) == {"lifetime", "max_sessions", "retry_interval"}
+
+
+@pytest.mark.parametrize("name", ["max_sessions", "retry_interval"])
+async def test_argument_is_named_where_it_was_given_as_an_option(name: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"{name} is no option: give {name}="):
+        _settings({name: 1})  # type: ignore[misc]
 
 
 async def test_app_wants_a_server_of_the_sdk() -> None:
