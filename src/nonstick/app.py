@@ -7,6 +7,8 @@ from contextlib import asynccontextmanager
 from typing import Any, Unpack
 
 from mcp.server import MCPServer, Server
+from mcp.server.auth.provider import OAuthAuthorizationServerProvider, TokenVerifier
+from mcp.server.auth.settings import AuthSettings
 from mcp.server.streamable_http_manager import (
     DEFAULT_MAX_SESSIONS,
     DEFAULT_SESSION_IDLE_TIMEOUT,
@@ -64,6 +66,11 @@ def app(
     max_sessions: int | None = DEFAULT_MAX_SESSIONS,
     transport_security: TransportSecuritySettings | None = None,
     host: str = "127.0.0.1",
+    auth: AuthSettings | None = None,
+    token_verifier: TokenVerifier | None = None,
+    auth_server_provider: OAuthAuthorizationServerProvider[Any, Any, Any] | None = None,
+    custom_starlette_routes: list[Route] | None = None,
+    debug: bool = False,
     **options: Unpack[Options],
 ) -> App:
     """The server as an ASGI app, any of whose replicas serves any session.
@@ -78,6 +85,8 @@ def app(
             for local use, unless `transport_security` says otherwise.
         json_response, stateless_http, retry_interval, max_request_body_size, session_idle_timeout, max_sessions,
             transport_security: As for the SDK's `streamable_http_app`; see `SessionManager`.
+        auth, token_verifier, auth_server_provider, custom_starlette_routes, debug: As for the `streamable_http_app` of
+            a low-level `Server`. An `MCPServer` has them already.
         options: nonstick's own settings; see `Settings`.
 
     Raises:
@@ -88,6 +97,15 @@ def app(
             f"nonstick.app() needs an MCP server of the official SDK (mcp.server.MCPServer or mcp.server.Server), "
             f"not {type(server).__module__}.{type(server).__qualname__}"
         )
+    own: dict[str, Any] = {
+        "auth": auth,
+        "token_verifier": token_verifier,
+        "auth_server_provider": auth_server_provider,
+        "custom_starlette_routes": custom_starlette_routes,
+        "debug": debug,
+    }
+    own = {name: value for name, value in own.items() if value}
+    _check_own(server, own)
     inner = server.streamable_http_app(
         streamable_http_path=path,
         json_response=json_response,
@@ -98,6 +116,7 @@ def app(
         max_sessions=max_sessions,
         transport_security=transport_security,
         host=host,
+        **own,
     )
     endpoint = _endpoint(inner)
     theirs = endpoint.session_manager
@@ -118,6 +137,21 @@ def app(
     # The endpoint only ever calls its manager's `asgi_app`, which ours has.
     endpoint.session_manager = manager  # type: ignore[assignment]
     return App(inner, manager)
+
+
+def _check_own(server: MCPServer[Any] | Server[Any], own: dict[str, Any]) -> None:
+    """Whether this server takes these arguments, and they protect what they seem to."""
+    if isinstance(server, MCPServer) and own:
+        raise ConfigurationError(
+            f"give {', '.join(own)} to the MCPServer, not to nonstick.app(): MCPServer(..., auth=, token_verifier=, "
+            "auth_server_provider=, debug=) and @server.custom_route()"
+        )
+    if own.keys() & {"auth", "token_verifier", "auth_server_provider"} and not own.keys() >= {"auth", "token_verifier"}:
+        # The SDK would leave the MCP endpoint open, or closed to everybody.
+        raise ConfigurationError(
+            "authentication needs both auth= and token_verifier=; with an auth_server_provider= of your own, "
+            "token_verifier=mcp.server.auth.provider.ProviderTokenVerifier(provider)"
+        )
 
 
 def _endpoint(inner: Starlette) -> StreamableHTTPASGIApp:

@@ -13,19 +13,23 @@ from fastapi import FastAPI
 from mcp import Client
 from mcp.client.streamable_http import streamable_http_client
 from mcp.server import MCPServer, Server
+from mcp.server.auth.provider import AccessToken
+from mcp.server.auth.settings import AuthSettings
 from mcp.server.streamable_http import EventStore
 from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
 from mcp.server.transport_security import TransportSecuritySettings
+from pydantic import AnyHttpUrl
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
-from starlette.routing import Mount
+from starlette.routing import Mount, Route
 from starlette.types import Receive, Scope, Send
 
 import nonstick
 from nonstick.errors import ConfigurationError, NotRunning
 from nonstick.manager import _settings
 from nonstick.node import Settings
+from nonstick.security import session_key
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing.cluster import HEADERS, Session
 from tests.cluster.servers import World, answer, call, error, opening, request
@@ -149,6 +153,46 @@ async def test_custom_routes_middleware_and_tools_of_the_server_are_kept() -> No
                 result = await official.call_tool("double", {"x": 21})
                 assert result.structured_content == {"result": 42}
     assert starts == 1
+
+
+class _Tokens:
+    async def verify_token(self, token: str) -> AccessToken | None:
+        return AccessToken(token=token, client_id="app", scopes=["use"]) if token == "good" else None
+
+
+AUTH = AuthSettings(
+    issuer_url=AnyHttpUrl("https://issuer.example"),
+    resource_server_url=AnyHttpUrl("https://server.example/mcp"),
+    required_scopes=["use"],
+    validate_token_resource=False,
+)
+
+
+async def test_low_level_server_is_given_authentication_and_routes_as_with_the_sdk() -> None:
+    async def health(_: Request) -> Response:
+        return PlainTextResponse("well")
+
+    routes = [Route("/health", health)]
+    inner = nonstick.app(
+        World().server(),
+        store="memory:",
+        auth=AUTH,
+        token_verifier=_Tokens(),
+        custom_starlette_routes=routes,
+        debug=True,
+    )
+    assert inner.debug
+    async with running(inner) as client:
+        assert (await client.get("/health")).text == "well"
+        metadata = await client.get("/.well-known/oauth-protected-resource/mcp")
+        assert metadata.json()["resource"] == "https://server.example/mcp"
+        for headers in ({}, {"authorization": "Bearer bad"}):
+            assert (await client.post("/mcp", json=opening(), headers=headers)).status_code == 401
+        opened = await client.post("/mcp", json=opening(), headers={"authorization": "Bearer good"})
+        assert opened.status_code == 200
+        manager = inner.manager
+        loaded = await manager.store.load(session_key(opened.headers["mcp-session-id"]))
+        assert b"app" in loaded.fields["principal"]
 
 
 # ---- the manager alone
@@ -329,6 +373,21 @@ async def test_options_that_are_named_are_those_that_can_be_given() -> None:
 async def test_argument_is_named_where_it_was_given_as_an_option(name: str) -> None:
     with pytest.raises(ConfigurationError, match=f"{name} is no option: give {name}="):
         _settings({name: 1})  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [{"auth": AUTH}, {"token_verifier": _Tokens()}, {"auth_server_provider": object()}],
+)
+async def test_authentication_that_would_protect_nothing_is_refused(argument: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match="needs both auth= and token_verifier="):
+        nonstick.app(World().server(), store="memory:", **argument)
+
+
+@pytest.mark.parametrize("argument", [{"auth": AUTH}, {"custom_starlette_routes": [object()]}, {"debug": True}])
+async def test_what_an_mcpserver_has_itself_is_refused(argument: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match=f"give {next(iter(argument))} to the MCPServer"):
+        nonstick.app(MCPServer("own"), store="memory:", **argument)
 
 
 async def test_app_wants_a_server_of_the_sdk() -> None:
