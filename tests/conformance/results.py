@@ -6,7 +6,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
-__all__ = ["Check", "Difference", "Known", "Outcome", "Run", "Scenario", "compare", "outcome", "table"]
+__all__ = [
+    "Cells",
+    "Check",
+    "Difference",
+    "Known",
+    "Outcome",
+    "Run",
+    "Scenario",
+    "compare",
+    "outcome",
+    "read_table",
+    "table",
+]
 
 BAD: Final = frozenset({"FAILURE", "WARNING"})
 
@@ -52,6 +64,9 @@ class Outcome:
 
 
 Run = Mapping[Scenario, Outcome]
+
+Cells = Mapping[Scenario, str]
+"""A column of the table."""
 
 _RANK: Final = {"FAILURE": 4, "WARNING": 3, "SUCCESS": 2, "SKIPPED": 1, "INFO": 0}
 
@@ -110,14 +125,34 @@ def compare(baseline: Run, run: Run) -> list[Difference]:
     return found
 
 
-def table(columns: Mapping[str, Run], versions: Sequence[str]) -> str:
-    """A Markdown table for each version: scenario by column."""
+def table(columns: Mapping[str, Cells], versions: Sequence[str]) -> str:
+    """A Markdown table for each version: scenario by column. A scenario that a column does not have is a dash."""
     parts: list[str] = []
     for version in versions:
-        rows = [scenario for scenario in next(iter(columns.values())) if scenario.version == version]
+        rows = dict.fromkeys(
+            scenario for cells in columns.values() for scenario in cells if scenario.version == version
+        )
         parts += [f"### {version}", "", "| scenario | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
         for row in rows:
-            cells = (str(run[row]) if row in run else "–" for run in columns.values())
+            cells = (column.get(row, "–") for column in columns.values())
             parts.append(f"| {row.name} | " + " | ".join(cells) + " |")
         parts.append("")
     return "\n".join(parts)
+
+
+def read_table(text: str) -> dict[str, Cells]:
+    """The columns that `table` has written into this text."""
+    columns: dict[str, dict[Scenario, str]] = {}
+    version, names = "", list[str]()
+    for line in text.splitlines():
+        first, *rest = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("### "):
+            version = line.removeprefix("### ")
+        elif first == "scenario":
+            names = rest
+        elif rest and not line.startswith("|---"):
+            for name, cell in zip(names, rest, strict=True):
+                columns.setdefault(name, {})
+                if cell != "–":
+                    columns[name][Scenario(version, first)] = cell
+    return dict(columns)

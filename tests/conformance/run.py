@@ -1,7 +1,8 @@
 """Runs the official MCP conformance suite: `python -m tests.conformance.run`.
 
-Without arguments: against the SDK's own transport, and against nonstick with one node and with three. A check that
-the SDK passes and nonstick does not is a failure, unless `known.json` gives a reason for it.
+Without arguments: against the SDK's own transport, and against nonstick with one node and with three, at last while
+one of the three after another is killed. A check that the SDK passes and nonstick does not is a failure, unless
+`known.json` gives a reason for it.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from pathlib import Path
 from typing import Final, NamedTuple, get_args
 
 from tests.conformance import npm
+from tests.conformance.kills import Kills
 from tests.conformance.nodes import ROOT, SDK, Answer, StoreKind, balanced, nonstick, serving, store_url
-from tests.conformance.results import Known, Outcome, Run, Scenario, compare, outcome, table
+from tests.conformance.results import Cells, Known, Outcome, Run, Scenario, compare, outcome, read_table, table
 
 HOME: Final = Path(__file__).resolve().parent
 REPORT: Final = ROOT / "docs" / "conformance.md"
@@ -30,6 +32,8 @@ VERSIONS: Final = ("2025-03-26", "2025-06-18", "2025-11-25", "2026-07-28")
 """Every version that the suite takes."""
 
 EXTENSION: Final = "extension"
+KILLS: Final = "kills"
+"""The report's last table: how many nodes were killed while the suite ran."""
 SUITE_SECONDS: Final = 600.0
 
 
@@ -39,11 +43,14 @@ class Column(NamedTuple):
     nodes: int
     store: StoreKind | None = None
     answer: Answer = "auto"
+    kill_every: float | None = None
+    """Seconds from one node's SIGKILL to the next one's."""
 
     def __str__(self) -> str:
         if self.store is None:
             return f"sdk-{self.nodes}"
-        return f"nonstick-{self.nodes}-{self.store}" + ("" if self.answer == "auto" else f"-{self.answer}")
+        answer = "" if self.answer == "auto" else f"-{self.answer}"
+        return f"nonstick-{self.nodes}-{self.store}{answer}" + ("" if self.kill_every is None else "-killed")
 
 
 BASELINE: Final = Column(1)
@@ -55,6 +62,8 @@ COLUMNS: Final = (
     Column(3, "sqlite"),
     Column(3, "valkey"),
     Column(3, "valkey", "sse"),
+    Column(3, "sqlite", kill_every=4.0),
+    Column(3, "valkey", kill_every=4.0),
 )
 
 
@@ -114,7 +123,7 @@ def read(home: Path, version: str) -> dict[Scenario, Outcome]:
 
 
 @asynccontextmanager
-async def server(column: Column) -> AsyncIterator[str]:
+async def server(column: Column, kills: Kills | None) -> AsyncIterator[str]:
     """The URL of the everything server; a lone node is reached without the balancer."""
     async with AsyncExitStack() as stack:
         setup = SDK
@@ -123,22 +132,27 @@ async def server(column: Column) -> AsyncIterator[str]:
         if column.nodes == 1:
             yield f"http://127.0.0.1:{await stack.enter_async_context(serving(setup))}/mcp"
         else:
-            yield f"{(await stack.enter_async_context(balanced(column.nodes, setup))).url}/mcp"
+            yield f"{(await stack.enter_async_context(balanced(column.nodes, setup, kills=kills))).url}/mcp"
 
 
-async def run_column(suite: Suite, column: Column) -> dict[Scenario, Outcome]:
+async def run_column(suite: Suite, column: Column) -> tuple[dict[Scenario, Outcome], Kills | None]:
     start = time.monotonic()
-    async with server(column) as url:
+    kills = None if column.kill_every is None else Kills(column.kill_every)
+    async with server(column, kills) as url:
         found = await suite.run(url)
     failed = [(scenario, check) for scenario, result in found.items() for check in result.bad]
     checks = sum(len(result.good) + len(result.bad) for result in found.values())
     seconds = time.monotonic() - start
     print(f"{column}: {len(found)} scenarios, {checks} checks, {len(failed)} not passed, {seconds:.0f} s", flush=True)
+    if kills is not None:
+        print(f"    {kills}", flush=True)
+        if not kills.count:
+            raise RuntimeError("the suite ended before the first kill")
     for scenario, check in failed:
         # The server has no extensions, and the SDK alone no way to do better on three nodes.
         if scenario.version != EXTENSION and column != WITHOUT:
             print(f"    {scenario.version} {scenario.name}: {check.id}: {check.status}: {check.message}")
-    return found
+    return found, kills
 
 
 def read_known() -> list[Known]:
@@ -171,13 +185,21 @@ def judge(columns: Mapping[Column, Run]) -> bool:
     return fine
 
 
-def write(columns: Mapping[Column, Run]) -> None:
-    """Puts the table at the end of the report."""
-    head, mark, _ = REPORT.read_text().partition(MARK)
+def write(columns: Mapping[Column, Run], killed: Mapping[Column, Kills]) -> None:
+    """Puts the table at the end of the report. Columns that did not run stay as they are there."""
+    head, mark, tail = REPORT.read_text().partition(MARK)
     if not mark:
         raise RuntimeError(f"{REPORT.name} has no line {MARK}")
-    named = {str(column): run for column, run in columns.items()}
-    REPORT.write_text(f"{head}{MARK}\n\n{table(named, [*VERSIONS, EXTENSION])}")
+    cells: dict[str, Cells] = read_table(tail)
+    for column, run in columns.items():
+        cells[str(column)] = {scenario: str(result) for scenario, result in run.items()}
+    for column, kills in killed.items():
+        happened = {"nodes killed": kills.count, "open GET streams broken": kills.streams}
+        counted = {Scenario(KILLS, what): str(count) for what, count in happened.items()}
+        cells[str(column)] = {**cells[str(column)], **counted}
+    order = [str(column) for column in (BASELINE, *COLUMNS)]
+    named = {name: cells[name] for name in sorted(cells, key=lambda name: order.index(name) if name in order else 99)}
+    REPORT.write_text(f"{head}{MARK}\n\n{table(named, [*VERSIONS, EXTENSION, KILLS])}")
 
 
 async def main() -> int:
@@ -186,8 +208,11 @@ async def main() -> int:
     parser.add_argument("--nodes", type=int, choices=(1, 3), help="only the SDK, and nonstick with this many nodes")
     parser.add_argument("--store", choices=get_args(StoreKind), default="sqlite", help="with --nodes (%(default)s)")
     parser.add_argument("--answer", choices=get_args(Answer), default="auto", help="with --nodes (%(default)s)")
-    parser.add_argument("--write", action="store_true", help=f"put the table into docs/{REPORT.name}")
+    parser.add_argument("--kill-every", type=float, metavar="SECONDS", help="with --nodes 3: kill one after another")
+    parser.add_argument("--write", action="store_true", help=f"put what has run into the table in docs/{REPORT.name}")
     arguments = parser.parse_args()
+    if arguments.kill_every is not None and (arguments.nodes != 3 or arguments.kill_every <= 0):
+        parser.error("--kill-every takes a number of seconds, and --nodes 3")
     try:
         suite = Suite()
     except npm.NpmMissing as missing:
@@ -197,12 +222,15 @@ async def main() -> int:
     if arguments.sdk:
         wanted = (WITHOUT,)
     elif arguments.nodes is not None:
-        wanted = (Column(arguments.nodes, arguments.store, arguments.answer),)
+        wanted = (Column(arguments.nodes, arguments.store, arguments.answer, arguments.kill_every),)
     columns: dict[Column, Run] = {}
+    killed: dict[Column, Kills] = {}
     for column in (BASELINE, *wanted):
-        columns[column] = await run_column(suite, column)
+        columns[column], kills = await run_column(suite, column)
+        if kills is not None:
+            killed[column] = kills
     if arguments.write:
-        write(columns)
+        write(columns, killed)
     return 0 if judge(columns) else 1
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.conformance.results import Known, Outcome, Scenario, compare, outcome, table
+from tests.conformance.results import Known, Outcome, Scenario, compare, outcome, read_table, table
 
 SCENARIO = Scenario("2025-11-25", "ping")
 
@@ -60,12 +60,14 @@ def test_a_known_difference_is_known_only_where_it_says_so() -> None:
 
 
 def test_the_table_shows_what_passed() -> None:
-    """A scenario that only the wire format was checked of is shown as skipped."""
+    """A scenario that only the wire format was checked of is shown as skipped. What is written can be read again."""
     skipped = outcome([{"id": "wire-schema-valid", "status": "SUCCESS"}])
     columns = {
-        "one": {SCENARIO: checks(a="SUCCESS", b="SUCCESS"), Scenario("extension", "tasks"): skipped},
-        "three": {SCENARIO: checks(a="SUCCESS", b="FAILURE")},
+        "one": {SCENARIO: str(checks(a="SUCCESS", b="SUCCESS")), Scenario("extension", "tasks"): str(skipped)},
+        "three": {SCENARIO: str(checks(a="SUCCESS", b="FAILURE")), Scenario("kills", "nodes killed"): "9"},
     }
-    text = table(columns, ["2025-11-25", "extension"])
+    text = table(columns, ["2025-11-25", "extension", "kills"])
     assert "| ping | ✓ 2 | **✗ 1 of 2** |" in text
     assert "| tasks | skipped | – |" in text
+    assert "| nodes killed | – | 9 |" in text
+    assert read_table(text) == columns
