@@ -56,6 +56,11 @@ class Kind(IntEnum):
     """In the cluster log: something changed that clients may have subscribed to. Body: `{"method", "uri"}`."""
     KEYS = ord("k")
     """In the cluster log: its record has other `requestState` keys now. No body."""
+    ASKING = ord("w")
+    """A connection asks whether another carries the standalone stream. Body: `{"listener", "node"}`: the turn that it
+    will begin if none does, null if it only wants to know."""
+    CARRYING = ord("y")
+    """That turn is not over: the answer. Body: `{"listener"}`."""
     LEFT = ord("x")
     """That turn is over. Body: `{"listener", "read"}`: the last position that it had written out, null if none."""
 

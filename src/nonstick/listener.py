@@ -12,7 +12,8 @@ import logging
 import secrets
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Iterable
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Final, TypeVar
 
 import anyio
@@ -40,6 +41,15 @@ _LEAVE_SECONDS: Final = 2.0
 
 _LIVENESS_POLL: Final = 1.5
 """Seconds of silence after which it is looked whether the node that should write still lives."""
+
+_ANSWER_SECONDS: Final = 3.0
+"""A connection that lives answers what it reads in the log within so long, once its client has taken what it had."""
+
+_TRAIL: Final = 500
+"""Entries of the log that a connection knows again after a failover."""
+
+_LOSS: Final = 2**60
+"""More than any position: a mark from after a loss of entries is above all those from before."""
 
 _EXISTENCE_POLL: Final = 4.0
 """Seconds, at least, between two looks whether a silent stream is still there."""
@@ -104,7 +114,11 @@ class Reader(ABC):
 
     def put_priming(self, place: EventId) -> None:
         frame = wire.sse_priming(place.seal(self.session.id), self.session.node.settings.retry_interval)
-        self.outlet.put(frame, place.cursor.position)
+        self.outlet.put(frame, self.mark(place.cursor.position))
+
+    def mark(self, position: int) -> int:
+        """What the outlet is to know a position by: it only rises."""
+        return position
 
     def hand_over(self) -> None:
         """The node stops: the client is told to come back, and the connection is closed (P8)."""
@@ -118,7 +132,7 @@ class Reader(ABC):
         """Takes a message as soon as the client has taken enough of those before."""
         await self.outlet.room()
         frame = wire.sse_frame(event_id.seal(self.session.id), body_of(event.data))
-        self.outlet.put(frame, event.position)
+        self.outlet.put(frame, self.mark(event.position))
 
 
 class _Following:
@@ -277,9 +291,10 @@ class Listener(Reader):
     """A connection to the session's standalone stream.
 
     The log is the arbiter of several: each begins its turn with a `listening` event, carries what comes before the next
-    one's, then says how far it got and is silent. The next one begins there, so that two never carry the same message.
+    one's, then says how far it got and is silent. The next one begins there, so that two never carry the same message;
+    but one whose client named an event goes on after that, for only its client knows what it has.
     The superseded one stays open, for a client whose connection is closed comes back, and the two would take turns for
-    ever; it goes on when the newer one has left.
+    ever; it goes on when the newer one has left. So does one that comes back with an event id while a newer one lives.
 
     Args:
         place: Where the client wants to go on, if it said so.
@@ -288,18 +303,27 @@ class Listener(Reader):
 
     def __init__(self, session: Session, place: EventId | None, *, primes: bool) -> None:
         super().__init__(session, place, primes=primes)
+        self._named = place is not None
         self._turns = Turns()
         self._settled: set[str] = set()
         self._seen = Cursor(0)
         """Up to where the log is taken into account."""
+        self._trail: deque[Cursor] = deque(maxlen=_TRAIL)
+        """The last entries that are taken into account."""
+        self._losses = 0
+        """How often the store lost entries of the log."""
         self._start = 0
         """Up to where the client had the stream when its connection came, or its turn began."""
         self._reached = 0
         """Up to where it was put into the outlet."""
         self._turn = ""
-        self._position = 0
+        self._position = sys.maxsize
+        """Of the event that began its turn."""
         self._carries = False
         self._claim: asyncio.Task[Appended] | None = None
+        """What it told others: they wait for it to leave."""
+
+    # ---- before the response
 
     async def prepare(self, *, reject: bool = False) -> bool:
         """Reads what the log has. False if `reject` and another live connection carries the stream.
@@ -308,41 +332,97 @@ class Listener(Reader):
             SessionNotFound, StoreUnavailable: As `Store.read`.
         """
         if self._place is not None:
-            self._start = self._reached = await self._find(self._place.cursor)
+            await self._find(self._place)
         await self._scan(Cursor(self._start))
-        return not (reject and self._place is None and await self._is_carried())
+        if not reject or self._named:
+            return True
+        try:
+            first = await self._ask_for_it()
+        except BaseException:
+            self.session.spawn(self._leave())
+            raise
+        if not first:
+            self.session.spawn(self._leave())
+        return first
 
-    async def _find(self, cursor: Cursor) -> int:
-        """Where to go on for a client that has everything up to this entry."""
+    async def _find(self, place: EventId) -> None:
+        """Finds out where to go on for a client that has everything up to here."""
+        cursor = place.cursor
         with contextlib.suppress(Diverged):
             found = await self.session.node.store.read(self.session.key, Cursor(cursor.position - 1), limit=1)
             if not found or found[0].position > cursor.position or found[0].cursor == cursor:
-                return cursor.position
+                self._start = self._reached = cursor.position
+                self._trail.append(cursor)
+                return
         logger.warning("session %s: events of its standalone stream are lost", self.session.key[:12])
-        return 0
+        # It is not given this id again.
+        self._place = None
 
-    async def _scan(self, after: Cursor) -> None:
+    async def _ask_for_it(self) -> bool:
+        """Asks whether another connection carries the stream. Whether none does, and none asked before."""
+        self._turn = secrets.token_hex(8)
+        self._claim = self.session.node.spawn(self._ask(self._turn))
+        taken = False
+
+        def rival() -> Turn | None:
+            nonlocal taken
+            if self._seen.position < asked:
+                return Turn(self._turn, self.session.node.id, asked, 0)
+            turn = self._turns.rival_of(asked)
+            taken = turn is not None and turn.shown > asked
+            return None if taken or self.session.node.draining else turn
+
+        try:
+            async with asyncio.timeout(2 * self._patience):
+                asked = (await asyncio.shield(self._claim)).first
+                await self._follow_while(rival, answers=lambda _: True)
+        except (TimeoutError, Diverged):
+            raise StoreUnavailable("it could not be found out whether another connection carries the stream") from None
+        return not taken
+
+    # ---- what the log has
+
+    async def _scan(self, after: Cursor, known: Mapping[int, bytes] | None = None) -> int:
+        """Takes the log into account. Position of the last entry that is `known`, by its tag; 0 if none is."""
+        last = 0
         self._seen = after
         while events := await self.session.node.store.read(self.session.key, self._seen, limit=MAX_READ):
             for event in events:
+                if known and known.get(event.position) == event.tag:
+                    last = event.position
                 self._note(event)
+        return last
 
     def _note(self, event: Event) -> None:
         """Keeps account of whose turn it is and which server requests are settled."""
         if event.position <= self._seen.position:
             return
         self._seen = event.cursor
+        self._trail.append(event.cursor)
         self._turns.note(event)
         kind = kind_of(event.data)
         if kind is Kind.REPLY:
             self._settled.add(request_key(decode(event.data)["id"]))
         elif kind is Kind.MESSAGE and event.stream == STANDALONE and b'"notifications/cancelled"' in event.data:
             self._settled.add(request_key((decode(event.data).get("params") or {}).get("requestId", "")))
+        elif kind is Kind.ASKING and event.position > self._position and self._claim is not None:
+            self.session.spawn(self._answer(self._turn))
+
+    async def _answer(self, turn: str) -> None:
+        """Somebody asks whether this connection carries the stream: it does."""
+        with contextlib.suppress(StoreError):
+            await self._append(draft(Kind.CARRYING, pydantic_core.to_json({"listener": turn})))
+
+    async def _ask(self, turn: str | None) -> Appended:
+        body = {"listener": turn, "node": self.session.node.id}
+        return await self._append(draft(Kind.ASKING, pydantic_core.to_json(body)))
 
     async def _is_carried(self) -> bool:
         """Whether a newer connection carries the stream."""
         turn = self._turns.latest
         return turn is not None and not turn.left and not await self.session.node.store.lapsed([turn.node])
+
+    # ---- carrying it
 
     async def feed(self) -> None:
         while True:
@@ -350,18 +430,35 @@ class Listener(Reader):
                 await self._take_turns()
                 return
             except Diverged:
-                logger.warning("session %s: its standalone stream is followed from the start", self.session.key[:12])
-                self._place, self._carries = None, False
-                await self._leave()
-                self._start = self._reached = 0
-                self._turns = Turns()
-                await _patiently(lambda: self._scan(Cursor(0)))
+                await self._find_again()
+
+    async def _find_again(self) -> None:
+        """The store lost entries: goes on after the last one that is still there (P9)."""
+        await self.outlet.flushed()
+        known = {cursor.position: cursor.tag for cursor in self._trail}
+
+        async def scan() -> int:
+            self._turns = Turns()
+            return await self._scan(Cursor(0), known)
+
+        while True:
+            try:
+                left = await _patiently(scan)
+                break
+            except Diverged:
+                await asyncio.sleep(_LIVENESS_POLL)
+        logger.warning("session %s: its standalone stream goes on after %d", self.session.key[:12], left)
+        self._start = min(self._read, left)
+        self._reached = min(self._reached, left)
+        self._losses += 1
+        await self._leave()
+        self._place = None
 
     async def _take_turns(self) -> None:
         if self._place is not None and await _patiently(self._is_carried):
-            # When that one has gone, its client has what it carried.
-            self._place = None
-            await self._stay_silent()
+            asked = (await self._ask(None)).first
+            # It may have left, and the store lost that.
+            await self._stay_silent(answers=lambda turn: turn.shown < asked)
         while True:
             await self._begin_turn()
             if await self._carry_on():
@@ -371,19 +468,23 @@ class Listener(Reader):
     async def _begin_turn(self) -> None:
         """Says in the log that this connection carries the stream from here on, and finds out where to go on."""
         self._turns.forget()
-        given, self._place = self._place, None
-        self._turn = secrets.token_hex(8)
+        self._place = None
+        if self._claim is None:
+            self._turn = secrets.token_hex(8)
         self._position = sys.maxsize
-        since = self._start if given else max(self._reached, self._turns.read_before(self._position))
-        body = {"listener": self._turn, "node": self.session.node.id, "since": since}
+        body = {"listener": self._turn, "node": self.session.node.id, "since": self._where_to_begin()}
         # Its outcome must be known when this connection goes meanwhile: others wait for it to leave.
         self._claim = self.session.node.spawn(self._append(draft(Kind.LISTENING, pydantic_core.to_json(body))))
         self._position = (await asyncio.shield(self._claim)).first
-        await self._follow_while(self._what_is_open_before_mine if given is None else self._what_is_mine)
-        if given is None:
-            self._start = max(self._reached, self._turns.read_before(self._position))
-        self._reached = self._start
+        turn_open = self._what_is_mine if self._named else self._what_is_open_before_mine
+        await self._follow_while(turn_open, answers=lambda _: True)
+        self._start = self._reached = self._where_to_begin()
         self._carries = True
+
+    def _where_to_begin(self) -> int:
+        """Up to where the client has the stream, as far as is known."""
+        # What others carried, a client that names an event need not have had.
+        return self._reached if self._named else max(self._reached, self._turns.read_before(self._position))
 
     def _what_is_mine(self) -> Turn | None:
         """The turn of this connection, until the log has been taken into account up to there."""
@@ -399,13 +500,26 @@ class Listener(Reader):
         turn = self._turns.latest
         return None if turn is None or turn.left else turn
 
-    async def _follow_while(self, turn_open: Callable[[], Turn | None]) -> None:
-        """Follows the log while there is such a turn. One whose node is seen dead twice in a row is over."""
-        doubted = ""
+    @property
+    def _patience(self) -> float:
+        """Seconds within which a connection that lives says what others wait for."""
+        return self.session.node.settings.send_timeout + _ANSWER_SECONDS
+
+    async def _follow_while(
+        self, turn_open: Callable[[], Turn | None], *, answers: Callable[[Turn], bool] = lambda _: False
+    ) -> None:
+        """Follows the log while there is such a turn.
+
+        One whose node is seen dead twice in a row is over; so is one that `answers`, but has not within the patience:
+        its connection has gone, and the store lost that it said so (P9).
+        """
+        doubted, awaited, patience = "", "", 0.0
         loop = asyncio.get_running_loop()
         looked = loop.time()
         with self.follow(self._seen) as following:
             while (turn := turn_open()) is not None:
+                if turn.name != awaited:
+                    awaited, patience = turn.name, self._patience
                 events = await following.next()
                 for event in events:
                     self._note(event)
@@ -414,12 +528,16 @@ class Listener(Reader):
                     continue
                 looked = loop.time()
                 node = turn.node
-                if not await _patiently(lambda: self.session.node.store.lapsed([node])):  # noqa: B023
-                    doubted = ""
-                elif doubted == turn.name:
-                    turn.give_up()
-                else:
+                if await _patiently(lambda: self.session.node.store.lapsed([node])):  # noqa: B023
+                    if doubted == turn.name:
+                        turn.give_up()
                     doubted = turn.name
+                    continue
+                doubted = ""
+                # Only time in which the store can be reached counts.
+                patience -= _LIVENESS_POLL
+                if answers(turn) and patience <= 0:
+                    turn.give_up()
 
     async def _carry_on(self) -> bool:
         """Carries the stream until the next turn begins (False), or it is hung up (True)."""
@@ -453,20 +571,30 @@ class Listener(Reader):
         message = decode(event.data)
         return "method" in message and "id" in message and request_key(message["id"]) in self._settled
 
-    async def _stay_silent(self) -> None:
+    async def _stay_silent(self, answers: Callable[[Turn], bool] = lambda _: False) -> None:
         """Holds the connection open without a word while a newer one lives."""
-        await self._follow_while(self._what_is_newer)
+        await self._follow_while(self._what_is_newer, answers=answers)
+
+    # ---- leaving
+
+    def mark(self, position: int) -> int:
+        return self._losses * _LOSS + position
+
+    @property
+    def _read(self) -> int:
+        """Up to where the connection took the stream."""
+        losses, sent = divmod(self.outlet.sent, _LOSS)
+        return max(sent if losses == self._losses else 0, self._start)
 
     async def _leave(self) -> None:
         """Says in the log up to where the client has the stream; not known if its turn never came."""
         if self._claim is None:
             return
-        read = max(self.outlet.sent, self._start) if self._carries else None
-        body = {"listener": self._turn, "read": read}
+        body = {"listener": self._turn, "read": self._read if self._carries else None}
         with contextlib.suppress(StoreError):
             await asyncio.shield(self._claim)
             await self._append(draft(Kind.LEFT, pydantic_core.to_json(body)))
-        self._claim, self._carries = None, False
+        self._claim, self._carries, self._position = None, False, sys.maxsize
 
     async def _append(self, event: Draft) -> Appended:
         batch = Batch([event], writer=secrets.token_hex(8), sequence=1)

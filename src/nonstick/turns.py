@@ -2,10 +2,13 @@
 
 Each connection that is to carry the stream says so with a `listening` event, which begins its *turn*; the next one's
 ends it. With `left` it says up to where its client has the stream. The one whose turn is next begins there (P3).
+
+One that shall not take the stream from another asks first: with `asking`, which the one that carries it answers.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 from nonstick.events import Kind, decode, kind_of
@@ -25,6 +28,7 @@ class Turn:
         since: Up to where the client had the stream when it began, as far as was known: not beyond.
         left: It carries nothing more.
         read: Up to where its client has the stream. None until it left, and if it left before it carried anything.
+        shown: Position of its last sign of life.
     """
 
     name: str
@@ -33,9 +37,10 @@ class Turn:
     since: int
     left: bool = False
     read: int | None = None
+    shown: int = 0
 
     def give_up(self) -> None:
-        """Its node died and will not say how far it got: nothing is lost if what it may have carried comes again."""
+        """It will not say any more how far it got: nothing is lost if what it may have carried comes again."""
         self.left, self.read = True, self.since
 
 
@@ -44,6 +49,8 @@ class Turns:
 
     def __init__(self) -> None:
         self._turns: list[Turn] = []
+        self._asking: list[Turn] = []
+        """Those that may yet begin."""
 
     @property
     def latest(self) -> Turn | None:
@@ -54,27 +61,63 @@ class Turns:
         kind = kind_of(event.data)
         if kind is Kind.LISTENING:
             body = decode(event.data)
-            self._turns.append(Turn(body["listener"], body["node"], event.position, body["since"]))
+            name = body["listener"]
+            self._forget_asking(name)
+            self._turns.append(Turn(name, body["node"], event.position, body["since"], shown=event.position))
+        elif kind is Kind.ASKING:
+            body = decode(event.data)
+            if body["listener"] is not None:
+                self._asking.append(Turn(body["listener"], body["node"], event.position, 0))
+        elif kind is Kind.CARRYING:
+            name = decode(event.data)["listener"]
+            for turn in self._turns:
+                if turn.name == name:
+                    turn.shown = event.position
         elif kind is Kind.LEFT:
             body = decode(event.data)
-            self._leave(body["listener"], body["read"])
+            self._leave(body["listener"], body["read"], event.position)
 
-    def _leave(self, name: str, read: int | None) -> None:
+    def _forget_asking(self, name: str) -> bool:
+        before = len(self._asking)
+        self._asking = [turn for turn in self._asking if turn.name != name]
+        return len(self._asking) < before
+
+    def _leave(self, name: str, read: int | None, position: int) -> None:
+        if self._forget_asking(name):
+            return
         turn = next((turn for turn in reversed(self._turns) if turn.name == name), None)
         if turn is None:
             # Its beginning was trimmed, so it is older than all that are known.
             turn = Turn(name, "", 0, 0)
             self._turns.insert(0, turn)
+        if read is not None and read > position:
+            # It did not know yet that the store had lost entries, whose positions are given out again.
+            read = turn.since
         turn.left, turn.read = True, read
 
     def open_before(self, position: int) -> Turn | None:
-        """The turn that must leave before it is known where one that began at `position` is to go on."""
+        """The turn that must leave before it is known where one that began at `position` is to go on.
+
+        Of several the oldest, for which the others wait too.
+        """
+        return next(iter(self._open_before(position)), None)
+
+    def rival_of(self, position: int) -> Turn | None:
+        """The turn that one which asked at `position` may not take the stream from, if it lives: which carries it, or
+        asked before. One that has shown that it lives, if there is one.
+        """
+        opened = self._open_before(sys.maxsize)
+        asked = [turn for turn in self._asking if turn.position < position and not turn.left]
+        return next((turn for turn in opened if turn.shown > position), None) or next(iter(asked + opened), None)
+
+    def _open_before(self, position: int) -> list[Turn]:
+        opened: list[Turn] = []
         for turn in self._before(position):
             if turn.read is not None:
-                return None
+                break
             if not turn.left:
-                return turn
-        return None
+                opened.insert(0, turn)
+        return opened
 
     def read_before(self, position: int) -> int:
         """Up to where the client had the stream when a turn began at `position`, as far as is known: not beyond."""

@@ -224,7 +224,8 @@ async def test_second_listener_takes_over_or_is_refused_as_chosen() -> None:
         async with ours.stream("GET", session, **accept) as first:
             assert first.status_code == 200
             # Its first event says that it is in the log.
-            await anext(first.aiter_lines())
+            lines = first.aiter_lines()  # forgotten, it would close the connection
+            await anext(lines)
             refused = await ours.client.get(ours.url, headers={**accept, **session.headers})
             assert outcome(refused) == Outcome(
                 409, "application/json", -32600, "Conflict: Only one SSE stream is allowed per session", named=True

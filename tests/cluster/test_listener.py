@@ -14,7 +14,7 @@ from nonstick.security import session_key
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing.cluster import Member, Session
 from tests.cluster.conftest import MakeStore, one
-from tests.cluster.sse import DEADLINE, Stream, getting, posting
+from tests.cluster.sse import DEADLINE, Sse, Stream, getting, posting
 from tests.cluster.stage import (
     Context,
     Stage,
@@ -349,9 +349,57 @@ async def test_a_return_with_an_old_cursor_is_silent_while_a_newer_connection_li
                 await heard(newer, 3)
                 await newer.close()
                 await has_left(stage, session, 2)
-                # What the newer one had, its client has.
+                # From its own id on: only its client knows what it has.
                 await tell(b, session, 4)
-                await heard(back, 4)
+                await heard(back, 2, 3, 4)
+
+
+async def test_what_a_newer_connection_carried_into_nowhere_is_not_lost(make_store: MakeStore) -> None:
+    """P3: a client that names an event goes on after it, whatever a connection took that it never heard of."""
+    async with talking(make_store) as (stage, a, b, c):
+        session = await a.open()
+        async with getting(a, session) as first:
+            await tell(b, session, 1)
+            await heard(first, 1)
+        await has_left(stage, session)
+        async with getting(b, session, first.last_id) as unread, getting(c, session, first.last_id) as third:
+            assert (await third.event()).id == first.last_id
+            await tell(a, session, 2)
+            await eventually(lambda: unread.waiting)
+            assert not third.waiting
+            await unread.close()
+            await tell(a, session, 3)
+            await heard(third, 2, 3)
+
+
+async def test_a_connection_that_goes_on_has_no_gap_in_what_it_named(make_store: MakeStore) -> None:
+    """P3: also after another one carried the stream in between."""
+    async with talking(make_store) as (stage, a, b, c):
+        session = await a.open()
+        async with getting(a, session) as first:
+            start = (await first.event()).id
+        await has_left(stage, session)
+        async with getting(a, session, start) as named:
+            await tell(b, session, 1)
+            await heard(named, 1)
+            async with getting(c, session) as second:
+                await second.event()
+                await tell(b, session, 2)
+                await heard(second, 2)
+            await has_left(stage, session, 3)
+            await tell(b, session, 3)
+            await heard(named, 2, 3)
+
+
+async def test_a_silent_resumed_connection_is_primed(make_store: MakeStore) -> None:
+    """P3: its client keeps the id to come back with."""
+    async with talking(make_store) as (_, a, b, c):
+        session = await a.open()
+        async with getting(a, session) as first:
+            await tell(b, session, 1)
+            await heard(first, 1)
+            async with getting(c, session, first.last_id) as silent:
+                assert await silent.event() == Sse(id=first.last_id, retry=1000, data="")
 
 
 async def test_a_silent_connection_does_not_get_again_what_it_had(make_store: MakeStore) -> None:
@@ -383,6 +431,29 @@ async def test_a_second_connection_can_be_refused(make_store: MakeStore) -> None
         async with getting(c, session) as third:
             await tell(b, session, 2)
             await heard(third, 2)
+
+
+async def test_of_two_that_come_at_once_one_is_refused(make_store: MakeStore) -> None:
+    """P3: `second_listener="reject"`: the log says who was first."""
+    async with talking(make_store, second_listener="reject") as (stage, *members):
+        for _ in range(5):
+            session = await members[0].open()
+            async with AsyncExitStack() as stack:
+                streams = [Stream(members[n % 3], "GET", session, None, {}) for n in range(4)]
+                for stream in streams:
+                    stack.push_async_callback(stream.close)
+                statuses = [(await stream.response()).status_code for stream in streams]
+                assert sorted(statuses) == [200, 409, 409, 409]
+                carries = streams[statuses.index(200)]
+                await tell(members[1], session, 1)
+                await heard(carries, 1)
+                await has_left(stage, session, 3)
+                # What was refused has not disturbed it.
+                await tell(members[2], session, 2)
+                await heard(carries, 2)
+            await has_left(stage, session, 4)
+            async with getting(members[1], session) as after:
+                assert (await after.response()).status_code == 200
 
 
 async def test_the_node_of_the_connection_before_is_gone(make_store: MakeStore) -> None:
@@ -529,6 +600,53 @@ async def test_what_is_sent_after_the_store_lost_entries_is_delivered() -> None:
                 pass
             await tell(b, session, "newer")
             await heard(stream, "newer")
+
+
+async def test_what_is_still_there_after_a_loss_is_not_sent_again() -> None:
+    """P9: the open connection goes on after the last entry that the store still has."""
+    store = Forgetful()
+    async with talking(one(store)) as (stage, a, b, c):
+        session = await a.open()
+        async with getting(c, session) as stream:
+            await stream.event()
+            await tell(b, session, *range(4))
+            await heard(stream, *range(4))
+            kept = len(await stage.log(session))
+            await tell(b, session, "lost")
+            await heard(stream, "lost")
+            store.lose(session_key(session.id), kept)
+            await tell(b, session, "new", "newer")
+            await heard(stream, "new", "newer")
+        await has_left(stage, session, 2)
+        # What it says that it has is counted in the log of now.
+        await tell(b, session, "newest")
+        async with getting(a, session) as stream:
+            await heard(stream, "newest")
+
+
+@pytest.mark.parametrize("names", [False, True], ids=["without an id", "with an id"])
+@pytest.mark.parametrize("second_listener", ["takeover", "reject"])
+async def test_a_connection_whose_leaving_was_lost_holds_up_nobody_for_ever(names: bool, second_listener: str) -> None:
+    """P9: it does not answer; its node lives."""
+    store = Forgetful()
+    async with talking(one(store), send_timeout=0.5, second_listener=second_listener) as (stage, a, b, c):
+        session = await a.open()
+        async with getting(a, session) as first:
+            await first.event()
+        await has_left(stage, session)
+        async with getting(c, session) as second:
+            await second.event()
+            await tell(b, session, 1)
+            await heard(second, 1)
+            there = len(await stage.log(session))
+        await has_left(stage, session, 2)
+        store.lose(session_key(session.id), there)
+        await tell(b, session, 2)
+        async with getting(a, session, first.last_id if names else None) as again:
+            assert (await again.response()).status_code == 200
+            await heard(again, 1, 2)
+            await tell(b, session, 3)
+            await heard(again, 3)
 
 
 async def test_a_cursor_that_the_store_lost_starts_at_what_is_left(make_store: MakeStore) -> None:

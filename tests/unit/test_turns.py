@@ -10,13 +10,16 @@ from nonstick.turns import Turns
 
 
 def noted(*entries: tuple[str, str, int | None]) -> Turns:
-    """The turns after these entries, at positions 1, 2 …: `("l", name, since)` or `("x", name, read)`."""
+    """The turns after these entries, at positions 1, 2 …: `("l", name, since)`, `("x", name, read)`, or
+    `("w", name, None)` for one that asks, `("y", name, None)` for one that answers."""
     turns = Turns()
     for position, (kind, name, number) in enumerate(entries, 1):
         if kind == "l":
             body = {"listener": name, "node": f"node of {name}", "since": number}
-        else:
+        elif kind == "x":
             body = {"listener": name, "read": number}
+        else:
+            body = {"listener": name, "node": f"node of {name}"}
         event = draft(Kind(ord(kind)), pydantic_core.to_json(body))
         turns.note(Event(position, event.tag, STANDALONE, event.data))
     return turns
@@ -37,18 +40,64 @@ def test_the_first_begins_at_the_beginning() -> None:
 def test_the_next_waits_for_the_one_before_and_begins_where_it_got_to() -> None:
     """P3: two never carry the same message."""
     assert open_before(noted(("l", "one", 0), ("l", "two", 0)), 2) == "one"
-    turns = noted(("l", "one", 0), ("l", "two", 0), ("x", "one", 7))
+    turns = noted(("l", "one", 0), ("l", "two", 0), ("x", "one", 2))
     assert open_before(turns, 2) is None
-    assert turns.read_before(2) == 7
+    assert turns.read_before(2) == 2
 
 
 def test_one_that_carried_nothing_passes_on_what_it_would_have_waited_for() -> None:
     """P3."""
     turns = noted(("l", "one", 0), ("l", "two", 0), ("x", "two", None), ("l", "three", 0))
     assert open_before(turns, 4) == "one"
-    turns = noted(("l", "one", 0), ("l", "two", 0), ("x", "two", None), ("x", "one", 5), ("l", "three", 0))
+    turns = noted(("l", "one", 0), ("l", "two", 0), ("x", "two", None), ("x", "one", 3), ("l", "three", 0))
     assert open_before(turns, 5) is None
-    assert turns.read_before(5) == 5
+    assert turns.read_before(5) == 3
+
+
+def test_of_several_that_must_leave_the_oldest_is_waited_for() -> None:
+    """P3: the others wait for it too, so that it would be wrong to give up one of them first."""
+    turns = noted(("l", "one", 4), ("l", "two", 4), ("l", "three", 4))
+    turn = turns.open_before(3)
+    assert turn is not None
+    assert turn.name == "one"
+    turn.give_up()
+    assert open_before(turns, 3) == "two"
+
+
+def test_a_place_beyond_the_log_is_not_believed() -> None:
+    """P9: it is from before the store lost entries; rather again than never."""
+    turns = noted(("l", "one", 0), ("x", "one", 90), ("l", "two", 0))
+    assert turns.read_before(3) == 0
+
+
+def rival_of(turns: Turns, position: int) -> str | None:
+    turn = turns.rival_of(position)
+    return None if turn is None else turn.name
+
+
+def test_the_first_to_ask_has_no_rival() -> None:
+    """P3: of two that ask at once, one."""
+    turns = noted(("w", "one", None), ("w", "two", None))
+    assert rival_of(turns, 1) is None
+    assert rival_of(turns, 2) == "one"
+    assert rival_of(noted(("w", "one", None), ("w", "two", None), ("x", "one", None)), 2) is None
+
+
+def test_one_that_asked_and_begins_is_the_rival_of_those_that_asked_later() -> None:
+    """P3: and shows by it that it lives."""
+    turns = noted(("w", "one", None), ("w", "two", None), ("l", "one", 0))
+    turn = turns.rival_of(2)
+    assert turn is not None
+    assert (turn.name, turn.shown) == ("one", 3)
+
+
+def test_a_rival_that_has_shown_that_it_lives_counts_before_others() -> None:
+    """P3: nobody waits for an answer of those that may have gone."""
+    turns = noted(("l", "gone", 0), ("l", "here", 0), ("w", "asks", None))
+    assert rival_of(turns, 3) == "gone"
+    turns = noted(("l", "gone", 0), ("l", "here", 0), ("w", "asks", None), ("y", "here", None))
+    assert rival_of(turns, 3) == "here"
+    assert rival_of(noted(("l", "gone", 0), ("x", "gone", 0), ("w", "asks", None)), 3) is None
 
 
 def test_newer_turns_do_not_matter_to_an_older_one() -> None:
@@ -69,12 +118,12 @@ def test_one_whose_node_died_counts_as_having_read_what_it_began_with() -> None:
 
 def test_a_turn_whose_beginning_was_trimmed_still_tells_how_far_it_got() -> None:
     """P10."""
-    turns = noted(("x", "gone", 30), ("l", "two", 0))
+    turns = noted(("x", "gone", 1), ("l", "two", 0))
     assert open_before(turns, 2) is None
-    assert turns.read_before(2) == 30
-    turns = noted(("l", "two", 0), ("x", "gone", 30), ("l", "three", 0))
+    assert turns.read_before(2) == 1
+    turns = noted(("l", "two", 0), ("x", "gone", 2), ("l", "three", 0))
     assert open_before(turns, 1) is None
-    assert turns.read_before(1) == 30
+    assert turns.read_before(1) == 2
     assert open_before(turns, 3) == "two"
 
 
