@@ -76,7 +76,7 @@ async def test_resuming_a_finished_stream_does_not_hang(make_store: MakeStore) -
             events = await stream.events()
         for member in (a, b, c):
             async with getting(member, session, events[-1].id) as resumed:
-                assert await resumed.events() == []
+                assert await resumed.rest() == []
 
 
 async def test_the_reply_to_a_question_counts_however_early_it_comes(make_store: MakeStore) -> None:
