@@ -307,7 +307,7 @@ class _LeaseKeeper:
     async def tick(self) -> None:
         while True:
             self._ticked = time.monotonic()
-            await asyncio.sleep(_TICK)
+            await asyncio.sleep(min(_TICK, self._node.settings.max_stall / 4))
 
     def _keep(self) -> None:
         settings = self._node.settings

@@ -101,7 +101,7 @@ async def test_a_resume_whose_streams_end_was_lost_is_ended_though_its_node_live
     """P7, P9: nobody works for the stream any more, and nobody answers when it is asked."""
     monkeypatch.setattr(nonstick.rescue, "_PROBE_AFTER", 1.5)
     store = MemoryStore()
-    async with staged(one(store), window=0.1, lease=1.0, max_stall=0.5) as (stage, a, b, _c):
+    async with staged(one(store), window=0.1, lease=1.0, max_stall=2.0) as (stage, a, b, _c):
 
         @stage.tool
         async def count(ctx: Any, args: dict[str, Any]) -> str:
@@ -125,7 +125,7 @@ async def test_a_request_that_still_runs_says_so_when_it_is_asked(monkeypatch: p
     """P7: a tool may be silent for long; a resumed client waits for it."""
     monkeypatch.setattr(nonstick.rescue, "_PROBE_AFTER", 1.2)
     store = MemoryStore()
-    async with staged(one(store), window=0.1, lease=1.0, max_stall=0.3) as (stage, a, b, _c):
+    async with staged(one(store), window=0.1, lease=1.0, max_stall=2.0) as (stage, a, b, _c):
 
         @stage.tool
         async def think(ctx: Any, args: dict[str, Any]) -> str:

@@ -16,11 +16,15 @@ from nonstick import logs
 
 @pytest.fixture(autouse=True)
 def restore_logging() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
+    root, access = logging.getLogger(), logging.getLogger("uvicorn.access")
+    kept = [(logger, logger.handlers[:], logger.level, logger.propagate) for logger in (root, access)]
+    # uvicorn, run by a test before, sets up its own.
+    access.handlers, access.propagate = [], True
+    access.setLevel(logging.NOTSET)
     yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
+    for logger, handlers, level, propagate in kept:
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 def json_line(stream: io.StringIO) -> dict[str, Any]:
