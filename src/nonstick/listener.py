@@ -18,7 +18,6 @@ from typing import Final, TypeVar
 
 import anyio
 import pydantic_core
-from mcp_types import INTERNAL_ERROR, ErrorData
 from mcp_types.version import is_version_at_least
 from starlette.types import Receive, Send
 
@@ -278,13 +277,7 @@ class Resumption(Reader):
     def _lose(self) -> None:
         """The store no longer has this stream: its request is answered with one error, so that nobody waits (P9)."""
         logger.warning("session %s: a stream that a client resumes is lost", self.session.key[:12])
-        error = ErrorData(
-            code=INTERNAL_ERROR,
-            message="The stream of this request is no longer in the session store; its outcome is not known",
-            data={"reason": "stream_lost", "retrySafe": False},
-        )
-        frame = b"event: message\r\ndata: %b\r\n\r\n" % wire.error_body(self._place.request, error)
-        self.outlet.put(frame)
+        self.outlet.put(wire.sse_message(wire.error_body(self._place.request, wire.STREAM_LOST)))
 
 
 class Listener(Reader):
