@@ -14,4 +14,4 @@ from nonstick.session import current_connection
 from nonstick.store import Store
 
 __all__ = ["App", "Cluster", "SessionManager", "Store", "app", "current_attempt", "current_connection"]
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
