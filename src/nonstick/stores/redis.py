@@ -34,6 +34,7 @@ from nonstick.errors import (
     TooManySessions,
     Trimmed,
 )
+from nonstick.examine import Finding
 from nonstick.store import (
     CANCEL_SECONDS,
     FRESH_SHARE,
@@ -49,6 +50,7 @@ from nonstick.store import (
     Loaded,
     Wake,
 )
+from nonstick.stores import redis_examine
 from nonstick.stores.redis_pubsub import Subscriber
 from nonstick.stores.redis_url import Address
 from nonstick.stores.resp import Arg, Connection, ScriptMissing
@@ -340,6 +342,16 @@ class RedisStore:
     async def ping(self) -> None:
         # A write: a replica, a full memory or a disk that is gone would answer PING as if all were well.
         await self._connection.call("SET", f"{self._prefix}:ping", "", "PX", 1000)
+
+    async def examine(self) -> list[Finding]:
+        """See `nonstick.examine.Examinable`."""
+        connection = Connection(
+            self._address, name=self._prefix, timeout=self._timeout, connect_timeout=self._connect_timeout
+        )
+        try:
+            return await redis_examine.examine(connection.call, prefix=self._prefix)
+        finally:
+            await connection.close()
 
 
 class _RedisLease:
