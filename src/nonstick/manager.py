@@ -15,7 +15,7 @@ from typing import Any, Final, Literal, TypedDict, Unpack
 
 import anyio
 import pydantic_core
-from mcp.server import Server
+from mcp.server import MCPServer, Server
 from mcp.server.streamable_http import (
     LAST_EVENT_ID_HEADER,
     MCP_SESSION_ID_HEADER,
@@ -71,6 +71,7 @@ from nonstick.security import json_depth_exceeds, new_session_id, principal_of, 
 from nonstick.session import Session, as_number, request_key
 from nonstick.store import STANDALONE, Batch, Loaded, Store
 from nonstick.stores import open_store
+from nonstick.transport import TRANSPORT
 
 __all__ = ["Options", "SessionManager"]
 
@@ -131,7 +132,8 @@ class SessionManager:
     """Serves an MCP server on Streamable HTTP, any session on any node.
 
     Args:
-        app: The low-level MCP server.
+        app: The low-level MCP server, or an `MCPServer`. Routes, and so the authentication in front of them, are the
+            caller's here; `nonstick.app` keeps those of an `MCPServer`.
         store: Where the sessions live: a `Store`, or a URL (`memory:`, `sqlite:///path`, `redis://`, `rediss://`,
             `unix://`).
         event_store: Refused: what was sent can be resumed from the session store.
@@ -152,7 +154,7 @@ class SessionManager:
 
     def __init__(
         self,
-        app: Server[Any],
+        app: Server[Any] | MCPServer[Any],
         event_store: EventStore | None = None,
         json_response: bool = False,
         stateless: bool = False,
@@ -182,6 +184,10 @@ class SessionManager:
             raise ConfigurationError('json_response=True means answer="json": give one of the two')
         if not isinstance(store, str) and not callable(getattr(store, "load", None)):
             raise ConfigurationError(f"store must be a URL or a Store, not {type(store).__name__}")
+        if isinstance(app, MCPServer):
+            # The public way to the low-level server in it.
+            app.streamable_http_app()
+            app = app.session_manager.app
         node_name = options.pop("node_name", None)
         self._node_header = options.pop("node_header", False)
         if json_response:
@@ -288,6 +294,15 @@ class SessionManager:
             raise NonstickError("this node is draining")
         await node.store.ping()
 
+    async def load(self, key: str) -> Loaded:
+        """As `Store.load`, of the store that this node uses.
+
+        Raises:
+            NotRunning: Outside of `run()`.
+            SessionNotFound, StoreUnavailable: As `Store.load`.
+        """
+        return await self._running().store.load(key)
+
     def begin_drain(self) -> None:
         """Stops taking work, and returns at once. As on SIGTERM."""
         self._running().begin_drain()
@@ -331,6 +346,8 @@ class SessionManager:
                 await refused(scope, receive, send)
                 return
             session_id = request.headers.get(MCP_SESSION_ID_HEADER)
+            if (routed := scope.get(TRANSPORT)) is not None:
+                routed.check(session_id)
             if session_id is None:
                 await self._serve_without_session(request, send)
             else:
@@ -353,9 +370,10 @@ class SessionManager:
         if request.method == "POST":
             message = await self._parse(request)
             if not (isinstance(message, JSONRPCRequest) and message.method == "initialize"):
-                raise _MISSING_ID
+                raise wire.MISSING_ID
             self._check_initialize(message)
-            session_id = new_session_id()
+            routed = request.scope.get(TRANSPORT)
+            session_id = new_session_id() if routed is None else routed.open()
             session = Session(node, session_id, session_key(session_id))
             session.hold_back()
             exchange = Exchange(
@@ -370,9 +388,9 @@ class SessionManager:
             await exchange.serve(send, [_session_header(session_id)])
         elif request.method == "GET":
             _check_accepts_stream(request)
-            raise _MISSING_ID
+            raise wire.MISSING_ID
         elif request.method == "DELETE":
-            raise _MISSING_ID
+            raise wire.MISSING_ID
         else:
             raise _METHOD
 
@@ -612,7 +630,6 @@ class _Notice:
         return None
 
 
-_MISSING_ID: Final = wire.Refusal(400, "Bad Request: Missing session ID")
 _METHOD: Final = wire.Refusal(405, "Method Not Allowed", allow="GET, POST, DELETE")
 
 

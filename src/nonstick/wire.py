@@ -13,6 +13,7 @@ from mcp_types import INTERNAL_ERROR, INVALID_REQUEST, ErrorData, JSONRPCError, 
 from starlette.types import Send
 
 __all__ = [
+    "MISSING_ID",
     "SSE_HEADERS",
     "STREAM_LOST",
     "Outlet",
@@ -74,6 +75,9 @@ class Refusal(Exception):
         else:
             body = error_body(None, ErrorData(code=self.code, message=self.message))
             await send_body(send, self.status, body, [*headers, JSON_TYPE])
+
+
+MISSING_ID: Final = Refusal(400, "Bad Request: Missing session ID")
 
 
 def unavailable(message: str) -> Refusal:

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
     [
         ("examples.mounted:site", "/mcp/", "greet", {"name": "Ada"}, "Hello, Ada!"),
         ("examples.quickstart:app", "/mcp", "count", {"to": 3}, "counted to 3"),
+        ("examples.own_routing:app", "/mcp", "remember", {"key": "a", "value": "b"}, "remembered"),
     ],
 )
 async def test_example_serves_a_session_from_two_nodes(
