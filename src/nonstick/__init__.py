@@ -3,8 +3,8 @@
     app = nonstick.app(mcp, store="redis://cache:6379")
 
 Layers, each usable alone: `app` (one line), `SessionManager` (takes the place of the SDK's manager), `Session` (one
-session's transport, for routing of your own), `Store` (the protocol for where sessions live). Errors are in `nonstick.errors`,
-the store contract suite in `nonstick.testing`.
+session's transport, for routing of your own), `Store` (the protocol for where sessions live). Errors are in
+`nonstick.errors`, the store contract suite in `nonstick.testing`.
 """
 
 from nonstick.app import App, app

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import httpx2
@@ -35,7 +36,7 @@ async def test_example_serves_a_session_from_two_nodes(
 ) -> None:
     """P1. They keep their SQLite files in the working directory."""
     monkeypatch.chdir(tmp_path)
-    env = {"PYTHONPATH": str(ROOT)}
+    env = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}"}
     store = "sqlite:///mounted.db"
     async with (
         NodeProcess(target, name="node-a", store=store, env=env, path=path) as a,
