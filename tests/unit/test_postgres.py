@@ -271,6 +271,69 @@ async def test_tables_that_were_lost_are_made_again(own: PostgresServer) -> None
         await store.create("key", {}, lifetime=LONG)
 
 
+# ---- a hot standby
+
+
+@pytest.fixture
+async def standby(server: PostgresServer) -> AsyncIterator[PostgresServer]:
+    """Streams from the server, but has stopped to replay what it gets: it lags."""
+    with PostgresServer(standby_of=server) as standby:
+        connection = await asyncpg.connect(standby.url)
+        await connection.execute("SELECT pg_wal_replay_pause()")
+
+        async def paused() -> bool:
+            return bool(await connection.fetchval("SELECT pg_get_wal_replay_pause_state() = 'paused'"))
+
+        await eventually(paused)
+        await connection.close()
+        yield standby
+
+
+async def test_standby_that_lags_ends_nothing_and_confirms_nothing(
+    server: PostgresServer, store: PostgresStore, schema: str, standby: PostgresServer
+) -> None:
+    """What a standby lacks may be there, and what it has may have ended: StoreUnavailable, never `gone` (P6, P9).
+
+    Once it is promoted, it is the store.
+    """
+    lease = store.lease("node")
+    await asyncio.to_thread(lease.renew, LONG)
+    await store.create("late", {}, lifetime=LONG)
+    await store.append("late", Batch(drafts(b"1")))
+    async with PostgresStore(standby.url, schema=schema) as behind:
+        for call in (
+            lambda: behind.load("late"),
+            lambda: behind.read("late", Cursor(1)),
+            lambda: behind.append("late", Batch(drafts(b"2"))),
+            lambda: behind.update("late", {"x": b"1"}),
+            lambda: behind.touch(["late"]),
+            lambda: behind.trim("late", standalone_before=1),
+            lambda: behind.delete("late"),
+            lambda: behind.lapsed(["node"]),
+            behind.ping,
+        ):
+            with pytest.raises(StoreUnavailable, match="primary"):
+                await call()
+        await asyncio.to_thread(lease.close, release=True)
+        server.kill()
+        promoted = await asyncpg.connect(standby.url)
+        await promoted.execute("SELECT pg_wal_replay_resume()")
+        await promoted.fetchval("SELECT pg_promote()")
+        await promoted.close()
+        try:
+            await recovered(behind.ping)
+            assert (await behind.load("late")).head.position == 1
+        finally:
+            server.start()
+
+
+async def test_standby_without_tables_is_no_reason_to_give_up(standby: PostgresServer, schema: str) -> None:
+    """Its primary may have them: unavailable for now, where a primary without them is refused on entering (P9)."""
+    async with PostgresStore(standby.url, schema=schema, migrate=False) as store:
+        with pytest.raises(StoreUnavailable, match="primary"):
+            await store.load("key")
+
+
 # ---- the record and the log
 
 

@@ -28,7 +28,7 @@ from nonstick.errors import (
 )
 from nonstick.store import MAX_READ, NEW_STREAM, Appended, Batch, Cursor, Event, Lease, Loaded, Wake
 from nonstick.stores.postgres_news import Announcer, Listener
-from nonstick.stores.postgres_pool import TROUBLE, Pool, SchemaMissing, connect, refusal
+from nonstick.stores.postgres_pool import STANDBY, TROUBLE, Pool, SchemaMissing, connect, refusal
 from nonstick.stores.postgres_schema import prepare
 from nonstick.stores.postgres_url import Address
 
@@ -141,7 +141,9 @@ class PostgresStore:
         self._heartbeat = heartbeat
         self._sweep_interval = sweep_interval
         self._calls = {
-            name: f'SELECT * FROM "{self._address.schema}".{name}({_placeholders(count)})'  # noqa: S608 - checked name
+            # In the same statement, so in the same server: see `Pool.fetch`.
+            name: f"SELECT f.*, pg_is_in_recovery() AS {STANDBY} "  # noqa: S608 - checked name
+            f'FROM "{self._address.schema}".{name}({_placeholders(count)}) AS f'
             for name, count in _ARGUMENTS.items()
         }
         self._open: Pool | None = None
@@ -199,7 +201,7 @@ class PostgresStore:
         arguments = (key, lifetime, *_columns(fields), *_columns(groups))
         deadline = asyncio.get_running_loop().time() + self._timeout
         while asyncio.get_running_loop().time() < deadline:
-            outcome, group = (await self._call("create", *arguments))[0]
+            outcome, group, *_ = (await self._call("create", *arguments))[0]
             match outcome:
                 case "ok":
                     return
@@ -216,7 +218,7 @@ class PostgresStore:
         raise StoreUnavailable("the store is busy removing expired sessions")
 
     async def load(self, key: str) -> Loaded:
-        live, names, values, position, tag, cancels = (await self._call("load", key))[0]
+        live, names, values, position, tag, cancels, *_ = (await self._call("load", key))[0]
         if not live:
             raise _refused("gone")
         fields = dict(zip(names or (), values or (), strict=True))
@@ -266,7 +268,7 @@ class PostgresStore:
             *_columns(batch.fields),
             done=lambda rows: self._appended(key, batch, rows[0]),
         )
-        outcome, first, size, count = rows[0]
+        outcome, first, size, count, *_ = rows[0]
         if outcome in _REFUSALS:
             raise _refused(outcome)
         return Appended(first, outcome == "duplicate", size, count)
@@ -280,7 +282,7 @@ class PostgresStore:
             raise Trimmed(rows[0][1])
         if outcome is not None:
             raise _refused(outcome)
-        return [Event(position, tag, stream, data) for _, position, tag, stream, data in rows]
+        return [Event(position, tag, stream, data) for _, position, tag, stream, data, _ in rows]
 
     async def trim(self, key: str, *, streams: Collection[int] = (), standalone_before: int = 0) -> None:
         await self._call("trim", key, list(streams), standalone_before)
@@ -341,7 +343,7 @@ class PostgresStore:
 
     def _appended(self, key: str, batch: Batch, answer: Any) -> None:
         """Announces what an append wrote; of a duplicate, whose first announcement may be lost, that there was one."""
-        outcome, first, _, _ = answer
+        outcome, first, *_ = answer
         if outcome == "duplicate":
             self._announce(key, None)
         elif outcome == "ok" and batch.events:

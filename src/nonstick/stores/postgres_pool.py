@@ -24,7 +24,7 @@ except ImportError:
 if TYPE_CHECKING:
     Connection: TypeAlias = asyncpg.Connection[asyncpg.Record]
 
-__all__ = ["TROUBLE", "Pool", "SchemaMissing", "backoff", "connect", "refusal"]
+__all__ = ["STANDBY", "TROUBLE", "Pool", "SchemaMissing", "backoff", "connect", "refusal"]
 
 T = TypeVar("T")
 
@@ -34,6 +34,9 @@ _MAX_BACKOFF_SECONDS: Final = 1.0
 _CLOSE_SECONDS: Final = 1.0
 _IDLE_SECONDS: Final = 60.0
 """After this time unused a connection is closed: the network may have forgotten it, and the server has others."""
+
+STANDBY: Final = "standby"
+"""Name of the column by which an answer tells that a hot standby gave it."""
 
 TROUBLE: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError)
 """What the driver raises when it cannot do what it was told."""
@@ -140,10 +143,15 @@ class Pool:
     async def fetch(
         self, query: str, *args: object, done: Callable[[list[asyncpg.Record]], None] | None = None
     ) -> list[asyncpg.Record]:
-        """The statement's rows. `done` gets them too, even when the caller has been cancelled since."""
+        """The statement's rows. `done` gets them too, even when the caller has been cancelled since.
+
+        A hot standby lags behind: what it lacks may be there, what it has may be gone. Its answers are not used (P9).
+        """
 
         async def work(connection: Connection) -> list[asyncpg.Record]:
             rows = await connection.fetch(query, *args)
+            if rows and rows[0].get(STANDBY):
+                raise asyncpg.ReadOnlySQLTransactionError("a standby")
             if done is not None:
                 done(rows)
             return rows

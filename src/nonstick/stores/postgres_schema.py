@@ -6,6 +6,8 @@ import re
 from importlib import resources
 from typing import TYPE_CHECKING, Final
 
+import asyncpg
+
 from nonstick.errors import ConfigurationError
 from nonstick.store import CANCEL_SECONDS, FRESH_SHARE, MAX_CANCELS, WRITER_SECONDS
 from nonstick.stores.postgres_url import Address
@@ -50,6 +52,8 @@ async def prepare(connection: Connection, address: Address, *, migrate: bool) ->
     """
     if await _version(connection, address) >= VERSION:
         return
+    if await connection.fetchval("SELECT pg_is_in_recovery()"):
+        raise asyncpg.ReadOnlySQLTransactionError("a standby, whose primary may have them")
     if not migrate:
         raise ConfigurationError(
             f"the store's schema {address.schema!r} is not there or too old: run `nonstick migrate --store URL`"

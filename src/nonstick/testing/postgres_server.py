@@ -82,10 +82,13 @@ class PostgresServer:
     restarts. What was committed survives `kill`.
 
     Args:
+        standby_of: A running server, of which this is to be a hot standby: it copies its data when it starts, and
+            streams from it from then on. `SELECT pg_promote()` makes it a primary.
         settings: Further settings of the server, such as `max_connections="20"`.
     """
 
-    def __init__(self, **settings: str) -> None:
+    def __init__(self, *, standby_of: PostgresServer | None = None, **settings: str) -> None:
+        self._primary = standby_of
         self._settings = {**_SETTINGS, **settings}
         self._user, self._group = _unprivileged()
         self._home = Path(tempfile.mkdtemp(prefix="nonstick-postgres-"))
@@ -183,11 +186,15 @@ class PostgresServer:
     def _initialise(self) -> None:
         if self._user:
             os.chown(self._home, self._user, self._group)
-        command = [str(self._programs / "initdb"), "-D", str(self._data), "-U", "nonstick", "--auth=trust", "--no-sync"]
-        command += ["--no-instructions", "--encoding=UTF8", "--locale=C"]
+        if self._primary is None:
+            command = [str(self._programs / "initdb"), "-D", str(self._data), "-U", "nonstick", "--auth=trust"]
+            command += ["--no-sync", "--no-instructions", "--encoding=UTF8", "--locale=C"]
+        else:
+            command = [str(self._programs / "pg_basebackup"), "-D", str(self._data), "-d", self._primary.url]
+            command += ["--no-sync", "--checkpoint=fast", "--write-recovery-conf"]
         done = subprocess.run(self._become(command), capture_output=True, cwd=self._home, check=False)
         if done.returncode:
-            raise RuntimeError(f"initdb failed:\n{done.stderr.decode(errors='replace')[-2000:]}")
+            raise RuntimeError(f"{Path(command[0]).name} failed:\n{done.stderr.decode(errors='replace')[-2000:]}")
 
     def _spawn(self, port: int) -> subprocess.Popen[bytes]:
         command = [str(self._programs / "postgres"), "-D", str(self._data), "-c", f"port={port}"]
