@@ -78,10 +78,12 @@ class GuardedStore:
         changes: Mapping[str, bytes | None],
         *,
         expect: Mapping[str, bytes | None] | None = None,
+        lifetime: float | None = None,
         patience: float | None = None,
     ) -> bool:
         return await self._until(
-            lambda: self.store.update(key, changes, expect=expect), self.patience if patience is None else patience
+            lambda: self.store.update(key, changes, expect=expect, lifetime=lifetime),
+            self.patience if patience is None else patience,
         )
 
     async def touch(self, keys: Collection[str]) -> None:

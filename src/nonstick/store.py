@@ -246,8 +246,13 @@ class Store(Protocol):
         changes: Mapping[str, bytes | None],
         *,
         expect: Mapping[str, bytes | None] | None = None,
+        lifetime: float | None = None,
     ) -> bool:
         """Sets fields, or with None removes them, if every field in `expect` has that value (None: is absent).
+
+        Args:
+            lifetime: Seconds, not fewer than before: the session's lifetime from now on, granted in this step as a
+                touch grants it. Without it an update does not renew the expiry.
 
         Returns:
             Whether it was written. False means that `expect` did not hold, and nothing changed.

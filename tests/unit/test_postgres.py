@@ -223,6 +223,21 @@ async def test_user_without_the_right_to_make_tables_can_use_them(
         await user.ping()
 
 
+async def test_tables_of_the_first_release_are_upgraded_and_its_nodes_go_on(
+    server: PostgresServer, schema: str, sql: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The function that version 1 calls stays beside the one that takes its place (P12)."""
+    with monkeypatch.context() as first:
+        first.setattr("nonstick.stores.postgres_schema._STEPS", ("postgres.sql",))
+        first.setattr("nonstick.stores.postgres_schema.VERSION", 1)
+        await migrate(f"{server.url}?schema={schema}")
+    async with PostgresStore(server.url, schema=schema) as store:
+        await store.create("key", {"x": b"1"}, lifetime=LONG)
+        assert await store.update("key", {"x": b"2"}, lifetime=2 * LONG)
+        await sql("SELECT \"update\"('key', ARRAY['x'], ARRAY['3'::bytea], ARRAY[]::text[], ARRAY[]::bytea[])")
+        assert (await store.load("key")).fields == {"x": b"3"}
+
+
 async def test_newer_tables_are_refused_if_this_code_cannot_use_them(
     server: PostgresServer, store: PostgresStore, schema: str, sql: Any
 ) -> None:

@@ -150,11 +150,14 @@ class MemoryStore:
         changes: Mapping[str, bytes | None],
         *,
         expect: Mapping[str, bytes | None] | None = None,
+        lifetime: float | None = None,
     ) -> bool:
-        session = self._get(key)
+        now, session = self._now(), self._get(key)
         if any(session.fields.get(name) != value for name, value in (expect or {}).items()):
             return False
         _change(session.fields, changes)
+        if lifetime is not None:
+            session.lifetime, session.expires_at = lifetime, now + lifetime
         return True
 
     async def touch(self, keys: Collection[str]) -> None:

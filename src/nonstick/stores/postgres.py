@@ -45,6 +45,9 @@ LEASE_SECONDS: Final = 2.0
 MIGRATE_SECONDS: Final = 60.0
 """How long to make or upgrade the tables may take, waiting for others that do so included."""
 
+_DICE: Final = random.SystemRandom()
+"""Not the global one, whose state tests of random programs depend on."""
+
 _TOUCHES: Final = 500
 _SWEEP: Final = 200
 _MOST: Final = 2**63 - 1
@@ -53,7 +56,7 @@ _MOST: Final = 2**63 - 1
 _ARGUMENTS: Final = {
     "create": 6,
     "load": 1,
-    "update": 5,
+    "update": 6,
     "touch": 1,
     "delete": 1,
     "sweep": 1,
@@ -230,8 +233,9 @@ class PostgresStore:
         changes: Mapping[str, bytes | None],
         *,
         expect: Mapping[str, bytes | None] | None = None,
+        lifetime: float | None = None,
     ) -> bool:
-        written = (await self._call("update", key, *_columns(changes), *_columns(expect or {})))[0][0]
+        written = (await self._call("update", key, *_columns(changes), *_columns(expect or {}), lifetime))[0][0]
         if written is None:
             raise _refused("gone")
         return bool(written)
@@ -362,7 +366,7 @@ class PostgresStore:
     async def _keep(self) -> None:
         """Removes what has expired, in small batches. Every process does, and they do not wait for each other."""
         while True:
-            await asyncio.sleep(self._sweep_interval * random.uniform(0.5, 1.5))  # noqa: S311
+            await asyncio.sleep(self._sweep_interval * _DICE.uniform(0.5, 1.5))
             self._pool.close_idle()
             try:
                 while (await self._call("sweep", _SWEEP))[0][0]:

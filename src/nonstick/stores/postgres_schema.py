@@ -20,7 +20,7 @@ __all__ = ["READ_BYTES", "VERSION", "prepare"]
 READ_BYTES: Final = 1 << 20
 """A `read` stops after about as many bytes: its rows are gathered in the server's memory first."""
 
-_STEPS: Final = ("postgres.sql",)
+_STEPS: Final = ("postgres.sql", "postgres_2.sql")
 """The n-th script leads from version n - 1 to n. Released ones do not change; nodes of the last release go on working
 after them (P12), or `_OLDEST` says that they cannot."""
 

@@ -242,12 +242,16 @@ class RedisStore:
         changes: Mapping[str, bytes | None],
         *,
         expect: Mapping[str, bytes | None] | None = None,
+        lifetime: float | None = None,
     ) -> bool:
         has, lacks = _split(expect or {})
         sets, removes = _split(changes)
         written = await self._run(
             _UPDATE,
             key,
+            self._prefix,
+            key,
+            0 if lifetime is None else _milliseconds(lifetime),
             len(has),
             len(lacks),
             len(sets),

@@ -92,8 +92,9 @@ class SQLiteStore:
         changes: Mapping[str, bytes | None],
         *,
         expect: Mapping[str, bytes | None] | None = None,
+        lifetime: float | None = None,
     ) -> bool:
-        return await self._engine.write(lambda db, now: rows.update(db, now, key, changes, expect or {}))
+        return await self._engine.write(lambda db, now: rows.update(db, now, key, changes, expect or {}, lifetime))
 
     async def touch(self, keys: Collection[str]) -> None:
         if keys:

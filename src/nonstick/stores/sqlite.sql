@@ -90,6 +90,8 @@ FROM session s CROSS JOIN cancel c ON c.session = s.id
 WHERE s.key = ? AND c.at > ?;
 -- name: renew
 UPDATE session SET expires_at = ? + lifetime WHERE key = ? AND expires_at > ?;
+-- name: prolong
+UPDATE session SET lifetime = ?, expires_at = ? WHERE id = ?;
 -- name: head
 SELECT id, head, size, count, tidied_at FROM session WHERE key = ? AND expires_at > ?;
 

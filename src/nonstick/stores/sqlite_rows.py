@@ -115,6 +115,7 @@ def update(
     key: str,
     changes: Mapping[str, bytes | None],
     expect: Mapping[str, bytes | None],
+    lifetime: float | None,
 ) -> bool:
     session = _head(db, now, key).session
     for name, value in expect.items():
@@ -122,6 +123,8 @@ def update(
         if (None if row is None else row[0]) != value:
             return False
     _change(db, session, changes)
+    if lifetime is not None:
+        db.execute(SQL["prolong"], (lifetime, now + lifetime, session))
     return True
 
 

@@ -248,11 +248,12 @@ class Load(Action):
 class Update(Action):
     changes: dict[str, bytes | None]
     expect: dict[str, bytes | None]
+    lifetime: float | None = None
 
     async def run(self, world: World, store: Store, key: str) -> None:
         await same(
             lambda: world.model.update(key, self.changes, self.expect),
-            lambda: store.update(key, self.changes, expect=self.expect),
+            lambda: store.update(key, self.changes, expect=self.expect, lifetime=self.lifetime),
         )
 
 
@@ -463,7 +464,7 @@ _actions: st.SearchStrategy[Action] = _weighted(
             ),
         ),
         "trim": (6, st.builds(Trim, st.lists(st.integers(0, 3), max_size=4), st.none() | _places)),
-        "update": (4, st.builds(Update, _values, _values)),
+        "update": (4, st.builds(Update, _values, _values, st.sampled_from([None, 600.0]))),
         "create": (4, st.builds(Create, st.dictionaries(st.sampled_from(NAMES), _bytes))),
         "load": (3, st.just(Load())),
         "touch": (1, st.just(Touch())),

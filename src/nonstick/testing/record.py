@@ -218,6 +218,30 @@ class RecordContract(ContractFixtures):
             with pytest.raises(SessionNotFound):
                 await b.load(other)
 
+    async def test_update_lengthens_the_lifetime_for_good(self, a: Store, b: Store, key: str, clock: Clock) -> None:
+        """`update`: a lifetime is granted in the same step, and at every touch from then on."""
+        await a.create(key, {}, lifetime=SHORT, limits={f"g{key}": 1})
+        assert await b.update(key, {"x": b"1"}, lifetime=2 * SHORT)
+        await clock.advance(1.2 * SHORT)
+        renewed = clock.now()
+        assert (await a.load(key)).fields == {"x": b"1"}
+        with pytest.raises(TooManySessions):
+            await a.create(f"{key}2", {}, lifetime=LONG, limits={f"g{key}": 1})
+        _, gone = await gone_at(b, key, clock)
+        assert gone >= renewed + 2 * SHORT - NOISE
+
+    async def test_update_that_writes_nothing_or_names_no_lifetime_renews_nothing(
+        self, a: Store, b: Store, key: str, clock: Clock
+    ) -> None:
+        """`update`: without `lifetime`, or where `expect` does not hold, the expiry stays where it was."""
+        await a.create(key, {}, lifetime=SHORT)
+        created = clock.now()
+        await clock.advance(SHORT / 2)
+        assert await b.update(key, {"x": b"1"})
+        assert not await b.update(key, {"x": b"2"}, expect={"x": b"3"}, lifetime=LONG)
+        alive, _ = await gone_at(b, key, clock)
+        assert alive <= created + SHORT + NOISE
+
     async def test_load_of_a_fresh_session_writes_nothing(self, a: Store, b: Store, key: str, clock: Clock) -> None:
         """`load` writes nothing before FRESH_SHARE of the lifetime has passed: the expiry stays where it was."""
         for attempt in range(8):
