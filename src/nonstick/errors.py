@@ -85,4 +85,4 @@ class Trimmed(StoreError):
 
 
 class Diverged(StoreError):
-    """The store lost the entry that the cursor names: another, or none, stands at its position (P9)."""
+    """The store lost what the caller knows to have been written: at the cursor, or by this writer (P9)."""

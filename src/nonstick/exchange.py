@@ -32,6 +32,7 @@ from starlette.types import Send
 
 from nonstick import wire
 from nonstick.errors import (
+    Diverged,
     Fenced,
     SessionNotFound,
     StateNotJSON,
@@ -315,6 +316,8 @@ class Exchange:
             try:
                 await self._append([terminal], terminal=True, fields=fields)
                 break
+            except Diverged:
+                terminal = draft(Kind.TERMINAL, wire.error_body(self.message.id, wire.STREAM_LOST))
             except StoreUnavailable:
                 await asyncio.sleep(_RETRY_PAUSE)
         self._outlet.end()
@@ -389,7 +392,7 @@ class Exchange:
                 return
             except StoreUnavailable:
                 await asyncio.sleep(_RETRY_PAUSE)
-            except (SessionNotFound, StreamClosed, Fenced):
+            except (SessionNotFound, StreamClosed, Fenced, Diverged):
                 return
 
     async def _promote(self) -> None:
@@ -405,6 +408,7 @@ class Exchange:
         Raises:
             SessionNotFound, StoreUnavailable: As `Store.append`.
             StreamClosed, Fenced: Another node ended the stream; the handler is cancelled.
+            Diverged: The store lost events of the stream; the handler is cancelled.
         """
         if self._opens:
             self._held.append(event)
@@ -461,7 +465,14 @@ class Exchange:
     async def _write(self, batch: Batch) -> None:
         session = self.session
         self._in_doubt = batch
-        appended = await session.append(batch, patience=_EMIT_PATIENCE)
+        try:
+            appended = await session.append(batch, patience=_EMIT_PATIENCE)
+        except Diverged:
+            # Whoever reads on would not know what is missing: the request ends here, under a new name (P9).
+            logger.warning("session %s: the store lost events of a request's stream", session.key[:12])
+            self._writer, self._sequence, self._in_doubt = secrets.token_hex(8), 0, None
+            self.fail(wire.STREAM_LOST)
+            raise
         self._in_doubt = None
         opens = batch.stream == NEW_STREAM
         if opens:
@@ -491,7 +502,7 @@ class Exchange:
                 async with self._writing:
                     if not self._closed:
                         await self._append([draft(Kind.HANGUP)])
-        except (SessionNotFound, StreamClosed, Fenced) as error:
+        except (SessionNotFound, StreamClosed, Fenced, Diverged) as error:
             await self._heed(error)
         self._outlet.end()
 
@@ -532,18 +543,27 @@ class Exchange:
         if self._closed or (kind is Kind.TAKEN and decode(event.data)["attempt"] <= self.attempt):
             return
         if kind is Kind.PROBE:
-            self.session.spawn(self._show_life())
+            # Somebody who resumed the stream asks.
+            self.show_life()
         elif kind in (Kind.TERMINAL, Kind.TAKEN):
             logger.warning("session %s: another node ended a request of this node's", self.session.key[:12])
             self._stop("fenced")
             self._give_up_stream()
 
+    def show_life(self) -> None:
+        """Says in the log that the request still runs; finds out, so, whether the store has all of its stream (P9)."""
+        self.session.spawn(self._show_life())
+
     async def _show_life(self) -> None:
-        """Somebody who resumed the stream asks whether the request still runs: it does."""
         async with self._writing:
-            if not self._closed:
-                with contextlib.suppress(StoreError):
-                    await self._append([draft(Kind.ALIVE)])
+            if self._closed or not self.stream:
+                return
+            try:
+                await self._append([draft(Kind.ALIVE)])
+            except (StreamClosed, Fenced):
+                self._stop("fenced")
+            except StoreError as error:
+                logger.debug("session %s: %s", self.session.key[:12], type(error).__name__)
 
     def _give_up_stream(self) -> None:
         """The stream is another node's, or lost. Who holds an id of it learns more by resuming; others here."""
@@ -587,7 +607,7 @@ class Exchange:
             raise NoBackChannelError(method)
         try:
             return await self.session.ask(self._emit, method, params, opts)
-        except (SessionNotFound, StreamClosed, Fenced) as error:
+        except (SessionNotFound, StreamClosed, Fenced, Diverged) as error:
             await self._heed(error)
             raise
 
@@ -597,7 +617,7 @@ class Exchange:
             return
         try:
             await self._emit(draft(Kind.MESSAGE, wire.notification_body(method, params)))
-        except (SessionNotFound, StreamClosed, Fenced) as error:
+        except (SessionNotFound, StreamClosed, Fenced, Diverged) as error:
             await self._heed(error)
         except StoreUnavailable:
             # It is in doubt, not lost: the next append repeats it first.

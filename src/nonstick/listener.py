@@ -210,6 +210,12 @@ class Resumption(Reader):
             self._opened = first
 
     async def feed(self) -> None:
+        try:
+            await self._feed_rest()
+        except Diverged:
+            self._lose()
+
+    async def _feed_rest(self) -> None:
         if self._opened is None:
             self._lose()
             return
@@ -218,11 +224,7 @@ class Resumption(Reader):
             return
         with self.follow(self._events[-1].cursor) as following:
             while True:
-                try:
-                    events = await following.next()
-                except Diverged:
-                    self._lose()
-                    return
+                events = await following.next()
                 if await self._carry(events, rescue, live=True):
                     return
                 # Other streams of the session are no sign of life.
@@ -236,8 +238,11 @@ class Resumption(Reader):
                         return
 
     async def _read_first(self) -> Event | None:
-        """What is left of the log from where the stream began."""
-        found = await self.session.node.store.read(self.session.key, Cursor(self._place.stream - 1), limit=1)
+        """What is left of the log from where the stream began; nothing if the store lost that."""
+        try:
+            found = await self.session.node.store.read(self.session.key, Cursor(self._place.stream - 1), limit=1)
+        except Diverged:
+            return None
         return found[0] if found else None
 
     async def _is_missing(self) -> bool:

@@ -484,6 +484,8 @@ class Session:
                     # Seen again, a reply or a cancel does nothing; missed, somebody would wait for ever.
                     subscription.close()
                     subscription = self.follower.subscribe(Cursor(0))
+                    for exchange in list(self.exchanges.values()):
+                        exchange.show_life()
                     continue
                 for event in events:
                     self._take_contained(event)

@@ -289,6 +289,8 @@ class Store(Protocol):
             StreamClosed: The stream has ended or is not known.
             Fenced: The stream's attempt is not `batch.attempt`.
             NotPending: See `Batch.answers` and `Batch.settle`.
+            Diverged: The stream is a POST's that was opened before, and the writer's last sequence, 0 if there is
+                none, is not the one before this: the store lost appends of this writer (P9).
         """
         ...
 

@@ -14,6 +14,9 @@ import pytest
 import nonstick.exchange
 import nonstick.rescue
 from nonstick import current_connection
+from nonstick.events import Kind, draft
+from nonstick.security import session_key
+from nonstick.store import Batch
 from nonstick.stores.memory import MemoryStore
 from tests.cluster.conftest import one
 from tests.cluster.sse import DEADLINE, getting, posting
@@ -72,6 +75,61 @@ async def test_a_request_whose_stream_was_lost_writes_nothing_into_the_one_that_
                 stage.open("go on later")
                 (end,) = await resumed.rest()
                 assert (end["id"], text_of(end)) == ("y", "later done")
+
+
+async def test_a_stream_that_lost_events_in_its_middle_ends_with_one_error_for_everybody() -> None:
+    """P3, P9: a client that has less than was lost cannot see the gap, so nothing may come after it."""
+    store = MemoryStore()
+    async with staged(one(store), window=0.1) as (stage, a, b, _c):
+
+        @stage.tool
+        async def count(ctx: Any, args: dict[str, Any]) -> str:
+            await say(ctx, "1")
+            await stage.door("two")
+            await say(ctx, "2")
+            stage.open("said two")
+            await stage.door("three")
+            await say(ctx, "3")
+            return "done"
+
+        session = await a.open()
+        async with posting(a, session, call("count", 1)) as stream:
+            assert text_of(await stream.message()) == "1"
+            failover, place = Failover(store), stream.last_id
+            stage.open("two")
+            await stage.reached("said two")
+            assert text_of(await stream.message()) == "2"
+            failover.happen()
+            # Another writer takes the place: no position shows that something is missing.
+            await stage.store.append(session_key(session.id), Batch([draft(Kind.MESSAGE, b"{}")]))
+            stage.open("three")
+            (end,) = await stream.rest()
+            assert end["error"]["data"] == {"reason": "stream_lost", "retrySafe": False}
+        async with getting(b, session, place) as resumed:
+            assert await resumed.rest() == [end]
+
+
+async def test_a_silent_request_finds_out_that_its_stream_lost_events() -> None:
+    """P9: its client is told when the loss is seen, not when the handler has something to say."""
+    store = MemoryStore()
+    async with staged(one(store), window=0.1) as (stage, a, _b, _c):
+
+        @stage.tool
+        async def count(ctx: Any, args: dict[str, Any]) -> str:
+            await stage.door("one")
+            await say(ctx, "1")
+            await asyncio.Event().wait()
+            return "never"
+
+        session = await a.open()
+        async with posting(a, session, call("count", 1)) as stream:
+            await stream.response()
+            failover = Failover(store)
+            stage.open("one")
+            assert text_of(await stream.message()) == "1"
+            failover.happen()
+            (end,) = await stream.rest()
+            assert end["error"]["data"]["reason"] == "stream_lost"
 
 
 async def test_a_client_that_holds_no_id_of_a_lost_stream_gets_an_error_on_its_own_connection() -> None:

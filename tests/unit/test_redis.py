@@ -252,17 +252,61 @@ async def test_evicted_log_is_reported_and_not_read_as_empty(
     await store.append(key, Batch(drafts(b"1", b"2", b"3")))
     head = (await store.load(key)).head
     admin.delete(f"{prefix}:{{{key}}}:l")
-    for lost in (Cursor(0), Cursor(2), Cursor(3, b"another!")):
+    for lost in (Cursor(2), Cursor(3, b"another!")):
         with pytest.raises(Diverged):
             await store.read(key, lost)
     assert await store.read(key, head) == []
 
     assert (await store.append(key, Batch(drafts(b"4")))).first == 4
-    for lost in (Cursor(0), Cursor(2), Cursor(3, b"another!")):
+    for lost in (Cursor(2), Cursor(3, b"another!")):
         with pytest.raises(Diverged):
             await store.read(key, lost)
+    # Whoever begins at the beginning has nothing that this could be taken for the rest of.
+    assert texts(await store.read(key, Cursor(0))) == [b"4"]
     assert texts(await store.read(key, head)) == [b"4"]
     assert admin.pttl(f"{prefix}:{{{key}}}:l") > 0
+
+
+@pytest.mark.parametrize("first", ["read", "append"])
+async def test_evicted_books_are_reported_though_the_log_is_there(
+    store: RedisStore, prefix: str, key: str, admin: redis.Redis, first: str
+) -> None:
+    """Which streams are open and who wrote what is lost: nobody is up to date any more (P9); the log goes on."""
+    await store.create(key, {}, lifetime=LONG)
+    opening = Batch(drafts(b"opened"), writer="w", sequence=1, stream=NEW_STREAM)
+    stream = (await store.append(key, opening)).first
+    head = (await store.load(key)).head
+    admin.delete(f"{prefix}:{{{key}}}:w")
+    step = Batch(drafts(b"step"), writer="w", sequence=2, stream=stream)
+    if first == "append":
+        with pytest.raises(StreamClosed):
+            await store.append(key, step)
+    for lost in (head, Cursor(head.position), Cursor(1, b"another!")):
+        with pytest.raises(Diverged):
+            await store.read(key, lost)
+    with pytest.raises(StreamClosed):
+        await store.append(key, step)
+    assert await store.read(key, Cursor(0)) == []
+    after = (await store.load(key)).head
+    assert await store.read(key, after) == []
+    assert (await store.append(key, opening)).first == 3
+    assert texts(await store.read(key, after)) == [b"opened"]
+    with pytest.raises(Diverged):
+        await store.read(key, head)
+
+
+async def test_books_that_an_older_version_began_are_missed_too(
+    store: RedisStore, prefix: str, key: str, admin: redis.Redis
+) -> None:
+    """From the first append of this version on (P9, P12)."""
+    await store.create(key, {}, lifetime=LONG)
+    await store.append(key, Batch(drafts(b"1"), writer="w", sequence=1))
+    admin.hdel(f"{prefix}:{{{key}}}:r", "#b")
+    await store.append(key, Batch(drafts(b"2"), writer="w", sequence=2))
+    head = (await store.load(key)).head
+    admin.delete(f"{prefix}:{{{key}}}:w")
+    with pytest.raises(Diverged):
+        await store.read(key, head)
 
 
 async def test_restarted_server_without_data_is_a_server_without_sessions(own: ValkeyServer, key: str) -> None:

@@ -6,21 +6,23 @@ local stream, attempt, flags = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
 local answers, settle, cancel, uncancel = ARGV[7], ARGV[8], ARGV[9], ARGV[10]
 local expects, sets, removes = tonumber(ARGV[11]), tonumber(ARGV[12]), tonumber(ARGV[13])
 
-local known = redis.call('HMGET', record, '#x', '#h')
+local known = redis.call('HMGET', record, '#x', '#h', '#b')
 if not known[1] then return refuse('gone') end
 local _, expires = span(known[1])
 local position, size, count, tag = head(known[2])
 local now = clock()
 local book = redis.call('HMGET', books, '#p', 'w' .. writer, 's' .. ARGV[4],
   'p' .. string.sub(answers, 2), 'p' .. string.sub(settle, 2))
+if known[3] and not book[1] then position, size, count, tag = lose_log(position) end
 
 -- First of all: has this been written? One outstanding append per writer means that a lower sequence than the last is
 -- a late copy of an append that was settled long ago, so it is never written either. For one that is so old that its
 -- position was forgotten, the answer is where the next one that is known began.
-local history = ''
+local history, written = '', 0
 if writer ~= '' and book[2] then
   history = string.match(book[2], '^%d+ %d+ (.*)$')
-  if tonumber(sequence) <= tonumber(string.match(history, '^(%d+):')) then
+  written = tonumber(string.match(history, '^(%d+):'))
+  if tonumber(sequence) <= written then
     local first
     for number, start in string.gmatch(history, '(%d+):(%d+)') do
       if tonumber(number) >= tonumber(sequence) then first = tonumber(start) end
@@ -34,6 +36,8 @@ if stream > 0 then
   local current, ended = string.match(book[3], '^(%d+) (%d+)$')
   if ended ~= '0' then return refuse('closed') end
   if tonumber(current) ~= attempt then return refuse('fenced') end
+  -- A writer has one append outstanding: what lies between its last and this one was written, and is lost.
+  if writer ~= '' and tonumber(sequence) ~= written + 1 then return refuse('diverged') end
 end
 if (answers ~= '' and not book[4]) or (settle ~= '' and not book[5]) then return refuse('not pending') end
 
@@ -108,6 +112,7 @@ if not book[1] and #set > 0 then
 end
 if #set > 0 then redis.call('HSET', books, unpack(set)) end
 if not book[1] then redis.call('PEXPIREAT', books, expires) end
+if #set > 0 and (not known[3] or not book[1]) then redis.call('HSET', record, '#b', '1') end
 if book[1] and tonumber(book[1]) <= now then forget_writers(now) end
 
 if events > 0 then

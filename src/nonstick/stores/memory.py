@@ -182,7 +182,7 @@ class MemoryStore:
         writer = session.writers.get(batch.writer)
         if writer is not None and batch.sequence <= writer.latest:
             return Appended(writer.first(batch.sequence), True, session.size, len(session.events))
-        _check(session, batch)
+        _check(session, batch, 0 if writer is None else writer.latest)
 
         first = session.head.position + 1 if batch.events else session.head.position
         stream = first if batch.stream == NEW_STREAM else batch.stream
@@ -312,8 +312,8 @@ class _MemoryLease:
             self._store._release(self._node)
 
 
-def _check(session: _Session, batch: Batch) -> None:
-    """Whether this batch may be written now; raises what `Store.append` raises."""
+def _check(session: _Session, batch: Batch, latest: int) -> None:
+    """Whether this batch may be written now, after the writer's `latest`; raises what `Store.append` raises."""
     if batch.stream == NEW_STREAM and not batch.events:
         raise ValueError("a stream opens with an event")
     if batch.stream > STANDALONE:
@@ -322,6 +322,8 @@ def _check(session: _Session, batch: Batch) -> None:
             raise StreamClosed("the stream has ended or is not known")
         if stream.attempt != batch.attempt:
             raise Fenced("another attempt holds the stream")
+        if batch.writer and batch.sequence != latest + 1:
+            raise Diverged("the store lost appends of this writer")
     for request in (batch.answers, batch.settle):
         if request is not None and request not in session.pending:
             raise NotPending("no such server request is pending")

@@ -1,8 +1,8 @@
 """Sessions in PostgreSQL: every method is one call of one function, and so one transaction.
 
-postgres.sql holds the tables and the functions, and says what they rely on. The modules beside it: `postgres_url`
-reads the URL, `postgres_schema` makes and checks the tables, `postgres_pool` runs the calls, `postgres_news` wakes.
-docs/why/asyncpg.md says why the driver is asyncpg.
+postgres.sql holds the tables and the functions, and says what they rely on; postgres_2.sql what changed since. The
+modules beside it: `postgres_url` reads the URL, `postgres_schema` makes and checks the tables, `postgres_pool` runs the
+calls, `postgres_news` wakes. docs/why/asyncpg.md says why the driver is asyncpg.
 """
 
 from __future__ import annotations
@@ -73,7 +73,10 @@ _REFUSALS: Final = {
     "closed": (StreamClosed, "the stream has ended or is not known"),
     "fenced": (Fenced, "another attempt holds the stream"),
     "not pending": (NotPending, "no such server request is pending"),
-    "diverged": (Diverged, "the cursor is beyond the log's end, or the entry there has another tag"),
+    "diverged": (
+        Diverged,
+        "the cursor is beyond the log's end, or the entry there, or what this writer wrote, is lost",
+    ),
 }
 
 

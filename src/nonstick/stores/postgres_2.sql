@@ -1,5 +1,7 @@
--- Version 2: an update may lengthen the session's lifetime, and then renews its expiry. Nodes of version 1 go on with the
--- function that has one argument less.
+-- Version 2. An append to a stream says when the store has lost earlier ones of its writer; an update may lengthen the
+-- session's lifetime.
+
+-- Lengthening it renews the expiry. Nodes of version 1 go on with the function that has one argument less.
 CREATE FUNCTION nonstick.update(
     session_key text, names text[], vals bytea[], expected text[], expected_vals bytea[], new_lifetime float8
 ) RETURNS boolean LANGUAGE plpgsql AS $$
@@ -12,4 +14,117 @@ BEGIN
             WHERE s.key = session_key;
     END IF;
     RETURN written;
+END $$;
+
+
+-- As version 1's, but for 'diverged'. A stream of 0 is the standalone stream, -1 a new one. Requests that are not given
+-- are null. Answers 'ok', 'duplicate' or the refusal.
+CREATE OR REPLACE FUNCTION nonstick.append(
+    session_key text, my_writer text, my_sequence bigint, my_stream bigint, my_attempt bigint,
+    take_over boolean, terminal boolean, tags bytea[], datas bytea[],
+    expects bytea[], answers bytea, settles bytea, cancels bytea, uncancels bytea, names text[], vals bytea[],
+    OUT outcome text, OUT first bigint, OUT size bigint, OUT count bigint
+) LANGUAGE plpgsql AS $$
+DECLARE
+    log record;
+    wrote record;
+    held record;
+    now_at float8;
+    own bigint := 0;
+    last_sequence bigint := 0;
+    events int := cardinality(datas);
+    final bigint;
+BEGIN
+    SELECT s.id, s.expires_at, s.head, s.size, s.count, s.tidied_at INTO log
+        FROM nonstick.session s WHERE s.key = session_key FOR UPDATE;
+    now_at := nonstick.clock();
+    IF log.id IS NULL OR log.expires_at <= now_at THEN
+        outcome := 'gone';
+        RETURN;
+    END IF;
+    IF now_at - log.tidied_at > WRITER_SECONDS THEN PERFORM nonstick.tidy(log.id, now_at); END IF;
+    first := log.head;
+    size := log.size;
+    count := log.count;
+
+    -- First of all: has this been written? A lower number than the last is a late copy, never to be written either.
+    IF my_writer <> '' THEN
+        SELECT w.sequence, w.first, w.stream INTO wrote
+            FROM nonstick.writer w WHERE w.session = log.id AND w.name = my_writer;
+        IF FOUND THEN
+            IF my_sequence <= wrote.sequence THEN
+                outcome := 'duplicate';
+                first := wrote.first;
+                RETURN;
+            END IF;
+            own := wrote.stream;
+            last_sequence := wrote.sequence;
+        END IF;
+    END IF;
+
+    IF my_stream > 0 THEN
+        SELECT s.attempt, s.last INTO held FROM nonstick.stream s WHERE s.session = log.id AND s.name = my_stream;
+        outcome := CASE
+            WHEN NOT FOUND OR held.last IS NOT NULL THEN 'closed'
+            WHEN held.attempt <> my_attempt THEN 'fenced'
+            WHEN my_writer <> '' AND my_sequence <> last_sequence + 1 THEN 'diverged'
+        END;
+        IF outcome IS NOT NULL THEN RETURN; END IF;
+    END IF;
+    IF (answers IS NOT NULL
+            AND NOT EXISTS (SELECT FROM nonstick.pending p WHERE p.session = log.id AND p.request = answers))
+        OR (settles IS NOT NULL
+            AND NOT EXISTS (SELECT FROM nonstick.pending p WHERE p.session = log.id AND p.request = settles)) THEN
+        outcome := 'not pending';
+        RETURN;
+    END IF;
+
+    final := log.head + events;
+    IF events > 0 THEN
+        first := log.head + 1;
+        IF my_stream = -1 THEN own := first; ELSIF my_stream > 0 THEN own := my_stream; END IF;
+        INSERT INTO nonstick.event (session, position, tag, stream, data)
+            SELECT log.id, log.head + e.n, e.tag, CASE my_stream WHEN -1 THEN first ELSE my_stream END, e.data
+            FROM unnest(tags, datas) WITH ORDINALITY AS e (tag, data, n);
+        count := count + events;
+        size := size + (SELECT sum(octet_length(d)) FROM unnest(datas) d);
+        UPDATE nonstick.session s SET head = final, tag = tags[events], size = append.size, count = append.count
+            WHERE s.id = log.id;
+    ELSIF my_stream > 0 THEN
+        own := my_stream;
+    END IF;
+
+    IF my_stream = -1 THEN
+        INSERT INTO nonstick.stream (session, name, attempt, last)
+            VALUES (log.id, first, my_attempt + take_over::int, CASE WHEN terminal THEN final END);
+    ELSIF my_stream > 0 AND (take_over OR terminal) THEN
+        UPDATE nonstick.stream s
+            SET attempt = my_attempt + take_over::int, last = CASE WHEN terminal THEN final END
+            WHERE s.session = log.id AND s.name = my_stream;
+    END IF;
+    IF my_writer <> '' THEN
+        INSERT INTO nonstick.writer AS w (session, name, sequence, first, stream, at)
+            VALUES (log.id, my_writer, my_sequence, append.first, own, now_at)
+            ON CONFLICT (session, name) DO UPDATE
+            SET sequence = excluded.sequence, first = excluded.first, stream = excluded.stream, at = excluded.at;
+    END IF;
+    IF cardinality(expects) > 0 THEN
+        INSERT INTO nonstick.pending (session, request) SELECT log.id, unnest(expects) ON CONFLICT DO NOTHING;
+    END IF;
+    IF settles IS NOT NULL THEN
+        DELETE FROM nonstick.pending p WHERE p.session = log.id AND p.request = settles;
+    END IF;
+    IF cancels IS NOT NULL THEN
+        INSERT INTO nonstick.cancel AS c (session, request, at) VALUES (log.id, cancels, now_at)
+            ON CONFLICT (session, request) DO UPDATE SET at = excluded.at;
+        DELETE FROM nonstick.cancel c WHERE c.session = log.id AND c.request IN (
+            SELECT o.request FROM nonstick.cancel o WHERE o.session = log.id
+                ORDER BY o.request = cancels DESC, o.at DESC OFFSET MAX_CANCELS
+        );
+    END IF;
+    IF uncancels IS NOT NULL THEN
+        DELETE FROM nonstick.cancel c WHERE c.session = log.id AND c.request = uncancels;
+    END IF;
+    IF cardinality(names) > 0 THEN PERFORM nonstick.change(log.id, names, vals); END IF;
+    outcome := 'ok';
 END $$;

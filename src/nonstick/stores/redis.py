@@ -111,7 +111,7 @@ _MESSAGES: Final = {
     b"closed": "the stream has ended or is not known",
     b"fenced": "a later attempt took the stream over",
     b"not pending": "the request is not in the session's pending set",
-    b"diverged": "the store lost the entry at the cursor, or entries after it",
+    b"diverged": "the store lost the entry at the cursor, entries after it, or appends of this writer",
 }
 
 

@@ -3,7 +3,8 @@
 -- KEYS of every script about one session (all in one hash slot, by the {key} in their names):
 --   1 record, a hash: "f" .. name = a field; "#x" = "<lifetime ms> <expires ms>"; "#g" = its groups, one a line;
 --     "#h" = "<position> <size> <count> <tag>", absent before the first append; "#c" .. request key = the time in ms
---     up to which this cancel counts; "#d" = "<position> <tag>" of the last entry of all that an eviction took
+--     up to which this cancel counts; "#d" = "<position> <tag>" of the last entry of all that an eviction took;
+--     "#b", there once books are
 --   2 books, a hash, from the first append: "s" .. position = "<attempt> <position of its end, or 0>" of a stream;
 --     "p" .. id = a pending server request; "w" .. writer = "<last append ms> <stream> <sequence>:<first> ...",
 --     newest first; "#p" = when forgotten writers are to be looked for next
@@ -41,6 +42,16 @@ end
 
 local function set_head(position, size, count, tag)
   redis.call('HSET', record, '#h', string.format('%d %d %d ', position, size, count) .. tag)
+end
+
+-- An eviction took the books and left the record: what is open, pending, or was written by whom is not known any more.
+-- So all of the log counts as lost. A position is left out, so that nobody is up to date; what comes goes on after it.
+local function lose_log(position)
+  redis.call('DEL', log)
+  redis.call('HDEL', record, '#b')
+  redis.call('HSET', record, '#d', string.format('%d ', position + 1))
+  set_head(position + 1, 0, 0, '')
+  return position + 1, 0, 0, ''
 end
 
 -- Renews, or with forget removes, the session's place in the sets that the limits are counted by. Their keys are

@@ -145,7 +145,7 @@ def append(db: sqlite3.Connection, now: float, key: str, batch: Batch) -> Writte
     log = _head(db, now, key)
     if now - log.tidied_at > WRITER_SECONDS:
         _tidy(db, now, log.session)
-    owner = batch.stream
+    owner, before = batch.stream, 0
     if batch.writer:
         latest = db.execute(SQL["latest_written"], (log.session, batch.writer)).fetchone()
         if latest is not None and batch.sequence <= latest[0]:
@@ -153,7 +153,8 @@ def append(db: sqlite3.Connection, now: float, key: str, batch: Batch) -> Writte
             return Written(Appended(first, True, log.size, log.events), [], 0)
         # A writer belongs to its stream, also while it writes to the standalone stream in between.
         owner = batch.stream or (latest[2] if latest else STANDALONE)
-    attempt = _admit(db, log.session, batch)
+        before = latest[0] if latest else 0
+    attempt = _admit(db, log.session, batch, before)
 
     first = log.head + 1 if batch.events else log.head
     stream = first if batch.stream == NEW_STREAM else batch.stream
@@ -277,8 +278,8 @@ def _change(db: sqlite3.Connection, session: int, changes: Mapping[str, bytes | 
             db.execute(SQL["set_field"], (session, name, value))
 
 
-def _admit(db: sqlite3.Connection, session: int, batch: Batch) -> int:
-    """Whether this batch may be written now; returns the stream's attempt."""
+def _admit(db: sqlite3.Connection, session: int, batch: Batch, before: int) -> int:
+    """Whether this batch may be written now, after the writer's last, `before`; returns the stream's attempt."""
     if batch.stream == NEW_STREAM and not batch.events:
         raise ValueError("a stream opens with an event")
     attempt = batch.attempt
@@ -288,6 +289,8 @@ def _admit(db: sqlite3.Connection, session: int, batch: Batch) -> int:
             raise StreamClosed("the stream has ended or is not known")
         if stream[0] != batch.attempt:
             raise Fenced("another attempt holds the stream")
+        if batch.writer and batch.sequence != before + 1:
+            raise Diverged("the store lost appends of this writer")
     for request in (batch.answers, batch.settle):
         if request is not None and db.execute(SQL["is_pending"], (session, request)).fetchone() is None:
             raise NotPending("no such server request is pending")

@@ -6,7 +6,7 @@ import secrets
 
 import pytest
 
-from nonstick.errors import Fenced, NotPending, StoreError, StreamClosed
+from nonstick.errors import Diverged, Fenced, NotPending, StoreError, StreamClosed
 from nonstick.store import NEW_STREAM, STANDALONE, WRITER_SECONDS, Appended, Batch, Store
 from nonstick.testing.base import ContractFixtures
 from nonstick.testing.record import LONG
@@ -137,10 +137,23 @@ class AppendContract(ContractFixtures):
         assert (await b.append(log, batch)).duplicate
 
     async def test_writer_goes_on_after_a_refusal(self, a: Store, log: str) -> None:
-        """A refused append uses its number up or not, as the writer likes: the next higher one is written as well."""
+        """On the standalone stream a refused append uses its number up or not, as the writer likes."""
         with pytest.raises(NotPending):
             await a.append(log, Batch(drafts(b"x"), writer="w", sequence=1, settle="q"))
         assert (await a.append(log, Batch(drafts(b"y"), writer="w", sequence=2))).first == 1
+
+    async def test_hole_in_the_numbers_of_a_streams_writer_is_reported(self, a: Store, b: Store, log: str) -> None:
+        """`Diverged`: what the writer wrote in between, or all of it, is lost, and nothing may hide that (P9)."""
+        opening = Batch(drafts(b"opened"), writer="w", sequence=1, stream=NEW_STREAM)
+        stream = (await a.append(log, opening)).first
+        for writer, sequence in (("w", 3), ("v", 2)):
+            with pytest.raises(Diverged):
+                await b.append(log, Batch(drafts(b"x"), writer=writer, sequence=sequence, stream=stream, expect=["q"]))
+        with pytest.raises(NotPending):
+            await a.append(log, Batch([], settle="q"))
+        assert (await a.append(log, Batch(drafts(b"y"), writer="w", sequence=2, stream=stream))).first == 2
+        end = Batch(drafts(b"end"), writer="v", sequence=1, stream=stream, terminal=True)
+        assert (await b.append(log, end)).first == 3
 
     async def test_idle_writer_is_remembered(self, a: Store, b: Store, log: str, clock: Clock) -> None:
         """`WRITER_SECONDS`: how long a store remembers an idle writer at least."""
