@@ -31,8 +31,8 @@ test-all: $(READY) lint types ## the same with the tests that take long
 	$(BIN)/python -m pytest -q -n 3 --dist loadfile
 
 lint: $(READY)
-	$(BIN)/ruff format --check --quiet src tests bench examples || { echo "run: make format"; exit 1; }
-	$(BIN)/ruff check --quiet src tests bench examples
+	$(BIN)/ruff format --check --quiet src tests bench examples deploy || { echo "run: make format"; exit 1; }
+	$(BIN)/ruff check --quiet src tests bench examples deploy
 	$(BIN)/python -m tests.public_names
 
 types: $(READY)
@@ -51,8 +51,8 @@ faults: $(READY) ## nodes die, freeze and drain under load, judged by an oracle;
 check: format test ## format, then test
 
 format: $(READY) ## format and fix what ruff can fix
-	$(BIN)/ruff format --quiet src tests bench examples
-	$(BIN)/ruff check --quiet --fix src tests bench examples
+	$(BIN)/ruff format --quiet src tests bench examples deploy
+	$(BIN)/ruff check --quiet --fix src tests bench examples deploy
 
 clean: ## remove what the targets above made
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis tests/*/node_modules
