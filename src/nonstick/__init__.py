@@ -2,11 +2,12 @@
 
     app = nonstick.app(mcp, store="redis://cache:6379")
 
-Layers, each usable alone: `app` (one line), `SessionManager` (takes the place of the SDK's manager), `Session` (one
-session's transport, for routing of your own), `Store` (the protocol for where sessions live). Errors are in
-`nonstick.errors`, the store contract suite in `nonstick.testing`.
+Layers, each usable alone: `app` (one line), `adopt` (for an app that is there already), `SessionManager` (takes the
+place of the SDK's manager), `Session` (one session's transport, for routing of your own), `Store` (the protocol for
+where sessions live). Errors are in `nonstick.errors`, the store contract suite in `nonstick.testing`.
 """
 
+from nonstick.adopt import adopt
 from nonstick.app import App, app
 from nonstick.cluster import Cluster
 from nonstick.exchange import current_attempt
@@ -15,5 +16,15 @@ from nonstick.session import current_connection
 from nonstick.store import Store
 from nonstick.transport import Session
 
-__all__ = ["App", "Cluster", "Session", "SessionManager", "Store", "app", "current_attempt", "current_connection"]
+__all__ = [
+    "App",
+    "Cluster",
+    "Session",
+    "SessionManager",
+    "Store",
+    "adopt",
+    "app",
+    "current_attempt",
+    "current_connection",
+]
 __version__ = "0.2.0.dev0"

@@ -1,41 +1,46 @@
-"""The ASGI door: takes the app that the SDK builds, and serves its MCP endpoint from a store."""
+"""The ASGI door: has the SDK, or FastMCP, build the server's app, and takes it over."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Final, Unpack
 
 from mcp.server import MCPServer, Server
 from mcp.server.auth.provider import OAuthAuthorizationServerProvider, TokenVerifier
 from mcp.server.auth.settings import AuthSettings
-from mcp.server.streamable_http_manager import (
-    DEFAULT_MAX_SESSIONS,
-    DEFAULT_SESSION_IDLE_TIMEOUT,
-    StreamableHTTPASGIApp,
-)
+from mcp.server.streamable_http_manager import DEFAULT_MAX_SESSIONS, DEFAULT_SESSION_IDLE_TIMEOUT
 from mcp.server.transport_security import DEFAULT_MAX_REQUEST_BODY_SIZE, TransportSecuritySettings
 from starlette.applications import Starlette
 from starlette.routing import Route
 
+from nonstick import fastmcp_server
+from nonstick.adopt import Adopted, take_over
 from nonstick.cluster import Cluster
 from nonstick.errors import ConfigurationError
 from nonstick.manager import Options, SessionManager
 from nonstick.store import Store
 
+if TYPE_CHECKING:
+    from fastmcp import FastMCP
+
 __all__ = ["App", "app"]
+
+_DEFAULTS: Final = {
+    "max_request_body_size": DEFAULT_MAX_REQUEST_BODY_SIZE,
+    "session_idle_timeout": DEFAULT_SESSION_IDLE_TIMEOUT,
+    "max_sessions": DEFAULT_MAX_SESSIONS,
+}
 
 
 class App(Starlette):
-    """The SDK's app, with its routes, middleware and authentication, whose sessions any node can serve.
+    """The SDK's app, or FastMCP's, with its routes, middleware and authentication, whose sessions any node can serve.
 
     Run it with an ASGI server. Where it is mounted in another app, that app must enter `lifespan`.
 
-    Attributes:
-        manager: The `SessionManager` that serves the MCP endpoint.
     """
 
-    def __init__(self, inner: Starlette, manager: SessionManager) -> None:
+    def __init__(self, inner: Starlette, adopted: Adopted) -> None:
         super().__init__(
             debug=inner.debug,
             routes=inner.router.routes,
@@ -43,21 +48,28 @@ class App(Starlette):
             exception_handlers=dict(inner.exception_handlers),
             lifespan=self.lifespan,
         )
-        self.manager = manager
+        self.state = inner.state
+        self._inner = inner
+        self._adopted = adopted
+
+    @property
+    def manager(self) -> SessionManager:
+        """The manager that serves the MCP endpoint. A FastMCP server's app has a new one each time it starts."""
+        return self._adopted.managers[0]
 
     @asynccontextmanager
-    async def lifespan(self, _app: object = None) -> AsyncIterator[None]:
-        """Runs the server, its own lifespan included. Once per app; fits as `FastAPI(lifespan=app.lifespan)`."""
-        async with self.manager.run():
-            yield
+    async def lifespan(self, _app: object = None) -> AsyncIterator[Any]:
+        """Runs the server, its own lifespan included. Fits as `FastAPI(lifespan=app.lifespan)`."""
+        async with self._inner.router.lifespan_context(self._inner) as state:
+            yield state
 
 
 def app(
-    server: MCPServer[Any] | Server[Any],
+    server: MCPServer[Any] | Server[Any] | FastMCP[Any],
     *,
     store: str | Store,
     cluster: Cluster | None = None,
-    path: str = "/mcp",
+    path: str | None = None,
     json_response: bool = False,
     stateless_http: bool = False,
     retry_interval: int | None = None,
@@ -76,11 +88,12 @@ def app(
     """The server as an ASGI app, any of whose replicas serves any session.
 
     Args:
-        server: Of the SDK: an `MCPServer` or a low-level `Server`.
+        server: Of the SDK: an `MCPServer` or a low-level `Server`. Or a `FastMCP` (version 4): then authentication,
+            Host checks and all else are as its own `http_app()` has them.
         store: Where sessions live, the same for every replica: `sqlite:///sessions.db`, `redis://host:6379`,
             `rediss://`, `unix://`, `memory:` for one process, or a `Store`.
         cluster: The `Cluster` that the server was built with. Need not be said if it is the only one in the process.
-        path: Of the MCP endpoint.
+        path: Of the MCP endpoint; `/mcp`, or what FastMCP is set to.
         host: What the server is bound to. As with the SDK, a loopback address turns on the Host and Origin checks
             for local use, unless `transport_security` says otherwise.
         json_response, stateless_http, retry_interval, max_request_body_size, session_idle_timeout, max_sessions,
@@ -92,11 +105,6 @@ def app(
     Raises:
         ConfigurationError: The server is none, or an argument cannot work.
     """
-    if not isinstance(server, MCPServer | Server):
-        raise ConfigurationError(
-            f"nonstick.app() needs an MCP server of the official SDK (mcp.server.MCPServer or mcp.server.Server), "
-            f"not {type(server).__module__}.{type(server).__qualname__}"
-        )
     own: dict[str, Any] = {
         "auth": auth,
         "token_verifier": token_verifier,
@@ -105,38 +113,43 @@ def app(
         "debug": debug,
     }
     own = {name: value for name, value in own.items() if value}
-    _check_own(server, own)
-    inner = server.streamable_http_app(
-        streamable_http_path=path,
-        json_response=json_response,
-        stateless_http=stateless_http,
-        retry_interval=retry_interval,
-        max_request_body_size=max_request_body_size,
-        session_idle_timeout=session_idle_timeout,
-        max_sessions=max_sessions,
-        transport_security=transport_security,
-        host=host,
-        **own,
-    )
-    endpoint = _endpoint(inner)
-    theirs = endpoint.session_manager
-    manager = SessionManager(
-        theirs.app,
-        json_response=json_response,
-        stateless=stateless_http,
-        security_settings=theirs.security_settings,
-        retry_interval=retry_interval,
-        session_idle_timeout=session_idle_timeout,
-        max_request_body_size=max_request_body_size,
-        max_sessions=max_sessions,
-        store=store,
-        cluster=cluster or Cluster.only(),
-        modern=theirs,
-        **options,
-    )
-    # The endpoint only ever calls its manager's `asgi_app`, which ours has.
-    endpoint.session_manager = manager  # type: ignore[assignment]
-    return App(inner, manager)
+    ours: dict[str, Any] = {
+        "max_request_body_size": max_request_body_size,
+        "session_idle_timeout": session_idle_timeout,
+        "max_sessions": max_sessions,
+    }
+    inner: Starlette
+    given: dict[str, Any] = {}
+    if fastmcp_server.is_server(server):
+        inner = fastmcp_server.http_app(
+            server,
+            path=path,
+            refused=own if transport_security is None else {**own, "transport_security": transport_security},
+            json_response=json_response,
+            stateless_http=stateless_http,
+            retry_interval=retry_interval,
+        )
+        # These FastMCP cannot be told; its own setting holds where nothing else is said here.
+        given = {name: value for name, value in ours.items() if value != _DEFAULTS[name]}
+    elif isinstance(server, MCPServer | Server):
+        _check_own(server, own)
+        inner = server.streamable_http_app(
+            streamable_http_path=path or "/mcp",
+            json_response=json_response,
+            stateless_http=stateless_http,
+            retry_interval=retry_interval,
+            transport_security=transport_security,
+            host=host,
+            **ours,
+            **own,
+        )
+    else:
+        raise ConfigurationError(
+            f"nonstick.app() needs an MCP server of the official SDK (mcp.server.MCPServer or mcp.server.Server) or of "
+            f"FastMCP 4, not {type(server).__module__}.{type(server).__qualname__}. An app that was made of one "
+            "already is for nonstick.adopt()."
+        )
+    return App(inner, take_over(inner, store=store, cluster=cluster, given=given, options=options))
 
 
 def _check_own(server: MCPServer[Any] | Server[Any], own: dict[str, Any]) -> None:
@@ -152,14 +165,3 @@ def _check_own(server: MCPServer[Any] | Server[Any], own: dict[str, Any]) -> Non
             "authentication needs both auth= and token_verifier=; with an auth_server_provider= of your own, "
             "token_verifier=mcp.server.auth.provider.ProviderTokenVerifier(provider)"
         )
-
-
-def _endpoint(inner: Starlette) -> StreamableHTTPASGIApp:
-    """The MCP endpoint in this app, under whatever the SDK wrapped around it."""
-    for route in inner.router.routes:
-        candidate: Any = route.endpoint if isinstance(route, Route) else None
-        while candidate is not None:
-            if isinstance(candidate, StreamableHTTPASGIApp):
-                return candidate
-            candidate = getattr(candidate, "app", None)
-    raise ConfigurationError("there is no MCP endpoint in this app")

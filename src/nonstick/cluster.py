@@ -35,6 +35,7 @@ from nonstick.events import Kind, decode, draft, kind_of
 from nonstick.follow import Follower
 from nonstick.guard import GuardedStore
 from nonstick.sender import Sender
+from nonstick.state_store import StateStore
 from nonstick.store import Appended, Batch, Cursor, Event
 from nonstick.wire import STORE_AWAY
 
@@ -79,6 +80,7 @@ class Cluster:
     Attributes:
         subscription_bus: What is published on any node reaches `subscriptions/listen` streams on every node.
         request_state_security: Any node accepts the `requestState` that another has sealed.
+        session_state_store: For `FastMCP(session_state_store=...)`: what `ctx.set_state()` keeps is on every node.
     """
 
     _made: ClassVar[WeakSet[Cluster]] = WeakSet()
@@ -89,6 +91,7 @@ class Cluster:
         self._codec = _Codec()
         self.subscription_bus: SubscriptionBus = self._bus
         self.request_state_security = RequestStateSecurity(codec=self._codec, ttl=request_state_ttl)
+        self.session_state_store = StateStore()
         self._store: GuardedStore | None = None
         self._rotating = asyncio.Lock()
 
@@ -124,6 +127,7 @@ class Cluster:
     async def keep(self, store: GuardedStore, joined: asyncio.Event) -> None:
         """Follows the cluster log for as long as the node runs: joins, and joins again after a loss."""
         self._codec.use([])
+        self.session_state_store.use(store)
         while True:
             try:
                 head = await self.join(store)

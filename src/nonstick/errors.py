@@ -16,6 +16,7 @@ __all__ = [
     "NotRunning",
     "SessionNotFound",
     "StateNotJSON",
+    "StateTooLarge",
     "StoreError",
     "StoreUnavailable",
     "StreamClosed",
@@ -38,6 +39,10 @@ class NotRunning(NonstickError, RuntimeError):
 
 class StateNotJSON(NonstickError, TypeError):
     """A value put into session state cannot be stored as JSON, so no other node could load it."""
+
+
+class StateTooLarge(NonstickError, ValueError):
+    """A session's record has no room for this value (P10)."""
 
 
 class StoreError(NonstickError):

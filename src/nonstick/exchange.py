@@ -354,7 +354,7 @@ class Exchange:
         connection = session.connection
         assert connection.client_params is not None
         fields = opening_fields(connection.protocol_version, connection.client_params, self._principal)
-        fields |= {name: data for name, data in changes.items() if data is not None}
+        fields |= {name: data for name, data in changes.items() if data is not None} | session.first_fields
         try:
             await session.node.store.create(
                 session.key, fields, lifetime=settings.lifetime, limits=settings.session_limits(self._principal)

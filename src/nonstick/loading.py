@@ -1,7 +1,8 @@
 """Finds the MCP server that `nonstick serve TARGET` names.
 
-`TARGET` is `package.module:name` or `path/to/file.py:name`. What stands there is a server, or a function without
-arguments, sync or async, that makes one. Every way in which that can fail is a `TargetError` that says what to do.
+`TARGET` is `package.module:name` or `path/to/file.py:name`. What stands there is a server of the SDK or of FastMCP, a
+Starlette app with MCP endpoints, or a function without arguments, sync or async, that makes one. Every way in which
+that can fail is a `TargetError` that says what to do.
 """
 
 from __future__ import annotations
@@ -16,22 +17,31 @@ import traceback
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import Any, Final, TypeGuard
+from typing import TYPE_CHECKING, Any, Final, TypeGuard, Union, cast
 
 from mcp.server import MCPServer, Server
+from starlette.applications import Starlette
 
+from nonstick import fastmcp_server
+from nonstick.app import App
 from nonstick.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from fastmcp import FastMCP
 
 __all__ = ["AnyServer", "Factory", "Found", "TargetError", "call", "find", "is_server"]
 
-AnyServer = MCPServer[Any] | Server[Any]
+AnyServer = Union[MCPServer[Any], Server[Any], "FastMCP[Any]", Starlette]
+"""What can be served: a server, or an app that has MCP endpoints."""
+
 Factory = Callable[[], "AnyServer | Awaitable[AnyServer]"]
 Found = AnyServer | Factory
 
 DEFAULT_NAMES: Final = ("mcp", "server", "app")
 """Which object is meant, if the module has several servers and the target names none."""
 
-_WANTED: Final = "an MCPServer, a low-level Server, or a function without arguments that returns one"
+_KINDS: Final = "an MCPServer, a low-level Server, a FastMCP server, or a Starlette or FastAPI app that has one in it"
+_WANTED: Final = f"{_KINDS}, or a function without arguments that returns one of these"
 
 
 class TargetError(ConfigurationError):
@@ -67,24 +77,28 @@ async def call(found: Found, target: str) -> AnyServer:
     Raises:
         TargetError: The factory raises, or what it returns is no server.
     """
-    if isinstance(found, MCPServer | Server):
+    if is_server(found) or is_app(found):
         return found
     try:
-        made: object = found()
+        made: object = cast("Factory", found)()
         if inspect.isawaitable(made):
             made = await made
     except Exception as error:
         trace = _own_trace(error)
         raise TargetError(f"{target} raised {_last_line(error)}. Its traceback is above.", trace=trace) from error
-    if not is_server(made):
-        what = _describe(made)
-        raise TargetError(f"{target} returned {what}, not an MCP server. Return an MCPServer or a low-level Server.")
-    return made
+    if is_server(made) or is_app(made):
+        return made
+    raise TargetError(f"{target} returned {_describe(made)}, not an MCP server. Return {_KINDS}.{_own_hint(made)}")
 
 
-def is_server(thing: object) -> TypeGuard[AnyServer]:
-    """Whether nonstick can serve it as it is."""
-    return isinstance(thing, MCPServer | Server)
+def is_server(thing: object) -> TypeGuard[MCPServer[Any] | Server[Any] | FastMCP[Any]]:
+    """Whether it is an MCP server."""
+    return isinstance(thing, MCPServer | Server) or fastmcp_server.is_server(thing)
+
+
+def is_app(thing: object) -> TypeGuard[Starlette]:
+    """Whether it is an app that may have MCP endpoints. What `nonstick.app` made has a store of its own."""
+    return isinstance(thing, Starlette) and not isinstance(thing, App)
 
 
 # ---- the module
@@ -197,9 +211,9 @@ def _named(module: ModuleType, place: str, name: str) -> Found:
             thing = getattr(thing, part)
         except AttributeError:
             raise TargetError(f"{place} has no {name!r}. {_candidates(module, place, name)}") from None
-    if is_server(thing) or _is_factory(thing):
+    if is_server(thing) or is_app(thing) or _is_factory(thing):
         return thing
-    raise TargetError(f"{place}:{name} is {_describe(thing)}, not an MCP server. Name {_WANTED}.{_mount_hint(thing)}")
+    raise TargetError(f"{place}:{name} is {_describe(thing)}, not an MCP server. Name {_WANTED}.{_own_hint(thing)}")
 
 
 def _only(module: ModuleType, place: str) -> Found:
@@ -217,7 +231,7 @@ def _only(module: ModuleType, place: str) -> Found:
     raise TargetError(f"{place} {which}. {_candidates(module, place)}")
 
 
-def _servers(module: ModuleType) -> dict[str, AnyServer]:
+def _servers(module: ModuleType) -> dict[str, MCPServer[Any] | Server[Any] | FastMCP[Any]]:
     return {name: thing for name, thing in vars(module).items() if is_server(thing)}
 
 
@@ -271,8 +285,8 @@ def _describe(thing: object) -> str:
     )
 
 
-def _mount_hint(thing: object) -> str:
-    """What to do with an ASGI application: nonstick goes into it, not around it."""
-    if any(base.__module__.startswith("starlette.") for base in type(thing).__mro__):
-        return " To put a server into a web application, mount nonstick.app(server) in it and run it as you do now."
+def _own_hint(thing: object) -> str:
+    """What to do with an app that is nonstick's already: it has a store."""
+    if isinstance(thing, App):
+        return " This is what nonstick.app() made, with its own store: run it with uvicorn, or name the server in it."
     return ""

@@ -101,7 +101,8 @@ _MAY_BE_NONE: Final = ("max_sessions_per_principal",)
 _HOW_TO_RUN: Final = (
     "nonstick is not running in this process: its lifespan was not entered. Run the app itself with an ASGI server, "
     "or, where it is mounted in another app, give the host its lifespan: FastAPI(lifespan=app.lifespan), or in the "
-    "host's own lifespan: async with app.lifespan(): yield"
+    "host's own lifespan: async with app.lifespan(): yield (for an app given to nonstick.adopt(): "
+    "async with app.router.lifespan_context(app): yield)"
 )
 
 
@@ -146,6 +147,8 @@ class SessionManager:
         max_sessions: Live sessions in the whole store; over it `initialize` gets 503. None for no limit.
         cluster: What the nodes share for clients of 2026-07-28, if the server was built with it.
         modern: The SDK's manager that serves clients of 2026-07-28 and later; one is made if none is given.
+        endpoint: The name of this endpoint, where several servers share one store: a session is of one endpoint, and
+            the others have never heard of it.
         options: nonstick's own settings.
 
     Raises:
@@ -167,6 +170,7 @@ class SessionManager:
         store: str | Store,
         cluster: Cluster | None = None,
         modern: StreamableHTTPSessionManager | None = None,
+        endpoint: str = "",
         **options: Unpack[Options],
     ) -> None:
         if event_store is not None:
@@ -218,6 +222,7 @@ class SessionManager:
         self._limited = RequestBodyLimitMiddleware(self._handle, max_request_body_size)
         self._node_name = node_name
         self._cluster = cluster
+        self._endpoint = endpoint
         self._node: Node | None = None
         self._started = False
 
@@ -231,20 +236,29 @@ class SessionManager:
                 "SessionManager.run() can only be called once per instance. Create a new instance to run again."
             )
         self._started = True
-        async with self._serve_modern() as state:
-            node = Node(
-                self.app, state, GuardedStore(self.store), self.settings, name=self._node_name, cluster=self._cluster
-            )
-            with node.signals():
-                async with node:
-                    self._node = node
-                    logger.info("node %s serves sessions from %s", node.id, self.store.url)
-                    try:
-                        yield
-                    finally:
-                        # Until the drain is over requests that are under way still need it.
-                        await node.drain()
-                        self._node = None
+        async with self._serve_modern() as state, self.serving(state):
+            yield
+
+    @asynccontextmanager
+    async def serving(self, state: Any) -> AsyncIterator[None]:
+        """Runs the store and this node, for a server whose lifespan and whose SDK manager run already.
+
+        Args:
+            state: What the server's lifespan yielded.
+        """
+        node = Node(
+            self.app, state, GuardedStore(self.store), self.settings, name=self._node_name, cluster=self._cluster
+        )
+        with node.signals():
+            async with node:
+                self._node = node
+                logger.info("node %s serves sessions from %s", node.id, self.store.url)
+                try:
+                    yield
+                finally:
+                    # Until the drain is over requests that are under way still need it.
+                    await node.drain()
+                    self._node = None
 
     @asynccontextmanager
     async def _serve_modern(self) -> AsyncIterator[Any]:
@@ -260,7 +274,8 @@ class SessionManager:
 
         self.app.lifespan = keep
         try:
-            running = self._modern.run()
+            # Of its class: on an adopted manager itself, `run` is ours.
+            running = type(self._modern).run(self._modern)
             await running.__aenter__()
         finally:
             self.app.lifespan = lifespan
@@ -293,6 +308,10 @@ class SessionManager:
         if node.draining:
             raise NonstickError("this node is draining")
         await node.store.ping()
+
+    def key(self, session_id: str) -> str:
+        """The name of this session, of this endpoint, in the store."""
+        return session_key(session_id, self._endpoint)
 
     async def load(self, key: str) -> Loaded:
         """As `Store.load`, of the store that this node uses.
@@ -374,7 +393,7 @@ class SessionManager:
             self._check_initialize(message)
             routed = request.scope.get(TRANSPORT)
             session_id = new_session_id() if routed is None else routed.open()
-            session = Session(node, session_id, session_key(session_id))
+            session = Session(node, session_id, self.key(session_id))
             session.hold_back()
             exchange = Exchange(
                 session,
@@ -408,7 +427,7 @@ class SessionManager:
             except wire.Refusal as refusal:
                 # Whether there is such a session is said first, as the SDK does.
                 problem = refusal
-        key = session_key(session_id)
+        key = self.key(session_id)
         sent_once = isinstance(message, JSONRPCNotification | JSONRPCResponse | JSONRPCError)
         loaded = await node.store.load(key, patience=_NOTICE_PATIENCE if sent_once else None)
         record = Record.from_fields(loaded.fields)

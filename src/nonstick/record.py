@@ -77,10 +77,14 @@ class SessionState(dict[str, Any]):
     """`Connection.state`: values that JSON cannot hold are refused when they are put in, not when they are lost.
 
     A nested value that is changed later is checked when the state is saved.
+
+    Args:
+        secret: The session's id. Where it is a value, as FastMCP puts it in, it stays on this node (P13).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, secret: str = "") -> None:
         super().__init__()
+        self._secret = secret
         self._saved: dict[str, bytes] = {}
 
     def __setitem__(self, key: str, value: Any) -> None:
@@ -162,6 +166,8 @@ class SessionState(dict[str, Any]):
         return changed | (self._saved.keys() - self.keys())
 
     def _differs(self, key: str, value: Any) -> bool:
+        if self._secret and value == self._secret:
+            return False
         try:
             return self._saved.get(key) != _to_json(key, value)
         except StateNotJSON:

@@ -40,9 +40,9 @@ def valid_session_id(text: str) -> bool:
     return _SHAPE.fullmatch(text) is not None
 
 
-def session_key(session_id: str) -> str:
-    """The name of this session in the store and, shortened, in the logs."""
-    return hashlib.sha256(session_id.encode()).hexdigest()[:40]
+def session_key(session_id: str, endpoint: str = "") -> str:
+    """The name of this session, of this endpoint, in the store and, shortened, in the logs."""
+    return hashlib.sha256(f"{session_id}{endpoint}".encode()).hexdigest()[:40]
 
 
 def principal_of(scope: Scope) -> bytes:

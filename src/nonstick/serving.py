@@ -21,6 +21,7 @@ from types import FrameType
 from typing import Any, Final, Literal, NoReturn
 
 import uvicorn
+from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
@@ -28,10 +29,10 @@ from starlette.types import Message, Receive, Scope, Send
 from uvicorn.supervisors import ChangeReload, Multiprocess
 
 from nonstick import loading, logs
-from nonstick.app import App
+from nonstick.adopt import Adopted, take_over
 from nonstick.app import app as make_app
 from nonstick.errors import ConfigurationError, NonstickError, StoreUnavailable
-from nonstick.manager import SessionManager
+from nonstick.manager import Options
 from nonstick.store import Store
 from nonstick.stores import open_store
 
@@ -128,7 +129,7 @@ class _Deferred:
     def __init__(self, settings: Settings, found: loading.Found) -> None:
         self._settings = settings
         self._found = found
-        self._app: App | None = None
+        self._app: Starlette | None = None
 
     async def prepare(self) -> None:
         """Makes it, once.
@@ -153,37 +154,41 @@ class _Deferred:
             await send({"type": "lifespan.startup.failed", "message": ""})
             return
         assert self._app is not None
-        await self._app(scope, receive, self._announcing(self._app.manager, send))
+        await self._app(scope, receive, self._announcing(adopted_in(self._app), send))
 
-    def _announcing(self, manager: SessionManager, send: Send) -> Send:
+    def _announcing(self, adopted: Adopted, send: Send) -> Send:
         """Says where this node serves once it has started."""
         host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
-        url = f"http://{host}:{self._settings.port}{self._settings.path}"
 
         async def announce(message: Message) -> None:
             if message["type"] == "lifespan.startup.complete":
-                logs.set_node(manager.node)
-                logger.info("serving", extra={"url": url, "store": manager.store.url, "pid": os.getpid()})
+                logs.set_node(adopted.managers[0].node)
+                for path, manager in zip(adopted.paths, adopted.managers, strict=True):
+                    url = f"http://{host}:{self._settings.port}{path}"
+                    logger.info("serving", extra={"url": url, "store": manager.store.url, "pid": os.getpid()})
             await send(message)
 
         return announce
 
 
-def _application(server: loading.AnyServer, settings: Settings) -> App:
-    app = make_app(
-        server,
-        store=settings.store,
-        path=settings.path,
-        host=settings.host,
-        answer=settings.answer,
-        grace=settings.grace,
-        lease=settings.lease,
-    )
+def _application(server: loading.AnyServer, settings: Settings) -> Starlette:
+    options = Options(answer=settings.answer, grace=settings.grace, lease=settings.lease)
+    if isinstance(server, Starlette):
+        app = server
+        take_over(app, store=settings.store, cluster=None, given={}, options=options)
+    else:
+        app = make_app(server, store=settings.store, path=settings.path, host=settings.host, **options)
     taken = {getattr(route, "path", None) for route in app.routes}
-    for probe in (Route("/healthz", _healthz), Route("/readyz", _Ready(app.manager).answer)):
+    for probe in (Route("/healthz", _healthz), Route("/readyz", _Ready(adopted_in(app)).answer)):
         if probe.path not in taken:  # the server's own route of that name stays
             app.router.routes.insert(0, probe)
     return app
+
+
+def adopted_in(app: Starlette) -> Adopted:
+    """What nonstick serves in this app."""
+    adopted: Adopted = app.state.nonstick
+    return adopted
 
 
 def _healthz(_request: Request) -> JSONResponse:
@@ -193,13 +198,13 @@ def _healthz(_request: Request) -> JSONResponse:
 class _Ready:
     """Whether this node should get requests: its store can be reached, and it is not draining."""
 
-    def __init__(self, manager: SessionManager) -> None:
-        self._manager = manager
+    def __init__(self, adopted: Adopted) -> None:
+        self._adopted = adopted
 
     async def answer(self, _request: Request) -> JSONResponse:
         try:
             async with asyncio.timeout(PING_SECONDS):
-                await self._manager.check_ready()
+                await self._adopted.check_ready()
         except (TimeoutError, StoreUnavailable) as error:
             # The address of the store is for the log: who asks here may be anybody.
             logger.warning("not ready: %s", str(error) or f"the store did not answer within {PING_SECONDS:.0f} s")

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from nonstick.exchange import Exchange
     from nonstick.node import Node
 
-__all__ = ["Emit", "Session", "as_number", "current_connection", "request_key"]
+__all__ = ["Emit", "Session", "as_number", "current_connection", "current_session", "request_key"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ _RECENT_CANCELS: Final = 32
 _LONGEST_KEY: Final = 64
 _LOG_LEVELS: Final = ("debug", "info", "notice", "warning", "error", "critical", "alert", "emergency")
 
-_connection: ContextVar[Connection] = ContextVar("nonstick_connection")
+_session: ContextVar[Session] = ContextVar("nonstick_session")
 
 
 def current_connection() -> Connection:
@@ -66,7 +66,12 @@ def current_connection() -> Connection:
     Raises:
         LookupError: Not inside a handler or middleware of a session.
     """
-    return _connection.get()
+    return _session.get().connection
+
+
+def current_session() -> Session | None:
+    """The session that the current request or notification is part of; None outside of one."""
+    return _session.get(None)
 
 
 def request_key(request_id: RequestId) -> str:
@@ -161,7 +166,7 @@ class Session:
         self.connection = Connection(
             _Standalone(self), protocol_version=LATEST_HANDSHAKE_VERSION, session_id=session_id
         )
-        self.state = SessionState()
+        self.state = SessionState(secret=session_id)
         self.connection.state = self.state
         self._stack = _HoldingStack()
         self.connection.exit_stack = self._stack
@@ -183,6 +188,8 @@ class Session:
         self._holding = False
         self._sender = Sender(self.append)
         self._before_open: list[Draft] | None = None
+        self.first_fields: dict[str, bytes] = {}
+        """What the record is to begin with, beside what every record does."""
 
     # ---- hydrate and evict
 
@@ -210,7 +217,7 @@ class Session:
 
     def make_current(self) -> None:
         """What runs in this task and its children is part of this session."""
-        _connection.set(self.connection)
+        _session.set(self)
 
     def __enter__(self) -> Session:
         self._users += 1
@@ -294,6 +301,11 @@ class Session:
     def hold_back(self) -> None:
         """The session is not in the store yet: what is sent on the standalone stream waits until it is (P2)."""
         self._before_open = []
+
+    @property
+    def is_opening(self) -> bool:
+        """Whether it is not in the store yet."""
+        return self._before_open is not None
 
     async def opened(self) -> None:
         """The session is in the store: what was held back is sent."""

@@ -9,7 +9,7 @@ from starlette.types import Receive, Scope, Send
 from nonstick import wire
 from nonstick.errors import SessionNotFound
 from nonstick.record import Record
-from nonstick.security import new_session_id, principal_of, session_key, valid_session_id
+from nonstick.security import new_session_id, principal_of, valid_session_id
 
 if TYPE_CHECKING:
     from nonstick.manager import SessionManager
@@ -57,7 +57,7 @@ class Session:
         """
         if not valid_session_id(session_id):
             raise SessionNotFound
-        loaded = await manager.load(session_key(session_id))
+        loaded = await manager.load(manager.key(session_id))
         record = Record.from_fields(loaded.fields)
         if record.principal != (b"" if scope is None else principal_of(scope)):
             raise SessionNotFound

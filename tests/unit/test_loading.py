@@ -26,7 +26,7 @@ def forget_modules() -> Iterator[None]:
     yield
     sys.path[:] = path
     for name in set(sys.modules) - modules:
-        if not name.startswith(("mcp.", "starlette.")):
+        if not name.startswith(("mcp.", "starlette.", "fastmcp", "fastapi")):
             del sys.modules[name]
 
 
@@ -209,7 +209,7 @@ def test_module_without_any_server_says_what_it_must_hold(write: Write) -> None:
         ("class Thing: ...", "Thing", "the class Thing"),
         ("def thing(a, b=1): ...", "thing", "a function that needs arguments, thing(a, b=1)"),
         ("import json as thing", "thing", "the module json"),
-        ("from starlette.applications import Starlette\nthing = Starlette()", "thing", "a starlette.Starlette"),
+        ("from starlette.routing import Router\nthing = Router()", "thing", "a starlette.Router"),
     ],
 )
 def test_object_that_is_no_server_is_described(write: Write, source: str, name: str, said: str) -> None:
@@ -218,9 +218,41 @@ def test_object_that_is_no_server_is_described(write: Write, source: str, name: 
     assert f"things_v.py:{name} is {said}, not an MCP server. Name an MCPServer" in message
 
 
-def test_web_application_is_pointed_to_mounting(write: Write) -> None:
-    write("web_w.py", "from starlette.applications import Starlette\napp = Starlette()\n")
-    assert "mount nonstick.app(server) in it" in str(error_of("web_w.py"))
+FASTMCP = "from fastmcp import FastMCP\nshop = FastMCP('shop')\n"
+
+
+@pytest.mark.parametrize("target", ["shop_w.py", "shop_w.py:shop"])
+def test_fastmcp_server_is_found(write: Write, target: str) -> None:
+    write("shop_w.py", FASTMCP)
+    found = loading.find(target)
+    assert loading.is_server(found)
+    assert found.name == "shop"
+
+
+async def test_factory_may_make_a_fastmcp_server_or_an_app(write: Write) -> None:
+    write("shops_w.py", f"{FASTMCP}def server():\n    return shop\ndef app():\n    return shop.http_app()\n")
+    assert loading.is_server(await loading.call(loading.find("shops_w.py:server"), "x"))
+    assert loading.is_app(await loading.call(loading.find("shops_w.py:app"), "x"))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from fastmcp import FastMCP\napp = FastMCP('shop').http_app()\n",
+        f"{SERVER}app = MCPServer('shop').streamable_http_app()\n",
+        "from fastapi import FastAPI\napp = FastAPI()\n",
+    ],
+)
+@pytest.mark.parametrize("target", ["web_w.py", "web_w.py:app"])
+def test_app_is_found(write: Write, source: str, target: str) -> None:
+    """Whether it has an MCP endpoint is seen when it is taken over."""
+    write("web_w.py", source)
+    assert loading.is_app(loading.find(target))
+
+
+def test_app_that_is_nonsticks_already_is_refused(write: Write) -> None:
+    write("own_w.py", f"import nonstick\n{SERVER}app = nonstick.app(MCPServer('shop'), store='memory:')\n")
+    assert "This is what nonstick.app() made, with its own store" in str(error_of("own_w.py:app"))
 
 
 @pytest.mark.parametrize("target", [":mcp", "", "not-a-module:mcp", "a..b:c"])

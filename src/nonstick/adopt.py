@@ -1,0 +1,308 @@
+"""`nonstick.adopt`: takes over the MCP endpoints of an app that the SDK or FastMCP has built, and nothing else of it.
+
+Each endpoint of theirs is an object whose `session_manager` can be assigned; it is found wherever it stands in the app.
+Their own manager still runs, entered by whoever entered it before, because it serves the clients that have no session
+and because the server's lifespan is entered by it: once, as ever. Ours runs inside of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar, Unpack
+
+from mcp.server import Server
+from mcp.server.streamable_http_manager import StreamableHTTPASGIApp, StreamableHTTPSessionManager
+from starlette.applications import Starlette
+from starlette.routing import BaseRoute, Host, Mount, Route, Router
+from starlette.types import ASGIApp
+
+from nonstick import fastmcp_server
+from nonstick.cluster import Cluster
+from nonstick.errors import ConfigurationError
+from nonstick.manager import Options, SessionManager
+from nonstick.store import Store
+
+__all__ = ["Adopted", "adopt", "take_over"]
+
+AppT = TypeVar("AppT", bound=ASGIApp)
+
+_KEPT: Final = (
+    "json_response",
+    "stateless",
+    "event_store",
+    "security_settings",
+    "retry_interval",
+    "session_idle_timeout",
+    "max_request_body_size",
+    "max_sessions",
+)
+"""How their manager was set up, and so is ours."""
+
+_TWICE: Final = (
+    "nonstick serves the MCP endpoint of this app already. Call nonstick.adopt() once for it, and not on what "
+    "nonstick.app() returned."
+)
+_NONE: Final = (
+    "there is no MCP endpoint in this app. nonstick.adopt() takes what streamable_http_app() of the SDK or http_app() "
+    "of FastMCP returned, or an app in which that is mounted. {hint}"
+)
+_NO_HINT: Final = "For a server that was not made into an app yet, use nonstick.app(server)."
+_OWN_ROUTE: Final = (
+    "Here a route calls a StreamableHTTPSessionManager itself: put a nonstick.SessionManager in its place, it takes "
+    "the same arguments."
+)
+_SSE: Final = "Here FastMCP's http_app() was made with the SSE transport: make it with transport='http'."
+
+
+def adopt(app: AppT, *, store: str | Store, cluster: Cluster | None = None, **options: Unpack[Options]) -> AppT:
+    """Has any replica of this app serve any session; returns the same app.
+
+    Only what answers at its MCP endpoints is replaced. Routes, authentication, middleware and lifespans stay, and what
+    its endpoints were made with (`json_response`, `stateless_http`, `session_idle_timeout` and so on) holds. Call it
+    once, before the app runs.
+
+    Args:
+        app: What `streamable_http_app()` of the SDK or `http_app()` of FastMCP returned, or a Starlette or FastAPI app
+            in which such apps are mounted. With several, each has its own sessions.
+        store: Where sessions live, the same for every replica; as for `nonstick.app`.
+        cluster: The `Cluster` that the server was built with. Need not be said if it is the only one in the process.
+        options: nonstick's own settings; see `Settings`.
+
+    Raises:
+        ConfigurationError: There is no MCP endpoint in it, it is nonstick's already, or an argument cannot work.
+    """
+    take_over(app, store=store, cluster=cluster, given={}, options=options)
+    return app
+
+
+class Adopted:
+    """The MCP endpoints of one app that nonstick serves. An app that is a Starlette has it as `app.state.nonstick`."""
+
+    def __init__(self, endpoints: list[_Endpoint]) -> None:
+        self._endpoints = endpoints
+
+    @property
+    def managers(self) -> list[SessionManager]:
+        """One for each endpoint, in the order of the routes."""
+        return [endpoint.manager for endpoint in self._endpoints]
+
+    @property
+    def paths(self) -> list[str]:
+        """Where the endpoints are."""
+        return [endpoint.place.path for endpoint in self._endpoints]
+
+    async def check_ready(self) -> None:
+        """As `SessionManager.check_ready`, of all of them."""
+        for manager in self.managers:
+            await manager.check_ready()
+
+    def begin_drain(self) -> None:
+        """As `SessionManager.begin_drain`, of all of them."""
+        for manager in self.managers:
+            manager.begin_drain()
+
+
+def take_over(
+    app: ASGIApp, *, store: str | Store, cluster: Cluster | None, given: dict[str, Any], options: Options
+) -> Adopted:
+    """As `adopt`. What is `given` of the SDK manager's arguments goes before what the endpoint was made with.
+
+    Raises:
+        ConfigurationError: As `adopt`. The app is as it was.
+    """
+    if misplaced := sorted(set(options) & {"app", "modern", "endpoint", *_KEPT}):
+        raise ConfigurationError(
+            f"give {misplaced[0]}= where the app is made: to streamable_http_app(), http_app() or nonstick.app()"
+        )
+    places = list(_places(app))
+    if not places:
+        raise ConfigurationError(_NONE.format(hint=_hint(app)))
+    if any(isinstance(place.asgi.session_manager, SessionManager) for place in places):
+        raise ConfigurationError(_TWICE)
+    if len(places) > 1 and not isinstance(store, str):
+        raise ConfigurationError(
+            f"this app has {len(places)} MCP endpoints, and each opens the store for itself: give store= as a URL"
+        )
+    cluster = cluster or Cluster.only()
+    endpoints: list[_Endpoint] = []
+    for place in places:
+
+        def make(theirs: StreamableHTTPSessionManager | None, place: _Place = place) -> SessionManager:
+            kept = {} if theirs is None else {name: getattr(theirs, name) for name in _KEPT}
+            return SessionManager(
+                # What its server is, FastMCP says when it starts. Until then there is nothing to serve.
+                Server("") if theirs is None else theirs.app,
+                **{**kept, **given},
+                store=store,
+                # One process takes part in the cluster log once.
+                cluster=cluster if place is places[0] else None,
+                modern=theirs,
+                endpoint=place.path if len(places) > 1 else "",
+                **options.copy(),
+            )
+
+        kind = _Later if fastmcp_server.is_endpoint(place.asgi) else _AtOnce
+        endpoints.append(kind(place, make))
+    for endpoint in endpoints:
+        endpoint.take()
+    adopted = Adopted(endpoints)
+    host = _host(app)
+    if host is not None:
+        _run_with(host, [endpoint for endpoint in endpoints if isinstance(endpoint, _Later)])
+    if isinstance(app, Starlette):
+        app.state.nonstick = adopted
+    return adopted
+
+
+# ---- endpoints
+
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """Where an MCP endpoint stands.
+
+    Attributes:
+        asgi: The endpoint, the SDK's or FastMCP's: an object with an assignable `session_manager`.
+        path: Under which it is reached.
+        owner: The app that it was made in.
+    """
+
+    asgi: Any
+    path: str
+    owner: Starlette | None
+
+
+class _AtOnce:
+    """An endpoint of the SDK: its manager is there from the beginning. Where that is run, ours is."""
+
+    def __init__(self, place: _Place, make: Callable[[StreamableHTTPSessionManager | None], SessionManager]) -> None:
+        self.place = place
+        self.manager = make(place.asgi.session_manager)
+
+    def take(self) -> None:
+        # Hosts of a mounted app enter `session_manager.run()` of theirs: so that is what has to run ours. It runs
+        # theirs in turn.
+        self.place.asgi.session_manager.run = self.manager.run
+        self.place.asgi.session_manager = self.manager
+
+
+class _Later:
+    """An endpoint of FastMCP, which makes its manager and runs it in the app's lifespan."""
+
+    def __init__(self, place: _Place, make: Callable[[StreamableHTTPSessionManager | None], SessionManager]) -> None:
+        self.place = place
+        self._make = make
+        self.manager = make(None)
+
+    def take(self) -> None:
+        # Who asks before the lifespan, or without it, is told what is missing.
+        self.place.asgi.session_manager = self.manager
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Takes the place of the manager that FastMCP runs, while it runs."""
+        theirs = self.place.asgi.session_manager
+        if theirs is self.manager:  # the host has not entered its lifespan
+            yield
+            return
+        self.manager = self._make(theirs)
+        fastmcp_server.keep_levels(theirs.app)
+        try:
+            # Its lifespan is entered already; FastMCP counts who is in it, and gives what it yielded.
+            async with theirs.app.lifespan(theirs.app) as state, self.manager.serving(state):
+                if self.place.owner is not None:
+                    await fastmcp_server.check_state(self.place.owner)
+                self.place.asgi.session_manager = self.manager
+                yield
+        finally:
+            self.place.asgi.session_manager = theirs  # FastMCP stops what it finds there
+
+
+_Endpoint = _AtOnce | _Later
+
+
+def _run_with(host: Router, endpoints: list[_Later]) -> None:
+    """Has these endpoints run while the host's lifespan does."""
+    if not endpoints:
+        return
+    inner = host.lifespan_context
+
+    @asynccontextmanager
+    async def lifespan(app: Any) -> AsyncIterator[Any]:
+        try:
+            async with inner(app) as state, AsyncExitStack() as stack:
+                for endpoint in endpoints:
+                    await stack.enter_async_context(endpoint.running())
+                yield state
+        finally:
+            for endpoint in endpoints:
+                endpoint.take()
+
+    host.lifespan_context = lifespan
+
+
+# ---- the way through an app
+
+
+def _host(app: Any) -> Router | None:
+    """What runs the lifespan of this app."""
+    for layer in _layers(app):
+        if isinstance(layer, Starlette):
+            return layer.router
+        if isinstance(layer, Router):
+            return layer
+    return None
+
+
+def _layers(app: Any) -> Iterator[Any]:
+    """The app and what is in it, one in the other, as far as middleware goes."""
+    seen: set[int] = set()
+    while app is not None and id(app) not in seen:
+        seen.add(id(app))
+        yield app
+        if isinstance(app, Starlette | Router):
+            return
+        app = getattr(app, "app", None)
+
+
+def _places(app: Any, path: str = "", owner: Starlette | None = None) -> Iterator[_Place]:
+    for layer in _layers(app):
+        if isinstance(layer, StreamableHTTPASGIApp) or fastmcp_server.is_endpoint(layer):
+            yield _Place(layer, path, owner)
+            return
+        if isinstance(layer, Starlette):
+            yield from _in_routes(layer.router.routes, path, layer)
+        elif isinstance(layer, Router):
+            yield from _in_routes(layer.routes, path, owner)
+
+
+def _in_routes(routes: list[BaseRoute], path: str, owner: Starlette | None) -> Iterator[_Place]:
+    for route in routes:
+        if isinstance(route, Route):
+            yield from _places(route.endpoint, path + route.path, owner)
+        elif isinstance(route, Mount):
+            yield from _places(route.app, path + route.path, owner)
+        elif isinstance(route, Host):
+            yield from _places(route.app, f"{route.host}{path}", owner)
+
+
+def _hint(app: Any) -> str:
+    """What is wrong with an app that has no endpoint, as far as can be seen."""
+    for route in _all_routes(app):
+        called = getattr(route, "endpoint", None) or getattr(route, "app", None)
+        if isinstance(getattr(called, "__self__", None), StreamableHTTPSessionManager):
+            return _OWN_ROUTE
+    if isinstance(app, Starlette) and getattr(app.state, "transport_type", None) == "sse":
+        return _SSE
+    return _NO_HINT
+
+
+def _all_routes(app: Any) -> Iterator[BaseRoute]:
+    for layer in _layers(app):
+        if isinstance(layer, Starlette | Router):
+            for route in layer.routes:
+                yield route
+                if isinstance(route, Mount | Host):
+                    yield from _all_routes(route.app)

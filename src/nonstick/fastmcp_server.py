@@ -1,0 +1,108 @@
+"""What FastMCP needs of its own: by its public names, and without importing it, since few processes have it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TYPE_CHECKING, Any, Final, TypeGuard
+
+from mcp.server import Server, ServerRequestContext
+from mcp_types import EmptyResult, SetLevelRequestParams
+from starlette.applications import Starlette
+
+from nonstick.errors import ConfigurationError
+from nonstick.session import current_session
+from nonstick.state_store import PROBE, probed
+
+if TYPE_CHECKING:
+    from fastmcp import FastMCP
+
+__all__ = ["check_state", "http_app", "is_endpoint", "is_server", "keep_levels"]
+
+logger = logging.getLogger(__name__)
+
+_SET_LEVEL: Final = "logging/setLevel"
+
+_NOT_SHARED: Final = (
+    "FastMCP server %r was not built with nonstick's state store: what ctx.set_state() and per-session visibility keep "
+    "is in this process only, unless it was given another store that all nodes share. Build it with "
+    "FastMCP(..., session_state_store=cluster.session_state_store), where cluster = nonstick.Cluster()"
+)
+
+
+def is_server(thing: object) -> TypeGuard[FastMCP[Any]]:
+    """Whether it is a FastMCP server."""
+    return _is_a(thing, "fastmcp.server.server", "FastMCP")
+
+
+def is_endpoint(thing: object) -> bool:
+    """Whether it is what FastMCP answers MCP requests with: an object whose `session_manager` can be assigned."""
+    return _is_a(thing, "fastmcp.server.http", "StreamableHTTPASGIApp")
+
+
+def _is_a(thing: object, module: str, name: str) -> bool:
+    # Where FastMCP was not imported, nobody can have made one.
+    kind = getattr(sys.modules.get(module), name, None)
+    return kind is not None and isinstance(thing, kind)
+
+
+def http_app(server: FastMCP[Any], *, path: str | None, refused: dict[str, Any], **arguments: Any) -> Starlette:
+    """The server's own app.
+
+    Raises:
+        ConfigurationError: An argument is one that FastMCP has another place for.
+    """
+    if refused:
+        raise ConfigurationError(
+            f"{', '.join(sorted(refused))}: a FastMCP server is given auth= in FastMCP(...), routes with "
+            "@server.custom_route(), and allowed_hosts=, allowed_origins= or middleware= in http_app(): "
+            "nonstick.adopt(server.http_app(...), store=...)"
+        )
+    return server.http_app(path=path, **{name: value for name, value in arguments.items() if value})
+
+
+# ---- the level of log messages
+
+
+class _KeepLevel:
+    """FastMCP's handler would keep the level in this process, and the session's live view for as long as it lives.
+
+    In a session the level is in the record, and every node heeds it. Elsewhere (on stdio, say) FastMCP's own runs.
+    """
+
+    def __init__(self, theirs: Any) -> None:
+        self._theirs = theirs
+
+    async def __call__(self, ctx: ServerRequestContext[Any], params: SetLevelRequestParams) -> Any:
+        if current_session() is not None:
+            return EmptyResult()
+        return await self._theirs(ctx, params)
+
+
+def keep_levels(server: Server[Any]) -> None:
+    """Has `logging/setLevel` be of the session and not of the process."""
+    entry = server.get_request_handler(_SET_LEVEL)
+    if entry is not None and not isinstance(entry.handler, _KeepLevel):
+        server.add_request_handler(_SET_LEVEL, SetLevelRequestParams, _KeepLevel(entry.handler))
+
+
+# ---- session state
+
+
+async def check_state(app: Starlette) -> None:
+    """Warns if the server in this app keeps its session state in a store that is not ours."""
+    server = getattr(app.state, "fastmcp_server", None)
+    if not is_server(server):
+        return
+    from fastmcp import Context
+    from fastmcp.server.dependencies import get_session
+
+    # FastMCP does not tell what store it has. To look for a session that cannot be, it asks it.
+    with probed() as asked:
+        try:
+            async with Context(fastmcp=server):
+                await get_session(PROBE)
+        except Exception:
+            logger.debug("looked for a session that is not there", exc_info=True)
+    if not asked():
+        logger.warning(_NOT_SHARED, server.name)
