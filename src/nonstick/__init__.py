@@ -10,6 +10,7 @@ where sessions live). Errors are in `nonstick.errors`, the store contract suite 
 from nonstick.adopt import adopt
 from nonstick.app import App, app
 from nonstick.cluster import Cluster
+from nonstick.encryption import EncryptedStore
 from nonstick.exchange import current_attempt
 from nonstick.manager import SessionManager
 from nonstick.session import current_connection
@@ -19,6 +20,7 @@ from nonstick.transport import Session
 __all__ = [
     "App",
     "Cluster",
+    "EncryptedStore",
     "Session",
     "SessionManager",
     "Store",

@@ -38,6 +38,8 @@ besides the MCP endpoint there are
 
 environment:
   NONSTICK_STORE   the store, if --store is not given (keeps a password out of the list of processes)
+  NONSTICK_ENCRYPTION_KEYS
+                   keys, with commas between them, to encrypt what the store keeps; the first one encrypts
   NONSTICK_NODE    the name of this node in logs and in the store; the host's name if not set
 
 examples:

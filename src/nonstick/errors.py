@@ -22,6 +22,7 @@ __all__ = [
     "StreamClosed",
     "TooManySessions",
     "Trimmed",
+    "Undecryptable",
 ]
 
 
@@ -51,6 +52,13 @@ class StoreError(NonstickError):
 
 class StoreUnavailable(StoreError):
     """The store could not be reached or did not answer in time; the outcome of a write is unknown (P9)."""
+
+
+class Undecryptable(StoreUnavailable):
+    """What the store keeps cannot be decrypted: its key is not among this node's, or it was tampered with (P13).
+
+    The message names the key. As for a store that does not answer, clients get 503 and nothing is passed over (P9).
+    """
 
 
 class SessionNotFound(StoreError):

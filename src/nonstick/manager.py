@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import fields
 from typing import Any, Final, Literal, TypedDict, Unpack
@@ -60,6 +60,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from nonstick import wire
 from nonstick.cluster import Cluster
+from nonstick.encryption import EncryptedStore
 from nonstick.errors import ConfigurationError, NonstickError, NotRunning, SessionNotFound, StoreUnavailable
 from nonstick.events import parse_event_id
 from nonstick.exchange import Answer, Exchange
@@ -127,6 +128,7 @@ class Options(TypedDict, total=False):
     reexecute: Literal["never", "idempotent"]
     node_name: str | None
     node_header: bool
+    encryption_keys: Sequence[str | bytes] | None
 
 
 class SessionManager:
@@ -149,7 +151,7 @@ class SessionManager:
         modern: The SDK's manager that serves clients of 2026-07-28 and later; one is made if none is given.
         endpoint: The name of this endpoint, where several servers share one store: a session is of one endpoint, and
             the others have never heard of it.
-        options: nonstick's own settings.
+        options: nonstick's own settings. With `encryption_keys` the store is wrapped in an `EncryptedStore`.
 
     Raises:
         ConfigurationError: An argument that cannot work.
@@ -194,6 +196,7 @@ class SessionManager:
             app = app.session_manager.app
         node_name = options.pop("node_name", None)
         self._node_header = options.pop("node_header", False)
+        keys = options.pop("encryption_keys", None)
         if json_response:
             options["answer"] = "json"
         self.settings = _settings(
@@ -203,7 +206,7 @@ class SessionManager:
             max_sessions=max_sessions,
         )
         self.app = app
-        self.store = open_store(store)
+        self.store = open_store(store) if keys is None else EncryptedStore(open_store(store), keys)
         self.json_response = self.settings.answer == "json"
         self.stateless = stateless
         self.security_settings = security_settings

@@ -16,7 +16,7 @@ from typing import Any, Final, SupportsIndex
 
 from mcp_types import InitializeRequestParams
 
-from nonstick.errors import StateNotJSON
+from nonstick.errors import StateNotJSON, StoreUnavailable
 
 __all__ = ["Record", "SessionState", "opening_fields", "subscription_field"]
 
@@ -39,7 +39,16 @@ class Record:
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, bytes]) -> Record:
-        """Decodes what `load` returned."""
+        """Decodes what `load` returned.
+
+        Raises:
+            StoreUnavailable: It cannot be read here: it is encrypted, or of a release that changed the format (P12).
+        """
+        if fields.get("v") != FORMAT:
+            raise StoreUnavailable(
+                "the session's record is encrypted, or of another version of nonstick: this node needs the encryption "
+                "keys, or the newer version, of the node that wrote it"
+            )
         level = fields.get("level")
         return cls(
             protocol_version=fields["protocol"].decode(),

@@ -31,6 +31,7 @@ from uvicorn.supervisors import ChangeReload, Multiprocess
 from nonstick import loading, logs
 from nonstick.adopt import Adopted, take_over
 from nonstick.app import app as make_app
+from nonstick.encryption import keys_from
 from nonstick.errors import ConfigurationError, NonstickError, StoreUnavailable
 from nonstick.manager import Options
 from nonstick.store import Store
@@ -172,7 +173,9 @@ class _Deferred:
 
 
 def _application(server: loading.AnyServer, settings: Settings) -> Starlette:
-    options = Options(answer=settings.answer, grace=settings.grace, lease=settings.lease)
+    options = Options(
+        answer=settings.answer, grace=settings.grace, lease=settings.lease, encryption_keys=keys_from(os.environ)
+    )
     if isinstance(server, Starlette):
         app = server
         take_over(app, store=settings.store, cluster=None, given={}, options=options)
@@ -318,9 +321,11 @@ def _prepare_store(settings: Settings) -> None:
     """Sees that the store can be used.
 
     Raises:
-        ConfigurationError: The URL names no store, or one that cannot serve several processes.
+        ConfigurationError: The URL names no store, or one that cannot serve several processes; or an encryption key is
+            none.
         StoreUnavailable: It did not answer in time. The message says where it is and how to look.
     """
+    keys_from(os.environ)
     if settings.store == DEFAULT_STORE:
         file = Path(DEFAULT_STORE.removeprefix("sqlite:///"))
         logger.info("no --store: sessions are kept in %s, for what is started in this directory", file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -49,12 +50,13 @@ def broken():
 class Served:
     """`nonstick serve …` as a child process. Its log is JSON; `wait_for` reads it."""
 
-    def __init__(self, home: Path, *arguments: str, store: str = "sqlite:///sessions.db") -> None:
+    def __init__(self, home: Path, *arguments: str, store: str = "sqlite:///sessions.db", **environment: str) -> None:
         self.seen: list[dict[str, Any]] = []
         self._lines = queue.Queue[str | None]()
         self._process = subprocess.Popen(
             [*NONSTICK, "serve", *arguments, "--store", store, "--port", "0", "--log-format", "json"],
             cwd=home,
+            env=os.environ | environment,
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -402,3 +404,18 @@ def test_installed_command_runs(home: Path) -> None:
         check=True,
     )
     assert ended.stdout == f"nonstick {version('nonstick')}\n"
+
+
+def test_encryption_keys_come_from_the_environment(start: Start, home: Path) -> None:
+    """P13: what is kept is not readable, and a node without the key does not serve it as if it were gone (P9)."""
+    key = base64.b64encode(bytes(32)).decode()
+    served, other = start("server.py", NONSTICK_ENCRYPTION_KEYS=key), start("server.py")
+    headers = initialize(served.url())
+    assert list_tools(served.seen[-1]["url"], headers) == 200
+    kept = b"".join(file.read_bytes() for file in home.glob("sessions.db*"))
+    assert b"2025-11-25" not in kept
+    assert list_tools(other.url(), headers) == 503
+    refused = nonstick(home, "serve", "server.py", NONSTICK_ENCRYPTION_KEYS="too-short")
+    assert refused.returncode == 2
+    assert "NONSTICK_ENCRYPTION_KEYS: encryption key 1 is not 32 bytes" in refused.stderr
+    assert "too-short" not in refused.stderr

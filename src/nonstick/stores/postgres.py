@@ -162,6 +162,11 @@ class PostgresStore:
         return f"PostgresStore({self.url!r}, schema={self._address.schema!r})"
 
     @property
+    def namespace(self) -> str:
+        """What sets this deployment's tables apart in the database."""
+        return self._address.schema
+
+    @property
     def url(self) -> str:
         """Where it is, without any credentials: fit for logs."""
         return self._address.url

@@ -159,6 +159,11 @@ class RedisStore:
         return f"RedisStore({self.url!r}, prefix={self._prefix!r})"
 
     @property
+    def namespace(self) -> str:
+        """What sets this deployment's keys apart on the server."""
+        return self._prefix
+
+    @property
     def url(self) -> str:
         """Where it is, without any credentials: fit for logs."""
         return self._address.url
