@@ -208,6 +208,17 @@ async def test_delay_makes_the_answer_late(proxy: FaultProxy) -> None:
         await proxy.heal()
 
 
+async def test_failover_leads_to_another_server(proxy: FaultProxy, echo: Echo) -> None:
+    """`lead_to`: at the same address; connections to the server before are reset."""
+    async with Echo() as other, connected(proxy) as before:
+        assert await before.ask(b"1\n") == b"1\n"
+        await proxy.lead_to(other.url)
+        assert await before.hear() == b""
+        async with connected(proxy) as after:
+            assert await after.ask(b"2\n") == b"2\n"
+        assert (echo.lines, other.lines) == ([b"1\n"], [b"2\n"])
+
+
 async def test_nothing_is_left_when_it_closes(echo: Echo) -> None:
     """Its end closes what is open, black-holed and delayed alike, and ends every task."""
     before = asyncio.all_tasks()

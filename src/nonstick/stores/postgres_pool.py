@@ -170,9 +170,14 @@ class Pool:
             raise StoreUnavailable("too many calls wait for the store")
         task = self._loop.create_task(self._use(work, self._timeout if timeout is None else timeout))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._done)
         # The statement is sent or about to be. To stop it would cost the connection, and tell nobody what has happened.
         return await asyncio.shield(task)
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # whose caller was cancelled, nobody asks for it
 
     def close_idle(self) -> None:
         """Closes what nobody has used for a while."""

@@ -8,7 +8,7 @@ from asyncio import StreamReader, StreamWriter
 from contextlib import suppress
 from types import TracebackType
 from typing import Final, Self
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 __all__ = ["FaultProxy"]
 
@@ -26,11 +26,7 @@ class FaultProxy:
     """
 
     def __init__(self, target: str) -> None:
-        parts = urlsplit(target)
-        if parts.hostname is None or parts.port is None:
-            raise ValueError("FaultProxy needs a URL with a host and a port")
-        self._target = (parts.hostname, parts.port)
-        self._parts = parts
+        self._parts, self._target = _parse(target)
         self._reserved: socket.socket | None = None
         self._server: asyncio.Server | None = None
         self._links: dict[asyncio.Task[None], _Link] = {}
@@ -76,6 +72,11 @@ class FaultProxy:
         if self._server is not None:
             self._server.close()
             self._server = None
+        await self.reset()
+
+    async def lead_to(self, target: str) -> None:
+        """From now on the server at this URL is the one behind: a failover. Connections to the other are reset."""
+        self._parts, self._target = _parse(target)
         await self.reset()
 
     async def reset(self) -> None:
@@ -211,6 +212,13 @@ async def _finish_upstream(link: _Link) -> None:
         link.to_server.write_eof()
         while await link.from_server.read(_CHUNK):
             pass
+
+
+def _parse(target: str) -> tuple[SplitResult, tuple[str, int]]:
+    parts = urlsplit(target)
+    if parts.hostname is None or parts.port is None:
+        raise ValueError("FaultProxy needs a URL with a host and a port")
+    return parts, (parts.hostname, parts.port)
 
 
 def _bound(port: int) -> socket.socket:
