@@ -1,19 +1,23 @@
-"""The command line: `nonstick serve` and `nonstick demo`.
+"""The command line: `nonstick serve`, `nonstick doctor`, `nonstick migrate` and `nonstick demo`.
 
-Exit status: 0 when all went well, 1 when something failed on the way (also a demo that did not pass), 2 when what was
-asked for cannot work; then one paragraph on stderr says what to do.
+Exit status: 0 when all went well, 1 when something failed on the way (also a demo that did not pass, or a store that
+the doctor found an error in), 2 when what was asked for cannot work; then one paragraph on stderr says what to do.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import logging
 import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from nonstick import logs
+from nonstick import doctor, logs, migrate
 from nonstick.errors import ConfigurationError, StoreUnavailable
+from nonstick.examine import Finding
+from nonstick.stores import open_store
 
 __all__ = ["main"]
 
@@ -22,6 +26,8 @@ examples:
   nonstick serve server.py                              one process, an SQLite file, port 8000
   nonstick serve server.py --workers 4                  four processes, any of which serves any session
   nonstick serve shop.tools:mcp --store redis://cache   a node of a cluster: start as many as you like
+  nonstick doctor --store redis://cache                 is this store all right, how fast is it, what is to be done
+  nonstick migrate --store postgresql://db/app          make or upgrade the tables of a store that has some
   nonstick demo                                         see it work: three nodes, no affinity, kill -9
 """
 
@@ -46,6 +52,38 @@ examples:
   nonstick serve server.py
   nonstick serve shop.tools:mcp --store redis://cache:6379 --host 0.0.0.0 --log-format json
   nonstick serve shop/tools.py:make_server --workers 4 --port 9000
+"""
+
+_DOCTOR = """\
+It looks at the server behind the store (version, role, eviction or durability, clock, permissions, tables), then acts
+as two nodes that share a session: how long a load and an append take, whether one sees what the other writes, whether
+and how soon it is woken, whether a lease holds and lapses. What it writes it removes again, and it makes no tables.
+
+With TARGET it also says whether that server was built with what clients of 2026-07-28 need shared between nodes.
+
+exit status: 0 nothing worse than a warning, 1 at least one error, 2 it was asked for something that cannot work
+
+environment:
+  NONSTICK_STORE   the store, if --store is not given (keeps a password out of the list of processes)
+
+examples:
+  nonstick doctor --store redis://cache:6379
+  nonstick doctor --store postgresql://app@db/app server:mcp
+  nonstick doctor --store rediss://cache --json | jq '.findings[] | select(.level != "ok")'
+"""
+
+_MIGRATE = """\
+PostgreSQL and SQLite stores have tables with a version. The first node of a release makes or upgrades them by itself,
+unless the URL says migrate=false: then it refuses to start until this command was run. Nodes of the last release go on
+working meanwhile and afterwards. Redis and Valkey have nothing to migrate.
+
+environment:
+  NONSTICK_STORE   the store, if --store is not given (keeps a password out of the list of processes)
+
+examples:
+  nonstick migrate --store postgresql://owner@db/app
+  nonstick migrate --store postgresql://owner@db/app --dry-run             what would be done
+  nonstick migrate --store postgresql://owner@db/app --print-sql | less    for whoever runs SQL on that server
 """
 
 _DEMO = """\
@@ -83,6 +121,37 @@ def _serve(options: argparse.Namespace) -> int:
     return serving.serve(serving.Settings(**fields))
 
 
+def _doctor(options: argparse.Namespace) -> int:
+    url = _store_url(options)
+    logger = logging.getLogger("nonstick")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # what it would say of the store there is said by the findings
+    try:
+        findings = asyncio.run(_diagnosed(url, options.target))
+    finally:
+        logger.setLevel(level)
+    print(doctor.as_json(findings) if options.json else doctor.as_text(findings))
+    return 1 if doctor.failed(findings) else 0
+
+
+async def _diagnosed(url: str, target: str | None) -> list[Finding]:
+    server = await doctor.look_at_server(target) if target is not None else []
+    return await doctor.diagnose(lambda: open_store(url), alone=url.lower().startswith("memory:")) + server
+
+
+def _migrate(options: argparse.Namespace) -> int:
+    store = open_store(_store_url(options))
+    asyncio.run(migrate.run(store, say=print, dry_run=options.dry_run, print_sql=options.print_sql))
+    return 0
+
+
+def _store_url(options: argparse.Namespace) -> str:
+    url: str | None = options.store or os.environ.get("NONSTICK_STORE")
+    if not url:
+        raise ConfigurationError("name the store with --store URL, or in NONSTICK_STORE.")
+    return url
+
+
 def _demo(options: argparse.Namespace) -> int:
     from nonstick import demo
 
@@ -99,6 +168,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"nonstick {version('nonstick')}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_serve(commands)
+    _add_doctor(commands)
+    _add_migrate(commands)
     _add_demo(commands)
     return parser
 
@@ -159,6 +230,41 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--log-level", choices=logs.LEVELS, default="info", help="Default: %(default)s")
     parser.set_defaults(run=_serve)
+
+
+_STORE_HELP = "the store to look at, as for `nonstick serve`. Default: $NONSTICK_STORE"
+
+
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="say what is wrong with a store, and what to do",
+        description="Looks at a store, tries it as two nodes would, and says for each finding what to do.",
+        epilog=_DOCTOR,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "target", metavar="TARGET", nargs="?", help="a server, as for `nonstick serve`; may be left out"
+    )
+    parser.add_argument("--store", metavar="URL", help=_STORE_HELP)
+    parser.add_argument("--json", action="store_true", help="for machines: an object with `ok` and `findings`")
+    parser.set_defaults(run=_doctor)
+
+
+def _add_migrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "migrate",
+        help="make or upgrade a store's tables",
+        description="Shows the version of a store's tables and the one that this release uses, and makes or upgrades "
+        "them. Several at once are fine.",
+        epilog=_MIGRATE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--store", metavar="URL", help=_STORE_HELP)
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    how.add_argument("--print-sql", action="store_true", help="print the SQL instead of executing it")
+    parser.set_defaults(run=_migrate)
 
 
 def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

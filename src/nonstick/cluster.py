@@ -89,11 +89,26 @@ class Cluster:
         self._made.add(self)
         self._bus = _Bus()
         self._codec = _Codec()
-        self.subscription_bus: SubscriptionBus = self._bus
-        self.request_state_security = RequestStateSecurity(codec=self._codec, ttl=request_state_ttl)
+        self._security = RequestStateSecurity(codec=self._codec, ttl=request_state_ttl)
+        self._taken: set[str] = set()
         self.session_state_store = StateStore()
         self._store: GuardedStore | None = None
         self._rotating = asyncio.Lock()
+
+    @property
+    def subscription_bus(self) -> SubscriptionBus:
+        self._taken.add("subscription_bus")
+        return self._bus
+
+    @property
+    def request_state_security(self) -> RequestStateSecurity:
+        self._taken.add("request_state_security")
+        return self._security
+
+    @property
+    def taken(self) -> frozenset[str]:
+        """Which of the two attributes anybody has asked for. A server was certainly not built with the others."""
+        return frozenset(self._taken)
 
     @classmethod
     def only(cls) -> Cluster | None:

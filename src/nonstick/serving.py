@@ -34,6 +34,7 @@ from nonstick.app import app as make_app
 from nonstick.encryption import keys_from
 from nonstick.errors import ConfigurationError, NonstickError, StoreUnavailable
 from nonstick.manager import Options
+from nonstick.shared import check_shared
 from nonstick.store import Store
 from nonstick.stores import open_store
 
@@ -157,6 +158,13 @@ class _Deferred:
         assert self._app is not None
         await self._app(scope, receive, self._announcing(adopted_in(self._app), send))
 
+    def _say_what_is_not_shared(self, adopted: Adopted) -> None:
+        if self._settings.store.lower().startswith("memory:"):
+            return  # nobody is there to share it with
+        for finding in check_shared(manager.app for manager in adopted.managers):
+            if finding.level != "ok":
+                logger.warning("clients of %s: %s. %s", finding.subject, finding.text, finding.advice)
+
     def _announcing(self, adopted: Adopted, send: Send) -> Send:
         """Says where this node serves once it has started."""
         host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
@@ -164,6 +172,7 @@ class _Deferred:
         async def announce(message: Message) -> None:
             if message["type"] == "lifespan.startup.complete":
                 logs.set_node(adopted.managers[0].node)
+                self._say_what_is_not_shared(adopted)
                 for path, manager in zip(adopted.paths, adopted.managers, strict=True):
                     url = f"http://{host}:{self._settings.port}{path}"
                     logger.info("serving", extra={"url": url, "store": manager.store.url, "pid": os.getpid()})

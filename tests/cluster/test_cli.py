@@ -365,6 +365,7 @@ def test_failure_in_the_users_module_shows_their_code_and_none_of_ours(home: Pat
         (["serve", "server.py", "--grace", "nan"], "'nan' is not a number of seconds"),
         (["serve", "server.py", "--lease", "0.5"], "'0.5' is not a number of seconds (1 to 86400)"),
         (["demo", "--nodes", "1"], "'1' is not a number of nodes"),
+        (["migrate", "--dry-run", "--print-sql"], "not allowed with argument"),
     ],
 )
 def test_wrong_options_are_explained(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
@@ -374,13 +375,63 @@ def test_wrong_options_are_explained(capsys: pytest.CaptureFixture[str], argumen
     assert said in capsys.readouterr().err
 
 
+# ---- the store
+
+
+def test_doctor_tells_a_healthy_store_from_a_broken_one(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit status 0, 1 and 2; `--json` for machines; never the password (P13)."""
+    monkeypatch.delenv("NONSTICK_STORE", raising=False)
+    store = f"sqlite:///{home}/sessions.db"
+    assert cli.main(["migrate", "--store", store]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "the tables have version 1 now"
+    assert cli.main(["migrate", "--store", store]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "nothing to do"
+    assert cli.main(["doctor", "--store", store, "--json"]) == 0
+    assert {finding["subject"] for finding in json.loads(capsys.readouterr().out)["findings"]} > {"wakes", "lease"}
+
+    monkeypatch.setenv("NONSTICK_STORE", "redis://user:hunter2@127.0.0.1:1/0")
+    assert cli.main(["doctor"]) == 1
+    shown = capsys.readouterr()
+    assert "ERROR    reach  redis://127.0.0.1:1/0 cannot be used" in shown.out
+    assert "hunter2" not in shown.out + shown.err
+    monkeypatch.delenv("NONSTICK_STORE")
+    for wrong in (["doctor"], ["doctor", "--store", "nope://hunter2"], ["doctor", "--store", "memory:", "missing.py"]):
+        assert cli.main(wrong) == 2
+        assert "hunter2" not in capsys.readouterr().err
+
+
+def test_migrate_says_where_there_is_nothing_to_migrate(capsys: pytest.CaptureFixture[str]) -> None:
+    """Redis and Valkey have no tables; the server is not even asked."""
+    assert cli.main(["migrate", "--store", "redis://user:hunter2@127.0.0.1:1/0"]) == 0
+    assert capsys.readouterr().out == "redis://127.0.0.1:1/0: nothing to migrate, this store has no tables\n"
+
+
+def test_doctor_shows_the_lines_that_a_server_lacks(home: Path) -> None:
+    """With TARGET; and `serve` says the same in its log."""
+    ended = nonstick(home, "doctor", "--store", "memory:", "server.py:mcp")
+    assert ended.returncode == 0
+    assert "cluster = nonstick.Cluster()" in ended.stdout
+
+
+def test_serve_says_what_a_server_was_built_without(start: Start) -> None:
+    """Clients of 2026-07-28 need two things shared between nodes."""
+    served = start("server.py:mcp")
+    served.url()
+    (told,) = [one["message"] for one in served.seen if "2026-07-28" in one["message"]]
+    assert "cluster = nonstick.Cluster()" in told
+
+
 # ---- it explains
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--help"], ["serve", "demo", "examples:"]),
+        (["--help"], ["serve", "doctor", "migrate", "demo", "examples:"]),
+        (["doctor", "--help"], ["TARGET", "--store", "--json", "NONSTICK_STORE", "exit status", "examples:"]),
+        (["migrate", "--help"], ["--store", "--dry-run", "--print-sql", "migrate=false", "examples:"]),
         (["serve", "--help"], ["TARGET is one of", "--store", "--answer", "NONSTICK_STORE", "/readyz", "examples:"]),
         (["demo", "--help"], ["--store", "--sdk", "--nodes", "examples:"]),
         (["--version"], ["nonstick "]),

@@ -11,8 +11,9 @@ import redis.asyncio as redis
 
 from nonstick.errors import StoreUnavailable
 from nonstick.examine import Examinable, Finding
+from nonstick.stores.clocks import clock_finding
 from nonstick.stores.redis import RedisStore
-from nonstick.stores.redis_examine import check_server, clock_finding
+from nonstick.stores.redis_examine import check_server
 from nonstick.testing import ValkeyServer
 
 pytestmark = pytest.mark.anyio

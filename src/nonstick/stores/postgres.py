@@ -26,10 +26,13 @@ from nonstick.errors import (
     TooManySessions,
     Trimmed,
 )
+from nonstick.examine import Finding
+from nonstick.migrate import Plan, Step
 from nonstick.store import MAX_READ, NEW_STREAM, Appended, Batch, Cursor, Event, Lease, Loaded, Wake
+from nonstick.stores import postgres_examine
 from nonstick.stores.postgres_news import Announcer, Listener
-from nonstick.stores.postgres_pool import STANDBY, TROUBLE, Pool, SchemaMissing, connect, refusal
-from nonstick.stores.postgres_schema import prepare
+from nonstick.stores.postgres_pool import STANDBY, TROUBLE, Pool, SchemaMissing, connect, connected, refusal
+from nonstick.stores.postgres_schema import plan, prepare
 from nonstick.stores.postgres_url import Address
 
 if TYPE_CHECKING:
@@ -87,14 +90,14 @@ async def migrate(url: str, *, timeout: float = MIGRATE_SECONDS) -> None:
         ConfigurationError: The URL cannot work, or the schema is newer than this code.
         StoreUnavailable: It could not be reached, or refused.
     """
-    address = Address.parse(url).direct()
+    await _prepare(Address.parse(url), timeout=timeout)
+
+
+async def _prepare(address: Address, *, timeout: float, done: Callable[[Step], None] = lambda _: None) -> None:
+    address = address.direct()
     try:
-        async with asyncio.timeout(timeout):
-            connection = await connect(address, timeout=timeout)
-            try:
-                await prepare(connection, address, migrate=True)
-            finally:
-                connection.terminate()
+        async with asyncio.timeout(timeout), connected(address, timeout=timeout) as connection:
+            await prepare(connection, address, migrate=True, done=done)
     except TROUBLE as error:
         raise refusal(error) from None
 
@@ -104,7 +107,7 @@ class PostgresStore:
 
     Args:
         url: `postgresql://[user[:password]@]host[:port]/database`, with the options of the driver and of libpq as
-            query parameters (`sslmode`, `target_session_attrs`, several hosts), and those below but the last five.
+            query parameters (`sslmode`, `target_session_attrs`, several hosts), and those below but the last four.
         schema: The PostgreSQL schema that holds everything, and the channel of the news. It is made on first use.
             Deployments that share a database need different ones.
         listen_dsn: Where to LISTEN, when `url` leads through a pooler that pools transactions; leases go there too.
@@ -112,7 +115,7 @@ class PostgresStore:
             know them (PgBouncer before 1.21, or with `max_prepared_statements=0`).
         unlogged: When the tables are made: unlogged. Faster, not replicated, and empty after a crash of the server.
         pool_size: Connections at most, besides the one that listens and the lease's.
-        migrate: Make and upgrade the tables as needed. Else that is refused, and left to `migrate`.
+        migrate: Make and upgrade the tables as needed. Else that is refused, and left to `nonstick migrate`.
         timeout: Seconds that any call waits for its answer, connecting included.
         max_waiting: Calls that may be under way at once; beyond that they fail immediately (P10).
         heartbeat: Seconds between two proofs of life on the connection that listens.
@@ -132,16 +135,21 @@ class PostgresStore:
         prepared: bool | None = None,
         unlogged: bool | None = None,
         pool_size: int | None = None,
-        migrate: bool = True,
+        migrate: bool | None = None,
         timeout: float = 2.0,
         max_waiting: int = 10_000,
         heartbeat: float = 3.0,
         sweep_interval: float = 5.0,
     ) -> None:
         self._address = Address.parse(
-            url, schema=schema, listen_dsn=listen_dsn, prepared=prepared, unlogged=unlogged, pool_size=pool_size
+            url,
+            schema=schema,
+            listen_dsn=listen_dsn,
+            prepared=prepared,
+            unlogged=unlogged,
+            pool_size=pool_size,
+            migrate=migrate,
         )
-        self._migrate = migrate
         self._timeout = timeout
         self._max_waiting = max_waiting
         self._heartbeat = heartbeat
@@ -315,6 +323,25 @@ class PostgresStore:
     async def ping(self) -> None:
         await self._call("ping")
 
+    # ---- upkeep
+
+    async def examine(self) -> list[Finding]:
+        """See `nonstick.examine.Examinable`."""
+        return await postgres_examine.examine(self._address, timeout=self._timeout)
+
+    async def plan(self) -> Plan:
+        """See `nonstick.migrate.Migratable`."""
+        address = self._address.direct()
+        try:
+            async with asyncio.timeout(self._timeout), connected(address, timeout=self._timeout) as connection:
+                return await plan(connection, address)
+        except TROUBLE as error:
+            raise refusal(error) from None
+
+    async def migrate(self, done: Callable[[Step], None]) -> None:
+        """See `nonstick.migrate.Migratable`."""
+        await _prepare(self._address, timeout=MIGRATE_SECONDS, done=done)
+
     # ---- inside
 
     async def _call(self, name: str, *args: object, done: Callable[[list[Any]], None] | None = None) -> list[Any]:
@@ -349,7 +376,7 @@ class PostgresStore:
 
     async def _prepare(self) -> None:
         async def work(connection: Connection) -> None:
-            await prepare(connection, self._address, migrate=self._migrate)
+            await prepare(connection, self._address, migrate=self._address.migrate)
 
         await self._pool.use(work, timeout=MIGRATE_SECONDS)
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 from nonstick.errors import ConfigurationError, StoreUnavailable
@@ -24,7 +25,7 @@ except ImportError:
 if TYPE_CHECKING:
     Connection: TypeAlias = asyncpg.Connection[asyncpg.Record]
 
-__all__ = ["STANDBY", "TROUBLE", "Pool", "SchemaMissing", "backoff", "connect", "refusal"]
+__all__ = ["STANDBY", "TROUBLE", "Pool", "SchemaMissing", "backoff", "connect", "connected", "refusal"]
 
 T = TypeVar("T")
 
@@ -116,6 +117,16 @@ async def connect(address: Address, *, timeout: float) -> Connection:
         )
     except asyncpg.exceptions.ClientConfigurationError:
         raise ConfigurationError("the store URL has options that cannot work: see the driver's, asyncpg's") from None
+
+
+@asynccontextmanager
+async def connected(address: Address, *, timeout: float) -> AsyncIterator[Connection]:
+    """A connection for a short while. Raises as `connect`."""
+    connection = await connect(address, timeout=timeout)
+    try:
+        yield connection
+    finally:
+        connection.terminate()
 
 
 class Pool:

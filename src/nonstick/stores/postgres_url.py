@@ -36,6 +36,7 @@ _OWN: Final[dict[str, Callable[[str], Any]]] = {
     "unlogged": _flag,
     "prepared": _flag,
     "pool_size": _number,
+    "migrate": _flag,
 }
 
 
@@ -55,13 +56,14 @@ class Address:
     unlogged: bool = False
     prepared: bool = True
     pool_size: int = 10
+    migrate: bool = True
 
     def __post_init__(self) -> None:
         if not _SCHEMA.fullmatch(self.schema):
             raise ConfigurationError("the store's schema must be a name of a-z, 0-9 and _, at most 48 characters")
         if self.listen_dsn is not None:
             _place(self.listen_dsn)
-        for name in ("unlogged", "prepared"):
+        for name in ("unlogged", "prepared", "migrate"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigurationError(f"{name} in the store URL must be true or false")
         if self.pool_size < 1:

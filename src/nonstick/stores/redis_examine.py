@@ -13,17 +13,15 @@ from typing import Any, Final
 
 from nonstick.errors import StoreUnavailable
 from nonstick.examine import Finding
+from nonstick.stores.clocks import clock_finding
 
-__all__ = ["Call", "check_clock", "check_permissions", "check_server", "clock_finding", "examine"]
+__all__ = ["Call", "check_clock", "check_permissions", "check_server", "examine"]
 
 Call = Callable[..., Awaitable[Any]]
 """Runs a command on one server and returns its reply; raises StoreUnavailable also where the server refuses it."""
 
 OLDEST: Final = (6, 2)
 """The scripts use commands from here on."""
-
-CLOCK_SECONDS: Final = 5.0
-"""How far the server's clock may be from this machine's before it is worth a word."""
 
 _NEARLY_FULL: Final = 0.9
 
@@ -98,22 +96,6 @@ async def check_clock(call: Call) -> Finding:
         await call("PING")
         return Finding("warning", "clock", f"the server does not tell the time: {error}", "See permissions.")
     return clock_finding(seconds + micros / 1e6, before, time.time())
-
-
-def clock_finding(theirs: float, before: float, after: float) -> Finding:
-    """`theirs` was read on the server at some time between `before` and `after` on this machine."""
-    off = theirs - (before + after) / 2
-    sure = (after - before) / 2
-    text = f"{abs(off):.3f} s {'ahead of' if off > 0 else 'behind'} this machine's (give or take {sure:.3f} s)"
-    if abs(off) - sure > CLOCK_SECONDS:
-        return Finding(
-            "warning",
-            "clock",
-            text,
-            "Sessions are safe: only the store's clock counts. But the times in logs do not fit together: run an NTP "
-            "client on both machines.",
-        )
-    return Finding("ok", "clock", text)
 
 
 async def check_permissions(call: Call, *, prefix: str, key: str) -> list[Finding]:

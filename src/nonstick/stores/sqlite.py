@@ -6,14 +6,18 @@ without blocking the event loop, `sqlite_feed` watches, `sqlite_keeper` tidies, 
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sqlite3
 from collections.abc import Callable, Collection, Mapping
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from nonstick.errors import NonstickError, SessionNotFound, StoreUnavailable
+from nonstick.examine import Finding
+from nonstick.migrate import Plan, Step
 from nonstick.store import MAX_READ, Appended, Batch, Cursor, Event, Lease, Loaded, Wake
+from nonstick.stores import sqlite_examine
 from nonstick.stores import sqlite_rows as rows
 from nonstick.stores.sqlite_engine import Engine
 from nonstick.stores.sqlite_feed import Feed
@@ -21,6 +25,8 @@ from nonstick.stores.sqlite_file import BUSY_SECONDS, SQL, DatabaseFile, transac
 from nonstick.stores.sqlite_keeper import Keeper
 
 __all__ = ["SQLiteStore"]
+
+T = TypeVar("T")
 
 
 class SQLiteStore:
@@ -135,6 +141,30 @@ class SQLiteStore:
 
     async def ping(self) -> None:
         await self._engine.write(lambda db, now: db.execute(SQL["ping"], (now,)))
+
+    # ---- upkeep
+
+    async def examine(self) -> list[Finding]:
+        """See `nonstick.examine.Examinable`."""
+        return await self._apart(lambda: sqlite_examine.examine(self._file))
+
+    async def plan(self) -> Plan:
+        """See `nonstick.migrate.Migratable`."""
+        return await self._apart(self._file.plan)
+
+    async def migrate(self, done: Callable[[Step], None]) -> None:
+        """See `nonstick.migrate.Migratable`. Opening the file does it, as for every node."""
+        steps = (await self.plan()).steps
+        await self._apart(lambda: self._file.connect().close())
+        for step in steps:
+            done(step)
+
+    async def _apart(self, work: Callable[[], T]) -> T:
+        """What `work` returns, in a thread and on connections of its own, open store or not."""
+        try:
+            return await asyncio.to_thread(work)
+        except sqlite3.Error as error:
+            raise self._file.unavailable(error) from error
 
 
 class _SQLiteLease:

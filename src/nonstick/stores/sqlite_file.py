@@ -11,11 +11,13 @@ import re
 import sqlite3
 import time
 from collections.abc import Callable
+from contextlib import closing
 from importlib import resources
 from pathlib import Path
 from typing import Final, TypeVar
 
 from nonstick.errors import ConfigurationError, StoreUnavailable
+from nonstick.migrate import Plan, Step
 
 __all__ = [
     "BUSY_SECONDS",
@@ -39,6 +41,8 @@ BUSY_SECONDS: Final = 2.0
 SCHEMA_VERSION: Final = 1
 _APPLICATION: Final = 0x6E6F6E73
 """SQLite's `application_id` of our files: "nons"."""
+
+_SETTINGS: Final = f"PRAGMA application_id = {_APPLICATION}; PRAGMA user_version = {SCHEMA_VERSION};"
 
 MOUNTS = Path("/proc/self/mountinfo")
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
@@ -120,6 +124,20 @@ class DatabaseFile:
             raise
         return db
 
+    def plan(self) -> Plan:
+        """What separates the file from one that this code uses. Opens it for reading; makes none.
+
+        Raises:
+            ConfigurationError: It has a newer schema, or is another application's.
+            sqlite3.Error: It cannot be read.
+        """
+        version = 0
+        if self.path.exists():
+            with closing(sqlite3.connect(f"{self.path.as_uri()}?mode=ro", uri=True, timeout=BUSY_SECONDS)) as db:
+                version = self._schema_version(db)
+        steps = [] if version else [Step(f"version {SCHEMA_VERSION}", f"{SQL['schema']}\n{_SETTINGS}")]
+        return Plan(f"the file {self.path}", version, SCHEMA_VERSION, steps)
+
     def unavailable(self, error: sqlite3.Error) -> StoreUnavailable:
         """What to raise for an SQLite error; logs a damaged file."""
         if _code(error) in _DAMAGED:
@@ -166,9 +184,8 @@ class DatabaseFile:
 
     def _create_schema(self, db: sqlite3.Connection) -> None:
         """All or nothing. Several processes may do it at once: one does, the others find it done."""
-        settings = f"PRAGMA application_id = {_APPLICATION}; PRAGMA user_version = {SCHEMA_VERSION};"
         try:
-            db.executescript(f"BEGIN IMMEDIATE;\n{SQL['schema']}\n{settings}\nCOMMIT;")
+            db.executescript(f"BEGIN IMMEDIATE;\n{SQL['schema']}\n{_SETTINGS}\nCOMMIT;")
         except BaseException:
             if db.in_transaction:
                 db.execute("ROLLBACK")

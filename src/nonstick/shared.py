@@ -1,0 +1,65 @@
+"""Whether a server was built with what clients of 2026-07-28 need shared between nodes.
+
+The SDK gives no public way to see which bus and which keys a server has. What can be known: whether the server needs
+them at all, whether a `Cluster` was made in this process, and whether anybody took its bus or its keys. Nothing that
+nobody took can be in a server. (That what was taken went into this server is assumed.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Final
+
+from mcp.server import Server
+from mcp.server.request_state import RequestStateBoundary
+
+from nonstick.cluster import Cluster
+from nonstick.examine import Finding
+
+__all__ = ["check_shared"]
+
+_LISTEN: Final = "subscriptions/listen"
+
+_SHARED: Final = {
+    "subscription_bus": (
+        "subscriptions=cluster.subscription_bus",
+        f"{_LISTEN} on one node does not hear what is published on another",
+    ),
+    "request_state_security": (
+        "request_state_security=cluster.request_state_security",
+        "a requestState of one node is refused by the others",
+    ),
+}
+"""By attribute of the cluster: how a server gets it, and what is missed without it."""
+
+
+def check_shared(servers: Iterable[Server[Any]]) -> list[Finding]:
+    """What clients of 2026-07-28 miss on other nodes, and the two lines that give it to them: one finding per server.
+
+    Args:
+        servers: Of the low level, as `SessionManager.app` is.
+    """
+    return [_check(server) for server in servers]
+
+
+def _check(server: Server[Any]) -> Finding:
+    cluster = Cluster.only()
+    taken = cluster.taken if cluster is not None else frozenset[str]()
+    missing = [_SHARED[name] for name in _needs(server) if name not in taken]
+    if not missing:
+        return Finding("ok", "2026-07-28", "the server was built with what these clients need shared between nodes")
+    without = "a nonstick.Cluster" if cluster is None else "all that its nonstick.Cluster has for it"
+    kind = "FastMCP" if type(server).__module__.partition(".")[0] == "fastmcp" else "MCPServer"
+    lines = f"cluster = nonstick.Cluster()\nmcp = {kind}(..., {', '.join(argument for argument, _ in missing)})"
+    return Finding(
+        "warning",
+        "2026-07-28",
+        f"the server was built without {without}: {'; '.join(missed for _, missed in missing)}",
+        f"Make one before the server, only one in this process, and give it to the server:\n{lines}",
+    )
+
+
+def _needs(server: Server[Any]) -> list[str]:
+    needs = ["subscription_bus"] if server.get_request_handler(_LISTEN) is not None else []
+    seals = any(isinstance(one, RequestStateBoundary) for one in server.middleware)
+    return [*needs, "request_state_security"] if seals else needs
