@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from nonstick.testing import PostgresServer, ValkeyServer
+from nonstick.testing import PostgresServer, ValkeyCluster, ValkeySentinel, ValkeyServer
 
 
 @pytest.fixture(scope="session")
@@ -17,7 +17,44 @@ def valkey() -> Iterator[ValkeyServer]:
 
 
 @pytest.fixture(scope="session")
+def valkey_cluster() -> Iterator[ValkeyCluster]:
+    """One Cluster of three primaries for all tests; each takes a prefix of its own."""
+    with ValkeyCluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def valkey_sentinel() -> Iterator[ValkeySentinel]:
+    """One primary behind Sentinels for all tests; each takes a prefix of its own."""
+    with ValkeySentinel() as sentinel:
+        yield sentinel
+
+
+@pytest.fixture(scope="session")
 def postgres() -> Iterator[PostgresServer]:
     """One PostgreSQL for all tests; each takes a schema of its own."""
     with PostgresServer() as server:
         yield server
+
+
+GROUPS = ("TestRedisStoreOnCluster", "TestRedisStoreBehindSentinels")
+SOON = {
+    "test_created_session_is_whole_on_another_node",
+    "test_repeated_create_in_its_own_full_group_says_that_it_exists",
+    "test_full_group_refuses_and_nothing_is_evicted",
+    "test_ended_session_makes_room_in_its_group",
+    "test_deleted_session_is_gone_on_every_node_for_every_method",
+    "test_append_wakes_the_watchers_on_every_node",
+    "test_one_of_racing_terminals_ends_the_stream",
+    "test_released_lease_has_lapsed_and_a_closed_one_runs_on",
+    "test_lease_is_renewed_while_the_event_loop_stands_still",
+    "test_store_answers_a_ping_and_names_itself",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On a Cluster and behind Sentinels, what is no different from one server runs with the slow tests only."""
+    for item in items:
+        owner = getattr(item, "cls", None)
+        if owner is not None and owner.__name__ in GROUPS and getattr(item, "originalname", "") not in SOON:
+            item.add_marker(pytest.mark.slow)

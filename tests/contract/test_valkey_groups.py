@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from nonstick.testing import ValkeyCluster, ValkeySentinel
 from nonstick.testing.valkey_cluster import ask
+
+pytestmark = pytest.mark.slow
 
 
 def test_slot_moves_with_its_keys_and_replica_takes_over() -> None:

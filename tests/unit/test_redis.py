@@ -806,10 +806,9 @@ def test_impossible_prefix_is_refused(prefix: str) -> None:
         RedisStore("redis://", prefix=prefix)
 
 
-@pytest.mark.parametrize("package", ["hiredis", "redis"])
-def test_missing_package_says_how_to_install_it(package: str) -> None:
+def test_missing_package_says_how_to_install_it() -> None:
     """The message names the command."""
-    code = f"import sys; sys.modules[{package!r}] = None; import nonstick.stores.redis"
+    code = "import sys; sys.modules['hiredis'] = None; import nonstick.stores.redis"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert "ConfigurationError" in done.stderr
@@ -820,7 +819,7 @@ def test_scripts_write_with_commands_of_redis_6_2_only() -> None:
     """The oldest server that is supported has no PEXPIRETIME, no EXPIRE … GT and no functions."""
     folder = Path(sys.modules["nonstick.stores.redis"].__file__ or "").parent
     sources = [path.read_text() for path in sorted(folder.glob("*.lua"))]
-    assert len(sources) == 9
+    assert len(sources) == 10
     for source in sources:
         for newer in ("PEXPIRETIME", "'GT'", "'NX'", "FCALL", "SPUBLISH", "HPEXPIRE", "HSETEX"):
             assert newer not in source

@@ -279,7 +279,7 @@ async def test_commands_of_one_turn_are_written_together(server: ValkeyServer) -
         ("MASTERDOWN Link with MASTER is down", "lost its primary"),
         ("TRYAGAIN Multiple keys request during rehashing of slot", "moving"),
         ("CLUSTERDOWN The cluster is down", "cluster is down"),
-        ("MOVED 3999 127.0.0.1:6381", "standalone"),
+        ("MOVED 3999 127.0.0.1:6381", "redis+cluster://"),
         ("BUSY Redis is busy running a script.", "busy"),
         ("NOREPLICAS Not enough good replicas to write.", "replicas"),
         ("OOM command not allowed when used memory > 'maxmemory'.", "out of memory"),
@@ -295,7 +295,8 @@ async def test_commands_of_one_turn_are_written_together(server: ValkeyServer) -
 def test_error_reply_says_what_to_do(reply: str, advice: str) -> None:
     """A server that refuses is unavailable, with a message that names the remedy (P9)."""
     error = refusal(reply)
-    assert type(error) is StoreUnavailable
+    assert isinstance(error, StoreUnavailable)
+    assert not isinstance(error, ScriptMissing)
     assert advice in str(error)
 
 

@@ -13,6 +13,7 @@ __all__ = ["open_store"]
 _POSSIBLE: Final = (
     "memory: (one process), sqlite:///file.db or sqlite:////absolute/file.db (one machine), "
     "redis://host:port/db, rediss://host:port/db or unix:///path/to/socket (Redis or Valkey), "
+    "redis+cluster://host:port,host:port or redis+sentinel://host:port,host:port/service/db (many of them), "
     "postgresql://user@host:port/database (PostgreSQL)"
 )
 
@@ -22,7 +23,10 @@ def open_store(store: str | Store) -> Store:
 
     * `memory:`: in this process only. Two calls make two stores.
     * `sqlite:///relative.db`, `sqlite:////absolute.db`: a file on a local disk. The path is taken as it stands.
-    * `redis://`, `rediss://`, `unix://`: Redis or Valkey. `?prefix=name` puts the store's keys under that name.
+    * `redis://`, `rediss://`, `unix://`: Redis or Valkey. `?prefix=name` puts the store's keys under that name;
+      `?durability=replicated` is described at `RedisStore`.
+    * `redis+cluster://host:port,host:port`, `redis+sentinel://host:port,host:port/service/db`, with `rediss+` for TLS:
+      a Cluster, or the primary that Sentinels name.
     * `postgresql://`, `postgres://`: PostgreSQL. `?schema=name` puts everything under that schema; `listen_dsn`,
       `prepared`, `unlogged` and `pool_size` are described at `PostgresStore`.
 
@@ -40,7 +44,7 @@ def open_store(store: str | Store) -> Store:
             return _memory(store)
         case "sqlite":
             return _sqlite(store)
-        case "redis" | "rediss" | "unix":
+        case "redis" | "rediss" | "unix" | "redis+cluster" | "rediss+cluster" | "redis+sentinel" | "rediss+sentinel":
             return _redis(store)
         case "postgresql" | "postgres":
             return _postgres(store)

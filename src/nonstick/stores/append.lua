@@ -27,6 +27,7 @@ if writer ~= '' and book[2] then
     for number, start in string.gmatch(history, '(%d+):(%d+)') do
       if tonumber(number) >= tonumber(sequence) then first = tonumber(start) end
     end
+    written_again(known[1])
     return {first, 1, size, count}
   end
 end

@@ -1,4 +1,5 @@
--- ARGV: prefix, member, share of the lifetime after which the expiry is renewed. Answers the time and the whole record.
+-- ARGV: prefix, member, share of the lifetime after which the expiry is renewed. Answers the time, the whole record, and,
+-- if it was renewed, the lifetime.
 local all = redis.call('HGETALL', record)
 local lifetime, expires, groups
 for i = 1, #all, 2 do
@@ -7,5 +8,6 @@ for i = 1, #all, 2 do
 end
 if not lifetime then return refuse('gone') end
 local now = clock()
-if expires - now < lifetime * (1 - tonumber(ARGV[3])) then renew(ARGV[1], ARGV[2], groups, lifetime, now) end
-return {now, all}
+local fresh = expires - now >= lifetime * (1 - tonumber(ARGV[3]))
+if not fresh then renew(ARGV[1], ARGV[2], groups, lifetime, now) end
+return {now, all, fresh and 0 or lifetime}

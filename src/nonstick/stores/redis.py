@@ -1,7 +1,8 @@
-"""Sessions in Redis or Valkey (standalone, 6.2 or newer): every method is one round trip and one script.
+"""Sessions in Redis or Valkey (6.2 or newer; one server, a Cluster, or Sentinels): every method is one round trip.
 
-A script runs alone and whole on the server: that is where the protocol's atomicity comes from. shared.lua describes
-the three keys of a session. Their names carry the session's key in braces, so that a Cluster keeps them together:
+Each is one script, and a script runs alone and whole on the server: that is where the protocol's atomicity comes from.
+shared.lua describes the three keys of a session. Their names carry the session's key in braces, so that a Cluster keeps
+them together:
 
     prefix:{key}:r    the record            prefix:n:<node>     a node's lease
     prefix:{key}:w    the append's books    prefix:g:<group>    sorted set of a group's sessions, by expiry
@@ -17,10 +18,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
+import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from importlib import resources
 from types import TracebackType
-from typing import Any, Final, NamedTuple, NoReturn, Self
+from typing import Any, Final, NamedTuple, Self
 
 from nonstick.errors import (
     AlreadyExists,
@@ -51,16 +54,13 @@ from nonstick.store import (
     Wake,
 )
 from nonstick.stores import redis_examine
+from nonstick.stores.redis_cluster import ClusterServers
+from nonstick.stores.redis_groups import Groups
 from nonstick.stores.redis_pubsub import Subscriber
-from nonstick.stores.redis_url import Address
-from nonstick.stores.resp import Arg, Connection, ScriptMissing
-
-try:
-    import redis
-    from redis.backoff import NoBackoff
-    from redis.retry import Retry
-except ImportError:
-    raise ConfigurationError("the Redis store needs its client packages: pip install 'nonstick[redis]'") from None
+from nonstick.stores.redis_sentinel import SentinelServers
+from nonstick.stores.redis_servers import Limits, Servers, SingleServer
+from nonstick.stores.redis_url import Deployment, Durability
+from nonstick.stores.resp import Arg, ScriptMissing
 
 __all__ = ["RedisStore"]
 
@@ -68,7 +68,7 @@ INLINE_BYTES: Final = 8 * 1024
 """Up to this many bytes of event data, an append's wake carries its events."""
 
 LEASE_SECONDS: Final = 2.0
-"""How long a lease waits for each step: a node that cannot renew has to find out well within its lease."""
+"""How long a renewal may take: a node that cannot renew has to find out well within its lease."""
 
 _TOUCHES: Final = 256
 
@@ -96,6 +96,7 @@ _DELETE: Final = _script("delete")
 _APPEND: Final = _script("append")
 _READ: Final = _script("read")
 _TRIM: Final = _script("trim")
+_GROUP: Final = _script("group")
 
 _REFUSALS: Final = {
     b"gone": SessionNotFound,
@@ -116,12 +117,17 @@ _MESSAGES: Final = {
 
 
 class RedisStore:
-    """The store protocol over one Redis or Valkey server.
+    """The store protocol over one Redis or Valkey server, a Cluster of them, or the primary that Sentinels name.
 
     Args:
         url: `redis://[[user]:password@]host[:port][/db]`, `rediss://` likewise with TLS (with `ssl_ca_certs` and the
-            like as query parameters), or `unix:///path/to.sock[?db=1]`: the forms of redis-py.
+            like as query parameters), or `unix:///path/to.sock[?db=1]`: the forms of redis-py. Or
+            `redis+cluster://host[:port][,host[:port]...]`, or `redis+sentinel://host[:port][,...]/service[/db]`, the
+            hosts being Sentinels, who may have a login of their own (`?sentinel_username=`, `?sentinel_password=`).
         prefix: Of all keys and channels. Deployments that share a server need different ones.
+        durability: "replicated": creating a session, a server's request to the client, and the end of a stream count
+            only once a replica has them too, and with them all that went before. While no replica keeps up these fail
+            with StoreUnavailable, and repeating them is safe. Also as `?durability=replicated` in the URL.
         timeout: Seconds that any call waits for its answer, connecting included.
         connect_timeout: Seconds for connecting and logging in.
         max_waiting: Commands that may wait for their answers at once; beyond that calls fail immediately (P10).
@@ -137,6 +143,7 @@ class RedisStore:
         url: str,
         *,
         prefix: str = "nonstick",
+        durability: Durability | None = None,
         timeout: float = 2.0,
         connect_timeout: float = 2.0,
         max_waiting: int = 10_000,
@@ -145,15 +152,27 @@ class RedisStore:
     ) -> None:
         if not prefix or not prefix.isascii() or not prefix.isprintable() or set(prefix) & set("{} "):
             raise ConfigurationError("the store's prefix must be visible ASCII without braces")
-        self._address = Address.parse(url)
+        self._deployment = Deployment.parse(url)
+        self._replicated = (durability or self._deployment.durability) == "replicated"
         self._prefix = prefix
-        self._timeout = timeout
-        self._connect_timeout = connect_timeout
-        self._max_waiting = max_waiting
-        self._max_bytes = max_bytes
+        self._limits = Limits(
+            name=prefix,
+            timeout=timeout,
+            connect_timeout=connect_timeout,
+            max_waiting=max_waiting,
+            max_bytes=max_bytes,
+        )
         self._heartbeat = heartbeat
-        self._open: Connection | None = None
+        self._open: Servers | None = None
         self._subscriber: Subscriber[Sequence[Event]] | None = None
+        # On a Cluster a session's groups have slots of their own, so that no script can write to both.
+        self._groups: Groups | None = None
+        self._indexed_by_scripts = prefix
+        if self._deployment.kind == "cluster":
+            self._groups = Groups(
+                prefix, run=self._run_for_group, call=lambda key, *args: self._servers.call(key, *args)
+            )
+            self._indexed_by_scripts = ""
 
     def __repr__(self) -> str:
         return f"RedisStore({self.url!r}, prefix={self._prefix!r})"
@@ -166,28 +185,22 @@ class RedisStore:
     @property
     def url(self) -> str:
         """Where it is, without any credentials: fit for logs."""
-        return self._address.url
+        return self._deployment.url
 
     async def __aenter__(self) -> Self:
         if self._open is not None:
             raise RuntimeError("a store is entered once")
-        self._open = Connection(
-            self._address,
-            name=self._prefix,
-            timeout=self._timeout,
-            connect_timeout=self._connect_timeout,
-            max_waiting=self._max_waiting,
-            max_bytes=self._max_bytes,
-        )
+        self._open = servers = _servers(self._deployment, self._limits)
         self._subscriber = Subscriber(
-            self._address,
+            self._deployment.address,
             name=self._prefix,
             prefix=self._prefix,
             decode=_decode_wake,
-            publish=lambda channel: self._connection.call("PUBLISH", channel, ""),
-            connect_timeout=self._connect_timeout,
+            publish=self._publish,
+            open=servers.open_subscription,
             interval=self._heartbeat,
         )
+        servers.on_switch = self._subscriber.reopen
         return self
 
     async def __aexit__(
@@ -195,28 +208,42 @@ class RedisStore:
     ) -> None:
         assert self._subscriber is not None
         await self._subscriber.close()
-        await self._connection.close()
+        await self._servers.close()
 
     @property
-    def _connection(self) -> Connection:
+    def _servers(self) -> Servers:
         if self._open is None:
             raise RuntimeError("the store is not open: use `async with RedisStore(...) as store`")
         return self._open
 
     def _channel(self, key: str) -> str:
-        return f"{self._prefix}:{{{key}}}:c{self._address.db}"
+        return f"{self._prefix}:{{{key}}}:c{self._deployment.address.db}"
 
-    async def _run(self, script: _Script, key: str, *args: Arg) -> Any:
-        """The script's answer for this session. A script that the server does not know has not run: send it whole."""
+    async def _publish(self, channel: str) -> None:
+        # The key decides by way of which of a Cluster's servers: any will do, and it should not always be the same.
+        await self._servers.call(secrets.token_hex(4), "PUBLISH", channel, "")
+
+    async def _run(self, script: _Script, key: str, *args: Arg, replicated: bool = False) -> Any:
+        """The script's answer for this session."""
         stem = f"{self._prefix}:{{{key}}}:"
-        tail = (3, stem + "r", stem + "w", stem + "l", *args)
-        try:
-            reply = await self._connection.call("EVALSHA", script.sha, *tail)
-        except ScriptMissing:
-            reply = await self._connection.call("EVAL", script.source, *tail)
+        names = (stem + "r", stem + "w", stem + "l")
+        reply = await self._evaluate(script, names, args, replicated=replicated and self._replicated)
         if type(reply) is bytes and reply in _REFUSALS:
             raise _REFUSALS[reply](_MESSAGES[reply])
         return reply
+
+    async def _run_for_group(self, name: str, *args: Arg) -> Any:
+        return await self._evaluate(_GROUP, (name,), args)
+
+    async def _evaluate(
+        self, script: _Script, keys: tuple[str, ...], args: tuple[Arg, ...], *, replicated: bool = False
+    ) -> Any:
+        """The script's answer. A script that the server does not know has not run: it is sent whole."""
+        call, tail = self._servers.call, (len(keys), *keys, *args)
+        try:
+            return await call(keys[0], "EVALSHA", script.sha, *tail, replicated=replicated)
+        except ScriptMissing:
+            return await call(keys[0], "EVAL", script.source, *tail, replicated=replicated)
 
     # ---- the record
 
@@ -224,21 +251,35 @@ class RedisStore:
         self, key: str, fields: Mapping[str, bytes], *, lifetime: float, limits: Mapping[str, int] | None = None
     ) -> None:
         groups = limits or {}
+        if self._groups is not None and (full := await self._groups.admit(key, groups, lifetime)) is not None:
+            if await self._is_live(key):
+                raise AlreadyExists(_MESSAGES[b"exists"])
+            raise TooManySessions(full)
         reply = await self._run(
             _CREATE,
             key,
-            self._prefix,
+            self._indexed_by_scripts,
             key,
             _milliseconds(lifetime),
             len(groups),
             *_flat(groups),
             *_flat(fields),
+            replicated=True,
         )
         if type(reply) is list:
             raise TooManySessions(reply[1].decode())
+        if self._groups is not None:
+            await self._groups.renew(key, groups, _milliseconds(lifetime))
+
+    async def _is_live(self, key: str) -> bool:
+        name = f"{self._prefix}:{{{key}}}:r"
+        return bool(await self._servers.call(name, "EXISTS", name))
 
     async def load(self, key: str) -> Loaded:
-        now, pairs = await self._run(_LOAD, key, self._prefix, key, FRESH_SHARE)
+        now, pairs, renewed = await self._run(_LOAD, key, self._indexed_by_scripts, key, FRESH_SHARE)
+        if renewed and self._groups is not None:
+            groups = dict(zip(pairs[::2], pairs[1::2], strict=True)).get(b"#g", b"")
+            await self._groups.renew(key, _lines(groups), renewed)
         return _loaded(now, pairs)
 
     async def update(
@@ -254,7 +295,7 @@ class RedisStore:
         written = await self._run(
             _UPDATE,
             key,
-            self._prefix,
+            self._indexed_by_scripts,
             key,
             0 if lifetime is None else _milliseconds(lifetime),
             len(has),
@@ -266,6 +307,11 @@ class RedisStore:
             *_flat(sets),
             *removes,
         )
+        if written and lifetime is not None and self._groups is not None:
+            try:
+                await self._touch(key)
+            except StoreUnavailable:
+                pass  # only the groups' counts lag behind
         return bool(written)
 
     async def touch(self, keys: Collection[str]) -> None:
@@ -278,12 +324,17 @@ class RedisStore:
 
     async def _touch(self, key: str) -> None:
         try:
-            await self._run(_TOUCH, key, self._prefix, key)
+            lifetime, groups = await self._run(_TOUCH, key, self._indexed_by_scripts, key)
         except SessionNotFound:
-            pass
+            return
+        if self._groups is not None:
+            await self._groups.renew(key, _lines(groups), lifetime)
 
     async def delete(self, key: str) -> bool:
-        return bool(await self._run(_DELETE, key, self._prefix, key, self._channel(key)))
+        was_live, groups = await self._run(_DELETE, key, self._indexed_by_scripts, key, self._channel(key))
+        if self._groups is not None:
+            await self._groups.leave(key, _lines(groups))
+        return bool(was_live)
 
     # ---- the log
 
@@ -311,7 +362,8 @@ class RedisStore:
         ]
         for event in batch.events:
             args += event
-        first, duplicate, size, count = await self._run(_APPEND, key, *args)
+        matters = batch.terminal or bool(batch.expect)
+        first, duplicate, size, count = await self._run(_APPEND, key, *args, replicated=matters)
         return Appended(first, bool(duplicate), size, count)
 
     async def read(self, key: str, after: Cursor, *, limit: int = 256) -> list[Event]:
@@ -339,76 +391,106 @@ class RedisStore:
         return f"{self._prefix}:n:{node}"
 
     def lease(self, node: str) -> Lease:
-        return _RedisLease(self._address, self._lease_key(node))
+        return _RedisLease(self._deployment, self._prefix, self._lease_key(node))
 
     async def lapsed(self, nodes: Collection[str]) -> set[str]:
-        if not nodes:
-            return set()
+        # One GET each, sent together: on a Cluster their keys lie on several servers.
         names = list(nodes)
-        values = await self._connection.call("MGET", *map(self._lease_key, names))
+        values = await asyncio.gather(
+            *(self._servers.call(lease, "GET", lease) for lease in map(self._lease_key, names)), return_exceptions=True
+        )
+        for value in values:
+            if isinstance(value, BaseException):
+                raise value
         return {name for name, value in zip(names, values, strict=True) if value is None}
 
     async def ping(self) -> None:
         # A write: a replica, a full memory or a disk that is gone would answer PING as if all were well.
-        await self._connection.call("SET", f"{self._prefix}:ping", "", "PX", 1000)
+        servers = self._servers
+        for name in await servers.names_for_each(f"{self._prefix}:ping"):
+            await servers.call(name, "SET", name, "", "PX", 1000)
 
     async def examine(self) -> list[Finding]:
         """See `nonstick.examine.Examinable`."""
-        connection = Connection(
-            self._address, name=self._prefix, timeout=self._timeout, connect_timeout=self._connect_timeout
-        )
+        servers = _servers(self._deployment, replace(self._limits, examine=False))
         try:
-            return await redis_examine.examine(connection.call, prefix=self._prefix)
+            return await _examine(servers, self._prefix, cluster=self._deployment.kind == "cluster")
         finally:
-            await connection.close()
+            await servers.close()
+
+
+def _servers(deployment: Deployment, limits: Limits, *, listen: bool = True) -> Servers:
+    match deployment.kind:
+        case "cluster":
+            return ClusterServers(deployment, limits)
+        case "sentinel":
+            return SentinelServers(deployment, limits, listen=listen)
+        case "server":
+            return SingleServer(deployment.address, limits)
 
 
 class _RedisLease:
-    """A lease as a key that expires, on a blocking connection of its own. Never retries: the next renewal will."""
+    """A lease as a key that expires. Its connections belong to an event loop that runs only inside these calls."""
 
-    def __init__(self, address: Address, key: str) -> None:
-        self._address = address
+    def __init__(self, deployment: Deployment, prefix: str, key: str) -> None:
+        self._deployment = deployment
+        self._limits = Limits(name=prefix, timeout=LEASE_SECONDS, connect_timeout=LEASE_SECONDS, examine=False)
         self._key = key
-        self._client: redis.Redis | None = None
+        self._runner = asyncio.Runner()
+        self._open: Servers | None = None
 
     def renew(self, seconds: float) -> None:
         try:
-            self._connected().set(self._key, "1", px=_milliseconds(seconds))
-        except (redis.RedisError, OSError) as error:
-            self._unreachable(error)
+            self._runner.run(self._set("SET", self._key, "1", "PX", _milliseconds(seconds)))
+        except (StoreUnavailable, TimeoutError) as error:
+            why = str(error) or "no answer in time"
+            raise StoreUnavailable(f"the lease at {self._deployment.url} was not renewed: {why}") from None
 
     def close(self, *, release: bool) -> None:
-        try:
-            if release:
-                self._connected().delete(self._key)
-        except (redis.RedisError, OSError):
-            pass
-        client, self._client = self._client, None
-        if client is not None:
-            client.close()
+        with self._runner:
+            try:
+                if release:
+                    self._runner.run(self._set("DEL", self._key))
+            except (StoreUnavailable, TimeoutError):
+                pass
+            self._runner.run(self._disconnect())
 
-    def _unreachable(self, error: Exception) -> NoReturn:
-        raise StoreUnavailable(f"the lease at {self._address.url} was not renewed: {type(error).__name__}") from None
+    async def _set(self, *command: Arg) -> None:
+        async with asyncio.timeout(LEASE_SECONDS):
+            try:
+                await self._call(*command)
+            except StoreUnavailable:
+                # What was lost since the last renewal is only noticed now, and another server may have taken over.
+                await self._call(*command)
+        if self._deployment.kind == "sentinel":
+            # Nobody listens for a failover between the renewals, so each begins with finding the primary.
+            await self._disconnect()
 
-    def _connected(self) -> redis.Redis:
-        if self._client is None:
-            address = self._address
-            where: dict[str, Any] = {"unix_socket_path": address.path} if address.path else {}
-            if address.tls is not None:
-                where |= {"ssl": True, "ssl_check_hostname": True, **address.tls_options}
-            self._client = redis.Redis(
-                host=address.host,
-                port=address.port,
-                db=address.db,
-                username=address.username or None,
-                password=address.password or None,
-                socket_timeout=LEASE_SECONDS,
-                socket_connect_timeout=LEASE_SECONDS,
-                retry=Retry(NoBackoff(), 0),
-                protocol=2,
-                **where,
-            )
-        return self._client
+    async def _call(self, *command: Arg) -> None:
+        if self._open is None:
+            self._open = _servers(self._deployment, self._limits, listen=False)
+        await self._open.call(self._key, *command)
+
+    async def _disconnect(self) -> None:
+        servers, self._open = self._open, None
+        if servers is not None:
+            await servers.close()
+
+
+async def _examine(servers: Servers, prefix: str, *, cluster: bool) -> list[Finding]:
+    """What each server is and may do. On more than one, each text names its server."""
+    findings: list[Finding] = []
+    for address, call in await servers.each():
+        here = [*await redis_examine.check_server(call, cluster=cluster), await redis_examine.check_clock(call)]
+        findings += [replace(one, text=f"{address.place}: {one.text}") for one in here] if cluster else here
+    if any(finding.blocks for finding in findings):
+        return findings
+
+    async def routed(*command: Arg) -> Any:
+        key = next((str(part) for part in command if str(part).startswith(f"{prefix}:")), "")
+        return await servers.call(key, *command)
+
+    return findings + await redis_examine.check_permissions(routed, prefix=prefix, key=secrets.token_hex(20))
 
 
 # ---- between Python and the scripts
@@ -426,6 +508,10 @@ def _split(fields: Mapping[str, bytes | None]) -> tuple[dict[str, bytes], list[s
     """Those with a value, and the names of those with None."""
     values = {name: value for name, value in fields.items() if value is not None}
     return values, [name for name, value in fields.items() if value is None]
+
+
+def _lines(groups: bytes) -> list[str]:
+    return groups.decode().split("\n") if groups else []
 
 
 def _optional(name: str | None) -> str:

@@ -33,7 +33,10 @@ class Subscriber(Generic[T]):
     Args:
         prefix: Of the channel that this instance sends to itself.
         decode: What a payload means; None for "something happened".
-        publish: Publishes to a channel through another connection; may raise StoreUnavailable.
+        publish: Publishes to a channel through another connection; may raise StoreUnavailable. None where nothing can
+            be published: then only PING proves that the server lives.
+        open: Gives a wire to the right server instead, where that is to be found out each time; raises
+            StoreUnavailable. The address then only names the place in messages.
         interval: Seconds between two proofs of life. An interruption is noticed within two of them.
     """
 
@@ -44,16 +47,16 @@ class Subscriber(Generic[T]):
         name: str = "",
         prefix: str,
         decode: Callable[[bytes], T | None],
-        publish: Callable[[str], Awaitable[Any]],
+        publish: Callable[[str], Awaitable[Any]] | None = None,
+        open: Callable[[], Awaitable[Wire]] | None = None,  # noqa: A002
         connect_timeout: float = 2.0,
         interval: float = 3.0,
     ) -> None:
         self._address = address
-        self._name = name
+        self._open = open or (lambda: open_wire(address, name=name, timeout=connect_timeout))
         self._own = f"{prefix}:!{secrets.token_hex(8)}"
         self._decode = decode
         self._publish = publish
-        self._connect_timeout = connect_timeout
         self._interval = interval
         self._loop = asyncio.get_running_loop()
         self._channels: dict[bytes, dict[object, Callable[[T | None], None]]] = {}
@@ -78,6 +81,11 @@ class Subscriber(Generic[T]):
         if self._task is None and not self._closed:
             self._task = self._loop.create_task(self._run(), name="nonstick-redis-subscriber")
         return lambda: self._stop(name, token)
+
+    def reopen(self) -> None:
+        """Subscribes anew, over another connection."""
+        if self._wire is not None:
+            self._wire.abort("another server is the primary now")
 
     async def close(self) -> None:
         """Ends every watch and the connection; nothing is left running."""
@@ -109,7 +117,7 @@ class Subscriber(Generic[T]):
         while True:
             await self._wanted.wait()
             try:
-                wire = await open_wire(self._address, name=self._name, timeout=self._connect_timeout)
+                wire = await self._open()
             except StoreUnavailable as error:
                 if not failures:
                     logger.warning("no subscription at %s: %s", self._address.url, error)
@@ -133,7 +141,8 @@ class Subscriber(Generic[T]):
         wire.on_reply, wire.on_lost = self._on_reply, self._on_lost
         self._wire = wire
         self._ponged = self._heard = True
-        for name in (self._own.encode(), *self._channels):
+        own = () if self._publish is None else (self._own.encode(),)
+        for name in (*own, *self._channels):
             self._command("SUBSCRIBE", name)
         unheard = 0
         while self._channels and not wire.closed.done():
@@ -147,6 +156,8 @@ class Subscriber(Generic[T]):
             unheard = 0 if self._heard or not sent else unheard + 1
 
     async def _sent_to_self(self) -> bool:
+        if self._publish is None:
+            return False
         self._heard = False
         try:
             await self._publish(self._own)

@@ -21,7 +21,7 @@ import random
 import re
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, NoReturn, cast
 
 from nonstick.errors import ConfigurationError, StoreUnavailable
@@ -32,7 +32,20 @@ try:
 except ImportError:
     raise ConfigurationError("the Redis store needs its client packages: pip install 'nonstick[redis]'") from None
 
-__all__ = ["Connection", "ScriptMissing", "Wire", "backoff", "open_wire", "pack", "refusal"]
+__all__ = [
+    "Connection",
+    "Demoted",
+    "Redirected",
+    "ScriptMissing",
+    "TryAgain",
+    "Wire",
+    "ask",
+    "backoff",
+    "discard",
+    "open_wire",
+    "pack",
+    "refusal",
+]
 
 logger = logging.getLogger("nonstick.store")
 
@@ -42,6 +55,7 @@ pack = cast("Callable[[tuple[Arg, ...]], bytes]", hiredis.pack_command)
 """The bytes of one command."""
 
 _NOTHING: Final = object()
+_ASKING: Final = pack(("ASKING",))
 _SWEEP_SECONDS: Final = 0.05
 _BACKOFF_SECONDS: Final = 0.05
 _MAX_BACKOFF_SECONDS: Final = 1.0
@@ -52,7 +66,7 @@ _ADVICE: Final = {
     "MASTERDOWN": "the store is a replica that has lost its primary",
     "TRYAGAIN": "the store is moving these keys: try again",
     "CLUSTERDOWN": "the store's cluster is down",
-    "MOVED": "the store is a cluster: this URL needs a standalone server",
+    "MOVED": "the store is a cluster: write redis+cluster:// in its URL",
     "BUSY": "the store is busy with a slow script",
     "NOREPLICAS": "the store has too few replicas to accept writes",
     "OOM": "the store is out of memory: raise its maxmemory",
@@ -66,6 +80,10 @@ _ADVICE: Final = {
 _CODE: Final = re.compile(rf"(?:^|[\s:-])({'|'.join(_ADVICE)})\b")
 
 
+# "MOVED 3999 127.0.0.1:6381"; the host may be missing, or be an IPv6 address.
+_REDIRECTION: Final = re.compile(r"(MOVED|ASK) \d+ (.*):(\d+)$")
+
+
 class ServerError(Exception):
     """An error reply, as the server wrote it. Does not leave this module."""
 
@@ -74,12 +92,40 @@ class ScriptMissing(StoreUnavailable):
     """The server does not know this script, so it has not run: send the source with EVAL."""
 
 
+class Redirected(StoreUnavailable):
+    """The command has not run: another server of the cluster has its keys.
+
+    Attributes:
+        host: "" for the host that answered.
+        asking: Only this one command is to be sent there, after ASKING: the slot is being moved (ASK, not MOVED).
+    """
+
+    def __init__(self, message: str, host: str, port: int, *, asking: bool) -> None:
+        super().__init__(message)
+        self.host = host
+        self.port = port
+        self.asking = asking
+
+
+class TryAgain(StoreUnavailable):
+    """The command has not run: its keys are being moved, and lie on two servers at this moment."""
+
+
+class Demoted(StoreUnavailable):
+    """The command has not run: this server is a replica."""
+
+
+_KINDS: Final = {"TRYAGAIN": TryAgain, "READONLY": Demoted}
+
+
 def refusal(message: str) -> StoreUnavailable:
     """What to raise for the server's error reply. Says what to do; quotes no argument of the command (P13)."""
     if message.startswith("NOSCRIPT"):
         return ScriptMissing("the store does not know the script")
+    if (to := _REDIRECTION.match(message)) is not None:
+        return Redirected(_ADVICE["MOVED"], to[2], int(to[3]), asking=to[1] == "ASK")
     if (code := _CODE.search(message)) is not None:
-        return StoreUnavailable(_ADVICE[code[1]])
+        return _KINDS.get(code[1], StoreUnavailable)(_ADVICE[code[1]])
     if message.startswith("ERR AUTH"):
         return StoreUnavailable("the store has no password for this user: check user and password in its URL")
     # "ERR unknown command 'X', with args beginning with: …" would quote a payload.
@@ -146,11 +192,11 @@ class Wire(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.heard = self._loop.time()
-        reader, on_reply = self._reader, self.on_reply
+        reader = self._reader
         try:
             reader.feed(data)
             while (reply := reader.gets()) is not _NOTHING:
-                on_reply(reply)
+                self.on_reply(reply)
         except hiredis.ProtocolError:
             self.abort("what answers there does not speak the Redis protocol")
 
@@ -160,8 +206,13 @@ class Wire(asyncio.Protocol):
             self.closed.set_result(None)
 
 
-async def open_wire(address: Address, *, name: str = "", timeout: float) -> Wire:
+async def open_wire(
+    address: Address, *, name: str = "", timeout: float, check: Callable[[Wire], Awaitable[object]] | None = None
+) -> Wire:
     """A connection that has logged in, selected its database and answered.
+
+    Args:
+        check: What else it has to go through, by `ask`, within the same time; raises StoreUnavailable to refuse it.
 
     Raises:
         StoreUnavailable: None came about within `timeout` seconds. Says why, without any credentials.
@@ -171,21 +222,25 @@ async def open_wire(address: Address, *, name: str = "", timeout: float) -> Wire
         async with asyncio.timeout(timeout):
             await _connect(wire, address)
             await _log_in(wire, address, name)
+            if check is not None:
+                await check(wire)
     except TimeoutError:
-        await _give_up(wire)
+        await discard(wire)
         raise StoreUnavailable(f"{address.url} did not answer within {timeout:g} s") from None
     except (StoreUnavailable, asyncio.CancelledError):
-        await _give_up(wire)
+        await discard(wire)
         raise
     except Exception as error:
         # Mostly an OSError; a host name that cannot be one is a UnicodeError. Nothing else may leave here: those who
         # connect in the background would not try again.
-        await _give_up(wire)
+        await discard(wire)
         raise StoreUnavailable(f"cannot connect to {address.url}: {error}") from error
     return wire
 
 
-async def _give_up(wire: Wire) -> None:
+async def discard(wire: Wire) -> None:
+    """Closes a wire that nobody uses yet, or any more."""
+    wire.on_lost = _ignore
     wire.abort("gave up")
     await asyncio.shield(wire.closed)
 
@@ -203,6 +258,28 @@ async def _log_in(wire: Wire, address: Address, name: str) -> None:
     if name:
         # Only for whoever looks at CLIENT LIST: a proxy in between may refuse it.
         commands.insert(-1, ("CLIENT", "SETNAME", name))
+    for command, reply in zip(commands, await _exchange(wire, commands), strict=True):
+        if isinstance(reply, ServerError) and command[0] != "CLIENT":
+            raise refusal(str(reply))
+
+
+async def ask(wire: Wire, *command: Arg) -> Any:
+    """The reply to one command on a wire that nobody else uses yet.
+
+    Raises:
+        StoreUnavailable: The server refused it, or the wire was lost.
+    """
+    try:
+        (reply,) = await _exchange(wire, [command])
+    except ConnectionError as error:
+        raise StoreUnavailable(f"lost the connection: {error}") from None
+    if isinstance(reply, ServerError):
+        raise refusal(str(reply))
+    return reply
+
+
+async def _exchange(wire: Wire, commands: Sequence[tuple[Arg, ...]]) -> list[Any]:
+    """The replies to these commands, on a wire that nobody else uses yet."""
     replies: list[Any] = []
     done = asyncio.get_running_loop().create_future()
 
@@ -215,13 +292,13 @@ async def _log_in(wire: Wire, address: Address, name: str) -> None:
         if not done.done():
             done.set_exception(ConnectionError(reason))
 
+    if wire.closed.done():
+        raise ConnectionError("the store closed the connection")
     wire.on_reply, wire.on_lost = on_reply, on_lost
     for command in commands:
         wire.write(pack(command))
     await done
-    for command, reply in zip(commands, replies, strict=True):
-        if isinstance(reply, ServerError) and command[0] != "CLIENT":
-            raise refusal(str(reply))
+    return replies
 
 
 class Connection:
@@ -233,6 +310,12 @@ class Connection:
         connect_timeout: Seconds for the socket, TLS and login together.
         max_waiting: Commands that may be unanswered, those given up on included.
         max_bytes: Bytes of these commands.
+        open: Gives a wire to the right server instead, where that is to be found out each time; raises
+            StoreUnavailable. The address then only names the place in messages.
+
+    Attributes:
+        losses: How often an open connection was lost. If it is the same before a command was sent and after its
+            reply, what is sent then goes over the very same wire.
     """
 
     def __init__(
@@ -244,25 +327,33 @@ class Connection:
         connect_timeout: float = 2.0,
         max_waiting: int = 10_000,
         max_bytes: int = 64 * 1024 * 1024,
+        open: Callable[[], Awaitable[Wire]] | None = None,  # noqa: A002
     ) -> None:
         self._address = address
-        self._name = name
+        self._open = open or (lambda: open_wire(address, name=name, timeout=connect_timeout))
+        self.losses = 0
         self._timeout = timeout
-        self._connect_timeout = connect_timeout
         self._max_waiting = max_waiting
         self._max_bytes = max_bytes
         self._loop = asyncio.get_running_loop()
-        # Future, deadline, size of the command: one per command whose reply has not come, in the order of writing.
-        self._waiting: deque[tuple[asyncio.Future[Any], float, int]] = deque()
+        # Future, deadline, size, number of replies to come: one per command whose reply has not come, in the order of
+        # writing.
+        self._waiting: deque[tuple[asyncio.Future[Any], float, int, int]] = deque()
         self._bytes = 0
         self._backlog: list[bytes] = []
         self._wire: Wire | None = None
+        self._given_up: Wire | None = None
         self._connecting: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._asked = 0.0
         self._failures = 0
         self._failed_at = 0.0
         self._closed = False
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing waits for a reply."""
+        return not self._waiting
 
     async def call(self, *args: Arg, timeout: float | None = None) -> Any:
         """The server's reply to this command: bytes, int, list or None.
@@ -273,13 +364,16 @@ class Connection:
         """
         return await self.send(args, timeout)
 
-    def send(self, args: tuple[Arg, ...], timeout: float | None = None) -> asyncio.Future[Any]:
+    def send(self, args: tuple[Arg, ...], timeout: float | None = None, *, asking: bool = False) -> asyncio.Future[Any]:
         """Like `call`, but returns the future of the reply. Commands are executed in the order of the sends.
+
+        With `asking` ASKING goes before it, so that a server which is only just receiving the slot executes it. The
+        two are never parted: an ASKING alone would have somebody else's command see half of a session.
 
         Raises:
             StoreUnavailable: At once, if too much is waiting already, or after `close`.
         """
-        packed = pack(args)
+        packed = _ASKING + pack(args) if asking else pack(args)
         size = len(packed)
         waiting = self._waiting
         if self._closed or len(waiting) >= self._max_waiting or self._bytes + size > self._max_bytes:
@@ -288,7 +382,7 @@ class Connection:
         if not waiting:
             self._asked = now
         future: asyncio.Future[Any] = self._loop.create_future()
-        waiting.append((future, now + (self._timeout if timeout is None else timeout), size))
+        waiting.append((future, now + (self._timeout if timeout is None else timeout), size, 1 + asking))
         self._bytes += size
         if self._wire is not None:
             self._wire.write(packed)
@@ -300,6 +394,16 @@ class Connection:
             self._timer = self._loop.call_later(_SWEEP_SECONDS, self._sweep)
         return future
 
+    def reopen(self, reason: str) -> None:
+        """Gives the socket up, and with it what waits for replies. The next call opens another."""
+        wire = self._wire
+        if wire is not None:
+            # At once: what is called from here on must not be written to it.
+            wire.on_reply = wire.on_lost = _ignore
+            wire.abort(reason)
+            self._given_up = wire
+            self._on_lost(reason)
+
     async def close(self) -> None:
         """Closes the socket. Whatever still waits fails; nothing is left running."""
         self._closed = True
@@ -310,6 +414,8 @@ class Connection:
         if wire is not None:
             wire.abort("the store was closed")
             await wire.closed
+        if self._given_up is not None:
+            await self._given_up.closed
         self._fail("the store was closed")
         if self._timer is not None:
             self._timer.cancel()
@@ -332,7 +438,7 @@ class Connection:
                 await asyncio.sleep(self._failed_at + backoff(self._failures) - self._loop.time())
             known = len(self._waiting)
             try:
-                wire = await open_wire(self._address, name=self._name, timeout=self._connect_timeout)
+                wire = await self._open()
             except StoreUnavailable as error:
                 self._failures += 1
                 self._failed_at = self._loop.time()
@@ -363,17 +469,26 @@ class Connection:
             assert self._wire is not None
             self._wire.abort("the store sent a reply that nobody had asked for")
             return
-        future, _, size = self._waiting.popleft()
-        self._bytes -= size
-        if future.done():
+        future, until, size, replies = self._waiting.popleft()
+        if replies > 1:
+            self._waiting.appendleft((future, until, size, replies - 1))
             return
+        self._bytes -= size
         if isinstance(reply, ServerError):
-            future.set_exception(refusal(str(reply)))
-        else:
+            self._on_refusal(future, refusal(str(reply)))
+        elif not future.done():
             future.set_result(reply)
+
+    def _on_refusal(self, future: asyncio.Future[Any], error: StoreUnavailable) -> None:
+        if not future.done():
+            future.set_exception(error)
+        if isinstance(error, Demoted):
+            # The primary is elsewhere now: behind the same name, or where the Sentinels say.
+            self.reopen("it is a replica now")
 
     def _on_lost(self, reason: str) -> None:
         self._wire = None
+        self.losses += 1
         if not self._closed:
             logger.warning("lost the connection to %s: %s", self._address.url, reason)
         self._fail(f"lost the connection to {self._address.url}: {reason}")
@@ -382,7 +497,7 @@ class Connection:
         """Ends the wait of the oldest `count` commands, or of all."""
         del self._backlog[:count]
         for _ in range(len(self._waiting) if count is None else count):
-            future, _, size = self._waiting.popleft()
+            future, _, size, _ = self._waiting.popleft()
             self._bytes -= size
             if not future.done():
                 future.set_exception(StoreUnavailable(reason))
@@ -396,7 +511,7 @@ class Connection:
         wire = self._wire
         if wire is not None and now - max(wire.heard, self._asked) >= self._timeout:
             wire.abort(f"nothing was heard for {self._timeout:g} s")
-        for future, deadline, _ in self._waiting:
+        for future, deadline, _, _ in self._waiting:
             if now >= deadline and not future.done():
                 future.set_exception(StoreUnavailable(f"{self._address.url} did not answer in time"))
         self._timer = self._loop.call_later(_SWEEP_SECONDS, self._sweep)

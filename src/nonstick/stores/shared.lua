@@ -54,15 +54,23 @@ local function lose_log(position)
   return position + 1, 0, 0, ''
 end
 
--- Renews, or with forget removes, the session's place in the sets that the limits are counted by. Their keys are
--- computed here and lie in other slots: on a Cluster these writes have to be commands of their own, sent by the client
--- after the script. They may come late or be lost: a score only ever lags behind, until the next renewal.
+-- Renews the session's place in the sets that the limits are counted by. Their keys are computed here and lie in other
+-- slots: on a Cluster the prefix is empty, and the client sends these writes after the script (group.lua). They may come
+-- late or be lost: a score only ever lags behind, until the next renewal.
 local function index(prefix, member, groups, lifetime, expires)
+  if prefix == '' then return end
   for group in string.gmatch(groups or '', '[^\n]+') do
     local key = prefix .. ':g:' .. group
     redis.call('ZADD', key, expires, member)
     if redis.call('PTTL', key) < lifetime then redis.call('PEXPIREAT', key, expires) end
   end
+end
+
+-- What is repeated may have been written over another connection, or not have reached a replica. A write, of what is there
+-- anyway, gives WAIT something to wait for, and has a replica say that it is one.
+local function written_again(text)
+  local _, expires = span(text)
+  redis.call('PEXPIREAT', record, expires)
 end
 
 local function renew(prefix, member, groups, lifetime, now)

@@ -1,5 +1,6 @@
--- ARGV: prefix, member.
+-- ARGV: prefix, member. Answers the lifetime and the groups.
 local known = redis.call('HMGET', record, '#x', '#g')
 if not known[1] then return refuse('gone') end
-renew(ARGV[1], ARGV[2], known[2], (span(known[1])), clock())
-return 'ok'
+local lifetime = span(known[1])
+renew(ARGV[1], ARGV[2], known[2], lifetime, clock())
+return {lifetime, known[2] or ''}

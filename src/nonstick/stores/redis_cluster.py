@@ -1,0 +1,206 @@
+"""A Redis or Valkey Cluster: which server has a slot, also while slots move and replicas take over."""
+
+from __future__ import annotations
+
+import asyncio
+import binascii
+import logging
+import math
+import random
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import replace
+from typing import Any, Final
+
+from nonstick.errors import StoreUnavailable
+from nonstick.stores.redis_servers import Limits, Server
+from nonstick.stores.redis_url import Address, Deployment
+from nonstick.stores.resp import Arg, Redirected, ScriptMissing, TryAgain, Wire, backoff, open_wire
+
+__all__ = ["ClusterServers", "key_slot"]
+
+logger = logging.getLogger("nonstick.store")
+
+SLOTS: Final = 16384
+_ASK_SECONDS: Final = 0.5
+"""How long one member may take to tell who has which slots, before the next one is asked."""
+
+_PAUSE_SECONDS: Final = 0.1
+"""Between two readings of the table, while calls fail."""
+
+_REDIRECTS_AT_ONCE: Final = 3
+"""From then on there is a pause before each: two servers that send one to each other have not made up their minds."""
+
+_MAX_NAMES: Final = 100_000
+
+
+def key_slot(key: str) -> int:
+    """The slot of this key: of what is between its first braces, if there is anything."""
+    start = key.find("{")
+    if start >= 0:
+        end = key.find("}", start)
+        if end > start + 1:
+            key = key[start + 1 : end]
+    return binascii.crc_hqx(key.encode(), 0) % SLOTS
+
+
+class ClusterServers:
+    """The members of a Cluster that own slots. The URL's are asked for the others.
+
+    The table of owners is only a guess: a member that does not own a slot any more says so, and is believed.
+    """
+
+    def __init__(self, deployment: Deployment, limits: Limits) -> None:
+        self.on_switch: Callable[[], None] = lambda: None
+        self._deployment = deployment
+        self._limits = replace(limits, cluster=True)
+        self._servers: dict[Address, Server] = {}
+        # Empty until it was told for the first time.
+        self._owners: list[Address | None] = []
+        self._refreshing: asyncio.Task[None] | None = None
+        self._refreshed = -math.inf
+        self._closed = False
+
+    async def call(self, key: str, *args: Arg, replicated: bool = False) -> Any:
+        loop = asyncio.get_running_loop()
+        limit = loop.time() + self._limits.timeout
+        slot, attempts = key_slot(key), 0
+        address, asking = await self._owner(slot), False
+        while True:
+            left = limit - loop.time()
+            try:
+                server = self._server(address)
+                return await server.call(args, asking=asking, replicated=replicated, timeout=left)
+            except Redirected as to:
+                if left <= 0:
+                    raise
+                address, asking = self._followed(slot, address, to), to.asking
+            except TryAgain:
+                if left <= 0:
+                    raise
+                address, asking = await self._owner(slot), False
+                attempts = max(attempts, _REDIRECTS_AT_ONCE)
+            except ScriptMissing:
+                raise
+            except StoreUnavailable:
+                self._refresh()
+                raise
+            attempts += 1
+            if attempts > _REDIRECTS_AT_ONCE:
+                await asyncio.sleep(min(backoff(attempts - _REDIRECTS_AT_ONCE), max(limit - loop.time(), 0)))
+
+    async def open_subscription(self) -> Wire:
+        """At any member: all of them get every message. Another one each time, for this one may be cut off."""
+        addresses = await self._members()
+        limits = self._limits
+        return await open_wire(random.choice(addresses), name=limits.name, timeout=limits.connect_timeout)  # noqa: S311
+
+    async def names_for_each(self, stem: str) -> Iterable[str]:
+        wanted = set(await self._members())
+        names: list[str] = []
+        for n in range(_MAX_NAMES):
+            name = f"{stem}:{n}"
+            owner = self._owners[key_slot(name)] if self._owners else None
+            if owner in wanted:
+                wanted.discard(owner)
+                names.append(name)
+            if not wanted:
+                break
+        return names
+
+    async def each(self) -> list[tuple[Address, Callable[..., Awaitable[Any]]]]:
+        return [(address, self._teller(address)) for address in await self._members()]
+
+    async def close(self) -> None:
+        self._closed = True
+        if self._refreshing is not None:
+            self._refreshing.cancel()
+            await asyncio.wait([self._refreshing])
+        await asyncio.gather(*(server.close() for server in self._servers.values()))
+
+    def _teller(self, address: Address) -> Callable[..., Awaitable[Any]]:
+        return lambda *args: self._server(address).call(args)
+
+    def _server(self, address: Address) -> Server:
+        server = self._servers.get(address)
+        if server is None:
+            if self._closed:
+                raise StoreUnavailable("the store was closed")
+            server = self._servers[address] = Server(address, self._limits)
+        return server
+
+    # ---- who owns what
+
+    async def _owner(self, slot: int) -> Address:
+        if not self._owners:
+            await self._told()
+        address = self._owners[slot] if self._owners else None
+        if address is None:
+            self._refresh()
+            raise StoreUnavailable(f"no member of {self._deployment.url} tells who has the keys")
+        return address
+
+    async def _members(self) -> list[Address]:
+        """Those that own slots."""
+        if not self._owners:
+            await self._told()
+        members = list(dict.fromkeys(owner for owner in self._owners if owner is not None))
+        if not members:
+            raise StoreUnavailable(f"no member of {self._deployment.url} answers")
+        return members
+
+    def _followed(self, slot: int, at: Address, to: Redirected) -> Address:
+        """Where a redirection leads. One that is for good says that the table is out of date."""
+        address = self._deployment.address.at(to.host or at.host, to.port)
+        if not to.asking:
+            if self._owners:
+                self._owners[slot] = address
+            self._refresh()
+        return address
+
+    async def _told(self) -> None:
+        """Waits, no longer than a call may, for a table that is being read."""
+        self._refresh(pause=0)
+        if self._refreshing is not None:
+            await asyncio.wait([self._refreshing], timeout=self._limits.timeout)
+
+    def _refresh(self, *, pause: float = _PAUSE_SECONDS) -> None:
+        """Begins to read the table anew, unless that is under way or was begun just now."""
+        now = asyncio.get_running_loop().time()
+        if self._refreshing is None and not self._closed and now - self._refreshed >= pause:
+            self._refreshed = now
+            self._refreshing = asyncio.create_task(self._read_table(), name="nonstick-redis-cluster")
+
+    async def _read_table(self) -> None:
+        """Asks one member after the other, in any order: one that was cut off may be out of date, or silent."""
+        try:
+            known = [address for address in dict.fromkeys(self._owners) if address is not None]
+            asked = list(dict.fromkeys([*known, *self._deployment.seeds]))
+            random.shuffle(asked)
+            for address in asked:
+                try:
+                    reply = await self._server(address).call(("CLUSTER", "SLOTS"), timeout=self._patience())
+                except StoreUnavailable as error:
+                    logger.debug("%s does not tell who has which slots: %s", address.url, error)
+                    continue
+                if reply:
+                    await self._adopt(reply, address)
+                    return
+        finally:
+            self._refreshing = None
+
+    def _patience(self) -> float:
+        return min(_ASK_SECONDS, self._limits.timeout)
+
+    async def _adopt(self, reply: list[Any], teller: Address) -> None:
+        """Takes the table over, and closes what is not in it and not in use."""
+        owners: list[Address | None] = [None] * SLOTS
+        for first, last, primary, *_ in reply:
+            host = (primary[0] or b"").decode()
+            address = self._deployment.address.at(host if host not in ("", "?") else teller.host, int(primary[1]))
+            owners[first : last + 1] = [address] * (last + 1 - first)
+        self._owners = owners
+        members = set(owners)
+        for address, server in list(self._servers.items()):
+            if address not in members and server.is_idle:
+                del self._servers[address]
+                await server.close()
