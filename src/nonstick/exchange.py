@@ -44,6 +44,7 @@ from nonstick.errors import (
 from nonstick.events import EventId, Kind, decode, draft
 from nonstick.node import EVERYBODY
 from nonstick.record import opening_fields, subscription_field
+from nonstick.security import without_text
 from nonstick.session import Session, request_key
 from nonstick.store import NEW_STREAM, Batch, Cursor, Draft, Event
 
@@ -249,13 +250,14 @@ class Exchange:
         try:
             result = await self.session.runner.on_request(self, message.method, message.params)
             return wire.result_body(message.id, result)
-        except PydanticSerializationError:
-            logger.exception("handler for %r returned what JSON cannot hold", message.method)
+        except PydanticSerializationError as exception:
+            shown = without_text(exception)
+            logger.error("handler for %r returned what JSON cannot hold", message.method, exc_info=shown)
             error: ErrorData | None = ErrorData(code=INTERNAL_ERROR, message="Handler returned an invalid result")
         except Exception as exception:
             error = handler_exception_to_error_data(exception)
             if error is None:
-                logger.exception("handler for %r raised", message.method)
+                logger.error("handler for %r raised", message.method, exc_info=without_text(exception))
                 # The SDK's own answer on this wire.
                 error = ErrorData(code=0, message=str(exception))
         assert error is not None

@@ -11,6 +11,7 @@ from mcp_types import EmptyResult, SetLevelRequestParams
 from starlette.applications import Starlette
 
 from nonstick.errors import ConfigurationError
+from nonstick.security import without_text
 from nonstick.session import current_session
 from nonstick.state_store import PROBE, probed
 
@@ -102,7 +103,7 @@ async def check_state(app: Starlette) -> None:
         try:
             async with Context(fastmcp=server):
                 await get_session(PROBE)
-        except Exception:
-            logger.debug("looked for a session that is not there", exc_info=True)
+        except Exception as error:
+            logger.debug("looked for a session that is not there", exc_info=without_text(error))
     if not asked():
         logger.warning(_NOT_SHARED, server.name)

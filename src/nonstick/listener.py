@@ -26,6 +26,7 @@ from nonstick.errors import Diverged, SessionNotFound, StoreError, StoreUnavaila
 from nonstick.events import EventId, Kind, body_of, decode, draft, kind_of
 from nonstick.follow import Subscription
 from nonstick.rescue import Rescue
+from nonstick.security import without_text
 from nonstick.session import Session, request_key
 from nonstick.store import MAX_READ, STANDALONE, Appended, Batch, Cursor, Draft, Event
 from nonstick.turns import Turn, Turns
@@ -93,8 +94,8 @@ class Reader(ABC):
         except SessionNotFound:
             # The end of the session is the end of its streams.
             pass
-        except Exception:
-            logger.exception("session %s: a stream broke off", self.session.key[:12])
+        except Exception as error:
+            logger.error("session %s: a stream broke off", self.session.key[:12], exc_info=without_text(error))
         finally:
             self.outlet.end()
 

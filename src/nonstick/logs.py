@@ -13,6 +13,8 @@ import time
 from collections.abc import Mapping
 from typing import Any, Final, Literal, TextIO
 
+from nonstick.security import without_text
+
 __all__ = ["LEVELS", "Format", "JSONFormatter", "TextFormatter", "configure", "set_node", "wants_colour"]
 
 Format = Literal["text", "json"]
@@ -27,6 +29,12 @@ _QUIET: Final = (
     "sse_starlette",
 )
 """Loggers that write session ids or payloads below WARNING, and so never get there (P13)."""
+
+_OTHERS: Final = ("mcp", "fastmcp", "uvicorn", "asyncio")
+"""Packages that quote in their logs what clients sent: tools' and resources' names, arguments, exceptions (P13).
+
+Of the first two a record's template is shown, and not what was to be put into it; of all, exceptions without text.
+"""
 
 _STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 """Attributes that every record has, or that uvicorn adds for its own colours: not fields."""
@@ -56,6 +64,8 @@ class _Formatter(logging.Formatter):
 
     def fields(self, record: logging.LogRecord) -> dict[str, Any]:
         """What the caller passed as `extra=`, and the parts of an access line."""
+        if _quotes(record):
+            return {}
         fields = {name: value for name, value in vars(record).items() if name not in _STANDARD}
         if _is_access(record):
             client, method, path, _, status = record.args  # type: ignore[misc]
@@ -64,7 +74,21 @@ class _Formatter(logging.Formatter):
 
     def text(self, record: logging.LogRecord) -> str:
         """The message. Of an access line the part that is not in its fields."""
+        if _quotes(record):
+            return str(record.msg)
         return "request" if _is_access(record) else record.getMessage()
+
+    def trace(self, record: logging.LogRecord) -> str:
+        """The traceback; "" if there is none."""
+        error = record.exc_info[1] if record.exc_info else None
+        if error is None:
+            return ""
+        shown = without_text(error) if record.name.partition(".")[0] in _OTHERS else error
+        return self.formatException((type(shown), shown, shown.__traceback__))
+
+
+def _quotes(record: logging.LogRecord) -> bool:
+    return record.name.partition(".")[0] in _OTHERS[:2]
 
 
 def _is_access(record: logging.LogRecord) -> bool:
@@ -91,8 +115,8 @@ class JSONFormatter(_Formatter):
             "logger": record.name,
             "message": self.text(record),
         }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
+        if trace := self.trace(record):
+            line["exception"] = trace
         for name, value in self.fields(record).items():
             line[f"{name}_" if name in line else name] = value
         return json.dumps(line, default=str, ensure_ascii=False)
@@ -115,8 +139,7 @@ class TextFormatter(_Formatter):
         fields = "".join(f" {name}={_value(value)}" for name, value in self.fields(record).items())
         # A message may quote what a client sent: it must not be able to begin a line.
         text, *rest = [row.translate(_ESCAPED) for row in self.text(record).rstrip("\n").split("\n")]
-        if record.exc_info:
-            rest += self.formatException(record.exc_info).splitlines()
+        rest += self.trace(record).splitlines()
         line = f"{self.time(record)} {level} {self.node} {record.name}: {text}{fields}"
         return line + "".join(f"\n    {row}" for row in rest)
 

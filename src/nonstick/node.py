@@ -22,7 +22,7 @@ from mcp_types import INTERNAL_ERROR, ErrorData
 from nonstick.cluster import CLUSTER_KEY, Cluster
 from nonstick.errors import StoreError, StoreUnavailable
 from nonstick.guard import GuardedStore
-from nonstick.security import principal_group
+from nonstick.security import principal_group, without_text
 
 if TYPE_CHECKING:
     from nonstick.exchange import Answer, Exchange
@@ -178,7 +178,7 @@ class Node:
             if isinstance(error, StoreError):
                 logger.warning("a background task gave up: %s", type(error).__name__)
             else:
-                logger.error("a background task failed", exc_info=error)
+                logger.error("a background task failed", exc_info=without_text(error))
 
     async def _touch(self) -> None:
         """Sessions with open streams or running handlers do not expire."""

@@ -22,6 +22,7 @@ from starlette.requests import Request
 from nonstick import wire
 from nonstick.errors import Fenced, StreamClosed
 from nonstick.events import Kind, decode, draft, kind_of
+from nonstick.security import without_text
 from nonstick.session import Session, request_key
 from nonstick.store import MAX_READ, Batch, Cursor, Event
 
@@ -207,8 +208,8 @@ class Rescue:
                 cursor = page.get("nextCursor")
                 if not isinstance(cursor, str):
                     return None
-        except Exception:
-            logger.debug("the tools could not be listed", exc_info=True)
+        except Exception as error:
+            logger.debug("the tools could not be listed", exc_info=without_text(error))
         return None
 
 

@@ -22,6 +22,7 @@ __all__ = [
     "principal_of",
     "session_key",
     "valid_session_id",
+    "without_text",
 ]
 
 _SHAPE: Final = re.compile(r"[A-Za-z0-9_-]{22,64}")
@@ -59,6 +60,24 @@ def principal_of(scope: Scope) -> bytes:
 def principal_group(principal: bytes) -> str:
     """The name under which the sessions of this principal are counted in the store (P10, P13)."""
     return "principal:" + hashlib.sha256(principal).hexdigest()[:32]
+
+
+def without_text(error: BaseException) -> BaseException:
+    """What a log may show of an exception, as `exc_info`: its types and where they were raised, not what they say.
+
+    That may quote a payload: `ValueError` names the value, a validation error the whole input (P13).
+    """
+    kind = type(error)
+    shown: BaseException
+    if isinstance(error, BaseExceptionGroup):
+        shown = BaseExceptionGroup(kind.__qualname__, [without_text(inner) for inner in error.exceptions])
+    else:
+        shown = type(kind.__name__, (Exception,), {"__module__": kind.__module__, "__qualname__": kind.__qualname__})()
+    if error.__cause__ is not None:
+        shown.__cause__ = without_text(error.__cause__)
+    elif error.__context__ is not None and not error.__suppress_context__:
+        shown.__context__ = without_text(error.__context__)
+    return shown.with_traceback(error.__traceback__)
 
 
 def json_depth_exceeds(value: Any, limit: int) -> bool:

@@ -32,6 +32,7 @@ from nonstick.errors import Diverged, NotPending, SessionNotFound, StoreUnavaila
 from nonstick.events import Kind, body_of, decode, draft, kind_of
 from nonstick.follow import Follower
 from nonstick.record import Record, SessionState
+from nonstick.security import without_text
 from nonstick.sender import Sender
 from nonstick.store import Appended, Batch, Cursor, Draft, Event, Loaded
 from nonstick.trim import Trimmer
@@ -397,8 +398,9 @@ class Session:
                     await emit(draft(Kind.MESSAGE, wire.notification_body("notifications/cancelled", params)), ())
             except (NotPending, SessionNotFound):
                 pass
-            except Exception:
-                logger.debug("session %s: a server request could not be withdrawn", self.key[:12], exc_info=True)
+            except Exception as error:
+                shown = without_text(error)
+                logger.debug("session %s: a server request could not be withdrawn", self.key[:12], exc_info=shown)
 
     async def take_reply(self, request_id: RequestId, body: bytes, *, patience: float) -> None:
         """The client replied. Counts once, whoever waits and wherever; anything else is dropped (P4)."""
@@ -511,8 +513,9 @@ class Session:
         """One event that this node makes nothing of must not keep the next from those who wait for it (P4, P5)."""
         try:
             self._take(event)
-        except Exception:
-            logger.exception("session %s: passed over event %d of its log", self.key[:12], event.position)
+        except Exception as error:
+            where = (self.key[:12], event.position)
+            logger.error("session %s: passed over event %d of its log", *where, exc_info=without_text(error))
 
     def _take(self, event: Event) -> None:
         kind = kind_of(event.data)
@@ -549,5 +552,5 @@ def _fail(waiter: _Waiter, error: MCPError) -> None:
 async def _contained(callback: ProgressFnT, progress: float, total: float | None, message: str | None) -> None:
     try:
         await callback(progress, total, message)
-    except Exception:
-        logger.exception("progress callback raised")
+    except Exception as error:
+        logger.error("progress callback raised", exc_info=without_text(error))

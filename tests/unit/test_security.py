@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+import traceback
 from typing import Any
 
 import pytest
@@ -12,7 +13,14 @@ from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser
 from mcp.server.auth.provider import AccessToken
 from starlette.authentication import SimpleUser
 
-from nonstick.security import json_depth_exceeds, new_session_id, principal_of, session_key, valid_session_id
+from nonstick.security import (
+    json_depth_exceeds,
+    new_session_id,
+    principal_of,
+    session_key,
+    valid_session_id,
+    without_text,
+)
 
 
 def test_new_ids_are_valid_and_differ() -> None:
@@ -91,3 +99,25 @@ def test_very_deep_value_is_no_trouble() -> None:
     assert json_depth_exceeds(deep, 64)
     while deep:  # taken apart from outside: freeing it at once would recurse
         deep = deep[0]
+
+
+def test_exception_is_shown_without_what_it_says() -> None:
+    """P13: its types, causes and places, and no text of it, which may quote a payload."""
+
+    def fail() -> None:
+        try:
+            try:
+                raise ValueError("payload")
+            except ValueError as error:
+                raise LookupError("payload") from error
+        except LookupError as error:
+            error.add_note("payload")
+            raise ExceptionGroup("payload", [error]) from None
+
+    with pytest.raises(ExceptionGroup) as raised:
+        fail()
+    shown = "".join(traceback.format_exception(without_text(raised.value)))
+    assert all(said in shown for said in ("ValueError", "LookupError", "ExceptionGroup", "in fail", "direct cause"))
+    assert "payload" not in "\n".join(
+        line for line in shown.splitlines() if "raise " not in line and "note" not in line
+    )

@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Generic, TypeVar
 
 from nonstick.errors import StoreUnavailable
+from nonstick.security import without_text
 from nonstick.stores.redis_url import Address
 from nonstick.stores.resp import ServerError, Wire, backoff, open_wire, pack, refusal
 
@@ -197,6 +198,6 @@ class Subscriber(Generic[T]):
         if wake is not None:
             try:
                 wake(hint)
-            except Exception:
+            except Exception as error:
                 # It must not raise. If it does, the other watches still get theirs.
-                logger.exception("a wake raised")
+                logger.error("a wake raised", exc_info=without_text(error))
