@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
 from mcp import Client
+from mcp.client.context import ClientRequestContext
+from mcp_types import ElicitRequestParams, ElicitResult
 
 from nonstick.testing.balancer import Backend, Balancer
 from nonstick.testing.processes import NodeProcess
@@ -15,6 +20,7 @@ from nonstick.testing.processes import NodeProcess
 pytestmark = pytest.mark.anyio
 
 ROOT = Path(__file__).parents[2]
+PATH = f"{ROOT}{os.pathsep}{ROOT / 'src'}"
 
 
 @pytest.mark.parametrize(
@@ -36,7 +42,7 @@ async def test_example_serves_a_session_from_two_nodes(
 ) -> None:
     """P1. They keep their SQLite files in the working directory."""
     monkeypatch.chdir(tmp_path)
-    env = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}"}
+    env = {"PYTHONPATH": PATH}
     store = "sqlite:///mounted.db"
     async with (
         NodeProcess(target, name="node-a", store=store, env=env, path=path) as a,
@@ -52,3 +58,58 @@ async def test_example_serves_a_session_from_two_nodes(
         if target == "examples.mounted:site":
             async with httpx2.AsyncClient() as http:
                 assert (await http.get(f"{balancer.url}/readyz")).json() == "ready"
+
+
+@asynccontextmanager
+async def balanced(target: str, home: Path, **client: Any) -> AsyncIterator[tuple[Client, Balancer]]:
+    """A client of three nodes of this example."""
+    async with AsyncExitStack() as stack:
+        nodes = [
+            await stack.enter_async_context(
+                NodeProcess(target, name=name, store=f"sqlite:///{home}/example.db", env={"PYTHONPATH": PATH})
+            )
+            for name in ("node-a", "node-b", "node-c")
+        ]
+        backends = [Backend(node.name, node.port) for node in nodes]
+        balancer = await stack.enter_async_context(Balancer(backends))
+        url = f"{balancer.url}/mcp"
+        yield (
+            await stack.enter_async_context(Client(url, mode="legacy", read_timeout_seconds=40, **client)),
+            balancer,
+        )
+
+
+async def test_wizard_gets_its_answers_through_other_nodes(tmp_path: Path) -> None:
+    """P4."""
+    pages: list[dict[str, Any]] = [{"to": "Rome", "nights": 3}, {"kind": "suite"}, {"book": True}]
+    asked: list[str] = []
+
+    async def answer(context: ClientRequestContext, params: ElicitRequestParams) -> ElicitResult:
+        asked.append(params.message)
+        return ElicitResult(action="accept", content=pages[len(asked) - 1])
+
+    async with balanced("examples.wizard:app", tmp_path, elicitation_callback=answer) as (client, balancer):
+        booked = await client.call_tool("book_trip", {})
+        assert booked.structured_content == {"result": "Booked: 3 nights in Rome, suite room."}
+        assert asked[-1] == "3 nights in Rome, suite room. Shall I book it?"
+        for _ in range(3):
+            kept = await client.call_tool("bookings", {})
+            assert kept.structured_content == {"result": ["3 nights in Rome, suite room"]}
+        assert len({exchange.backend for exchange in balancer.exchanges}) == 3
+
+
+async def test_long_report_is_resumed_after_its_connection_was_closed(tmp_path: Path) -> None:
+    """P3. The client comes back by itself, and hears of every chapter once."""
+    seen: list[float] = []
+
+    async def note(progress: float, total: float | None, message: str | None) -> None:
+        seen.append(progress)
+
+    async with balanced("examples.long_report:app", tmp_path) as (client, balancer):
+        arguments = {"subject": "trees", "seconds": 2.0}
+        written = await client.call_tool("report", arguments, progress_callback=note)
+        assert written.structured_content is not None
+        assert written.structured_content["result"].splitlines()[-1] == "5. print trees"
+        assert seen == [1, 2, 3, 4, 5]
+        resumed = [exchange for exchange in balancer.exchanges if "last-event-id" in exchange.request_headers]
+        assert resumed
