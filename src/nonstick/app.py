@@ -18,7 +18,7 @@ from nonstick import fastmcp_server
 from nonstick.adopt import Adopted, take_over
 from nonstick.cluster import Cluster
 from nonstick.errors import ConfigurationError
-from nonstick.manager import Options, SessionManager
+from nonstick.manager import Options, SessionManager, is_stateless
 from nonstick.store import Store
 
 if TYPE_CHECKING:
@@ -113,6 +113,7 @@ def app(
         "debug": debug,
     }
     own = {name: value for name, value in own.items() if value}
+    stateless_http = is_stateless(stateless_http, options.get("placement"))
     ours: dict[str, Any] = {
         "max_request_body_size": max_request_body_size,
         "session_idle_timeout": session_idle_timeout,

@@ -30,7 +30,8 @@ class Kind(IntEnum):
     """The kinds of events, each by its byte."""
 
     OPENED = ord("o")
-    """A POST became a stream. Body: `{"node", "attempt", "request"}`."""
+    """A POST became a stream. Body: `{"node", "attempt", "request"}`. With `"relay"` (`{"http", "since", "version"}`)
+    its session's owner is to run the request, once it took the stream over."""
     MESSAGE = ord("m")
     """A JSON-RPC message to the client, on this event's stream. Body: the message."""
     TERMINAL = ord("t")
@@ -63,6 +64,10 @@ class Kind(IntEnum):
     """That turn is not over: the answer. Body: `{"listener"}`."""
     LEFT = ord("x")
     """That turn is over. Body: `{"listener", "read"}`: the last position that it had written out, null if none."""
+    OWNER = ord("n")
+    """The session has another owner now. Body: `{"node"}`, which is empty where an owner gave it up."""
+    NOTICE = ord("i")
+    """A notification of the client's, for the owner's handler. Body: `{"notification", "http"}`."""
 
 
 def draft(kind: Kind, body: bytes = b"") -> Draft:

@@ -173,7 +173,10 @@ class Exchange:
             await wire.send_body(send, 200, outcome, [*headers, wire.JSON_TYPE])
 
     async def take_over(self, stream: int, attempt: int, *, first: int) -> bool:
-        """Runs a request whose node was lost again, as the next attempt at its stream. False if another node does."""
+        """Makes the stream of a request that another node opened this node's, as the next attempt at it.
+
+        To run it, `start`. False if it is another node's already, or has ended. May be repeated as it was.
+        """
         self.stream, self.attempt, self._first_attempt = stream, attempt + 1, first
         body = {"node": self.session.node.id, "attempt": self.attempt}
         taken = draft(Kind.TAKEN, pydantic_core.to_json(body))
@@ -183,11 +186,14 @@ class Exchange:
             await self.session.node.store.append(self.session.key, batch)
         except (StreamClosed, Fenced):
             return False
+        return True
+
+    def start(self) -> None:
+        """Runs a request that was taken over, for those who read its stream."""
         self._outlet.leave()
         self._outcome.set_result(None)
         self.session.exchanges[self.key] = self
         self.session.spawn(self._run())
-        return True
 
     # ---- the handler's side
 
@@ -357,6 +363,7 @@ class Exchange:
         assert connection.client_params is not None
         fields = opening_fields(connection.protocol_version, connection.client_params, self._principal)
         fields |= {name: data for name, data in changes.items() if data is not None} | session.first_fields
+        fields |= session.node.placement.opening_fields()
         try:
             await session.node.store.create(
                 session.key, fields, lifetime=settings.lifetime, limits=settings.session_limits(self._principal)
@@ -367,6 +374,7 @@ class Exchange:
         self._visible = True
         session.node.sessions[session.key] = session
         session.state.saved(changes)
+        session.node.placement.opened(session)
         await session.opened()
         if self._held or self._answer == "sse":
             # What a middleware sent meanwhile is on this request's stream, before its answer.
@@ -534,6 +542,14 @@ class Exchange:
         with anyio.CancelScope(shield=True), contextlib.suppress(SessionNotFound, StreamClosed, Fenced):
             await self._finish(self._stopped_body())
         self._leave()
+
+    def fence(self, error: ErrorData) -> None:
+        """The session has another owner now: nothing that this request does counts any more (P7)."""
+        if self.stream or self._in_doubt is not None:
+            self._stop("fenced")
+            self._give_up_stream()
+        else:
+            self.fail(error)
 
     def let_go(self) -> None:
         """Closes the client's connection, whatever is still to be said: another node says it when this one is gone."""

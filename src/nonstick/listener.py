@@ -64,6 +64,8 @@ class Reader(ABC):
         self._primes = primes
         settings = session.node.settings
         self.outlet = wire.Outlet(patience=settings.send_timeout, ping=settings.ping_interval)
+        self.stays = False
+        """Its client could not come back, so that a drain waits for its end."""
 
     async def serve(self, receive: Receive, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
         """Sends the stream until it ends, the session ends, or the client goes."""
@@ -75,13 +77,17 @@ class Reader(ABC):
         tasks = [node.spawn(self._feed()), node.spawn(self._watch(receive))]
         try:
             with self.session:
-                await send({"type": "http.response.start", "status": 200, "headers": [*headers, *wire.SSE_HEADERS]})
-                await self.outlet.pump(send)
+                await self.respond(send, headers)
         finally:
             node.readers.discard(self)
             self.outlet.leave()
             for task in tasks:
                 task.cancel()
+
+    async def respond(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
+        """Writes the response."""
+        await send({"type": "http.response.start", "status": 200, "headers": [*headers, *wire.SSE_HEADERS]})
+        await self.outlet.pump(send)
 
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -123,6 +129,10 @@ class Reader(ABC):
     def hand_over(self) -> None:
         """The node stops: the client is told to come back, and the connection is closed (P8)."""
         self.outlet.put(wire.sse_retry(self.session.node.settings.retry_interval))
+        self.outlet.end()
+
+    def cut_off(self) -> None:
+        """The grace period is over: one that `stays` ends now."""
         self.outlet.end()
 
     def follow(self, after: Cursor) -> contextlib.closing[_Following]:

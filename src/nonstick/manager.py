@@ -6,14 +6,14 @@ message. All HTTP statuses that nonstick gives are decided here and in `wire.Ref
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import fields
 from typing import Any, Final, Literal, TypedDict, Unpack
 
-import anyio
 import pydantic_core
 from mcp.server import MCPServer, Server
 from mcp.server.streamable_http import (
@@ -34,11 +34,8 @@ from mcp.server.transport_security import (
     TransportSecurityMiddleware,
     TransportSecuritySettings,
 )
-from mcp.shared.dispatcher import CallOptions
 from mcp.shared.inbound import MCP_PROTOCOL_VERSION_HEADER
 from mcp.shared.jsonrpc_dispatcher import cancelled_request_id_from_params, progress_token_from_params
-from mcp.shared.message import ServerMessageMetadata
-from mcp.shared.transport_context import TransportContext
 from mcp_types import (
     DEFAULT_NEGOTIATED_VERSION,
     INTERNAL_ERROR,
@@ -58,7 +55,7 @@ from pydantic import ValidationError
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope, Send
 
-from nonstick import wire
+from nonstick import notice, portable, wire
 from nonstick.cluster import Cluster
 from nonstick.encryption import EncryptedStore
 from nonstick.errors import ConfigurationError, NonstickError, NotRunning, SessionNotFound, StoreUnavailable
@@ -67,14 +64,16 @@ from nonstick.exchange import Answer, Exchange
 from nonstick.guard import GuardedStore
 from nonstick.listener import Listener, Reader, Resumption
 from nonstick.node import Node, Settings
+from nonstick.placement import Rehydrate
 from nonstick.record import Record
+from nonstick.relay import Relay, relay_notice
 from nonstick.security import json_depth_exceeds, new_session_id, principal_of, session_key, valid_session_id
 from nonstick.session import Session, as_number, request_key
 from nonstick.store import STANDALONE, Batch, Loaded, Store
 from nonstick.stores import open_store
 from nonstick.transport import TRANSPORT
 
-__all__ = ["Options", "SessionManager"]
+__all__ = ["Options", "SessionManager", "is_stateless"]
 
 logger = logging.getLogger(__name__)
 
@@ -88,10 +87,10 @@ _GIVEN_OTHERWISE: Final = {
     "lifetime": "give session_idle_timeout=, in seconds",
     "max_sessions": "give max_sessions= to nonstick.app() or SessionManager()",
     "retry_interval": "give retry_interval= to nonstick.app() or SessionManager(), in milliseconds",
-    "placement": "in this release any node serves any session. Where there are to be no sessions at all, give "
-    "stateless_http=True to nonstick.app(), or stateless=True to SessionManager(); a session that stays on one node "
-    '(placement="owner") is not offered yet',
 }
+
+_OFTEN: Final = ("notifications/progress", "notifications/cancelled")
+"""Notifications that concern nobody but who waits for them, unless the server says otherwise."""
 
 _LONGEST_URI: Final = 2048
 """Characters of a resource's URI that a record keeps."""
@@ -124,6 +123,8 @@ class Options(TypedDict, total=False):
     grace: float
     lease: float
     max_stall: float
+    placement: Literal["any", "stateless", "owner"]
+    rehydrate: Rehydrate | None
     second_listener: Literal["takeover", "reject"]
     reexecute: Literal["never", "idempotent"]
     node_name: str | None
@@ -205,6 +206,7 @@ class SessionManager:
             retry_interval=1000 if retry_interval is None else retry_interval,
             max_sessions=max_sessions,
         )
+        stateless = is_stateless(stateless, self.settings.placement)
         self.app = app
         self.store = open_store(store) if keys is None else EncryptedStore(open_store(store), keys)
         self.json_response = self.settings.answer == "json"
@@ -398,6 +400,8 @@ class SessionManager:
             session_id = new_session_id() if routed is None else routed.open()
             session = Session(node, session_id, self.key(session_id))
             session.hold_back()
+            if self.settings.placement == "owner":
+                session.keep_anything()
             exchange = Exchange(
                 session,
                 message,
@@ -506,15 +510,27 @@ class SessionManager:
                 return
             if isinstance(message, JSONRPCNotification):
                 await self._take_notification(session, message)
-                if len(session.notices) >= self.settings.max_streams:
-                    raise wire.Refusal(
-                        429, "Too many notifications of this session are being handled; wait for some", retry_after=1
-                    )
-                # In the background: the client waits for no handler of a notification (as the SDK).
-                session.spawn_notice(self._notify(session, message, request))
+                await self._handle_notification(session, message, request, loaded)
             else:
                 await self._take_response(session, message)
             await wire.send_body(send, 202, b"", [*headers, wire.JSON_TYPE])
+
+    async def _handle_notification(
+        self, session: Session, message: JSONRPCNotification, request: Request, loaded: Loaded
+    ) -> None:
+        """Has the server's handler run, here or where the session is held."""
+        if session.node.placement.elsewhere(session, loaded) is not None:
+            handler = self.app.get_notification_handler(message.method)
+            if handler is not None or message.method not in _OFTEN:
+                await relay_notice(session, message, request, patience=_NOTICE_PATIENCE)
+            return
+        if len(session.notices) >= self.settings.max_streams:
+            raise wire.Refusal(
+                429, "Too many notifications of this session are being handled; wait for some", retry_after=1
+            )
+        with _as_relayed(session, request) as request:
+            # In the background: the client waits for no handler of a notification (as the SDK).
+            session.spawn_notice(notice.handle(session, message, request))
 
     async def _serve_request(
         self,
@@ -527,10 +543,11 @@ class SessionManager:
     ) -> None:
         if session.node.is_closing:
             raise wire.unavailable("This node is shutting down. Try again.")
+        elsewhere = session.node.placement.elsewhere(session, loaded)
         key = request_key(message.id)
-        if key in session.exchanges:
+        if key in session.exchanges or key in session.relays:
             raise wire.Refusal(409, "Conflict: a request with this id is still running in this session")
-        if len(session.exchanges) >= self.settings.max_streams:
+        if len(session.exchanges) + len(session.relays) >= self.settings.max_streams:
             raise wire.Refusal(429, "Too many requests of this session are running; wait for some", retry_after=1)
         if key in loaded.cancels:
             # It was overtaken by its own cancel (P5), which has done its work with that.
@@ -546,8 +563,13 @@ class SessionManager:
             version = str((message.params or {}).get("protocolVersion", DEFAULT_NEGOTIATED_VERSION))
         else:
             version = session.connection.protocol_version
-        exchange = Exchange(session, message, request, head=loaded.head, protocol_version=version)
-        await exchange.serve(send, headers)
+        if elsewhere is not None:
+            relay = Relay(session, message, request, owner=elsewhere, since=loaded.head, version=version)
+            await relay.serve(request.receive, send, headers)
+            return
+        with _as_relayed(session, request) as request:
+            exchange = Exchange(session, message, request, head=loaded.head, protocol_version=version)
+            await exchange.serve(send, headers)
 
     def _check_initialize(self, message: JSONRPCRequest) -> None:
         limit = self.settings.max_initialize_bytes
@@ -583,13 +605,6 @@ class SessionManager:
                     await session.take_progress(token, params, patience=_NOTICE_PATIENCE)
             case _:
                 pass
-
-    async def _notify(self, session: Session, message: JSONRPCNotification, request: Request) -> None:
-        """Runs the server's handler, if it has one, and saves what it changed."""
-        session.make_current()
-        with session.attending_later():
-            await session.runner.on_notify(_Notice(session, request), message.method, message.params)
-        await session.save()
 
     async def _take_response(self, session: Session, message: JSONRPCResponse | JSONRPCError) -> None:
         if message.id is None:
@@ -631,25 +646,15 @@ class SessionManager:
         await wire.send_body(send, 200, b"", [*headers, wire.JSON_TYPE])
 
 
-class _Notice:
-    """The `DispatchContext` of a notification: what its handler sends goes to the standalone stream."""
-
-    def __init__(self, session: Session, request: Request) -> None:
-        self._outbound = session.connection.outbound
-        self.transport = TransportContext(kind="streamable-http", can_send_request=True, headers=request.headers)
-        self.can_send_request = True
-        self.request_id = None
-        self.message_metadata = ServerMessageMetadata(request_context=request)
-        self.cancel_requested = anyio.Event()
-
-    async def send_raw_request(self, method: str, params: Any, opts: CallOptions | None = None) -> dict[str, Any]:
-        return await self._outbound.send_raw_request(method, params, opts)
-
-    async def notify(self, method: str, params: Any, opts: CallOptions | None = None) -> None:
-        await self._outbound.notify(method, params, opts)
-
-    async def progress(self, progress: float, total: float | None = None, message: str | None = None) -> None:
-        return None
+@contextmanager
+def _as_relayed(session: Session, request: Request) -> Iterator[Request]:
+    """The request; where the session is held, as it would be had it come to another node."""
+    if session.held is None:
+        yield request
+        return
+    request = portable.unpack(portable.pack(request), session.id)
+    with portable.acting_for(request):
+        yield request
 
 
 _METHOD: Final = wire.Refusal(405, "Method Not Allowed", allow="GET, POST, DELETE")
@@ -681,10 +686,17 @@ def _settings(options: Options, **more: Any) -> Settings:
         if name not in Options.__optional_keys__:
             known = ", ".join(sorted(Options.__optional_keys__))
             raise ConfigurationError(f"unknown option {name!r}; there are: {known}")
-        if not isinstance(defaults[name], str) and not (value is None and name in _MAY_BE_NONE):
+        if name == "rehydrate":
+            _check_rehydrate(value)
+        elif not isinstance(defaults[name], str) and not (value is None and name in _MAY_BE_NONE):
             _check_number(name, value)
+    if options.get("rehydrate") is not None and options.get("placement") != "owner":
+        raise ConfigurationError('rehydrate= builds what an owner holds anew: it needs placement="owner"')
+    if options.get("reexecute") == "idempotent" and options.get("placement") == "owner":
+        raise ConfigurationError('reexecute="idempotent" does not go with placement="owner": what it ran on is gone')
     choices = {
         "answer": ("auto", "sse", "json"),
+        "placement": ("any", "stateless", "owner"),
         "second_listener": ("takeover", "reject"),
         "reexecute": ("never", "idempotent"),
     }
@@ -692,6 +704,23 @@ def _settings(options: Options, **more: Any) -> Settings:
         if (chosen := options.get(name)) is not None and chosen not in allowed:
             raise ConfigurationError(f"{name} must be one of {', '.join(allowed)}, not {chosen!r}")
     return Settings(**{**options, **more})
+
+
+def _check_rehydrate(value: object) -> None:
+    plain = inspect.isfunction(value) and not inspect.iscoroutinefunction(value)
+    if value is not None and (plain or not callable(value)):
+        raise ConfigurationError("rehydrate must be an async function that takes a Connection")
+
+
+def is_stateless(stateless: bool, placement: object) -> bool:
+    """Whether there are to be no sessions, of two ways to say so.
+
+    Raises:
+        ConfigurationError: They say different things.
+    """
+    if stateless and placement == "owner":
+        raise ConfigurationError('placement="owner" holds sessions, of which there are none if stateless: give one')
+    return stateless or placement == "stateless"
 
 
 def _check_number(name: str, value: object) -> None:

@@ -22,6 +22,7 @@ from mcp_types import INTERNAL_ERROR, ErrorData
 from nonstick.cluster import CLUSTER_KEY, Cluster
 from nonstick.errors import StoreError, StoreUnavailable
 from nonstick.guard import GuardedStore
+from nonstick.placement import Placement, Rehydrate
 from nonstick.security import principal_group, without_text
 
 if TYPE_CHECKING:
@@ -29,12 +30,18 @@ if TYPE_CHECKING:
     from nonstick.listener import Reader
     from nonstick.session import Session
 
-__all__ = ["EVERYBODY", "Counters", "Node", "Settings"]
+__all__ = ["EVERYBODY", "SHUT_DOWN", "Counters", "Node", "Settings"]
 
 logger = logging.getLogger(__name__)
 
 EVERYBODY: Final = "all"
 """The group that every session is counted in."""
+
+SHUT_DOWN: Final = ErrorData(
+    code=INTERNAL_ERROR,
+    message="The server node that ran this request was shut down before it finished",
+    data={"reason": "node_shut_down", "retrySafe": False},
+)
 
 _TICK: Final = 1.0
 _LAST_WORDS: Final = 0.5
@@ -78,6 +85,10 @@ class Settings:
     """How long a node that is not heard of counts as alive."""
     max_stall: float = 60.0
     """How long the event loop may hang, in a blocking tool say, before the node gives up its lease."""
+    placement: Literal["any", "stateless", "owner"] = "any"
+    """Which nodes serve a session: any; there are none; or the one that opened it, which others relay to."""
+    rehydrate: Rehydrate | None = None
+    """Builds what an owner holds of a session anew, on the node that takes its place."""
     second_listener: Literal["takeover", "reject"] = "takeover"
     reexecute: Literal["never", "idempotent"] = "never"
 
@@ -131,6 +142,7 @@ class Node:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stack = AsyncExitStack()
         self._keeper = _LeaseKeeper(self)
+        self.placement = Placement(self)
 
     async def __aenter__(self) -> Self:
         await self._stack.enter_async_context(self.store)
@@ -154,6 +166,7 @@ class Node:
     ) -> None:
         try:
             await self.drain()
+            await self.placement.give_up_all()
             for session in list(self.sessions.values()):
                 await session.close()
             tasks = list(self._tasks)
@@ -204,6 +217,7 @@ class Node:
         for reader in list(self.readers):
             reader.hand_over()
         self.spawn(self._end_in_time())
+        self.spawn(self.placement.give_up_idle())
 
     @property
     def is_closing(self) -> bool:
@@ -219,16 +233,13 @@ class Node:
     async def _end_in_time(self) -> None:
         """Ends what still runs after the grace period, also what began in the meantime."""
         await asyncio.sleep(self.settings.grace)
-        error = ErrorData(
-            code=INTERNAL_ERROR,
-            message="The server node that ran this request was shut down before it finished",
-            data={"reason": "node_shut_down", "retrySafe": False},
-        )
         while True:
+            for reader in self._staying():
+                reader.cut_off()
             if running := self._running():
                 logger.warning("%d requests did not finish in %g s of grace", len(running), self.settings.grace)
             for exchange in running:
-                exchange.fail(error)
+                exchange.fail(SHUT_DOWN)
             await asyncio.sleep(_LAST_WORDS)
             for exchange in running:
                 self.spawn(exchange.abandon())
@@ -240,11 +251,15 @@ class Node:
         """Waits until no request runs here, or the patience is over."""
         try:
             async with asyncio.timeout(patience):
-                while self._running():
-                    self._left.clear()
-                    await self._left.wait()
+                while self._running() or self._staying():
+                    await self.next_to_leave()
         except TimeoutError:
             pass
+
+    async def next_to_leave(self) -> None:
+        """Waits until a request has finished."""
+        self._left.clear()
+        await self._left.wait()
 
     def left(self) -> None:
         """A request has finished."""
@@ -252,6 +267,9 @@ class Node:
 
     def _running(self) -> list[Exchange]:
         return [exchange for session in self.sessions.values() for exchange in session.exchanges.values()]
+
+    def _staying(self) -> list[Reader]:
+        return [reader for reader in self.readers if reader.stays]
 
     @contextmanager
     def signals(self) -> Iterator[None]:

@@ -1,8 +1,8 @@
 """The session record: the few fields from which any node rebuilds a session (P2).
 
 Field names in the store: `v` format, `protocol`, `client` (the initialize params), `principal`, `initialized`, `level`,
-`sub:<hash>` one a resource subscription, `state:<key>` one a key of session state. A field that this version does not
-know is left alone (P12).
+`owner` the node that holds the session, `sub:<hash>` one a resource subscription, `state:<key>` one a key of session
+state. A field that this version does not know is left alone (P12).
 """
 
 from __future__ import annotations
@@ -18,11 +18,17 @@ from mcp_types import InitializeRequestParams
 
 from nonstick.errors import StateNotJSON, StoreUnavailable
 
-__all__ = ["Record", "SessionState", "opening_fields", "subscription_field"]
+__all__ = ["LOST", "OWNER", "RELEASED", "Record", "SessionState", "opening_fields", "subscription_field"]
 
 FORMAT: Final = b"1"
 STATE: Final = "state:"
 SUBSCRIPTION: Final = "sub:"
+OWNER: Final = "owner"
+"""The field that names the node which holds the session; there is none where any node serves it."""
+RELEASED: Final = ""
+"""As owner: the one that held it gave it up, for another to take."""
+LOST: Final = "!"
+"""As owner: the one that held it is gone, and the session with it. No node's id, for those end in a random number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +42,7 @@ class Record:
     log_level: str | None
     subscriptions: frozenset[str]
     state: dict[str, bytes] = field(default_factory=dict[str, bytes])
+    owner: str | None = None
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, bytes]) -> Record:
@@ -49,7 +56,7 @@ class Record:
                 "the session's record is encrypted, or of another version of nonstick: this node needs the encryption "
                 "keys, or the newer version, of the node that wrote it"
             )
-        level = fields.get("level")
+        level, owner = fields.get("level"), fields.get(OWNER)
         return cls(
             protocol_version=fields["protocol"].decode(),
             client_params=_client_params(fields["client"]),
@@ -58,6 +65,7 @@ class Record:
             log_level=None if level is None else level.decode(),
             subscriptions=frozenset(v.decode() for k, v in fields.items() if k.startswith(SUBSCRIPTION)),
             state={k[len(STATE) :]: v for k, v in fields.items() if k.startswith(STATE)},
+            owner=None if owner is None else owner.decode(),
         )
 
 
@@ -193,8 +201,8 @@ def _to_json(key: str, value: Any) -> bytes:
         pass
     raise StateNotJSON(
         f"session state {key!r} holds a {type(value).__name__} that JSON cannot hold as it is, so other nodes could "
-        "not load it. Store plain JSON values; a session that has to hold this needs to stay on one node "
-        '(placement="owner"), which this release does not offer.'
+        "not load it. Store plain JSON values; a session that has to hold this needs to stay on one node: "
+        'nonstick.app(..., placement="owner").'
     )
 
 

@@ -58,6 +58,8 @@ class Rescue:
         self._attempt: int = body["attempt"]
         self._first_attempt = self._attempt
         self._request = JSONRPCRequest.model_validate(body["request"], by_name=False)
+        self._relayed = "relay" in body
+        """The session's owner is to run it, and was not seen to do so yet."""
         self._suspected = False
         self._cancelled = False
         self._loop = asyncio.get_running_loop()
@@ -69,6 +71,7 @@ class Rescue:
         """Another node runs the request now."""
         body = decode(event.data)
         self._node, self._attempt, self._suspected = body["node"], body["attempt"], False
+        self._relayed = False
 
     async def look(self) -> None:
         """Looks whether the node that runs the request lives; acts when it is seen dead twice.
@@ -86,7 +89,10 @@ class Rescue:
             # Nobody looks beside a stream that moves.
             self._quiet_since, self._probe = now, None
         self._looked_at = now
-        if self._node == session.node.id:
+        if self._relayed:
+            lost = False
+            await session.node.placement.settle(session)
+        elif self._node == session.node.id:
             running = any(exchange.stream == self._stream for exchange in session.exchanges.values())
             lost = not running
         else:
@@ -123,7 +129,10 @@ class Rescue:
         if self._cancelled:
             await self._end(ErrorData(code=REQUEST_CANCELLED, message="Request cancelled"))
             return
-        safe = await self._may_repeat()
+        owned = await self._session.node.placement.is_owned(self._session)
+        if owned:
+            await self._session.node.placement.settle(self._session, gone=node)
+        safe = not owned and await self._may_repeat()
         if safe and self._session.node.settings.reexecute == "idempotent" and await self._run_again():
             return
         error = ErrorData(
@@ -180,6 +189,7 @@ class Rescue:
         )
         taken = await exchange.take_over(self._stream, self._attempt, first=self._first_attempt)
         if taken:
+            exchange.start()
             session.node.counters.reexecuted += 1
         return taken
 

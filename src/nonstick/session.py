@@ -24,7 +24,7 @@ from mcp.server.connection import Connection
 from mcp.server.runner import ServerRunner, aclose_shielded
 from mcp.shared.dispatcher import CallOptions, ProgressFnT, coerce_request_id
 from mcp.shared.exceptions import MCPError
-from mcp_types import CONNECTION_CLOSED, REQUEST_TIMEOUT, RequestId
+from mcp_types import CONNECTION_CLOSED, REQUEST_TIMEOUT, ErrorData, RequestId
 from mcp_types.version import LATEST_HANDSHAKE_VERSION
 
 from nonstick import wire
@@ -39,6 +39,7 @@ from nonstick.trim import Trimmer
 
 if TYPE_CHECKING:
     from nonstick.exchange import Exchange
+    from nonstick.holding import Holding
     from nonstick.node import Node
 
 __all__ = ["Emit", "Session", "as_number", "current_connection", "current_session", "request_key"]
@@ -164,17 +165,14 @@ class Session:
         self.node = node
         self.id = session_id
         self.key = key
-        self.connection = Connection(
-            _Standalone(self), protocol_version=LATEST_HANDSHAKE_VERSION, session_id=session_id
-        )
-        self.state = SessionState(secret=session_id)
-        self.connection.state = self.state
-        self._stack = _HoldingStack()
-        self.connection.exit_stack = self._stack
-        self.runner: ServerRunner[Any] = ServerRunner(node.server, self.connection, node.lifespan_state)
+        self._connect()
         self.follower = Follower(node.store, key)
         self.trimmer = Trimmer(node, key)
         self.exchanges: dict[str, Exchange] = {}
+        self.relays: set[str] = set()
+        """Keys of the requests that came here and run on the session's owner."""
+        self.held: Holding | None = None
+        """While this node holds the session (`placement="owner"`)."""
         self.notices: set[asyncio.Task[Any]] = set()
         """The handlers of notifications that run here."""
         self.log_level: str | None = None
@@ -191,6 +189,15 @@ class Session:
         self._before_open: list[Draft] | None = None
         self.first_fields: dict[str, bytes] = {}
         """What the record is to begin with, beside what every record does."""
+
+    def _connect(self) -> None:
+        node = self.node
+        self.connection = Connection(_Standalone(self), protocol_version=LATEST_HANDSHAKE_VERSION, session_id=self.id)
+        self.state = SessionState(secret=self.id)
+        self.connection.state = self.state
+        self._stack = _HoldingStack()
+        self.connection.exit_stack = self._stack
+        self.runner: ServerRunner[Any] = ServerRunner(node.server, self.connection, node.lifespan_state)
 
     # ---- hydrate and evict
 
@@ -226,7 +233,7 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         self._users -= 1
-        if self._users:
+        if self._users or (self.held is not None and not self.ended):
             return
         if self._stack.holds and not self.ended:
             # Its clean-up is owed, here, when the session ends anywhere.
@@ -278,6 +285,29 @@ class Session:
             _fail(waiter, MCPError(CONNECTION_CLOSED, "Session ended"))
         await aclose_shielded(self.connection)
         self.evict()
+
+    def keep_anything(self) -> None:
+        """The connection's state is this node's alone: it may hold anything, and is not stored."""
+        self.connection.state = dict(self.state)
+
+    async def drop(self, error: ErrorData) -> None:
+        """The session goes on elsewhere: what runs of it here is stopped, and the live view begins anew (P7)."""
+        self.held = None
+        for exchange in list(self.exchanges.values()):
+            exchange.fence(error)
+        for notice in self.notices:
+            notice.cancel()
+        for waiter in self._waiters.values():
+            _fail(waiter, MCPError.from_error_data(error))
+        dropped, self._waiters = self.connection, {}
+        self._connect()
+        self.connection.protocol_version = dropped.protocol_version
+        self.connection.client_params = dropped.client_params
+        if dropped.initialized.is_set():
+            self.connection.initialized.set()
+        await aclose_shielded(dropped)
+        if not self._users:
+            self.evict()
 
     async def close(self) -> None:
         """The node stops, the session does not: what only this node can clean up is cleaned up."""

@@ -323,6 +323,10 @@ async def test_managers_of_several_servers_run_side_by_side() -> None:
 # ---- what cannot work
 
 
+async def _rebuild(_: object) -> None:
+    """As `rehydrate`."""
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -334,8 +338,11 @@ async def test_managers_of_several_servers_run_side_by_side() -> None:
         ({"json_response": True, "answer": "sse"}, "give one of the two"),
         ({"windov": 1}, "unknown option 'windov'"),
         ({"lifetime": 60}, "lifetime is no option: give session_idle_timeout="),
-        ({"placement": "stateless"}, "stateless_http=True"),
-        ({"placement": "owner"}, "not offered yet"),
+        ({"placement": "sticky"}, "placement must be one of any, stateless, owner"),
+        ({"placement": "owner", "stateless": True}, "of which there are none if stateless"),
+        ({"placement": "owner", "rehydrate": lambda _: None}, "rehydrate must be an async function"),
+        ({"rehydrate": _rebuild}, 'needs placement="owner"'),
+        ({"placement": "owner", "reexecute": "idempotent"}, "what it ran on is gone"),
         ({"window": -1}, "window must be"),
         ({"window": float("nan")}, "window must be"),
         ({"window": "soon"}, "window must be"),

@@ -1,0 +1,372 @@
+"""One session that this node holds: its live view is kept, and what other nodes relay is run here.
+
+The session's log is followed for as long. A relayed request is an `opened` event that is run once it was taken over, by
+the compare-and-set that fences every stream: once at most, whoever else believes to hold the session.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+import pydantic_core
+from mcp_types import (
+    INTERNAL_ERROR,
+    INVALID_REQUEST,
+    ErrorData,
+    JSONRPCNotification,
+    JSONRPCRequest,
+    RequestId,
+)
+
+from nonstick import notice, portable, wire
+from nonstick.errors import Diverged, Fenced, SessionNotFound, StoreUnavailable, StreamClosed
+from nonstick.events import Kind, decode, draft, kind_of
+from nonstick.exchange import Exchange
+from nonstick.node import SHUT_DOWN
+from nonstick.record import OWNER, RELEASED, Record
+from nonstick.session import Session, request_key
+from nonstick.store import MAX_READ, Batch, Cursor, Event
+
+__all__ = ["SESSION_LOST", "Failure", "Holding", "OpenStream", "Survey", "announce", "survey"]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_RETRY_PAUSE: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why streams end that no node runs any more; whether a request may be made again depends on whether it ran."""
+
+    message: str
+    reason: str
+
+    def error(self, *, ran: bool) -> ErrorData:
+        return ErrorData(code=INTERNAL_ERROR, message=self.message, data={"reason": self.reason, "retrySafe": not ran})
+
+
+SESSION_LOST: Final = Failure(
+    "The server node that held this session is gone, and the session with it: open a new one with initialize",
+    "session_lost",
+)
+_NODE_LOST: Final = Failure("The server node that ran this request was lost before it finished", "node_lost")
+_NOT_REBUILT: Final = Failure(
+    "The server node that held this session is gone, and the session could not be built anew on another one",
+    "session_not_rebuilt",
+)
+_MOVED: Final = _NODE_LOST.error(ran=True)
+
+
+@dataclass(slots=True)
+class OpenStream:
+    """A stream without its end, as the log tells it.
+
+    Attributes:
+        opened: Its first event.
+        relayed: Its request was relayed, and no node took it yet.
+    """
+
+    opened: Event
+    request: RequestId
+    node: str
+    attempt: int
+    relayed: bool
+
+    async def end(self, session: Session, failure: Failure) -> None:
+        """Writes its end, unless it has one, or another attempt began."""
+        body = wire.error_body(self.request, failure.error(ran=not self.relayed))
+        await _end_stream(session, self.opened.position, self.attempt, body)
+
+
+@dataclass(slots=True)
+class Survey:
+    """What is open in a log, up to `head`."""
+
+    head: Cursor
+    open: list[OpenStream]
+
+
+async def survey(session: Session) -> Survey:
+    """Reads the whole log for streams that have not ended.
+
+    Raises:
+        SessionNotFound, StoreUnavailable: As `Store.read`.
+    """
+    found: dict[int, OpenStream] = {}
+    head = Cursor(0)
+    while events := await session.node.store.read(session.key, head, limit=MAX_READ):
+        for event in events:
+            _note(found, event)
+        head = events[-1].cursor
+    return Survey(head, list(found.values()))
+
+
+def _note(found: dict[int, OpenStream], event: Event) -> None:
+    kind = kind_of(event.data)
+    if kind is Kind.OPENED:
+        body = decode(event.data)
+        request = body["request"]["id"]
+        found[event.position] = OpenStream(event, request, body["node"], body["attempt"], "relay" in body)
+    elif kind is Kind.TAKEN and (stream := found.get(event.stream)) is not None:
+        body = decode(event.data)
+        stream.node, stream.attempt, stream.relayed = body["node"], body["attempt"], False
+    elif kind is Kind.TERMINAL:
+        found.pop(event.stream, None)
+
+
+class Holding:
+    """This node's hold on a session, from when it was opened or taken to its end or to another owner's."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.ready = False
+        """What the session holds is there: its requests may run."""
+        self._node = session.node
+        self._taking: set[str] = set()
+        """Keys of relayed requests that are being taken over."""
+        self._following: asyncio.Task[None] | None = None
+        session.keep_anything()
+
+    @property
+    def idle(self) -> bool:
+        """Nothing of the session runs here."""
+        return self.ready and not (self.session.exchanges or self.session.notices or self._taking)
+
+    # ---- beginning
+
+    def begin(self) -> None:
+        """The session was opened here."""
+        self.ready = True
+        self._following = self._node.spawn(self._follow(Cursor(0)))
+
+    async def take(self, previous: str | None) -> None:
+        """This node has become the owner: ends what ran on the previous one, builds the state anew, then begins (P7).
+
+        Requests that were relayed to the previous one, and that it did not begin, are run here.
+        """
+        session = self.session
+        try:
+            found = await _patiently(lambda: survey(session))
+            for stream in found.open:
+                if stream.node == previous and not stream.relayed:
+                    await _patiently(lambda: stream.end(session, _NODE_LOST))  # noqa: B023
+            await _patiently(lambda: announce(session, self._node.id))
+            if not await self._rebuild():
+                await self._fail()
+                return
+            self.ready = True
+            self._following = self._node.spawn(self._follow(found.head))
+            for stream in found.open:
+                if stream.relayed:
+                    self._accept(stream.opened)
+        except SessionNotFound:
+            await session.end()
+
+    async def _rebuild(self) -> bool:
+        rehydrate = self._node.settings.rehydrate
+        if rehydrate is None:
+            return True
+        self.session.make_current()
+        try:
+            await rehydrate(self.session.connection)
+        except Exception:
+            logger.exception("session %s: rehydrate raised", self.session.key[:12])
+            return False
+        return True
+
+    async def _fail(self) -> None:
+        """The state could not be built: what waits for it gets an error, and the next request tries again."""
+        for stream in (await _patiently(lambda: survey(self.session))).open:
+            if stream.relayed:
+                await _patiently(lambda: stream.end(self.session, _NOT_REBUILT))  # noqa: B023
+        await self.session.drop(_MOVED)
+        await _patiently(self._release)
+
+    # ---- what the log brings
+
+    async def _follow(self, after: Cursor) -> None:
+        subscription = self.session.follower.subscribe(after)
+        try:
+            while True:
+                try:
+                    events = await subscription.next()
+                except StoreUnavailable:
+                    await asyncio.sleep(_RETRY_PAUSE)
+                    continue
+                except Diverged:
+                    # The store lost entries, maybe also that the session has another owner.
+                    subscription.close()
+                    found = await _patiently(lambda: survey(self.session))
+                    subscription = self.session.follower.subscribe(found.head)
+                    events = [stream.opened for stream in found.open]
+                    if await _patiently(self.look):
+                        return
+                if any(self._names_another(event) for event in events) and await _patiently(self.look):
+                    return
+                for event in events:
+                    self._accept_contained(event)
+        except SessionNotFound:
+            # Not in this task, which the end stops.
+            self._node.spawn(self.session.end())
+        finally:
+            subscription.close()
+
+    def _names_another(self, event: Event) -> bool:
+        return kind_of(event.data) is Kind.OWNER and decode(event.data)["node"] not in (self._node.id, RELEASED)
+
+    async def look(self) -> bool:
+        """Looks whether another node has become the owner, and gives everything up if so. Whether that was so.
+
+        Raises:
+            SessionNotFound, StoreUnavailable: As `Store.load`.
+        """
+        session = self.session
+        owner = Record.from_fields((await self._node.store.load(session.key)).fields).owner
+        if owner == self._node.id or session.held is not self:
+            return owner != self._node.id
+        logger.warning("session %s: another node has taken it; its live view here is dropped", session.key[:12])
+        # Not in this task: what is dropped may be what runs it.
+        self._node.spawn(self.clean_up(_MOVED))
+        return True
+
+    def _accept_contained(self, event: Event) -> None:
+        """One event that this node makes nothing of must not keep the next from being run."""
+        try:
+            self._accept(event)
+        except Exception:
+            logger.exception("session %s: passed over event %d of its log", self.session.key[:12], event.position)
+
+    def _accept(self, event: Event) -> None:
+        kind = kind_of(event.data)
+        if kind is Kind.OPENED:
+            body = decode(event.data)
+            if "relay" in body:
+                self.session.spawn(self._run(event, body))
+        elif kind is Kind.NOTICE:
+            self._handle_notice(decode(event.data))
+
+    def _handle_notice(self, body: dict[str, Any]) -> None:
+        if len(self.session.notices) >= self._node.settings.max_streams:
+            logger.warning("session %s: dropped one notification of too many", self.session.key[:12])
+            return
+        message = JSONRPCNotification.model_validate(body["notification"], by_name=False)
+        request = portable.unpack(body["http"], self.session.id)
+        with portable.acting_for(request):
+            self.session.spawn_notice(notice.handle(self.session, message, request))
+
+    # ---- relayed requests
+
+    async def _run(self, event: Event, body: dict[str, Any]) -> None:
+        """Takes a relayed request over, and starts it if this node still holds the session then."""
+        session = self.session
+        message = JSONRPCRequest.model_validate(body["request"], by_name=False)
+        key = request_key(message.id)
+        if self._node.is_closing:
+            # The next owner's.
+            return
+        if (refusal := self._refusal(key)) is not None:
+            await _patiently(
+                lambda: _end_stream(session, event.position, body["attempt"], wire.error_body(message.id, refusal))
+            )
+            return
+        self._taking.add(key)
+        try:
+            await self._take_over(event, body, message)
+        except SessionNotFound:
+            self._node.spawn(session.end())
+        finally:
+            self._taking.discard(key)
+
+    def _refusal(self, key: str) -> ErrorData | None:
+        session = self.session
+        if key in session.exchanges or key in self._taking:
+            return ErrorData(
+                code=INVALID_REQUEST, message="Conflict: a request with this id is still running in this session"
+            )
+        if len(session.exchanges) + len(self._taking) >= self._node.settings.max_streams:
+            return ErrorData(
+                code=INVALID_REQUEST, message="Too many requests of this session are running; wait for some"
+            )
+        return None
+
+    async def _take_over(self, event: Event, body: dict[str, Any], message: JSONRPCRequest) -> None:
+        session, relay, attempt = self.session, body["relay"], body["attempt"]
+        request = portable.unpack(relay["http"], session.id)
+        exchange = Exchange(session, message, request, head=Cursor(relay["since"]), protocol_version=relay["version"])
+        if not await _patiently(lambda: exchange.take_over(event.position, attempt, first=attempt + 1)):
+            return
+        # Looked at after the compare-and-set: an owner that takes the session from here on ends this stream.
+        loaded = await _patiently(lambda: self._node.store.load(session.key))
+        record = Record.from_fields(loaded.fields)
+        if record.owner != self._node.id or not self.ready:
+            failure = wire.error_body(message.id, _NODE_LOST.error(ran=False))
+            await _patiently(lambda: _end_stream(session, event.position, attempt + 1, failure))
+            await self.look()
+            return
+        session.refresh(loaded, record)
+        with portable.acting_for(request):
+            exchange.start()
+
+    # ---- giving it up
+
+    async def clean_up(self, error: ErrorData = SHUT_DOWN) -> None:
+        """Stops what runs of the session here and runs its clean-up; what it held is gone then."""
+        self.ready = False
+        if self._following is not None:
+            self._following.cancel()
+        if error is SHUT_DOWN and self._node.settings.rehydrate is None:
+            await self.session.end()
+        else:
+            await self.session.drop(error)
+
+    async def let_go(self) -> None:
+        """Leaves the session to another node if it can be built anew there, else ends it.
+
+        Raises:
+            StoreUnavailable: As the store's methods. Its lease's end then says the same.
+        """
+        with contextlib.suppress(SessionNotFound):
+            if self._node.settings.rehydrate is None:
+                await self._node.store.delete(self.session.key)
+            else:
+                await self._release()
+
+    async def _release(self) -> None:
+        changes, expected = {OWNER: RELEASED.encode()}, {OWNER: self._node.id.encode()}
+        if await self._node.store.update(self.session.key, changes, expect=expected):
+            await announce(self.session, RELEASED)
+
+
+async def announce(session: Session, owner: str) -> None:
+    """Says in the log who holds the session now, for an owner of old, and for who waits for one."""
+    await session.append(Batch([draft(Kind.OWNER, pydantic_core.to_json({"node": owner}))]))
+
+
+async def _end_stream(session: Session, stream: int, attempt: int, body: bytes) -> None:
+    batch = Batch(
+        [draft(Kind.TERMINAL, body)],
+        writer=secrets.token_hex(8),
+        sequence=1,
+        stream=stream,
+        attempt=attempt,
+        terminal=True,
+    )
+    with contextlib.suppress(StreamClosed, Fenced):
+        await session.append(batch)
+
+
+async def _patiently(call: Callable[[], Awaitable[T]]) -> T:
+    """What the store answers, as soon as it can be reached."""
+    while True:
+        try:
+            return await call()
+        except StoreUnavailable:
+            await asyncio.sleep(_RETRY_PAUSE)
