@@ -282,6 +282,9 @@ class Holding:
             await self._take_over(event, body, message)
         except SessionNotFound:
             self._node.spawn(session.end())
+        except Diverged:
+            # The store lost the stream: who reads it finds out.
+            pass
         finally:
             self._taking.discard(key)
 

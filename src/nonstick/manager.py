@@ -207,6 +207,10 @@ class SessionManager:
             max_sessions=max_sessions,
         )
         stateless = is_stateless(stateless, self.settings.placement)
+        if stateless and modern is not None and not modern.stateless:
+            raise ConfigurationError(
+                "give stateless_http=True where the app is made: to streamable_http_app() or http_app()"
+            )
         self.app = app
         self.store = open_store(store) if keys is None else EncryptedStore(open_store(store), keys)
         self.json_response = self.settings.answer == "json"

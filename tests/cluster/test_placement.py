@@ -94,8 +94,11 @@ class Desk(Stage):
         self.open("rehydrated")
 
 
+Nodes = tuple[Desk, Member, Member, Member]
+
+
 @asynccontextmanager
-async def desk(make_store: MakeStore, *, movable: bool = False, **options: Any) -> AsyncIterator[tuple[Any, ...]]:
+async def desk(make_store: MakeStore, *, movable: bool = False, **options: Any) -> AsyncIterator[Nodes]:
     """A desk with three nodes, and the nodes; `movable`: its sessions can be built anew."""
 
     async def rehydrate(connection: Connection) -> None:
@@ -105,7 +108,8 @@ async def desk(make_store: MakeStore, *, movable: bool = False, **options: Any) 
         options["rehydrate"] = rehydrate
     stage = Desk(make_store, **options)
     async with stage:
-        yield stage, *stage.cluster
+        a, b, c = stage.cluster
+        yield stage, a, b, c
 
 
 @pytest.fixture
@@ -515,6 +519,7 @@ def secured() -> MCPServer[Any]:
     def who(ctx: ToolContext) -> list[Any]:
         token, request = get_access_token(), ctx.request_context.request
         assert token is not None
+        assert request is not None
         headers = {name for name in ("authorization", "cookie", "x-team", "mcp-session-id") if name in request.headers}
         return [token.client_id, token.subject, token.token, request.user.display_name, sorted(headers)]
 
