@@ -26,6 +26,9 @@ from nonstick.store import Store
 
 __all__ = ["Adopted", "adopt", "take_over"]
 
+_Make = Callable[[StreamableHTTPSessionManager | None], SessionManager]
+"""Makes our manager, set up like theirs if there is one yet."""
+
 AppT = TypeVar("AppT", bound=ASGIApp)
 
 _KEPT: Final = (
@@ -143,8 +146,10 @@ def take_over(
                 **options.copy(),
             )
 
-        kind = _Later if fastmcp_server.is_endpoint(place.asgi) else _AtOnce
-        endpoints.append(kind(place, make))
+        if fastmcp_server.is_endpoint(place.asgi):
+            endpoints.append(_Later(place, make, cluster))
+        else:
+            endpoints.append(_AtOnce(place, make))
     for endpoint in endpoints:
         endpoint.take()
     adopted = Adopted(endpoints)
@@ -177,7 +182,7 @@ class _Place:
 class _AtOnce:
     """An endpoint of the SDK: its manager is there from the beginning. Where that is run, ours is."""
 
-    def __init__(self, place: _Place, make: Callable[[StreamableHTTPSessionManager | None], SessionManager]) -> None:
+    def __init__(self, place: _Place, make: _Make) -> None:
         self.place = place
         self.manager = make(place.asgi.session_manager)
 
@@ -191,9 +196,10 @@ class _AtOnce:
 class _Later:
     """An endpoint of FastMCP, which makes its manager and runs it in the app's lifespan."""
 
-    def __init__(self, place: _Place, make: Callable[[StreamableHTTPSessionManager | None], SessionManager]) -> None:
+    def __init__(self, place: _Place, make: _Make, cluster: Cluster | None) -> None:
         self.place = place
         self._make = make
+        self._cluster = cluster
         self.manager = make(None)
 
     def take(self) -> None:
@@ -209,6 +215,8 @@ class _Later:
             return
         self.manager = self._make(theirs)
         fastmcp_server.keep_levels(theirs.app)
+        if self._cluster is not None:
+            fastmcp_server.listen(theirs.app, self._cluster.subscription_bus)
         try:
             # Its lifespan is entered already; FastMCP counts who is in it, and gives what it yielded.
             async with theirs.app.lifespan(theirs.app) as state, self.manager.serving(state):

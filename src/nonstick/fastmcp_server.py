@@ -7,7 +7,8 @@ import sys
 from typing import TYPE_CHECKING, Any, Final, TypeGuard
 
 from mcp.server import Server, ServerRequestContext
-from mcp_types import EmptyResult, SetLevelRequestParams
+from mcp.server.subscriptions import ListenHandler, SubscriptionBus
+from mcp_types import EmptyResult, SetLevelRequestParams, SubscriptionsListenRequestParams
 from starlette.applications import Starlette
 
 from nonstick.errors import ConfigurationError
@@ -18,11 +19,12 @@ from nonstick.state_store import PROBE, probed
 if TYPE_CHECKING:
     from fastmcp import FastMCP
 
-__all__ = ["check_state", "http_app", "is_endpoint", "is_server", "keep_levels"]
+__all__ = ["check_state", "http_app", "is_endpoint", "is_server", "keep_levels", "listen"]
 
 logger = logging.getLogger(__name__)
 
 _SET_LEVEL: Final = "logging/setLevel"
+_LISTEN: Final = "subscriptions/listen"
 
 _NOT_SHARED: Final = (
     "FastMCP server %r was not built with nonstick's state store: what ctx.set_state() and per-session visibility keep "
@@ -85,6 +87,16 @@ def keep_levels(server: Server[Any]) -> None:
     entry = server.get_request_handler(_SET_LEVEL)
     if entry is not None and not isinstance(entry.handler, _KeepLevel):
         server.add_request_handler(_SET_LEVEL, SetLevelRequestParams, _KeepLevel(entry.handler))
+
+
+# ---- subscriptions of clients of 2026-07-28
+
+
+def listen(server: Server[Any], bus: SubscriptionBus) -> None:
+    """Has these clients hear what is published on the bus (P11): FastMCP has no handler that could."""
+    entry = server.get_request_handler(_LISTEN)
+    if entry is None or isinstance(entry.handler, ListenHandler):
+        server.add_request_handler(_LISTEN, SubscriptionsListenRequestParams, ListenHandler(bus))
 
 
 # ---- session state

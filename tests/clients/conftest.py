@@ -11,6 +11,31 @@ from tests.conformance.nodes import balanced, nonstick, store_url
 
 NODES = 3
 
+QUICK = {
+    "sqlite": (
+        "test_fastmcps_client",
+        "test_session_state",
+        "test_components",
+        "test_explicit_sessions",
+        "test_replies_reach",
+        "test_log_level",
+        "test_lists_reads",
+        "test_the_client_answers",
+        "test_the_typescript_client_works_with_a_fastmcp_server[sqlite-2025-11-25]",
+    ),
+    "valkey": ("test_session_state", "test_replies_reach"),
+    "postgres": ("test_session_state", "test_replies_reach"),
+}
+"""What of FastMCP's tests is not slow, on each store: the nodes are the same, and tested elsewhere."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the others."""
+    for item in items:
+        spec = getattr(item, "callspec", None) if item.path.name == "test_fastmcp.py" else None
+        if spec is not None and not item.name.startswith(QUICK[spec.params["nodes"]]):
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture(scope="module")
 def anyio_backend() -> str:
