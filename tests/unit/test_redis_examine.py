@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import AsyncIterator, Iterator
+from importlib import resources
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from nonstick.errors import StoreUnavailable
 from nonstick.examine import Examinable, Finding
 from nonstick.stores.clocks import clock_finding
 from nonstick.stores.redis import RedisStore
-from nonstick.stores.redis_examine import check_server
+from nonstick.stores.redis_examine import HARMLESS, check_server
 from nonstick.testing import ValkeyServer
 
 pytestmark = pytest.mark.anyio
@@ -127,6 +129,15 @@ async def test_what_a_server_says_of_itself_is_judged(info: dict[str, object], s
     finding = (await said(**info))[subject]
     assert finding.level == level
     assert bool(finding.advice) == (level != "ok")
+
+
+def test_every_command_of_the_scripts_is_asked_for() -> None:
+    """A permission that a script needs must not be found out by a client."""
+    folder = resources.files("nonstick.stores")
+    scripts = [entry.read_text() for entry in folder.iterdir() if entry.name.endswith(".lua")]
+    used = {command for script in scripts for command in re.findall(r"redis\.p?call\('(\w+)'", script)}
+    assert len(used) > 15
+    assert used <= {str(command[0]) for command in HARMLESS}
 
 
 def test_clock_is_judged_by_what_one_round_trip_can_know() -> None:

@@ -15,7 +15,7 @@ from nonstick.errors import StoreUnavailable
 from nonstick.examine import Finding
 from nonstick.stores.clocks import clock_finding
 
-__all__ = ["Call", "check_clock", "check_permissions", "check_server", "examine"]
+__all__ = ["HARMLESS", "Call", "check_clock", "check_permissions", "check_server", "examine"]
 
 Call = Callable[..., Awaitable[Any]]
 """Runs a command on one server and returns its reply; raises StoreUnavailable also where the server refuses it."""
@@ -27,7 +27,7 @@ _NEARLY_FULL: Final = 0.9
 
 _UNSEEN: Final = "Allow the store's user INFO to have this looked at: ACL SETUSER name +info"
 
-_HARMLESS: Final[tuple[tuple[str | int, ...], ...]] = (
+HARMLESS: Final[tuple[tuple[str | int, ...], ...]] = (
     ("EXISTS", "{key}"),
     ("HDEL", "{key}", "x"),
     ("HEXISTS", "{key}", "x"),
@@ -46,6 +46,7 @@ _HARMLESS: Final[tuple[tuple[str | int, ...], ...]] = (
     ("ZREM", "{group}", "x"),
     ("ZREMRANGEBYSCORE", "{group}", "-inf", "-inf"),
     ("ZADD", "{group}", "XX", 1, "x"),
+    ("ZSCORE", "{group}", "x"),
     ("TIME",),
     ("PING",),
     ("PUBLISH", "{channel}", ""),
@@ -111,7 +112,7 @@ async def check_permissions(call: Call, *, prefix: str, key: str) -> list[Findin
         "{ping}": f"{prefix}:ping",
     }
     refused: list[str] = []
-    for command in _HARMLESS:
+    for command in HARMLESS:
         try:
             await call(*(names.get(str(part), part) for part in command))
         except StoreUnavailable as error:

@@ -7,7 +7,7 @@
                 yield opener
 
 The fixture gives a NEW instance on the same data each time, so that the tests act as two nodes, and starts each test
-with data that no other test has seen. See `docs/stores.md`.
+with data that no other test has seen. See `docs/writing-a-store.md`.
 """
 
 from __future__ import annotations
