@@ -128,7 +128,7 @@ def take_over(
         raise ConfigurationError(
             f"this app has {len(places)} MCP endpoints, and each opens the store for itself: give store= as a URL"
         )
-    cluster = cluster or Cluster.only()
+    cluster = cluster or Cluster.only() or Cluster.apart()
     endpoints: list[_Endpoint] = []
     for place in places:
 
@@ -139,8 +139,7 @@ def take_over(
                 Server("") if theirs is None else theirs.app,
                 **{**kept, **given},
                 store=store,
-                # One process takes part in the cluster log once.
-                cluster=cluster if place is places[0] else None,
+                cluster=cluster,
                 modern=theirs,
                 endpoint=place.path if len(places) > 1 else "",
                 **options.copy(),

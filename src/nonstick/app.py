@@ -57,6 +57,11 @@ class App(Starlette):
         """The manager that serves the MCP endpoint. A FastMCP server's app has a new one each time it starts."""
         return self._adopted.managers[0]
 
+    @property
+    def cluster(self) -> Cluster:
+        """What is told to every client goes through this: `await app.cluster.notify_tools_changed()` (P11)."""
+        return self.manager.cluster
+
     @asynccontextmanager
     async def lifespan(self, _app: object = None) -> AsyncIterator[Any]:
         """Runs the server, its own lifespan included. Fits as `FastAPI(lifespan=app.lifespan)`."""

@@ -1,7 +1,7 @@
-"""What clients of 2026-07-28 need shared between nodes: the subscription bus and the `requestState` keys.
+"""What all nodes share beside sessions: what is told to every client, and the `requestState` keys.
 
-They have no session, so both live in one record and one log for the whole cluster, the *cluster log*: the same
-primitives, in the same store, under a key that no session can have.
+Both live in one record and one log for the whole cluster, the *cluster log*: the same primitives, in the same store,
+under a key that no session can have. Each node reads that log once, for all who listen there.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import base64
 import json
 import logging
 import secrets
-from collections.abc import Callable
-from typing import ClassVar, Final
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import ClassVar, Final, Protocol
 from weakref import WeakSet
 
 import anyio.lowlevel
@@ -30,16 +31,27 @@ from mcp.shared.subscriptions import (
 )
 from mcp_types import INTERNAL_ERROR
 
-from nonstick.errors import AlreadyExists, Diverged, NotRunning, SessionNotFound, StoreError, StoreUnavailable
+from nonstick.broadcast import LISTS, METHODS, NOWHERE, Broadcasts
+from nonstick.errors import (
+    AlreadyExists,
+    ConfigurationError,
+    Diverged,
+    NotRunning,
+    SessionNotFound,
+    StoreError,
+    StoreUnavailable,
+    Trimmed,
+)
 from nonstick.events import Kind, decode, draft, kind_of
 from nonstick.follow import Follower
-from nonstick.guard import GuardedStore
+from nonstick.guard import PATIENCE, GuardedStore
 from nonstick.sender import Sender
 from nonstick.state_store import StateStore
-from nonstick.store import Appended, Batch, Cursor, Event
+from nonstick.store import MAX_READ, Appended, Batch, Cursor, Event, Store
+from nonstick.stores import open_store
 from nonstick.wire import STORE_AWAY
 
-__all__ = ["CLUSTER_KEY", "Cluster"]
+__all__ = ["CLUSTER_KEY", "Cluster", "Hearer"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,17 +65,28 @@ _LOG_EVENTS: Final = 2000
 _PAUSE: Final = 1.0
 _SPREAD_SECONDS: Final = 10.0
 """Longer than it takes a node that missed a wake to read."""
+_AT_ONCE: Final = 100
+"""So many connections are told of a broadcast before others get their turn of the event loop."""
 
-_METHODS: Final[dict[type[ServerEvent], str]] = {
-    ToolsListChanged: "notifications/tools/list_changed",
-    PromptsListChanged: "notifications/prompts/list_changed",
-    ResourcesListChanged: "notifications/resources/list_changed",
-    ResourceUpdated: "notifications/resources/updated",
-}
+
+class Hearer(Protocol):
+    """A connection of the handshake era, which hears what is broadcast. Called in the event loop; must not block."""
+
+    def hear(self) -> None:
+        """There is something new."""
+        ...
+
+    def hear_anew(self) -> None:
+        """The store lost the cluster log, or the end of it. What is there now is known."""
+        ...
 
 
 class Cluster:
-    """What the nodes of one deployment share beside sessions. Made before the server, and given to it:
+    """What the nodes of one deployment share beside sessions: one call tells every client, on every node (P11).
+
+        await app.cluster.notify_tools_changed()
+
+    Every app has one. Made before the server and given to it, it also serves clients of 2026-07-28:
 
         cluster = nonstick.Cluster()
         mcp = MCPServer(
@@ -71,14 +94,16 @@ class Cluster:
         )
         app = nonstick.app(mcp, store="redis://cache:6379")
 
-    Nothing is connected until the app's lifespan runs. Where no app of nonstick runs (on stdio, say) both work within
-    the process, as the SDK's own do.
+    Nothing is connected until the app's lifespan runs; that lifespan may already use it. Where no app of nonstick runs
+    (on stdio, say) all work within the process, as the SDK's own do. A process that serves nobody uses `connect`.
 
     Args:
         request_state_ttl: Seconds for which a client may come back with a `requestState`.
 
     Attributes:
-        subscription_bus: What is published on any node reaches `subscriptions/listen` streams on every node.
+        subscription_bus: What is published on any node reaches `subscriptions/listen` streams on every node, and the
+            sessions of older clients.
+        broadcasts: What is in the cluster log.
         request_state_security: Any node accepts the `requestState` that another has sealed.
         session_state_store: For `FastMCP(session_state_store=...)`: what `ctx.set_state()` keeps is on every node.
     """
@@ -92,6 +117,12 @@ class Cluster:
         self._security = RequestStateSecurity(codec=self._codec, ttl=request_state_ttl)
         self._taken: set[str] = set()
         self.session_state_store = StateStore()
+        self.broadcasts = Broadcasts(_LOG_EVENTS)
+        self._hearers: set[Hearer] = set()
+        self.nodes = 0
+        """How many in this process take part."""
+        self._following = asyncio.Lock()
+        self._on: Store | None = None
         self._store: GuardedStore | None = None
         self._rotating = asyncio.Lock()
 
@@ -111,13 +142,122 @@ class Cluster:
         return frozenset(self._taken)
 
     @classmethod
+    def apart(cls) -> Cluster:
+        """One that no server was built with."""
+        cluster = cls()
+        cls._made.discard(cluster)
+        return cluster
+
+    @classmethod
     def only(cls) -> Cluster | None:
         """The one that was made in this process; None if there is none, or more than one."""
         made = list(cls._made)
         return made[0] if len(made) == 1 else None
 
-    async def join(self, store: GuardedStore) -> Cursor:
-        """Makes sure of the cluster's record and keys, and takes part from here on. Returns where its log is now.
+    @classmethod
+    @asynccontextmanager
+    async def connect(cls, store: str | Store) -> AsyncIterator[Cluster]:
+        """The cluster whose nodes use this store, for a process that is none of them, such as a script:
+
+            async with nonstick.Cluster.connect("redis://cache:6379") as cluster:
+                await cluster.notify_resource_updated("db://prices")
+
+        Raises:
+            ConfigurationError: No other process could use this store.
+            StoreUnavailable: It cannot be reached.
+        """
+        if isinstance(store, str) and store.lower().startswith("memory:"):
+            raise ConfigurationError("no other process can use memory:; give the URL of the store that the nodes use")
+        cluster = cls.apart()
+        async with GuardedStore(open_store(store)) as guarded:
+            await cluster.join(guarded)
+            yield cluster
+
+    # ---- telling everyone
+
+    async def notify_tools_changed(self) -> None:
+        """Every client, of either era and on any node, is told that the list of tools changed (P11).
+
+        One that is not connected is told when it comes back, with or without an event id; only clients of 2026-07-28
+        have to be connected, by their specification. The call returns once the store has it: one append, however many
+        clients there are. It may be called anywhere in a process that has joined: by handlers, or background tasks.
+
+        Raises:
+            StoreUnavailable: The outcome is not known; may be called again.
+        """
+        await self._bus.publish(ToolsListChanged())
+
+    async def notify_prompts_changed(self) -> None:
+        """As `notify_tools_changed`, for the list of prompts."""
+        await self._bus.publish(PromptsListChanged())
+
+    async def notify_resources_changed(self) -> None:
+        """As `notify_tools_changed`, for the lists of resources and of resource templates."""
+        await self._bus.publish(ResourcesListChanged())
+
+    async def notify_resource_updated(self, uri: str) -> None:
+        """As `notify_tools_changed`, for one resource: tells those who have subscribed to exactly this URI."""
+        await self._bus.publish(ResourceUpdated(str(uri)))
+
+    # ---- hearing
+
+    @contextmanager
+    def heard_by(self, hearer: Hearer) -> Iterator[None]:
+        """Tells this connection meanwhile when there is something new."""
+        self._hearers.add(hearer)
+        try:
+            yield
+        finally:
+            self._hearers.discard(hearer)
+
+    async def settle(self, place: Cursor) -> Cursor:
+        """This place in the cluster log; `NOWHERE` if the store no longer has it.
+
+        Raises:
+            StoreUnavailable: As `Store.read`.
+        """
+        if self._store is None or place.position <= self.broadcasts.head.position:
+            return place
+        # Either this node has not read as far yet, or what there was is lost.
+        try:
+            await self._store.read(CLUSTER_KEY, place, limit=1)
+        except (SessionNotFound, Diverged, Trimmed):
+            return NOWHERE
+        return place
+
+    # ---- taking part
+
+    def may_use(self, store: Store) -> bool:
+        """Whether a node on this store can take part as well: those in one process that share this share one log."""
+        if not self.nodes or self._on is None or self._on is store:
+            return True
+        return self._on.url == store.url and not store.url.startswith("memory:")
+
+    @asynccontextmanager
+    async def taking_part(self, store: GuardedStore) -> AsyncIterator[None]:
+        """Follows the cluster log meanwhile. `store` is open."""
+        self.nodes += 1
+        self._on = store.store
+        joined = self._bus.joined = self._bus.joined or asyncio.Event()
+        task = asyncio.create_task(self.keep(store, joined), name="cluster log")
+        task.add_done_callback(_report)
+        try:
+            try:
+                # A store that is down must not keep the node from starting; until it is up, what needs it fails.
+                async with asyncio.timeout(store.patience):
+                    await joined.wait()
+            except TimeoutError:
+                logger.warning("the cluster log could not be joined yet: the store cannot be reached")
+            yield
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+            self.nodes -= 1
+            if not self.nodes:
+                self._bus.joined = None
+
+    async def join(self, store: GuardedStore) -> None:
+        """Makes sure of the cluster's record and keys, and takes part from here on.
 
         Raises:
             StoreUnavailable: Nothing was joined; may be called again.
@@ -136,20 +276,40 @@ class Cluster:
             loaded = await store.load(CLUSTER_KEY)
         self._codec.use(_unpack(loaded.fields[_KEYS]))
         self._store = store
-        self._bus.sender = Sender(self._append)
-        return loaded.head
+        if self._bus.sender is None:
+            self._bus.sender = Sender(self._append)
 
     async def keep(self, store: GuardedStore, joined: asyncio.Event) -> None:
-        """Follows the cluster log for as long as the node runs: joins, and joins again after a loss."""
-        self._codec.use([])
-        self.session_state_store.use(store)
+        """Follows the cluster log until it is cancelled: joins, and joins again after a loss.
+
+        `joined` is set while what is in the log is known. Of several nodes in one process one follows for all.
+        """
+        async with self._following:
+            self._codec.use([])
+            self.session_state_store.use(store)
+            try:
+                await self._keep(store, joined)
+            finally:
+                joined.clear()
+                self._store = self._bus.sender = None
+
+    async def _keep(self, store: GuardedStore, joined: asyncio.Event) -> None:
+        lost = False
         while True:
             try:
-                head = await self.join(store)
-                joined.set()
-                await self._follow(store, head)
+                await self.join(store)
+                if not joined.is_set():
+                    await self._catch_up(store)
+                    joined.set()
+                if lost:
+                    await self._tell_everything()
+                    lost = False
+                await self._follow(store)
             except (SessionNotFound, Diverged):
                 logger.warning("the cluster log was lost; it begins anew")
+                self.broadcasts = Broadcasts(_LOG_EVENTS)
+                lost = True
+                joined.clear()
             except StoreUnavailable:
                 await asyncio.sleep(_PAUSE)
 
@@ -181,29 +341,54 @@ class Cluster:
         assert self._bus.sender is not None
         await self._bus.sender.send(draft(Kind.KEYS))
 
-    async def _follow(self, store: GuardedStore, after: Cursor) -> None:
-        subscription = Follower(store, CLUSTER_KEY).subscribe(Cursor(after.position))
+    async def _catch_up(self, store: GuardedStore) -> None:
+        """Takes what is in the log already, which nobody here waits for."""
+        while events := await store.read(CLUSTER_KEY, Cursor(self.broadcasts.head.position), limit=MAX_READ):
+            for event in events:
+                self.broadcasts.take(event, _what(event))
+        # They may have changed since they were loaded.
+        self._codec.use(_unpack((await store.load(CLUSTER_KEY)).fields[_KEYS]))
+
+    async def _follow(self, store: GuardedStore) -> None:
+        subscription = Follower(store, CLUSTER_KEY).subscribe(self.broadcasts.head)
         try:
             while True:
                 for event in await subscription.next():
                     await self._take(store, event)
+                await self._tell()
         finally:
             subscription.close()
 
     async def _take(self, store: GuardedStore, event: Event) -> None:
-        kind = kind_of(event.data)
-        if kind is Kind.PUBLISHED:
-            body = decode(event.data)
-            published = event_from_wire(body["method"], body)
-            if published is not None:
-                await self._bus.local.publish(published)
-        elif kind is Kind.KEYS:
+        what = _what(event)
+        self.broadcasts.take(event, what)
+        if what is not None:
+            await self._bus.local.publish(what)
+        elif kind_of(event.data) is Kind.KEYS:
             self._codec.use(_unpack((await store.load(CLUSTER_KEY)).fields[_KEYS]))
+
+    async def _tell(self) -> None:
+        for count, hearer in enumerate(list(self._hearers), 1):
+            _contained(hearer.hear)
+            if count % _AT_ONCE == 0:
+                await asyncio.sleep(0)
+
+    async def _tell_everything(self) -> None:
+        """Nobody knows what else was lost: whoever listens here is told of everything once (P9)."""
+        for what in [*LISTS.values(), *self.broadcasts.resources()]:
+            await self._bus.local.publish(what)
+        for hearer in list(self._hearers):
+            _contained(hearer.hear_anew)
 
     async def _append(self, batch: Batch, /, *, patience: float) -> Appended:
         assert self._store is not None
         try:
-            appended = await self._store.append(CLUSTER_KEY, batch, patience=patience)
+            try:
+                appended = await self._store.append(CLUSTER_KEY, batch, patience=patience)
+            except SessionNotFound:
+                # Lost with all its entries: it begins anew with this one.
+                await self.join(self._store)
+                appended = await self._store.append(CLUSTER_KEY, batch, patience=patience)
         except StoreUnavailable as error:
             logger.warning("the cluster log: %s", error)
             # Handlers pass on to their clients what they get, and what the store said may name its host.
@@ -222,6 +407,8 @@ class _Bus:
     def __init__(self) -> None:
         self.local = InMemorySubscriptionBus()
         self.sender: Sender | None = None
+        self.joined: asyncio.Event | None = None
+        """Set when the cluster log is joined; None where nothing of it runs."""
 
     async def publish(self, event: ServerEvent) -> None:
         """Appends the event; every node, this one too, delivers it from the log.
@@ -229,10 +416,17 @@ class _Bus:
         Raises:
             StoreUnavailable: As `Store.append`.
         """
+        if self.sender is None and self.joined is not None:
+            # The node is starting, or its store was away when it did.
+            try:
+                async with asyncio.timeout(PATIENCE):
+                    await self.joined.wait()
+            except TimeoutError:
+                raise StoreUnavailable(STORE_AWAY) from None
         if self.sender is None:
             await self.local.publish(event)
             return
-        body = {"method": _METHODS[type(event)], "uri": getattr(event, "uri", None)}
+        body = {"method": METHODS[type(event)], "uri": getattr(event, "uri", None)}
         await self.sender.send(draft(Kind.PUBLISHED, pydantic_core.to_json(body)))
         await anyio.lowlevel.checkpoint()
 
@@ -268,3 +462,24 @@ def _pack(keys: list[bytes]) -> bytes:
 
 def _unpack(data: bytes) -> list[bytes]:
     return [base64.b64decode(key) for key in json.loads(data)]
+
+
+def _what(event: Event) -> ServerEvent | None:
+    """What this entry of the cluster log says that changed."""
+    if kind_of(event.data) is not Kind.PUBLISHED:
+        return None
+    body = decode(event.data)
+    return event_from_wire(body["method"], body)
+
+
+def _contained(tell: Callable[[], None]) -> None:
+    """One connection that cannot be told must not keep the others from being told."""
+    try:
+        tell()
+    except Exception:
+        logger.exception("a connection could not be told of a broadcast")
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("the cluster log is followed no more", exc_info=error)

@@ -19,9 +19,19 @@ from typing import Any, Final, NamedTuple
 import pydantic_core
 from mcp_types import RequestId
 
-from nonstick.store import Cursor, Draft
+from nonstick.store import STANDALONE, Cursor, Draft
 
-__all__ = ["EventId", "Kind", "body_of", "decode", "draft", "kind_of", "parse_event_id"]
+__all__ = [
+    "EventId",
+    "Kind",
+    "body_of",
+    "cursor_text",
+    "decode",
+    "draft",
+    "kind_of",
+    "parse_cursor",
+    "parse_event_id",
+]
 
 _VERSION: Final = b"1"
 
@@ -51,8 +61,9 @@ class Kind(IntEnum):
     CANCEL = ord("c")
     """The client cancelled a request. Body: the notification's params."""
     LISTENING = ord("l")
-    """A connection carries the standalone stream from here on. Body: `{"listener", "node", "since"}`: a name for this
-    turn of it, and the position up to which its client is known to have the stream."""
+    """A connection carries the standalone stream from here on. Body: `{"listener", "node", "since", "heard"}`: a name
+    for this turn of it, the position up to which its client is known to have the stream, and the cursor up to which it
+    is known to have heard the cluster log (null if nothing is known)."""
     PUBLISHED = ord("b")
     """In the cluster log: something changed that clients may have subscribed to. Body: `{"method", "uri"}`."""
     KEYS = ord("k")
@@ -63,11 +74,15 @@ class Kind(IntEnum):
     CARRYING = ord("y")
     """That turn is not over: the answer. Body: `{"listener"}`."""
     LEFT = ord("x")
-    """That turn is over. Body: `{"listener", "read"}`: the last position that it had written out, null if none."""
+    """That turn is over. Body: `{"listener", "read", "heard"}`: the last position that it had written out, null if
+    none, and the cursor in the cluster log up to which it had."""
     OWNER = ord("n")
     """The session has another owner now. Body: `{"node"}`, which is empty where an owner gave it up."""
     NOTICE = ord("i")
     """A notification of the client's, for the owner's handler. Body: `{"notification", "http"}`."""
+    CHANGED = ord("d")
+    """The session record changed in a way that other nodes have to know of at once. Body: `{"level"}`,
+    `{"subscribed", "heard"}` (a URI, and a cursor in the cluster log from before) or `{"unsubscribed"}`."""
 
 
 def draft(kind: Kind, body: bytes = b"") -> Draft:
@@ -107,15 +122,20 @@ class EventId(NamedTuple):
         cursor: The entry that it has.
         request: Id of the stream's request, so that even a stream that was lost can be ended with an error for it.
             None on the standalone stream, and for an id of more than `MAX_REQUEST_ID` characters.
+        heard: On the standalone stream, up to where the client has heard the cluster log. None if that is not known,
+            as to version 0.1.
     """
 
     stream: int
     cursor: Cursor
     request: RequestId | None = None
+    heard: Cursor | None = None
 
     def seal(self, session_id: str) -> str:
         """The SSE `id` for this place in this session."""
-        request = "" if self.request is None else _pack(self.request)
+        # In the field that streams of requests have their request's id in: 0.1 reads both, and gives both back (P12).
+        packed = cursor_text(self.heard) if self.stream == STANDALONE else self.request
+        request = "" if packed is None else _pack(packed)
         text = f"1.{self.stream:x}.{self.cursor.position:x}.{self.cursor.tag.hex()}.{request}"
         return f"{text}.{_mac(text, session_id)}"
 
@@ -133,8 +153,27 @@ def parse_event_id(text: str, session_id: str) -> EventId | None:
     match = _EVENT_ID.fullmatch(text)
     if match is None or not hmac.compare_digest(match[6], _mac(match[1], session_id)):
         return None
-    request = _unpack(match[5]) if match[5] else None
-    return EventId(int(match[2], 16), Cursor(int(match[3], 16), bytes.fromhex(match[4])), request)
+    stream, cursor = int(match[2], 16), Cursor(int(match[3], 16), bytes.fromhex(match[4]))
+    packed = _unpack(match[5]) if match[5] else None
+    if stream == STANDALONE:
+        return EventId(stream, cursor, heard=parse_cursor(packed))
+    return EventId(stream, cursor, packed)
+
+
+def cursor_text(cursor: Cursor | None) -> str | None:
+    """A cursor as text, for JSON; None for one that is before everything, or for none."""
+    if cursor is None or cursor.position < 0:
+        return None
+    return f"{cursor.position:x}.{cursor.tag.hex()}"
+
+
+_CURSOR: Final = re.compile(r"([0-9a-f]{1,15})\.((?:[0-9a-f]{2}){0,8})")
+
+
+def parse_cursor(text: object) -> Cursor | None:
+    """The cursor in this text; None if there is none in it."""
+    match = _CURSOR.fullmatch(text) if isinstance(text, str) else None
+    return None if match is None else Cursor(int(match[1], 16), bytes.fromhex(match[2]))
 
 
 def _mac(text: str, session_id: str) -> str:

@@ -41,8 +41,9 @@ from nonstick.errors import (
     StreamClosed,
     TooManySessions,
 )
-from nonstick.events import EventId, Kind, decode, draft
+from nonstick.events import EventId, Kind, cursor_text, decode, draft
 from nonstick.node import EVERYBODY
+from nonstick.offers import initialization
 from nonstick.record import opening_fields, subscription_field
 from nonstick.security import without_text
 from nonstick.session import Session, request_key
@@ -253,6 +254,8 @@ class Exchange:
     async def _handle(self) -> bytes:
         """Runs the kernel. The single place where an exception becomes a JSON-RPC error."""
         message = self.message
+        if message.method == "initialize":
+            self.session.runner.init_options = initialization(self.session.node.server)
         try:
             result = await self.session.runner.on_request(self, message.method, message.params)
             return wire.result_body(message.id, result)
@@ -296,11 +299,14 @@ class Exchange:
                 return
             body, changes = self._changes(body)
             fields = changes | self._record_changes()
+            news = self._news()
             if self.stream or self._in_doubt is not None:
-                await self._end_stream(body, fields)
+                await self._end_stream(body, fields, news)
             else:
                 try:
-                    if fields:
+                    if news:
+                        await self.session.append(Batch(news, fields=fields))
+                    elif fields:
                         await self.session.node.store.update(self.session.key, fields)
                 except StoreUnavailable:
                     # Not 503, which says "try again": it would run twice.
@@ -317,12 +323,12 @@ class Exchange:
             self._failure = ErrorData(code=INTERNAL_ERROR, message=str(error))
             return wire.error_body(self.message.id, self._failure), self.session.state.changes()
 
-    async def _end_stream(self, body: bytes, fields: Mapping[str, bytes | None]) -> None:
+    async def _end_stream(self, body: bytes, fields: Mapping[str, bytes | None], news: Sequence[Draft] = ()) -> None:
         """Appends the terminal event. It waits as long as it must for the store: without it no resume would end."""
         terminal = draft(Kind.TERMINAL, body)
         while True:
             try:
-                await self._append([terminal], terminal=True, fields=fields)
+                await self._append([*news, terminal], terminal=True, fields=fields)
                 break
             except Diverged:
                 terminal = draft(Kind.TERMINAL, wire.error_body(self.message.id, wire.STREAM_LOST))
@@ -350,6 +356,24 @@ class Exchange:
             case _:
                 return {}
 
+    def _news(self) -> list[Draft]:
+        """What other nodes have to know of the record's changes at once: those that carry the session's streams."""
+        if self._failure is not None:
+            return []
+        params = self.message.params or {}
+        match self.message.method:
+            case "logging/setLevel":
+                body = {"level": params["level"]}
+            case "resources/subscribe":
+                # What was broadcast after this, the client expects to hear, whoever learns of this however late.
+                head = self.session.node.cluster.broadcasts.head
+                body = {"subscribed": params["uri"], "heard": cursor_text(head)}
+            case "resources/unsubscribe":
+                body = {"unsubscribed": params["uri"]}
+            case _:
+                return []
+        return [draft(Kind.CHANGED, pydantic_core.to_json(body))]
+
     # ---- opening a session
 
     async def _open(self, body: bytes) -> None:
@@ -364,6 +388,8 @@ class Exchange:
         fields = opening_fields(connection.protocol_version, connection.client_params, self._principal)
         fields |= {name: data for name, data in changes.items() if data is not None} | session.first_fields
         fields |= session.node.placement.opening_fields()
+        # Before the session is there: what comes later it is to hear, what came before it may (P11).
+        fields["heard"] = (cursor_text(session.node.cluster.broadcasts.head) or "").encode()
         try:
             await session.node.store.create(
                 session.key, fields, lifetime=settings.lifetime, limits=settings.session_limits(self._principal)

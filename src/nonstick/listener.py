@@ -18,12 +18,14 @@ from typing import Final, TypeVar
 
 import anyio
 import pydantic_core
+from mcp.shared.subscriptions import ResourceUpdated
 from mcp_types.version import is_version_at_least
 from starlette.types import Receive, Send
 
 from nonstick import wire
+from nonstick.broadcast import LISTS, NOWHERE, Broadcast
 from nonstick.errors import Diverged, SessionNotFound, StoreError, StoreUnavailable
-from nonstick.events import EventId, Kind, body_of, decode, draft, kind_of
+from nonstick.events import EventId, Kind, body_of, cursor_text, decode, draft, kind_of, parse_cursor
 from nonstick.follow import Subscription
 from nonstick.rescue import Rescue
 from nonstick.security import without_text
@@ -47,9 +49,6 @@ _ANSWER_SECONDS: Final = 3.0
 
 _TRAIL: Final = 500
 """Entries of the log that a connection knows again after a failover."""
-
-_LOSS: Final = 2**60
-"""More than any position: a mark from after a loss of entries is above all those from before."""
 
 _EXISTENCE_POLL: Final = 4.0
 """Seconds, at least, between two looks whether a silent stream is still there."""
@@ -122,9 +121,9 @@ class Reader(ABC):
         frame = wire.sse_priming(place.seal(self.session.id), self.session.node.settings.retry_interval)
         self.outlet.put(frame, self.mark(place.cursor.position))
 
-    def mark(self, position: int) -> int:
-        """What the outlet is to know a position by: it only rises."""
-        return position
+    def mark(self, position: int) -> wire.Mark:
+        """How far a frame for what is at this position brings the client."""
+        return wire.Mark(position)
 
     def hand_over(self) -> None:
         """The node stops: the client is told to come back, and the connection is closed (P8)."""
@@ -305,6 +304,9 @@ class Listener(Reader):
     The superseded one stays open, for a client whose connection is closed comes back, and the two would take turns for
     ever; it goes on when the newer one has left. So does one that comes back with an event id while a newer one lives.
 
+    What is broadcast to everyone is in the cluster log. The one that carries the stream puts it in between as it
+    comes, and every event id, `listening` and `left` says how far that log was heard as well (P11).
+
     Args:
         place: Where the client wants to go on, if it said so.
         primes: The client understands a priming event.
@@ -331,6 +333,15 @@ class Listener(Reader):
         self._carries = False
         self._claim: asyncio.Task[Appended] | None = None
         """What it told others: they wait for it to leave."""
+        self._at: Cursor | None = None
+        """The entry up to which its turn has come; None while it carries nothing new."""
+        self._subscribed = session.subscriptions
+        self._known = session.loaded_at
+        """The entry up to which the log is in `_subscribed`."""
+        self._heard = NOWHERE if place is None else place.heard or session.heard
+        """Up to where the cluster log was put into the outlet."""
+        self._heard_before = self._heard
+        """Up to where the client had heard it when its turn began."""
 
     # ---- before the response
 
@@ -443,6 +454,7 @@ class Listener(Reader):
 
     async def _find_again(self) -> None:
         """The store lost entries: goes on after the last one that is still there (P9)."""
+        self._at = None
         await self.outlet.flushed()
         known = {cursor.position: cursor.tag for cursor in self._trail}
 
@@ -459,6 +471,7 @@ class Listener(Reader):
         logger.warning("session %s: its standalone stream goes on after %d", self.session.key[:12], left)
         self._start = min(self._read, left)
         self._reached = min(self._reached, left)
+        self._known = min(self._known, left)
         self._losses += 1
         await self._leave()
         self._place = None
@@ -481,19 +494,32 @@ class Listener(Reader):
         if self._claim is None:
             self._turn = secrets.token_hex(8)
         self._position = sys.maxsize
-        body = {"listener": self._turn, "node": self.session.node.id, "since": self._where_to_begin()}
+        body = {
+            "listener": self._turn,
+            "node": self.session.node.id,
+            "since": self._where_to_begin(),
+            "heard": cursor_text(self._where_to_hear_on()),
+        }
         # Its outcome must be known when this connection goes meanwhile: others wait for it to leave.
         self._claim = self.session.node.spawn(self._append(draft(Kind.LISTENING, pydantic_core.to_json(body))))
         self._position = (await asyncio.shield(self._claim)).first
         turn_open = self._what_is_mine if self._named else self._what_is_open_before_mine
         await self._follow_while(turn_open, answers=lambda _: True)
         self._start = self._reached = self._where_to_begin()
+        heard = self._where_to_hear_on()
+        self._heard = self._heard_before = await _patiently(lambda: self.session.node.cluster.settle(heard))
         self._carries = True
 
     def _where_to_begin(self) -> int:
         """Up to where the client has the stream, as far as is known."""
         # What others carried, a client that names an event need not have had.
         return self._reached if self._named else max(self._reached, self._turns.read_before(self._position))
+
+    def _where_to_hear_on(self) -> Cursor:
+        """Up to where the client has heard the cluster log, as far as is known."""
+        if self._named:
+            return self._heard
+        return max(self._heard, self._turns.heard_before(self._position) or self.session.heard)
 
     def _what_is_mine(self) -> Turn | None:
         """The turn of this connection, until the log has been taken into account up to there."""
@@ -551,27 +577,100 @@ class Listener(Reader):
     async def _carry_on(self) -> bool:
         """Carries the stream until the next turn begins (False), or it is hung up (True)."""
         with self.follow(Cursor(self._start)) as following:
-            while True:
-                for event in await following.next():
-                    self._note(event)
-                    if event.stream != STANDALONE:
-                        continue
-                    kind = kind_of(event.data)
-                    if kind is Kind.LISTENING and event.position > self._position:
-                        await self.outlet.flushed()
-                        await self._leave()
-                        return False
-                    if kind is Kind.HANGUP and event.position > self._position:
-                        return True
-                    await self._carry(kind, event)
+            with self.session.node.cluster.heard_by(self):
+                end = await self._carry_until_end(following)
+            self._at = None
+            if end is Kind.HANGUP:
+                return True
+            await self.outlet.flushed()
+            await self._leave()
+            return False
+
+    async def _carry_until_end(self, following: _Following) -> Kind:
+        """Carries the stream until somebody says that this connection shall not: what it said."""
+        while True:
+            for event in await following.next():
+                self._note(event)
+                kind = kind_of(event.data)
+                is_new = event.stream == STANDALONE and event.position > self._position
+                if is_new and kind in (Kind.LISTENING, Kind.HANGUP):
+                    return kind
+                await self._carry(kind, event)
+                if event.position >= self._position:
+                    self._at = event.cursor
+            # What there was no room for when it came.
+            self.hear()
 
     async def _carry(self, kind: Kind | None, event: Event) -> None:
-        if kind is Kind.MESSAGE:
+        if kind is Kind.CHANGED:
+            await self._take_change(event)
+        elif event.stream != STANDALONE:
+            pass
+        elif kind is Kind.MESSAGE:
             if not self._is_settled(event):
-                await self.put(event, EventId(STANDALONE, event.cursor))
+                await self.outlet.room()
+                self._put(body_of(event.data), event.cursor, self._heard)
             self._reached = event.position
         elif kind is Kind.LISTENING and event.position == self._position and self._primes:
-            self.put_priming(EventId(STANDALONE, event.cursor))
+            self.put_priming(EventId(STANDALONE, event.cursor, heard=self._heard))
+
+    def _put(self, body: bytes, at: Cursor, heard: Cursor) -> None:
+        event_id = EventId(STANDALONE, at, heard=heard)
+        self.outlet.put(wire.sse_frame(event_id.seal(self.session.id), body), self.mark(at.position, heard))
+
+    # ---- what is broadcast to everyone
+
+    def hear(self) -> None:
+        """Puts what was broadcast since, each thing once, if the stream has come to its live end and there is room."""
+        broadcasts = self.session.node.cluster.broadcasts
+        if self._at is None or not self.outlet.has_room or self._heard.position > broadcasts.head.position:
+            return
+        if self._heard == broadcasts.head:
+            return
+        news = broadcasts.since(self._heard)
+        if news is None:
+            self._heard_before = NOWHERE
+            self._put_everything(self._at, broadcasts.head)
+        else:
+            for broadcast in news:
+                if broadcast.uri is None or broadcast.uri in self._subscribed:
+                    self._put(broadcast.body, self._at, broadcast.cursor)
+        self._heard = broadcasts.head
+        self.outlet.pass_over(self.mark(self._at.position))
+
+    def hear_anew(self) -> None:
+        """The store lost entries of the cluster log, and what there is now is known."""
+        if self._at is not None and self._heard.position > self.session.node.cluster.broadcasts.head.position:
+            self._heard = NOWHERE
+        self.hear()
+
+    def _put_everything(self, at: Cursor, head: Cursor) -> None:
+        """Nobody knows any more what the client has missed: it is told once that anything may have changed."""
+        server = self.session.node.server
+        changed = [what for request, what in LISTS.items() if server.get_request_handler(request) is not None]
+        everything = [*changed, *map(ResourceUpdated, sorted(self._subscribed))]
+        for number, what in enumerate(everything, 1):
+            # Only with the last does the client have it all: before that it keeps the place that it had.
+            heard = head if number == len(everything) else self._heard
+            self._put(Broadcast.of(what, head).body, at, heard)
+
+    async def _take_change(self, event: Event) -> None:
+        """The client subscribed or unsubscribed, on whichever node.
+
+        A broadcast may have come here first, and been passed over.
+        """
+        body = decode(event.data)
+        if (uri := body.get("unsubscribed")) is not None and event.position > self._known:
+            self._subscribed -= {uri}
+        if (uri := body.get("subscribed")) is None:
+            return
+        if event.position > self._known:
+            self._subscribed |= {uri}
+        since = parse_cursor(body["heard"]) or Cursor(0)
+        said = self.session.node.cluster.broadcasts.said_of(uri, since)
+        if said is not None and said.position <= self._heard.position and uri in self._subscribed:
+            await self.outlet.room()
+            self._put(Broadcast.of(ResourceUpdated(uri), said).body, event.cursor, self._heard)
 
     def _is_settled(self, event: Event) -> bool:
         """Whether this is a server request that was answered or given up meanwhile."""
@@ -586,20 +685,23 @@ class Listener(Reader):
 
     # ---- leaving
 
-    def mark(self, position: int) -> int:
-        return self._losses * _LOSS + position
+    def mark(self, position: int, heard: Cursor | None = None) -> wire.Mark:
+        return wire.Mark(position, heard or self._heard, self._losses)
 
     @property
     def _read(self) -> int:
         """Up to where the connection took the stream."""
-        losses, sent = divmod(self.outlet.sent, _LOSS)
-        return max(sent if losses == self._losses else 0, self._start)
+        sent = self.outlet.sent
+        return max(sent.position if sent.losses == self._losses else 0, self._start)
 
     async def _leave(self) -> None:
         """Says in the log up to where the client has the stream; not known if its turn never came."""
         if self._claim is None:
             return
-        body = {"listener": self._turn, "read": self._read if self._carries else None}
+        read = heard = None
+        if self._carries:
+            read, heard = self._read, cursor_text(max(self.outlet.sent.heard, self._heard_before))
+        body = {"listener": self._turn, "read": read, "heard": heard}
         with contextlib.suppress(StoreError):
             await asyncio.shield(self._claim)
             await self._append(draft(Kind.LEFT, pydantic_core.to_json(body)))

@@ -64,6 +64,7 @@ from nonstick.exchange import Answer, Exchange
 from nonstick.guard import GuardedStore
 from nonstick.listener import Listener, Reader, Resumption
 from nonstick.node import Node, Settings
+from nonstick.offers import offer
 from nonstick.placement import Rehydrate
 from nonstick.record import Record
 from nonstick.relay import Relay, relay_notice
@@ -148,7 +149,7 @@ class SessionManager:
         session_idle_timeout: Seconds after which an idle session expires; None for ten years.
         max_request_body_size: Bytes; a larger body gets 413.
         max_sessions: Live sessions in the whole store; over it `initialize` gets 503. None for no limit.
-        cluster: What the nodes share for clients of 2026-07-28, if the server was built with it.
+        cluster: The `Cluster` that the server was built with. Need not be said if it is the only one in the process.
         modern: The SDK's manager that serves clients of 2026-07-28 and later; one is made if none is given.
         endpoint: The name of this endpoint, where several servers share one store: a session is of one endpoint, and
             the others have never heard of it.
@@ -230,7 +231,8 @@ class SessionManager:
         self._security = TransportSecurityMiddleware(security_settings)
         self._limited = RequestBodyLimitMiddleware(self._handle, max_request_body_size)
         self._node_name = node_name
-        self._cluster = cluster
+        self.cluster = cluster or Cluster.only() or Cluster.apart()
+        """What is told to every client goes through this: `await manager.cluster.notify_tools_changed()`."""
         self._endpoint = endpoint
         self._node: Node | None = None
         self._started = False
@@ -245,7 +247,8 @@ class SessionManager:
                 "SessionManager.run() can only be called once per instance. Create a new instance to run again."
             )
         self._started = True
-        async with self._serve_modern() as state, self.serving(state):
+        # Before the server's lifespan, which may want to tell something, and until that has ended.
+        async with self._taking_part() as store, self._serve_modern() as state, self._serving(store, state):
             yield
 
     @asynccontextmanager
@@ -255,9 +258,23 @@ class SessionManager:
         Args:
             state: What the server's lifespan yielded.
         """
-        node = Node(
-            self.app, state, GuardedStore(self.store), self.settings, name=self._node_name, cluster=self._cluster
-        )
+        async with self._taking_part() as store, self._serving(store, state):
+            yield
+
+    @asynccontextmanager
+    async def _taking_part(self) -> AsyncIterator[GuardedStore]:
+        """Opens the store, and takes part in the cluster."""
+        if not self.cluster.may_use(self.store):
+            # The only one in the process, but of an app on another store.
+            self.cluster = Cluster.apart()
+        if not self.stateless:
+            offer(self.app)
+        async with GuardedStore(self.store) as store, self.cluster.taking_part(store):
+            yield store
+
+    @asynccontextmanager
+    async def _serving(self, store: GuardedStore, state: Any) -> AsyncIterator[None]:
+        node = Node(self.app, state, store, self.settings, name=self._node_name, cluster=self.cluster)
         with node.signals():
             async with node:
                 self._node = node

@@ -122,7 +122,7 @@ class Node:
         settings: Settings,
         *,
         name: str | None,
-        cluster: Cluster | None = None,
+        cluster: Cluster,
     ) -> None:
         name = name or os.environ.get("NONSTICK_NODE") or f"{socket.gethostname()}-{os.getpid()}"
         self.name = name
@@ -145,20 +145,10 @@ class Node:
         self.placement = Placement(self)
 
     async def __aenter__(self) -> Self:
-        await self._stack.enter_async_context(self.store)
         self._keeper.start()
         self._stack.push_async_callback(self._keeper.stop)
         self.spawn(self._keeper.tick())
         self.spawn(self._touch())
-        if self.cluster is not None:
-            joined = asyncio.Event()
-            self.spawn(self.cluster.keep(self.store, joined))
-            try:
-                # A store that is down must not keep the node from starting; until it is up, what needs it fails.
-                async with asyncio.timeout(self.store.patience):
-                    await joined.wait()
-            except TimeoutError:
-                logger.warning("the cluster log could not be joined yet: the store cannot be reached")
         return self
 
     async def __aexit__(
@@ -198,11 +188,8 @@ class Node:
         while True:
             await asyncio.sleep(min(self.settings.lifetime / 5, 60.0))
             active = [key for key, session in self.sessions.items() if session.is_active]
-            if self.cluster is not None:
-                active.append(CLUSTER_KEY)
             try:
-                if active:
-                    await self.store.touch(active)
+                await self.store.touch([*active, CLUSTER_KEY])
             except StoreUnavailable:
                 logger.warning("the store cannot be reached: open sessions could not be renewed")
 

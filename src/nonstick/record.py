@@ -2,7 +2,7 @@
 
 Field names in the store: `v` format, `protocol`, `client` (the initialize params), `principal`, `initialized`, `level`,
 `owner` the node that holds the session, `sub:<hash>` one a resource subscription, `state:<key>` one a key of session
-state. A field that this version does not know is left alone (P12).
+state, `heard` where the session begins in the cluster log. A field that this version does not know is left alone (P12).
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Any, Final, SupportsIndex
 from mcp_types import InitializeRequestParams
 
 from nonstick.errors import StateNotJSON, StoreUnavailable
+from nonstick.events import parse_cursor
+from nonstick.store import Cursor
 
 __all__ = ["LOST", "OWNER", "RELEASED", "Record", "SessionState", "opening_fields", "subscription_field"]
 
@@ -43,6 +45,8 @@ class Record:
     subscriptions: frozenset[str]
     state: dict[str, bytes] = field(default_factory=dict[str, bytes])
     owner: str | None = None
+    heard: Cursor = field(default=Cursor(0))
+    """What is in the cluster log after this came while the session was there."""
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, bytes]) -> Record:
@@ -66,6 +70,7 @@ class Record:
             subscriptions=frozenset(v.decode() for k, v in fields.items() if k.startswith(SUBSCRIPTION)),
             state={k[len(STATE) :]: v for k, v in fields.items() if k.startswith(STATE)},
             owner=None if owner is None else owner.decode(),
+            heard=parse_cursor(fields.get("heard", b"").decode()) or Cursor(0),
         )
 
 

@@ -178,6 +178,10 @@ class Session:
         self.log_level: str | None = None
         self.subscriptions: frozenset[str] = frozenset()
         self.head = Cursor(0)
+        self.loaded_at = 0
+        """The log's head when the record was loaded that this view has."""
+        self.heard = Cursor(0)
+        """Where the session begins in the cluster log."""
         self.ended = False
         self._users = 0
         self._waiters: dict[str, _Waiter] = {}
@@ -220,8 +224,10 @@ class Session:
             connection.initialized.set()
         self.log_level = record.log_level
         self.subscriptions = record.subscriptions
+        self.heard = record.heard
         self.state.refresh(record.state)
         self.head = max(self.head, loaded.head)
+        self.loaded_at = loaded.head.position
 
     def make_current(self) -> None:
         """What runs in this task and its children is part of this session."""
@@ -560,6 +566,9 @@ class Session:
             if exchange is not None and exchange.head.position < event.position:
                 self.use_up_cancel(key)
                 exchange.cancel()
+        elif kind is Kind.CHANGED:
+            # Requests that run here go by it from now on.
+            self.log_level = decode(event.data).get("level", self.log_level)
         elif kind in (Kind.TERMINAL, Kind.TAKEN, Kind.PROBE):
             for exchange in list(self.exchanges.values()):
                 if exchange.stream == event.stream:

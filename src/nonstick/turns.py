@@ -11,8 +11,8 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
-from nonstick.events import Kind, decode, kind_of
-from nonstick.store import Event
+from nonstick.events import Kind, decode, kind_of, parse_cursor
+from nonstick.store import Cursor, Event
 
 __all__ = ["Turn", "Turns"]
 
@@ -29,6 +29,7 @@ class Turn:
         left: It carries nothing more.
         read: Up to where its client has the stream. None until it left, and if it left before it carried anything.
         shown: Position of its last sign of life.
+        heard: Up to where its client has heard the cluster log, as far as is known: not beyond.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Turn:
     left: bool = False
     read: int | None = None
     shown: int = 0
+    heard: Cursor | None = None
 
     def give_up(self) -> None:
         """It will not say any more how far it got: nothing is lost if what it may have carried comes again."""
@@ -63,7 +65,10 @@ class Turns:
             body = decode(event.data)
             name = body["listener"]
             self._forget_asking(name)
-            self._turns.append(Turn(name, body["node"], event.position, body["since"], shown=event.position))
+            # A node of version 0.1 says nothing of it, and has let nobody hear it.
+            heard = parse_cursor(body.get("heard")) or self.heard_before(event.position)
+            turn = Turn(name, body["node"], event.position, body["since"], shown=event.position, heard=heard)
+            self._turns.append(turn)
         elif kind is Kind.ASKING:
             body = decode(event.data)
             if body["listener"] is not None:
@@ -75,14 +80,14 @@ class Turns:
                     turn.shown = event.position
         elif kind is Kind.LEFT:
             body = decode(event.data)
-            self._leave(body["listener"], body["read"], event.position)
+            self._leave(body["listener"], body["read"], parse_cursor(body.get("heard")), event.position)
 
     def _forget_asking(self, name: str) -> bool:
         before = len(self._asking)
         self._asking = [turn for turn in self._asking if turn.name != name]
         return len(self._asking) < before
 
-    def _leave(self, name: str, read: int | None, position: int) -> None:
+    def _leave(self, name: str, read: int | None, heard: Cursor | None, position: int) -> None:
         if self._forget_asking(name):
             return
         turn = next((turn for turn in reversed(self._turns) if turn.name == name), None)
@@ -94,6 +99,7 @@ class Turns:
             # It did not know yet that the store had lost entries, whose positions are given out again.
             read = turn.since
         turn.left, turn.read = True, read
+        turn.heard = heard or turn.heard
 
     def open_before(self, position: int) -> Turn | None:
         """The turn that must leave before it is known where one that began at `position` is to go on.
@@ -127,6 +133,15 @@ class Turns:
             if not turn.left:
                 return turn.since
         return 0
+
+    def heard_before(self, position: int) -> Cursor | None:
+        """Up to where the client had heard the cluster log when a turn began at `position`; None if nothing is known.
+
+        As far as is known: not beyond.
+        """
+        # Those that never carried anything began before others said how far they got.
+        known = (t.heard for t in self._before(position) if not (t.left and t.read is None))
+        return next((heard for heard in known if heard is not None), None)
 
     def forget(self) -> None:
         """Drops the turns that do not matter to one that begins from now on."""

@@ -6,11 +6,13 @@ import asyncio
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import pydantic_core
 from mcp_types import INTERNAL_ERROR, INVALID_REQUEST, ErrorData, JSONRPCError, RequestId
 from starlette.types import Send
+
+from nonstick.store import Cursor
 
 __all__ = [
     "MISSING_ID",
@@ -149,6 +151,20 @@ def sse_priming(event_id: str, retry: int | None) -> bytes:
     return b"id: %b\r\n%bdata: \r\n\r\n" % (event_id.encode(), b"" if retry is None else b"retry: %d\r\n" % retry)
 
 
+class Mark(NamedTuple):
+    """How far a frame brings its client.
+
+    Attributes:
+        position: In the session's log.
+        heard: In the cluster log.
+        losses: How often the store had lost entries of the session's log by then.
+    """
+
+    position: int = 0
+    heard: Cursor = Cursor(-1)
+    losses: int = 0
+
+
 class Outlet:
     """Frames on their way to one client, which may be slow or gone.
 
@@ -158,8 +174,8 @@ class Outlet:
 
     def __init__(self, *, room: int = 256 * 1024, patience: float = 30.0, ping: float = 15.0) -> None:
         self._frames: deque[bytes] = deque()
-        self._mark = 0
-        self.sent = 0
+        self._mark = Mark()
+        self.sent = Mark()
         """The mark of the last frame that the connection took."""
         self._waiting = 0
         self._room = room
@@ -175,9 +191,14 @@ class Outlet:
         """Nothing more reaches the client through this connection."""
         return self._gone
 
+    @property
+    def has_room(self) -> bool:
+        """Whether more may be put without waiting."""
+        return self._waiting <= self._room
+
     async def room(self) -> None:
         """Waits until there is room for more, or nobody who reads."""
-        while self._waiting > self._room and not self._gone and not self._ended:
+        while not self.has_room and not self._gone and not self._ended:
             self._freed.clear()
             await self._freed.wait()
 
@@ -187,14 +208,22 @@ class Outlet:
             self._freed.clear()
             await self._freed.wait()
 
-    def put(self, frame: bytes, mark: int = 0) -> None:
+    def put(self, frame: bytes, mark: Mark | None = None) -> None:
         """Takes a frame, and how far it brings the client. Does nothing when the client is gone or the end was put."""
         if self._gone or self._ended:
             return
         self._frames.append(frame)
-        self._mark = max(self._mark, mark)
+        self._mark = mark or self._mark
         self._waiting += len(frame)
         self._changed.set()
+
+    def pass_over(self, mark: Mark) -> None:
+        """The client is this far: there was nothing for it on the way."""
+        if self._gone or self._ended:
+            return
+        self._mark = mark
+        if not self._waiting:
+            self.sent = mark
 
     def end(self) -> None:
         """What was put is the last."""

@@ -15,6 +15,7 @@ from mcp.server.context import CallNext, HandlerResult
 from mcp.shared.exceptions import MCPError
 
 from nonstick import current_connection
+from nonstick.cluster import CLUSTER_KEY
 from nonstick.errors import SessionNotFound
 from nonstick.node import Node
 from nonstick.record import Record, subscription_field
@@ -331,7 +332,8 @@ class CountingStores:
 
         async def noting(key: str, *args: Any, **more: Any) -> None:
             await create(key, *args, **more)
-            self.created.append(key)
+            if key != CLUSTER_KEY:
+                self.created.append(key)
 
         store.create = noting  # type: ignore[method-assign]
         return store

@@ -28,8 +28,9 @@ kinds = st.sampled_from(list(Kind))
 sessions = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=16, max_size=64)
 requests = st.none() | st.integers(-(2**63), 2**63) | st.text(max_size=100)
 positions = st.integers(1, 16**15 - 1)
-event_ids = st.builds(
-    EventId, st.just(STANDALONE) | positions, st.builds(Cursor, positions, st.binary(min_size=8, max_size=8)), requests
+cursors = st.builds(Cursor, positions, st.binary(min_size=8, max_size=8))
+event_ids = st.builds(EventId, positions, cursors, requests, st.none()) | st.builds(
+    EventId, st.just(STANDALONE), cursors, st.none(), st.none() | st.just(Cursor(0)) | cursors
 )
 
 
@@ -89,6 +90,7 @@ def test_kinds_are_told_apart_by_one_visible_byte() -> None:
         "CANCEL": "c",
         "LISTENING": "l",
         "LEFT": "x",
+        "CHANGED": "d",
     }.items()
 
 

@@ -14,6 +14,7 @@ from pydantic_core import PydanticSerializationError
 from starlette.types import Message
 
 from nonstick import wire
+from nonstick.store import Cursor
 
 pytestmark = pytest.mark.anyio
 
@@ -121,7 +122,7 @@ async def test_frames_arrive_in_order_and_then_the_end() -> None:
     outlet, client = wire.Outlet(), Client()
     pumping = start(outlet, client)
     for number in range(100):
-        outlet.put(b"%d " % number, number)
+        outlet.put(b"%d " % number, wire.Mark(number))
         if number % 7 == 0:
             await asyncio.sleep(0)
     outlet.end()
@@ -129,7 +130,7 @@ async def test_frames_arrive_in_order_and_then_the_end() -> None:
     assert client.body == b"".join(b"%d " % number for number in range(100))
     assert [message["more_body"] for message in client.messages][-1] is False
     assert all(message["more_body"] for message in client.messages[:-1])
-    assert outlet.sent == 99
+    assert outlet.sent == wire.Mark(99)
 
 
 async def test_nothing_is_written_after_the_end() -> None:
@@ -160,27 +161,35 @@ async def test_who_produces_waits_for_a_slow_reader() -> None:
 async def test_reader_that_takes_nothing_is_cut_off_and_nobody_waits_for_it() -> None:
     """P10."""
     outlet, client = wire.Outlet(room=10, patience=0.05), Client(slow=True)
-    outlet.put(b"x" * 11, 1)
+    outlet.put(b"x" * 11, wire.Mark(1))
     async with asyncio.timeout(5):
         assert await start(outlet, client) is False
         assert outlet.gone
         await outlet.room()
-    outlet.put(b"y", 2)
-    assert outlet.sent == 0
+    outlet.put(b"y", wire.Mark(2))
+    outlet.pass_over(wire.Mark(3))
+    assert outlet.sent == wire.Mark()
 
 
 async def test_what_the_connection_took_is_known() -> None:
     """A listener says how far it got by it."""
     outlet, client = wire.Outlet(), Client(slow=True)
-    outlet.put(b"a", 1)
+    outlet.put(b"a", wire.Mark(1))
     pumping = start(outlet, client)
     await asyncio.sleep(0.01)
-    outlet.put(b"b", 2)
-    assert outlet.sent == 0
+    outlet.put(b"b", wire.Mark(2))
+    # What is passed over comes after what waits.
+    outlet.pass_over(wire.Mark(2, Cursor(7)))
+    assert outlet.sent == wire.Mark()
     client.taking.set()
+    async with asyncio.timeout(5):
+        await outlet.flushed()
+    assert outlet.sent == wire.Mark(2, Cursor(7))
+    outlet.pass_over(wire.Mark(3))
+    assert outlet.sent == wire.Mark(3)
     outlet.end()
     await pumping
-    assert outlet.sent == 2
+    assert outlet.sent == wire.Mark(3)
 
 
 @pytest.mark.parametrize("full", [False, True])
