@@ -11,6 +11,7 @@ from typing import Any
 import mcp_types as types
 import pytest
 
+from nonstick.cluster import CLUSTER_KEY
 from nonstick.events import Kind, kind_of
 from nonstick.exchange import Exchange
 from nonstick.follow import Follower, Subscription
@@ -408,8 +409,10 @@ def alive(*kinds: type) -> list[object]:
 
 async def test_idle_sessions_cost_a_node_nothing(memory: MakeStore) -> None:
     """P10: of five hundred sessions that were used in every way no object and no task is left, though they live on."""
-    before = alive(View, Exchange, Follower, Subscription, Reader)
     async with staged(memory, window=0.01) as (stage, a, b, c):
+        # Each node follows the cluster log.
+        await eventually(lambda: len(alive(Subscription)) >= 3)
+        before = alive(View, Exchange, Follower, Subscription, Reader)
         talking(stage)
 
         @stage.tool
@@ -466,7 +469,8 @@ async def test_idle_sessions_cost_a_node_nothing(memory: MakeStore) -> None:
 
 def working_tasks() -> set[str]:
     """What nonstick's tasks are doing."""
-    names = (getattr(task.get_coro(), "__qualname__", "") for task in asyncio.all_tasks())
+    tasks = (task for task in asyncio.all_tasks() if task.get_name() != f"follow {CLUSTER_KEY}")
+    names = (getattr(task.get_coro(), "__qualname__", "") for task in tasks)
     return {name for name in names if name.split(".")[0] in ("Exchange", "Session", "Follower", "Reader", "Listener")}
 
 
