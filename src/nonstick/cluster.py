@@ -236,6 +236,9 @@ class Cluster:
     @asynccontextmanager
     async def taking_part(self, store: GuardedStore) -> AsyncIterator[None]:
         """Follows the cluster log meanwhile. `store` is open."""
+        if not self.nodes:
+            # It belongs to one event loop.
+            self._following = asyncio.Lock()
         self.nodes += 1
         self._on = store.store
         joined = self._bus.joined = self._bus.joined or asyncio.Event()

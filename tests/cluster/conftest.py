@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from nonstick.cluster import Cluster
 from nonstick.store import Store
 from nonstick.stores.memory import MemoryStore
 from nonstick.stores.postgres import PostgresStore
@@ -44,6 +45,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _on_postgres(item: pytest.Item) -> bool:
     spec = getattr(item, "callspec", None)
     return spec is not None and spec.params.get("make_store") == "postgres"
+
+
+@pytest.fixture(autouse=True)
+def no_cluster_of_another_test() -> None:
+    """An app takes the only `Cluster` of its process, and one that a test made may outlive it."""
+    Cluster._made.clear()
 
 
 @pytest.fixture(scope="session")
