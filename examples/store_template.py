@@ -235,6 +235,7 @@ class Database:
     def __init__(self, path: str) -> None:
         self._db = sqlite3.connect(path, timeout=WAIT_SECONDS, isolation_level=None, check_same_thread=False)
         self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = NORMAL")
         self._db.execute(
             "CREATE TABLE IF NOT EXISTS document "
             "(key TEXT PRIMARY KEY, version INTEGER NOT NULL, expires_at REAL NOT NULL, groups TEXT, body TEXT)"

@@ -96,6 +96,11 @@ class Adopted:
         """Where the endpoints are."""
         return [endpoint.place.path for endpoint in self._endpoints]
 
+    @property
+    def from_fastmcp(self) -> list[bool]:
+        """Whether each endpoint is FastMCP's: what its server is, `manager.app` says only while that runs."""
+        return [isinstance(endpoint, _Later) for endpoint in self._endpoints]
+
     async def check_ready(self) -> None:
         """As `SessionManager.check_ready`, of all of them."""
         for manager in self.managers:

@@ -186,8 +186,8 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--store",
         metavar="URL",
-        help="where sessions live: sqlite:///FILE (processes of one machine), redis://HOST:PORT/DB, or memory: "
-        "(this process only). Default: $NONSTICK_STORE, else sqlite:///.nonstick/sessions.db",
+        help="where sessions live: sqlite:///FILE (processes of one machine), redis://HOST:PORT/DB, "
+        "postgresql://USER@HOST/DB, or memory: (this process only). Default: $NONSTICK_STORE, else sqlite:///.nonstick/sessions.db",
     )
     parser.add_argument(
         "--host",

@@ -93,7 +93,7 @@ async def look_at_server(target: str) -> list[Finding]:
         adopted = take_over(server, store="memory:", cluster=None, given={}, options={})
     else:
         adopted = app(server, store="memory:").state.nonstick
-    return check_shared(manager.app for manager in adopted.managers)
+    return check_shared(adopted)
 
 
 def failed(findings: Sequence[Finding]) -> bool:

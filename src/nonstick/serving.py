@@ -161,7 +161,7 @@ class _Deferred:
     def _say_what_is_not_shared(self, adopted: Adopted) -> None:
         if self._settings.store.lower().startswith("memory:"):
             return  # nobody is there to share it with
-        for finding in check_shared(manager.app for manager in adopted.managers):
+        for finding in check_shared(adopted):
             if finding.level != "ok":
                 logger.warning("clients of %s: %s. %s", finding.subject, finding.text, finding.advice)
 
@@ -360,7 +360,7 @@ async def _ping(store: Store) -> None:
 def _how_to_look(url: str) -> str:
     if url.startswith("sqlite:"):
         return "Its directory must exist, on a local disk, and be writable for this user."
-    return f"See whether it runs and can be reached from here: redis-cli -u {url} ping"
+    return "See whether it runs and can be reached from here. `nonstick doctor --store URL` says more, once it can."
 
 
 def _make_home(home: Path) -> None:

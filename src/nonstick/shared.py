@@ -7,12 +7,12 @@ nobody took can be in a server. (That what was taken went into this server is as
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, Final
 
 from mcp.server import Server
 from mcp.server.request_state import RequestStateBoundary
 
+from nonstick.adopt import Adopted
 from nonstick.cluster import Cluster
 from nonstick.examine import Finding
 
@@ -33,23 +33,23 @@ _SHARED: Final = {
 """By attribute of the cluster: how a server gets it, and what is missed without it."""
 
 
-def check_shared(servers: Iterable[Server[Any]]) -> list[Finding]:
-    """What clients of 2026-07-28 miss on other nodes, and the two lines that give it to them: one finding per server.
+def check_shared(adopted: Adopted) -> list[Finding]:
+    """What clients of 2026-07-28 miss on other nodes, and the two lines that give it to them. One for each endpoint."""
+    endpoints = zip(adopted.managers, adopted.from_fastmcp, strict=True)
+    # FastMCP seals always, and is given the bus by nonstick.
+    return [
+        _check("FastMCP", ["request_state_security"]) if fastmcp else _check("MCPServer", _needs(manager.app))
+        for manager, fastmcp in endpoints
+    ]
 
-    Args:
-        servers: Of the low level, as `SessionManager.app` is.
-    """
-    return [_check(server) for server in servers]
 
-
-def _check(server: Server[Any]) -> Finding:
+def _check(kind: str, needs: list[str]) -> Finding:
     cluster = Cluster.only()
     taken = cluster.taken if cluster is not None else frozenset[str]()
-    missing = [_SHARED[name] for name in _needs(server) if name not in taken]
+    missing = [_SHARED[name] for name in needs if name not in taken]
     if not missing:
         return Finding("ok", "2026-07-28", "the server was built with what these clients need shared between nodes")
     without = "a nonstick.Cluster" if cluster is None else "all that its nonstick.Cluster has for it"
-    kind = "FastMCP" if type(server).__module__.partition(".")[0] == "fastmcp" else "MCPServer"
     lines = f"cluster = nonstick.Cluster()\nmcp = {kind}(..., {', '.join(argument for argument, _ in missing)})"
     return Finding(
         "warning",

@@ -319,7 +319,8 @@ def test_unreachable_store_is_named_without_its_password(home: Path) -> None:
         url = f"redis://user:secret@127.0.0.1:{port}/3"
         ended = nonstick(home, "serve", "server.py", "--port", "0", NONSTICK_STORE=url)
     assert ended.returncode == 2
-    assert f"redis-cli -u redis://127.0.0.1:{port}/3 ping" in ended.stderr
+    assert f"redis://127.0.0.1:{port}/3" in ended.stderr
+    assert "nonstick doctor --store URL" in ended.stderr
     assert "secret" not in ended.stderr
     assert "Traceback" not in ended.stderr
 

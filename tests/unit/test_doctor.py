@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import redis.asyncio as redis
+from fastmcp import FastMCP
 from mcp.server import MCPServer, Server
 
 import nonstick
 from nonstick import doctor
+from nonstick.adopt import Adopted
 from nonstick.cluster import Cluster
 from nonstick.doctor import as_json, as_text, diagnose, failed
 from nonstick.errors import SessionNotFound, StoreUnavailable
@@ -221,14 +223,16 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Cluster, "_made", type(Cluster._made)())
 
 
-def low_level(server: MCPServer | Server[Any]) -> Server[Any]:
-    return nonstick.app(server, store="memory:").manager.app
+def adopted(server: Any) -> Adopted:
+    """What `nonstick.app` makes of it."""
+    found: Adopted = nonstick.app(server, store="memory:").state.nonstick
+    return found
 
 
 @pytest.mark.usefixtures("alone")
 def test_server_without_a_cluster_is_told_with_the_lines_to_add() -> None:
     """Both things that clients of 2026-07-28 need shared are missed on other nodes."""
-    (finding,) = check_shared([low_level(MCPServer("x"))])
+    (finding,) = check_shared(adopted(MCPServer("x")))
     assert finding.level == "warning"
     assert "subscriptions/listen" in finding.text
     assert "requestState" in finding.text
@@ -241,7 +245,7 @@ def test_server_with_a_cluster_is_well() -> None:
     cluster = nonstick.Cluster()
     security = cluster.request_state_security
     server = MCPServer("x", subscriptions=cluster.subscription_bus, request_state_security=security)
-    assert [finding.level for finding in check_shared([low_level(server)])] == ["ok"]
+    assert [finding.level for finding in check_shared(adopted(server))] == ["ok"]
 
 
 @pytest.mark.usefixtures("alone")
@@ -249,15 +253,25 @@ def test_half_of_a_cluster_is_told() -> None:
     """What nobody has taken is in no server."""
     cluster = nonstick.Cluster()
     server = MCPServer("x", subscriptions=cluster.subscription_bus)
-    (finding,) = check_shared([low_level(server)])
+    (finding,) = check_shared(adopted(server))
     assert "subscriptions/listen" not in finding.text
     assert "requestState" in finding.text
 
 
 @pytest.mark.usefixtures("alone")
+def test_fastmcp_server_without_a_cluster_is_told_in_its_own_words() -> None:
+    """It seals each requestState, and gets its bus from nonstick."""
+    (finding,) = check_shared(adopted(FastMCP("x")))
+    assert "mcp = FastMCP(..., request_state_security=cluster.request_state_security)" in finding.advice
+    cluster = nonstick.Cluster()
+    server: FastMCP[Any] = FastMCP("x", request_state_security=cluster.request_state_security)
+    assert [finding.level for finding in check_shared(adopted(server))] == ["ok"]
+
+
+@pytest.mark.usefixtures("alone")
 def test_server_that_needs_nothing_shared_is_well() -> None:
     """A low-level server without `subscriptions/listen` that seals no requestState."""
-    assert [finding.level for finding in check_shared([low_level(Server("x"))])] == ["ok"]
+    assert [finding.level for finding in check_shared(adopted(Server("x")))] == ["ok"]
 
 
 # ---- what is shown

@@ -28,7 +28,7 @@ def open_store(store: str | Store) -> Store:
     * `redis+cluster://host:port,host:port`, `redis+sentinel://host:port,host:port/service/db`, with `rediss+` for TLS:
       a Cluster, or the primary that Sentinels name.
     * `postgresql://`, `postgres://`: PostgreSQL. `?schema=name` puts everything under that schema; `listen_dsn`,
-      `prepared`, `unlogged` and `pool_size` are described at `PostgresStore`.
+      `prepared`, `unlogged`, `migrate` and `pool_size` are described at `PostgresStore`.
 
     Connects to nothing and opens no file: entering the store does.
 
