@@ -49,7 +49,11 @@ def _named(fault: Fault) -> str:
 
 
 @pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize("fault", [cut, silent, mute, deaf, too_slow], ids=_named)
+@pytest.mark.parametrize(
+    "fault",
+    [cut, pytest.param(silent, marks=pytest.mark.slow), pytest.param(mute, marks=pytest.mark.slow), deaf, too_slow],
+    ids=_named,
+)
 @pytest.mark.parametrize("place", ["valkey", pytest.param("postgres", marks=pytest.mark.slow)], indirect=True)
 async def test_node_that_is_cut_off_says_503_and_its_streams_go_on_afterwards(
     place: Place, proxy: FaultProxy, fault: Fault
@@ -84,7 +88,7 @@ async def test_node_that_is_cut_off_says_503_and_its_streams_go_on_afterwards(
     ("place", "milliseconds"),
     [
         ("valkey", 50),
-        ("postgres", 50),
+        pytest.param("postgres", 50, marks=pytest.mark.slow),
         pytest.param("valkey", 500, marks=pytest.mark.slow),
     ],
     indirect=["place"],

@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar
 from nonstick.errors import StoreUnavailable
 from nonstick.security import without_text
 from nonstick.stores.redis_url import Address
-from nonstick.stores.resp import ServerError, Wire, backoff, open_wire, pack, refusal
+from nonstick.stores.resp import ServerError, Wire, backoff, is_alive, open_wire, pack, refusal
 
 __all__ = ["Subscriber"]
 
@@ -170,6 +170,9 @@ class Subscriber(Generic[T]):
         logger.warning("lost the subscription at %s: %s", self._address.url, reason)
 
     def _on_reply(self, reply: Any) -> None:
+        if isinstance(reply, ServerError) and is_alive(reply):
+            self._ponged = True
+            return
         if isinstance(reply, ServerError):
             logger.error("a subscription at %s was refused: %s", self._address.url, refusal(str(reply)))
             return

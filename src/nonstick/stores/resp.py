@@ -42,6 +42,7 @@ __all__ = [
     "ask",
     "backoff",
     "discard",
+    "is_alive",
     "open_wire",
     "pack",
     "refusal",
@@ -116,6 +117,11 @@ class Demoted(StoreUnavailable):
 
 
 _KINDS: Final = {"TRYAGAIN": TryAgain, "READONLY": Demoted}
+
+
+def is_alive(reply: ServerError) -> bool:
+    """Whether a PING was answered so: a server that cannot save to disk refuses it, and answers every read."""
+    return str(reply).startswith("MISCONF")
 
 
 def refusal(message: str) -> StoreUnavailable:
@@ -259,7 +265,7 @@ async def _log_in(wire: Wire, address: Address, name: str) -> None:
         # Only for whoever looks at CLIENT LIST: a proxy in between may refuse it.
         commands.insert(-1, ("CLIENT", "SETNAME", name))
     for command, reply in zip(commands, await _exchange(wire, commands), strict=True):
-        if isinstance(reply, ServerError) and command[0] != "CLIENT":
+        if isinstance(reply, ServerError) and command[0] != "CLIENT" and not is_alive(reply):
             raise refusal(str(reply))
 
 

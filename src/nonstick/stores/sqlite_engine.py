@@ -29,7 +29,7 @@ class Engine:
     def __init__(self, file: DatabaseFile) -> None:
         self.file = file
         self._inline: sqlite3.Connection | None = None
-        self._opening: asyncio.Task[sqlite3.Connection] | None = None
+        self._opening: asyncio.Task[None] | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._patient: sqlite3.Connection | None = None  # the thread's
 
@@ -54,12 +54,14 @@ class Engine:
             StoreUnavailable: The file cannot be opened, or the store is not entered.
             ConfigurationError: See `DatabaseFile.connect`.
         """
-        if self._inline is not None:
-            return self._inline
-        if self._opening is None:
-            self._opening = asyncio.create_task(self._open(), name="nonstick: open SQLite")
-        # Shielded: others wait for it too.
-        return await asyncio.shield(self._opening)
+        # It may have been dropped again by somebody who got it a moment earlier.
+        while self._inline is None:
+            if self._opening is None:
+                self._opening = asyncio.create_task(self._open(), name="nonstick: open SQLite")
+                self._opening.add_done_callback(_look_at)
+            # Shielded: others wait for it too.
+            await asyncio.shield(self._opening)
+        return self._inline
 
     async def run(self, work: Work[T]) -> T:
         """Does `work`: one statement, or one transaction. It may be called several times, of which one counts.
@@ -67,7 +69,7 @@ class Engine:
         Raises:
             StoreUnavailable: For every error of SQLite.
         """
-        db = self._inline or await self.connection()
+        db = await self.connection()
         try:
             return work(db)
         except sqlite3.Error as error:
@@ -94,14 +96,13 @@ class Engine:
             raise StoreUnavailable(f"{self.file.url} is not open")
         return self._thread
 
-    async def _open(self) -> sqlite3.Connection:
+    async def _open(self) -> None:
         try:
             self._inline = await asyncio.get_running_loop().run_in_executor(self._pool(), self.file.connect)
         except sqlite3.Error as error:
             raise self.file.unavailable(error) from error
         finally:
             self._opening = None
-        return self._inline
 
     def _insist(self, work: Work[T], deadline: float) -> T:
         """In the thread: tries until the lock is free."""
@@ -131,3 +132,9 @@ class Engine:
         if self._patient is not None:
             self._patient.close()
             self._patient = None
+
+
+def _look_at(task: asyncio.Task[None]) -> None:
+    """Nobody may wait any more to hear how this ended."""
+    if not task.cancelled():
+        task.exception()
