@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import logging
 import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import Any, Final
 
 from nonstick import doctor, logs, migrate
 from nonstick.errors import ConfigurationError, StoreUnavailable
@@ -85,6 +87,9 @@ examples:
   nonstick migrate --store postgresql://owner@db/app --dry-run             what would be done
   nonstick migrate --store postgresql://owner@db/app --print-sql | less    for whoever runs SQL on that server
 """
+_OF_THEIR_OWN: Final = ("store", "host", "path", "answer", "grace", "lease")
+_WORDS: Final = ("second_listener", "reexecute", "node_name")
+_OBJECTS: Final = ("server", "cluster", "transport_security", "auth", "token_verifier", "auth_server_provider")
 
 _DEMO = """\
 examples:
@@ -117,6 +122,7 @@ def _serve(options: argparse.Namespace) -> int:
     from nonstick import serving  # here, because `--help` needs no web server
 
     fields = {name: value for name, value in vars(options).items() if name in serving.Settings.__dataclass_fields__}
+    fields["options"] = dict(options.options)
     fields["store"] = options.store or os.environ.get("NONSTICK_STORE") or serving.DEFAULT_STORE
     return serving.serve(serving.Settings(**fields))
 
@@ -223,6 +229,16 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "a request that it ran gets an error. Default: 12",
     )
     parser.add_argument(
+        "--set",
+        dest="options",
+        action="append",
+        type=_option,
+        default=[],
+        metavar="NAME=VALUE",
+        help="any other setting of nonstick.app(), say max_sessions=50000 or send_timeout=10; may be given several "
+        "times. The limits and their defaults are in docs/limits.md",
+    )
+    parser.add_argument(
         "--log-format",
         choices=("text", "json"),
         default="text",
@@ -310,6 +326,24 @@ def _seconds(text: str) -> float:
 
 def _lease(text: str) -> float:
     return _number(text, 1, 86_400, "a number of seconds (1 to 86400)")
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    if not name.isidentifier() or not value:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    if name in _OF_THEIR_OWN:
+        raise argparse.ArgumentTypeError(f"{name!r} has an option of its own: --{name}")
+    if name in _OBJECTS:
+        raise argparse.ArgumentTypeError(f"{name!r} can only be given to nonstick.app(), in Python")
+    if name in _WORDS:
+        return name, value
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{value!r} is no value of {name}: give a number, true, false or null"
+        ) from None
 
 
 def _path(text: str) -> str:

@@ -41,7 +41,8 @@ class Kind(IntEnum):
 
     OPENED = ord("o")
     """A POST became a stream. Body: `{"node", "attempt", "request"}`. With `"relay"` (`{"http", "since", "version"}`)
-    its session's owner is to run the request, once it took the stream over."""
+    its session's owner is to run the request, once it took the stream over. With `"partial"` the request stands there
+    without its arguments, and cannot be run again."""
     MESSAGE = ord("m")
     """A JSON-RPC message to the client, on this event's stream. Body: the message."""
     TERMINAL = ord("t")

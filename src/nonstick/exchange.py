@@ -42,9 +42,10 @@ from nonstick.errors import (
     TooManySessions,
 )
 from nonstick.events import EventId, Kind, cursor_text, decode, draft
+from nonstick.limits import LONGEST_METHOD
 from nonstick.node import EVERYBODY
 from nonstick.offers import initialization
-from nonstick.record import opening_fields, subscription_field
+from nonstick.record import UNCONFIRMED, opening_fields, subscription_field
 from nonstick.security import without_text
 from nonstick.session import Session, request_key
 from nonstick.store import NEW_STREAM, Batch, Cursor, Draft, Event
@@ -72,6 +73,7 @@ _ATTEMPTS: Final = 1 << 50
 _UNSENT: Final = 1000
 """Messages of one request that wait for a store that is away; beyond that the oldest are dropped."""
 
+_FULL: Final = wire.Refusal(503, "Too many open sessions", INTERNAL_ERROR, retry_after=10)
 _TOO_MANY: Final = wire.Refusal(
     429, "Too many sessions of this principal are open; end one with DELETE, or wait until one expires", retry_after=10
 )
@@ -111,6 +113,7 @@ class Exchange:
         self.session = session
         self.message = message
         self.key = request_key(message.id)
+        self._request = request
         self.head = head
         self.stream = 0
         # From a random number on: should the store lose this stream, another one takes its name, and is not this one.
@@ -151,8 +154,7 @@ class Exchange:
 
     async def serve(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
         """Runs the request and writes its response. `headers` go out with every response of the session."""
-        self.session.exchanges[self.key] = self
-        self.session.spawn(self._run())
+        self._start()
         try:
             # A caller that is cancelled leaves the handler alone.
             outcome = await asyncio.shield(self._outcome)
@@ -193,8 +195,12 @@ class Exchange:
         """Runs a request that was taken over, for those who read its stream."""
         self._outlet.leave()
         self._outcome.set_result(None)
+        self._start()
+
+    def _start(self) -> None:
         self.session.exchanges[self.key] = self
-        self.session.spawn(self._run())
+        # Its connection holds the same place: it takes one until both have ended.
+        self.session.node.requests.held_while(self._request, self.session.spawn(self._run()))
 
     # ---- the handler's side
 
@@ -314,6 +320,8 @@ class Exchange:
                     return
                 self._answer_with(body)
             self.session.state.saved(changes)
+            if self._failure is None:
+                self.session.confirm()
 
     def _changes(self, body: bytes) -> tuple[bytes, dict[str, bytes | None]]:
         """The answer, which is an error if state cannot be saved, and the state to save in either case."""
@@ -390,14 +398,16 @@ class Exchange:
         fields |= session.node.placement.opening_fields()
         # Before the session is there: what comes later it is to hear, what came before it may (P11).
         fields["heard"] = (cursor_text(session.node.cluster.broadcasts.head) or "").encode()
+        fields |= UNCONFIRMED if settings.confirms else {}
         try:
             await session.node.store.create(
-                session.key, fields, lifetime=settings.lifetime, limits=settings.session_limits(self._principal)
+                session.key, fields, lifetime=settings.first_lifetime, limits=settings.session_limits(self._principal)
             )
         except TooManySessions as error:
-            self._answer_with(wire.unavailable("Too many open sessions") if error.group == EVERYBODY else _TOO_MANY)
+            self._answer_with(_FULL if error.group == EVERYBODY else _TOO_MANY)
             return
         self._visible = True
+        session.unconfirmed = settings.confirms
         session.node.sessions[session.key] = session
         session.state.saved(changes)
         session.node.placement.opened(session)
@@ -526,6 +536,11 @@ class Exchange:
     def _opened(self) -> Draft:
         message = self.message.model_dump(mode="json", by_alias=True, exclude_unset=True)
         body = {"node": self.session.node.id, "attempt": self.attempt, "request": message}
+        if self._settings.reexecute == "never":
+            # Nobody needs its arguments again, which may be long (P10), and secret.
+            name = (self.message.params or {}).get("name")
+            message["params"] = {"name": name[:LONGEST_METHOD]} if isinstance(name, str) else {}
+            body["partial"] = True
         return draft(Kind.OPENED, pydantic_core.to_json(body))
 
     def _event_id(self, cursor: Cursor) -> str:

@@ -260,7 +260,7 @@ class Holding:
         message = JSONRPCNotification.model_validate(body["notification"], by_name=False)
         request = portable.unpack(body["http"], self.session.id)
         with portable.acting_for(request):
-            self.session.spawn_notice(notice.handle(self.session, message, request))
+            self.session.spawn_notice(notice.handle(self.session, message, request), request)
 
     # ---- relayed requests
 

@@ -34,7 +34,7 @@ from mcp.server.transport_security import (
     TransportSecurityMiddleware,
     TransportSecuritySettings,
 )
-from mcp.shared.inbound import MCP_PROTOCOL_VERSION_HEADER
+from mcp.shared.inbound import MCP_METHOD_HEADER, MCP_PROTOCOL_VERSION_HEADER
 from mcp.shared.jsonrpc_dispatcher import cancelled_request_id_from_params, progress_token_from_params
 from mcp_types import (
     DEFAULT_NEGOTIATED_VERSION,
@@ -59,14 +59,15 @@ from nonstick import notice, portable, wire
 from nonstick.cluster import Cluster
 from nonstick.encryption import EncryptedStore
 from nonstick.errors import ConfigurationError, NonstickError, NotRunning, SessionNotFound, StoreUnavailable
-from nonstick.events import parse_event_id
+from nonstick.events import EventId, parse_event_id
 from nonstick.exchange import Answer, Exchange
 from nonstick.guard import GuardedStore
+from nonstick.limits import check_headers, check_names, in_time
 from nonstick.listener import Listener, Reader, Resumption
 from nonstick.node import Node, Settings
 from nonstick.offers import offer
 from nonstick.placement import Rehydrate
-from nonstick.record import Record
+from nonstick.record import CONFIRMED, Record
 from nonstick.relay import Relay, relay_notice
 from nonstick.security import json_depth_exceeds, new_session_id, principal_of, session_key, valid_session_id
 from nonstick.session import Session, as_number, request_key
@@ -97,7 +98,7 @@ _LONGEST_URI: Final = 2048
 """Characters of a resource's URI that a record keeps."""
 
 _MAY_BE_ZERO: Final = ("window", "grace")
-_MAY_BE_NONE: Final = ("max_sessions_per_principal",)
+_MAY_BE_NONE: Final = ("max_sessions_per_principal", "unconfirmed_lifetime")
 
 _HOW_TO_RUN: Final = (
     "nonstick is not running in this process: its lifespan was not entered. Run the app itself with an ASGI server, "
@@ -113,13 +114,19 @@ class Options(TypedDict, total=False):
     answer: Answer
     window: float
     max_sessions_per_principal: int | None
+    unconfirmed_lifetime: float | None
     max_streams: int
+    max_streams_per_node: int
+    max_listeners: int
+    max_listeners_per_node: int
     max_log_events: int
     max_log_bytes: int
     max_json_depth: int
+    max_header_bytes: int
     max_subscriptions: int
     max_initialize_bytes: int
     send_timeout: float
+    receive_timeout: float
     ping_interval: float
     grace: float
     lease: float
@@ -374,13 +381,24 @@ class SessionManager:
             return
         if self._node_header:
             send = _with_header(send, (b"nonstick-node", self._node.name.encode()))
-        name = MCP_PROTOCOL_VERSION_HEADER.encode()
-        version = next((v.decode("latin-1") for k, v in scope["headers"] if k == name), None)
-        if self.stateless or (version is not None and version not in HANDSHAKE_PROTOCOL_VERSIONS):
-            # Newer clients have no session: the SDK's own manager serves them.
+        version = _header(scope, MCP_PROTOCOL_VERSION_HEADER)
+        try:
+            check_headers(scope, self.settings.max_header_bytes)
+            receive = in_time(receive, self.settings.receive_timeout)
+            if self.stateless or (version is not None and version not in HANDSHAKE_PROTOCOL_VERSIONS):
+                await self._serve_sessionless(self._node, scope, receive, send)
+            else:
+                await self._limited(scope, receive, send)
+        except wire.Refusal as refusal:
+            # What is still to come of the request is not waited for.
+            await refusal.send(send, [(b"connection", b"close")])
+
+    async def _serve_sessionless(self, node: Node, scope: Scope, receive: Receive, send: Send) -> None:
+        """Newer clients have no session: the SDK's own manager serves them."""
+        room = node.listeners if _header(scope, MCP_METHOD_HEADER) == "subscriptions/listen" else node.requests
+        room.check()
+        with room.held(object()):
             await self._modern.handle_request(scope, receive, send)
-            return
-        await self._limited(scope, receive, send)
 
     async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
@@ -415,7 +433,8 @@ class SessionManager:
         if request.method == "POST":
             message = await self._parse(request)
             if not (isinstance(message, JSONRPCRequest) and message.method == "initialize"):
-                raise wire.MISSING_ID
+                raise wire.missing_id()
+            node.requests.check()
             self._check_initialize(message)
             routed = request.scope.get(TRANSPORT)
             session_id = new_session_id() if routed is None else routed.open()
@@ -432,14 +451,15 @@ class SessionManager:
                 principal=principal_of(request.scope),
                 opens=True,
             )
-            await exchange.serve(send, [_session_header(session_id)])
+            with node.requests.held(request):
+                await exchange.serve(send, [_session_header(session_id)])
         elif request.method == "GET":
             _check_accepts_stream(request)
-            raise wire.MISSING_ID
+            raise wire.missing_id()
         elif request.method == "DELETE":
-            raise wire.MISSING_ID
+            raise wire.missing_id()
         else:
-            raise _METHOD
+            raise _no_such_method()
 
     async def _serve_session(
         self, request: Request, session_id: str, receive: Receive, send: Send, headers: list[tuple[bytes, bytes]]
@@ -455,6 +475,10 @@ class SessionManager:
             except wire.Refusal as refusal:
                 # Whether there is such a session is said first, as the SDK does.
                 problem = refusal
+        if isinstance(message, JSONRPCRequest):
+            node.requests.check()
+        elif request.method == "GET":
+            node.listeners.check()
         key = self.key(session_id)
         sent_once = isinstance(message, JSONRPCNotification | JSONRPCResponse | JSONRPCError)
         loaded = await node.store.load(key, patience=_NOTICE_PATIENCE if sent_once else None)
@@ -475,7 +499,7 @@ class SessionManager:
         elif request.method == "DELETE":
             await self._delete(key, send, headers)
         else:
-            raise _METHOD
+            raise _no_such_method()
 
     async def _parse(self, request: Request) -> JSONRPCMessage:
         """The one JSON-RPC message in this body.
@@ -506,13 +530,15 @@ class SessionManager:
         if body.count(b"[") + body.count(b"{") > limit and json_depth_exceeds(raw, limit):
             raise wire.Refusal(400, f"Parse error: nested in more than {limit} levels", PARSE_ERROR)
         try:
-            return jsonrpc_message_adapter.validate_python(raw, by_name=False)
+            parsed = jsonrpc_message_adapter.validate_python(raw, by_name=False)
         except ValidationError:
             raise wire.Refusal(
                 400,
                 "Validation error: the body must be one JSON-RPC 2.0 request, notification or response",
                 INVALID_PARAMS,
             ) from None
+        check_names(parsed)
+        return parsed
 
     # ---- POST
 
@@ -551,7 +577,7 @@ class SessionManager:
             )
         with _as_relayed(session, request) as request:
             # In the background: the client waits for no handler of a notification (as the SDK).
-            session.spawn_notice(notice.handle(session, message, request))
+            session.spawn_notice(notice.handle(session, message, request), request)
 
     async def _serve_request(
         self,
@@ -586,9 +612,10 @@ class SessionManager:
             version = session.connection.protocol_version
         if elsewhere is not None:
             relay = Relay(session, message, request, owner=elsewhere, since=loaded.head, version=version)
-            await relay.serve(request.receive, send, headers)
+            with session.node.requests.held(request):
+                await relay.serve(request.receive, send, headers)
             return
-        with _as_relayed(session, request) as request:
+        with _as_relayed(session, request) as request, session.node.requests.held(request):
             exchange = Exchange(session, message, request, head=loaded.head, protocol_version=version)
             await exchange.serve(send, headers)
 
@@ -615,7 +642,13 @@ class SessionManager:
         params = message.params or {}
         match message.method:
             case "notifications/initialized" if not session.connection.initialized.is_set():
-                await session.node.store.update(session.key, {"initialized": b"1"}, patience=_NOTICE_PATIENCE)
+                changes: dict[str, bytes | None] = {"initialized": b"1"}
+                lifetime = None
+                if session.unconfirmed:
+                    changes |= CONFIRMED
+                    lifetime = self.settings.lifetime
+                    session.unconfirmed = False
+                await session.node.store.update(session.key, changes, lifetime=lifetime, patience=_NOTICE_PATIENCE)
             case "notifications/cancelled":
                 request_id = cancelled_request_id_from_params(params)
                 if request_id is not None:
@@ -648,16 +681,23 @@ class SessionManager:
             place = parse_event_id(text, session.id) if text else None
             if text and place is None:
                 raise wire.Refusal(400, "Bad Request: Last-Event-ID is not an id that this session's streams sent")
-            reader: Reader
-            if place is not None and place.stream != STANDALONE:
-                reader = resumption = Resumption(session, place)
-                await resumption.prepare()
-            else:
-                primes = is_version_at_least(session.connection.protocol_version, "2025-11-25")
-                reader = listener = Listener(session, place, primes=primes)
-                if not await listener.prepare(reject=self.settings.second_listener == "reject"):
-                    raise wire.Refusal(409, "Conflict: Only one SSE stream is allowed per session")
-            await reader.serve(receive, send, headers)
+            resumes = place is not None and place.stream != STANDALONE
+            room = session.resumptions if resumes else session.listeners
+            room.check()
+            with room.held(request), session.node.listeners.held(request):
+                reader = await self._reader(session, place)
+                await reader.serve(receive, send, headers)
+
+    async def _reader(self, session: Session, place: EventId | None) -> Reader:
+        if place is not None and place.stream != STANDALONE:
+            resumption = Resumption(session, place)
+            await resumption.prepare()
+            return resumption
+        primes = is_version_at_least(session.connection.protocol_version, "2025-11-25")
+        listener = Listener(session, place, primes=primes)
+        if not await listener.prepare(reject=self.settings.second_listener == "reject"):
+            raise wire.Refusal(409, "Conflict: Only one SSE stream is allowed per session")
+        return listener
 
     async def _delete(self, key: str, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
         node = self._running()
@@ -678,12 +718,19 @@ def _as_relayed(session: Session, request: Request) -> Iterator[Request]:
         yield request
 
 
-_METHOD: Final = wire.Refusal(405, "Method Not Allowed", allow="GET, POST, DELETE")
+def _no_such_method() -> wire.Refusal:
+    return wire.Refusal(405, "Method Not Allowed", allow="GET, POST, DELETE")
 
 
 def _check_accepts_stream(request: Request) -> None:
     if not check_accept_headers(request)[1]:
         raise wire.Refusal(406, "Not Acceptable: Client must accept text/event-stream")
+
+
+def _header(scope: Scope, name: str) -> str | None:
+    """The first header of this name, which is in lower case."""
+    wanted = name.encode()
+    return next((value.decode("latin-1") for key, value in scope["headers"] if key == wanted), None)
 
 
 def _session_header(session_id: str) -> tuple[bytes, bytes]:

@@ -22,6 +22,7 @@ from mcp_types import INTERNAL_ERROR, ErrorData
 from nonstick.cluster import CLUSTER_KEY, Cluster
 from nonstick.errors import StoreError, StoreUnavailable
 from nonstick.guard import GuardedStore
+from nonstick.limits import Room
 from nonstick.placement import Placement, Rehydrate
 from nonstick.security import principal_group, without_text
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from nonstick.listener import Reader
     from nonstick.session import Session
 
-__all__ = ["EVERYBODY", "SHUT_DOWN", "Counters", "Node", "Settings"]
+__all__ = ["EVERYBODY", "SEND_TIMEOUT", "SHUT_DOWN", "Counters", "Node", "Settings"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,9 @@ store then gets to take the end."""
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 
+SEND_TIMEOUT: Final = 30.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """What can be set. Times are in seconds, unless said otherwise."""
@@ -65,18 +69,31 @@ class Settings:
     """Live sessions in the store."""
     max_sessions_per_principal: int | None = 1000
     """Live sessions in the store of one authenticated principal."""
+    unconfirmed_lifetime: float | None = 60.0
+    """How long a session lives that was opened and not used yet: until `notifications/initialized` or its first
+    successful request. None for as long as any other."""
     max_streams: int = 128
-    """Requests of one session that run on this node at once."""
+    """Requests of one session that run on this node at once; and of its GETs, those that resume a request's stream."""
+    max_streams_per_node: int = 4096
+    """Requests, of all sessions, that run on this node at once or whose answers are on their way out."""
+    max_listeners: int = 32
+    """GETs of one session that are connections to its standalone stream on this node."""
+    max_listeners_per_node: int = 4096
+    """GETs, of all sessions, that are open on this node."""
     max_log_events: int = 10_000
     max_log_bytes: int = 16 * 1024 * 1024
     """A session's log; over it, finished streams and then the standalone stream's oldest events are dropped."""
     max_json_depth: int = 64
+    max_header_bytes: int = 32 * 1024
+    """All headers of a request together."""
     max_subscriptions: int = 1000
     """Resources that one session is subscribed to."""
     max_initialize_bytes: int = 64 * 1024
     """What a client says of itself when it opens a session, which the record keeps."""
-    send_timeout: float = 30.0
+    send_timeout: float = SEND_TIMEOUT
     """A client that takes nothing for so long is cut off."""
+    receive_timeout: float = 60.0
+    """A client whose request has not arrived whole after so long is cut off."""
     ping_interval: float = 15.0
     """Between comments on a silent stream, which keep proxies from closing it."""
     grace: float = 20.0
@@ -91,6 +108,16 @@ class Settings:
     """Builds what an owner holds of a session anew, on the node that takes its place."""
     second_listener: Literal["takeover", "reject"] = "takeover"
     reexecute: Literal["never", "idempotent"] = "never"
+
+    @property
+    def first_lifetime(self) -> float:
+        """The lifetime of a session that was just opened."""
+        return self.lifetime if self.unconfirmed_lifetime is None else min(self.unconfirmed_lifetime, self.lifetime)
+
+    @property
+    def confirms(self) -> bool:
+        """Whether a session gets its full lifetime only once it is used."""
+        return self.first_lifetime < self.lifetime
 
     def session_limits(self, principal: bytes) -> dict[str, int]:
         """The groups that a session of this principal is counted in, and how many each may hold (P10)."""
@@ -135,6 +162,12 @@ class Node:
         self.counters = Counters()
         self.sessions: dict[str, Session] = {}
         self.readers: set[Reader] = set()
+        self.requests = Room(
+            settings.max_streams_per_node, 503, "This node is running as many requests as it may; try again"
+        )
+        self.listeners = Room(
+            settings.max_listeners_per_node, 503, "As many streams are open on this node as it may keep; try again"
+        )
         self.draining = False
         """Other nodes are to take what comes."""
         self._left = asyncio.Event()
@@ -148,7 +181,9 @@ class Node:
         self._keeper.start()
         self._stack.push_async_callback(self._keeper.stop)
         self.spawn(self._keeper.tick())
-        self.spawn(self._touch())
+        self.spawn(self._touch(min(self.settings.lifetime / 5, 60.0)))
+        if self.settings.confirms:
+            self.spawn(self._touch(self.settings.first_lifetime / 5, unconfirmed=True))
         return self
 
     async def __aexit__(
@@ -183,13 +218,14 @@ class Node:
             else:
                 logger.error("a background task failed", exc_info=without_text(error))
 
-    async def _touch(self) -> None:
-        """Sessions with open streams or running handlers do not expire."""
+    async def _touch(self, period: float, *, unconfirmed: bool = False) -> None:
+        """Sessions with open streams or running handlers do not expire, nor do those that are `unconfirmed` yet."""
         while True:
-            await asyncio.sleep(min(self.settings.lifetime / 5, 60.0))
-            active = [key for key, session in self.sessions.items() if session.is_active]
+            await asyncio.sleep(period)
+            sessions = self.sessions.items()
+            keys = [key for key, session in sessions if session.is_active and session.unconfirmed >= unconfirmed]
             try:
-                await self.store.touch([*active, CLUSTER_KEY])
+                await self.store.touch(keys if unconfirmed else [*keys, CLUSTER_KEY])
             except StoreUnavailable:
                 logger.warning("the store cannot be reached: open sessions could not be renewed")
 

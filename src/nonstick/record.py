@@ -1,8 +1,9 @@
 """The session record: the few fields from which any node rebuilds a session (P2).
 
 Field names in the store: `v` format, `protocol`, `client` (the initialize params), `principal`, `initialized`, `level`,
-`owner` the node that holds the session, `sub:<hash>` one a resource subscription, `state:<key>` one a key of session
-state, `heard` where the session begins in the cluster log. A field that this version does not know is left alone (P12).
+`unconfirmed` if it was opened with a short lifetime and is not used yet, `owner` the node that holds the session,
+`sub:<hash>` one a resource subscription, `state:<key>` one a key of session state, `heard` where the session begins in
+the cluster log. A field that this version does not know is left alone (P12).
 """
 
 from __future__ import annotations
@@ -20,7 +21,17 @@ from nonstick.errors import StateNotJSON, StoreUnavailable
 from nonstick.events import parse_cursor
 from nonstick.store import Cursor
 
-__all__ = ["LOST", "OWNER", "RELEASED", "Record", "SessionState", "opening_fields", "subscription_field"]
+__all__ = [
+    "CONFIRMED",
+    "LOST",
+    "OWNER",
+    "RELEASED",
+    "UNCONFIRMED",
+    "Record",
+    "SessionState",
+    "opening_fields",
+    "subscription_field",
+]
 
 FORMAT: Final = b"1"
 STATE: Final = "state:"
@@ -32,6 +43,12 @@ RELEASED: Final = ""
 LOST: Final = "!"
 """As owner: the one that held it is gone, and the session with it. No node's id, for those end in a random number."""
 
+UNCONFIRMED: Final[Mapping[str, bytes]] = {"unconfirmed": b"1"}
+"""Of a session that has its first, short lifetime."""
+
+CONFIRMED: Final[Mapping[str, None]] = dict.fromkeys(UNCONFIRMED)
+"""The change that goes with the full lifetime."""
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -41,6 +58,7 @@ class Record:
     client_params: InitializeRequestParams
     principal: bytes
     initialized: bool
+    unconfirmed: bool
     log_level: str | None
     subscriptions: frozenset[str]
     state: dict[str, bytes] = field(default_factory=dict[str, bytes])
@@ -66,6 +84,7 @@ class Record:
             client_params=_client_params(fields["client"]),
             principal=fields.get("principal", b""),
             initialized="initialized" in fields,
+            unconfirmed="unconfirmed" in fields,
             log_level=None if level is None else level.decode(),
             subscriptions=frozenset(v.decode() for k, v in fields.items() if k.startswith(SUBSCRIPTION)),
             state={k[len(STATE) :]: v for k, v in fields.items() if k.startswith(STATE)},

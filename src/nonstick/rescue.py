@@ -60,6 +60,7 @@ class Rescue:
         self._request = JSONRPCRequest.model_validate(body["request"], by_name=False)
         self._relayed = "relay" in body
         """The session's owner is to run it, and was not seen to do so yet."""
+        self._is_whole = not body.get("partial")
         self._suspected = False
         self._cancelled = False
         self._loop = asyncio.get_running_loop()
@@ -133,7 +134,8 @@ class Rescue:
         if owned:
             await self._session.node.placement.settle(self._session, gone=node)
         safe = not owned and await self._may_repeat()
-        if safe and self._session.node.settings.reexecute == "idempotent" and await self._run_again():
+        again = safe and self._is_whole and self._session.node.settings.reexecute == "idempotent"
+        if again and await self._run_again():
             return
         error = ErrorData(
             code=INTERNAL_ERROR,

@@ -34,6 +34,7 @@ from nonstick.app import app as make_app
 from nonstick.encryption import keys_from
 from nonstick.errors import ConfigurationError, NonstickError, StoreUnavailable
 from nonstick.manager import Options
+from nonstick.node import SEND_TIMEOUT
 from nonstick.shared import check_shared
 from nonstick.store import Store
 from nonstick.stores import open_store
@@ -70,6 +71,8 @@ class Settings:
     answer: Literal["auto", "sse", "json"] = "auto"
     grace: float = 20.0
     lease: float = 12.0
+    options: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    """What else was set, by its name in `nonstick.app`."""
     log_format: logs.Format = "text"
     log_level: str = "info"
 
@@ -182,9 +185,10 @@ class _Deferred:
 
 
 def _application(server: loading.AnyServer, settings: Settings) -> Starlette:
-    options = Options(
+    named = Options(
         answer=settings.answer, grace=settings.grace, lease=settings.lease, encryption_keys=keys_from(os.environ)
     )
+    options: Any = {**settings.options, **named}
     if isinstance(server, Starlette):
         app = server
         take_over(app, store=settings.store, cluster=None, given={}, options=options)
@@ -287,12 +291,25 @@ def _bound(settings: Settings) -> socket.socket:
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _cut_off_the_unreachable(listener, settings)
         listener.bind(address)
     except OSError as error:
         listener.close()
         raise ConfigurationError(_bind_failed(error, host, port)) from error
     listener.set_inheritable(True)
     return listener
+
+
+def _cut_off_the_unreachable(listener: socket.socket, settings: Settings) -> None:
+    """Has the kernel drop connections whose other side takes nothing, or is gone without a word (P10).
+
+    A node that gives a client up can only ask for the connection to be closed, and that waits until what was written is
+    taken: for ever, if the client never reads. Connections inherit this from the socket that they come in by.
+    """
+    option = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux has it
+    patience = settings.options.get("send_timeout", SEND_TIMEOUT)
+    if option is not None and isinstance(patience, int | float):
+        listener.setsockopt(socket.IPPROTO_TCP, option, math.ceil(2000 * min(patience, 86_400)))
 
 
 def _bind_failed(error: OSError, host: str, port: int) -> str:

@@ -26,12 +26,14 @@ from mcp.shared.dispatcher import CallOptions, ProgressFnT, coerce_request_id
 from mcp.shared.exceptions import MCPError
 from mcp_types import CONNECTION_CLOSED, REQUEST_TIMEOUT, ErrorData, RequestId
 from mcp_types.version import LATEST_HANDSHAKE_VERSION
+from starlette.requests import Request
 
 from nonstick import wire
 from nonstick.errors import Diverged, NotPending, SessionNotFound, StoreUnavailable
 from nonstick.events import Kind, body_of, decode, draft, kind_of
 from nonstick.follow import Follower
-from nonstick.record import Record, SessionState
+from nonstick.limits import Room
+from nonstick.record import CONFIRMED, Record, SessionState
 from nonstick.security import without_text
 from nonstick.sender import Sender
 from nonstick.store import Appended, Batch, Cursor, Draft, Event, Loaded
@@ -173,8 +175,17 @@ class Session:
         """Keys of the requests that came here and run on the session's owner."""
         self.held: Holding | None = None
         """While this node holds the session (`placement="owner"`)."""
+        settings = node.settings
+        self.listeners = Room(
+            settings.max_listeners, 429, "Too many streams of this session are open; close one, or wait for one to end"
+        )
+        self.resumptions = Room(
+            settings.max_streams, 429, "Too many streams of this session are being resumed; wait for one to end"
+        )
         self.notices: set[asyncio.Task[Any]] = set()
         """The handlers of notifications that run here."""
+        self.unconfirmed = False
+        """It was opened, and not used yet: it has its first, short lifetime (P10)."""
         self.log_level: str | None = None
         self.subscriptions: frozenset[str] = frozenset()
         self.head = Cursor(0)
@@ -222,6 +233,7 @@ class Session:
             connection.client_params = record.client_params
         if record.initialized and not connection.initialized.is_set():
             connection.initialized.set()
+        self.unconfirmed = record.unconfirmed
         self.log_level = record.log_level
         self.subscriptions = record.subscriptions
         self.heard = record.heard
@@ -256,9 +268,10 @@ class Session:
         task.add_done_callback(lambda _: self.__exit__())
         return task
 
-    def spawn_notice(self, work: Coroutine[Any, Any, Any]) -> None:
+    def spawn_notice(self, work: Coroutine[Any, Any, Any], request: Request) -> None:
         """As `spawn`, for the handler of a notification: the session's end cancels it (P6)."""
         task = self.spawn(work)
+        self.node.requests.held_while(request, task)
         self.notices.add(task)
         task.add_done_callback(self.notices.discard)
 
@@ -319,6 +332,19 @@ class Session:
         """The node stops, the session does not: what only this node can clean up is cleaned up."""
         self.evict()
         await aclose_shielded(self.connection)
+
+    # ---- its lifetime
+
+    def confirm(self) -> None:
+        """A request of it succeeded: from here on it has its full lifetime."""
+        if self.unconfirmed:
+            self.unconfirmed = False
+            self.spawn(self._confirm())
+
+    async def _confirm(self) -> None:
+        # If the store is away now, the next request does it.
+        with contextlib.suppress(SessionNotFound):
+            await self.node.store.update(self.key, CONFIRMED, lifetime=self.node.settings.lifetime)
 
     # ---- session state
 

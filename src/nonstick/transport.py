@@ -88,6 +88,6 @@ class Session:
             Refusal: This session is open already: its requests carry its id.
         """
         if not self._is_new:
-            raise wire.MISSING_ID
+            raise wire.missing_id()
         self._is_new = False
         return self.id

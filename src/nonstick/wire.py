@@ -15,12 +15,12 @@ from starlette.types import Send
 from nonstick.store import Cursor
 
 __all__ = [
-    "MISSING_ID",
     "SSE_HEADERS",
     "STREAM_LOST",
     "Outlet",
     "Refusal",
     "error_body",
+    "missing_id",
     "notification_body",
     "request_body",
     "result_body",
@@ -79,7 +79,10 @@ class Refusal(Exception):
             await send_body(send, self.status, body, [*headers, JSON_TYPE])
 
 
-MISSING_ID: Final = Refusal(400, "Bad Request: Missing session ID")
+def missing_id() -> Refusal:
+    """400: only `initialize` needs no session id."""
+    # Made anew each time: an exception that is raised twice keeps what the first one's frames held.
+    return Refusal(400, "Bad Request: Missing session ID")
 
 
 def unavailable(message: str) -> Refusal:

@@ -82,6 +82,20 @@ DIFFERENCES: Final = (
         _is("Infinity"),
         lambda sdk: _parse_error("invalid number at line 1 column 89"),
     ),
+    *(
+        Difference(
+            "Names have a longest length",
+            _is(name),
+            lambda sdk, what=what: Outcome(  # type: ignore[misc]
+                400, "application/json", -32600, f"Bad Request: the {what}", named=True
+            ),
+        )
+        for name, what in (
+            ("long id", "request id is longer than 1024 characters"),
+            ("id of many digits", "request id is longer than 63 bits"),
+            ("long method", "method is longer than 256 characters"),
+        )
+    ),
     Difference(
         "JSON has a depth limit",
         _is("deeply nested lists"),

@@ -15,6 +15,7 @@ from nonstick.cluster import CLUSTER_KEY
 from nonstick.events import Kind, kind_of
 from nonstick.exchange import Exchange
 from nonstick.follow import Follower, Subscription
+from nonstick.limits import LONGEST_ID
 from nonstick.listener import Reader
 from nonstick.security import session_key
 from nonstick.session import Session as View
@@ -277,7 +278,7 @@ async def test_cancels_of_requests_that_never_come_do_not_fill_the_record(make_s
     async with staged(make_store) as (stage, *members):
         talking(stage)
         session = await members[0].open()
-        names = [f"{number}" + "x" * 100_000 * (number % 10 == 0) for number in range(MAX_CANCELS + 60)]
+        names = [f"{number}" + "x" * 1_000 * (number % 10 == 0) for number in range(MAX_CANCELS + 60)]
         for number, name in enumerate(names):
             assert (await members[number % 3].post(cancel(name), session)).status_code == 202
         cancels = (await stage.store.load(session_key(session.id))).cancels
@@ -297,7 +298,7 @@ async def test_a_running_request_with_a_long_id_is_cancelled_from_another_node(m
     async with staged(memory, window=0.02) as (stage, a, b, c):
         talking(stage)
         session = await a.open()
-        name = "x" * 10_000
+        name = "x" * LONGEST_ID
         async with posting(b, session, call("count", name, count=0, door="never")) as stream:
             await stage.reached("at never")
             await c.post(cancel(name), session)

@@ -1,0 +1,139 @@
+"""What is admitted: places for what a node or a session does at once, and how long what a client names may be (P10).
+
+Where there is no place the client is told so at once, with when to come back; nothing that runs is ended for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+from mcp.shared.jsonrpc_dispatcher import progress_token_from_params
+from mcp_types import INTERNAL_ERROR, INVALID_REQUEST, JSONRPCMessage, JSONRPCNotification, JSONRPCRequest
+from starlette.types import Message, Receive, Scope
+
+from nonstick import wire
+
+__all__ = ["LONGEST_ID", "LONGEST_METHOD", "Room", "check_headers", "check_names", "in_time"]
+
+LONGEST_ID: Final = 1024
+"""Characters of a request id or a progress token: the log and each of a stream's messages repeat them."""
+
+LONGEST_METHOD: Final = 256
+"""Characters of a method: it is logged, and kept with a stream."""
+
+_LARGEST_NUMBER: Final = 2**63
+"""Beyond any number that a client counts its requests with."""
+
+
+class Room:
+    """So many places. What holds one twice, under the same name, takes one.
+
+    Args:
+        places: How many there are.
+        status: HTTP status of the refusal where none is left: 429 if the client has them, 503 if all clients have.
+        message: What to tell the client.
+    """
+
+    def __init__(self, places: int, status: int, message: str) -> None:
+        self._places = places
+        self._status = status
+        self._code = INVALID_REQUEST if status < 500 else INTERNAL_ERROR
+        self._message = message
+        self._held: Counter[object] = Counter()
+
+    def __len__(self) -> int:
+        """Places that are taken."""
+        return len(self._held)
+
+    def check(self) -> None:
+        """Returns if there is a place.
+
+        Raises:
+            Refusal: There is none.
+        """
+        if len(self._held) >= self._places:
+            raise wire.Refusal(self._status, self._message, self._code, retry_after=1)
+
+    @contextmanager
+    def held(self, name: object) -> Iterator[None]:
+        """Takes a place meanwhile, also where there is none left: see `check`."""
+        self._take(name)
+        try:
+            yield
+        finally:
+            self._give_back(name)
+
+    def held_while(self, name: object, task: asyncio.Task[Any]) -> None:
+        """Takes a place until the task has ended."""
+        self._take(name)
+        task.add_done_callback(lambda _: self._give_back(name))
+
+    def _take(self, name: object) -> None:
+        self._held[name] += 1
+
+    def _give_back(self, name: object) -> None:
+        self._held[name] -= 1
+        if not self._held[name]:
+            del self._held[name]
+
+
+def in_time(receive: Receive, seconds: float) -> Receive:
+    """The same, but a request that is not there whole after so many seconds ends with a `Refusal`."""
+    deadline = asyncio.get_running_loop().time() + seconds
+    whole = False
+
+    async def receive_in_time() -> Message:
+        nonlocal whole
+        if whole:
+            return await receive()
+        try:
+            async with asyncio.timeout_at(deadline):
+                message = await receive()
+        except TimeoutError:
+            what = f"Request Timeout: the request did not arrive within {seconds:g} s"
+            raise wire.Refusal(408, what) from None
+        whole = not message.get("more_body", False)
+        return message
+
+    return receive_in_time
+
+
+def check_headers(scope: Scope, limit: int) -> None:
+    """Returns if this request's headers are together no longer than `limit` bytes.
+
+    Raises:
+        Refusal: They are longer.
+    """
+    size = sum(len(name) + len(value) for name, value in scope["headers"])
+    if size > limit:
+        raise wire.Refusal(431, f"Request Header Fields Too Large: the headers are longer than {limit} bytes")
+
+
+def check_names(message: JSONRPCMessage) -> None:
+    """Returns if this message's method, id and progress token are short enough to be kept.
+
+    Raises:
+        Refusal: One is too long.
+    """
+    if not isinstance(message, JSONRPCRequest | JSONRPCNotification):
+        return
+    if len(message.method) > LONGEST_METHOD:
+        raise _too_long("method", f"{LONGEST_METHOD} characters")
+    if isinstance(message, JSONRPCRequest):
+        _check_id("request id", message.id)
+        _check_id("progress token", progress_token_from_params(message.params))
+
+
+def _check_id(what: str, value: str | int | None) -> None:
+    if isinstance(value, str) and len(value) > LONGEST_ID:
+        raise _too_long(what, f"{LONGEST_ID} characters")
+    if isinstance(value, int) and abs(value) >= _LARGEST_NUMBER:
+        raise _too_long(what, "63 bits")
+
+
+def _too_long(what: str, limit: str) -> wire.Refusal:
+    return wire.Refusal(400, f"Bad Request: the {what} is longer than {limit}", INVALID_REQUEST)
