@@ -78,7 +78,10 @@ async def diagnose(make: Callable[[], Store], *, alone: bool = False) -> list[Fi
             findings += await _try_session(a, b)
             findings.append(await _try_lease(a, b))
     except (StoreUnavailable, ConfigurationError) as error:
-        findings.append(_unreachable(store, error))
+        if not any(finding.subject == "reach" for finding in findings):
+            return [*findings, _unreachable(store, error)]
+        advice = "Put right what it says, then run this again: the rest was not tried."
+        findings.append(Finding("error", "trial", f"the store gave up in the middle: {error}", advice))
     return findings
 
 

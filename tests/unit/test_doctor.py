@@ -129,7 +129,7 @@ class Forbidden(MemoryStore):
         (Immortal, "end"),
         (Lying, "lease"),
         (Stopped, "lease"),
-        (Forbidden, "reach"),
+        (Forbidden, "trial"),
     ],
 )
 async def test_fault_of_a_store_is_an_error_with_advice(kind: type[MemoryStore], subject: str) -> None:
@@ -163,6 +163,20 @@ async def test_store_that_is_away_is_an_error_without_its_password() -> None:
     findings = await diagnose(lambda: open_store(f"redis://user:{SECRET}@127.0.0.1:1/0"))
     assert [(finding.subject, finding.level) for finding in findings] == [("reach", "error")]
     assert SECRET not in as_text(findings) + as_json(findings) + repr(findings)
+
+
+async def test_user_who_may_not_subscribe_hears_no_wakes(server: ValkeyServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The doctor notices what no single command shows: the other node hears nothing."""
+    monkeypatch.setattr(doctor, "WAKE_SECONDS", 0.3)
+    admin: Any
+    async with redis.Redis.from_url(server.url) as admin:
+        await admin.execute_command("ACL", "SETUSER", "deaf", "on", "nopass", "~*", "&*", "+@all", "-subscribe")
+    url = server.url.replace("redis://", f"redis://deaf:{SECRET}@")
+    found = by_subject(await diagnose(lambda: open_store(url)))
+    assert found["wakes"].level == "error"
+    assert "rights on the channels" in found["wakes"].advice
+    assert {one.subject for one in found.values() if one.level == "error"} == {"wakes"}
+    assert SECRET not in repr(found)
 
 
 # ---- SQLite

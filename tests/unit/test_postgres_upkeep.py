@@ -223,7 +223,7 @@ class TestPostgresStoreBehindAPooler(StoreContract):
 # ---- upgrades
 
 
-async def test_nodes_that_start_at_once_upgrade_once_while_an_old_one_works(
+async def test_several_upgrades_at_once_execute_each_step_once_and_keep_what_was_there(
     server: PostgresServer, schema: str, sql: Sql, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """P12. Versions lead from one to the next, each by its step, executed once; what was there stays."""
