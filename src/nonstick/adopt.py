@@ -151,7 +151,7 @@ def take_over(
             )
 
         if fastmcp_server.is_endpoint(place.asgi):
-            endpoints.append(_Later(place, make, cluster))
+            endpoints.append(_Later(place, make))
         else:
             endpoints.append(_AtOnce(place, make))
     for endpoint in endpoints:
@@ -200,10 +200,9 @@ class _AtOnce:
 class _Later:
     """An endpoint of FastMCP, which makes its manager and runs it in the app's lifespan."""
 
-    def __init__(self, place: _Place, make: _Make, cluster: Cluster | None) -> None:
+    def __init__(self, place: _Place, make: _Make) -> None:
         self.place = place
         self._make = make
-        self._cluster = cluster
         self.manager = make(None)
 
     def take(self) -> None:
@@ -219,13 +218,12 @@ class _Later:
             return
         self.manager = self._make(theirs)
         fastmcp_server.keep_levels(theirs.app)
-        if self._cluster is not None:
-            fastmcp_server.listen(theirs.app, self._cluster.subscription_bus)
         try:
             # Its lifespan is entered already; FastMCP counts who is in it, and gives what it yielded.
             async with theirs.app.lifespan(theirs.app) as state, self.manager.serving(state):
                 if self.place.owner is not None:
                     await fastmcp_server.check_state(self.place.owner)
+                fastmcp_server.listen(theirs.app, self.manager.cluster.subscription_bus)
                 self.place.asgi.session_manager = self.manager
                 yield
         finally:

@@ -116,7 +116,7 @@ class Cluster:
         self._codec = _Codec()
         self._security = RequestStateSecurity(codec=self._codec, ttl=request_state_ttl)
         self._taken: set[str] = set()
-        self.session_state_store = StateStore()
+        self._state = StateStore()
         self.broadcasts = Broadcasts(_LOG_EVENTS)
         self._hearers: set[Hearer] = set()
         self.nodes = 0
@@ -137,8 +137,13 @@ class Cluster:
         return self._security
 
     @property
+    def session_state_store(self) -> StateStore:
+        self._taken.add("session_state_store")
+        return self._state
+
+    @property
     def taken(self) -> frozenset[str]:
-        """Which of the two attributes anybody has asked for. A server was certainly not built with the others."""
+        """Which of these attributes anybody has asked for. A server was certainly not built with the others."""
         return frozenset(self._taken)
 
     @classmethod
@@ -289,7 +294,7 @@ class Cluster:
         """
         async with self._following:
             self._codec.use([])
-            self.session_state_store.use(store)
+            self._state.use(store)
             try:
                 await self._keep(store, joined)
             finally:

@@ -24,7 +24,7 @@ from nonstick.adopt import take_over
 from nonstick.app import app
 from nonstick.errors import ConfigurationError, NonstickError, SessionNotFound, StoreError, StoreUnavailable
 from nonstick.examine import Examinable, Finding
-from nonstick.shared import check_shared
+from nonstick.shared import check_shared, check_state
 from nonstick.store import NEW_STREAM, Batch, Cursor, Draft, Event, Store
 
 __all__ = ["as_json", "as_text", "diagnose", "failed", "look_at_server"]
@@ -96,7 +96,7 @@ async def look_at_server(target: str) -> list[Finding]:
         adopted = take_over(server, store="memory:", cluster=None, given={}, options={})
     else:
         adopted = app(server, store="memory:").state.nonstick
-    return check_shared(adopted)
+    return [*check_shared(adopted), *check_state(adopted)]
 
 
 def failed(findings: Sequence[Finding]) -> bool:

@@ -16,7 +16,7 @@ from nonstick.adopt import Adopted
 from nonstick.cluster import Cluster
 from nonstick.examine import Finding
 
-__all__ = ["check_shared"]
+__all__ = ["check_shared", "check_state"]
 
 _LISTEN: Final = "subscriptions/listen"
 
@@ -41,6 +41,23 @@ def check_shared(adopted: Adopted) -> list[Finding]:
         _check("FastMCP", ["request_state_security"]) if fastmcp else _check("MCPServer", _needs(manager.app))
         for manager, fastmcp in endpoints
     ]
+
+
+def check_state(adopted: Adopted) -> list[Finding]:
+    """Whether FastMCP servers were built with the session state that all nodes share: one for each such endpoint."""
+    cluster = Cluster.only()
+    if cluster is not None and "session_state_store" in cluster.taken:
+        finding = Finding("ok", "FastMCP", "the server was built with session state that the nodes share")
+    else:
+        finding = Finding(
+            "warning",
+            "FastMCP",
+            "what ctx.set_state() and per-session visibility keep on one node is not on the others, unless the server "
+            "was given another store that they share",
+            "Give it nonstick's:\ncluster = nonstick.Cluster()\n"
+            "mcp = FastMCP(..., session_state_store=cluster.session_state_store)",
+        )
+    return [finding for fastmcp in adopted.from_fastmcp if fastmcp]
 
 
 def _check(kind: str, needs: list[str]) -> Finding:

@@ -81,22 +81,11 @@ async def nodes(request: pytest.FixtureRequest, anyio_backend: str) -> AsyncIter
             application = nonstick.app(server, store=make_store(), cluster=cluster, node_name=name, grace=2.0)
             member = Member(name, application)
             await member.start()
-            _take_subscriptions(member)
             stack.push_async_callback(member.stop)
             members.append(member)
         assert len(members) == NODES
         backends = [Backend(member.name, member.port) for member in members]
         yield await stack.enter_async_context(Balancer(backends))
-
-
-def _take_subscriptions(member: Member) -> None:
-    """FastMCP has no handlers for these."""
-    for method in ("resources/subscribe", "resources/unsubscribe"):
-        member.app.manager.app.add_request_handler(method, types.SubscribeRequestParams, _accept)
-
-
-async def _accept(ctx: Any, params: Any) -> types.EmptyResult:
-    return types.EmptyResult()
 
 
 # ---- FastMCP's own client

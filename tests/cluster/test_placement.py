@@ -533,10 +533,10 @@ async def test_handler_sees_the_sender_of_a_relayed_request_without_the_secrets(
         more = {"cookie": "c=crumbs", "x-team": "blue"}
         seen = []
         for member in cluster:
-            answer = (await member.post(call("who"), as_(session, "ada-2"), **more)).json()
+            answer = (await member.post(call("who"), as_(session, "Bearer ada-2"), **more)).json()
             seen.append(answer["result"]["structuredContent"]["result"])
         assert seen == [["app", "ada", "", "app", ["mcp-session-id", "x-team"]]] * 3
-        assert (await cluster[1].post(call("who"), as_(session, "bob"))).status_code == 404
+        assert (await cluster[1].post(call("who"), as_(session, "Bearer bob"))).status_code == 404
         log = b"".join(event.data for event in await memory().read(session_key(session.id), Cursor(0), limit=MAX_READ))
         assert b"blue" in log
         assert not [secret for secret in (b"ada-2", b"crumbs", session.id.encode()) if secret in log]

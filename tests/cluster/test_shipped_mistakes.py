@@ -177,7 +177,7 @@ async def test_a_restored_session_does_not_belong_to_whoever_restored_it() -> No
     async with Cluster(auth.server, one(MemoryStore())) as cluster:
         session = await cluster[0].open(authorization=auth.ADA)
         for member in list(cluster)[1:]:
-            thief = auth.as_(session, "bob")
+            thief = auth.as_(session, "Bearer bob")
             assert (await member.post(call("echo", text="x"), thief)).status_code == 404
             assert (await member.delete(thief)).status_code == 404
             assert (await member.post(call("echo", text="x"), session)).status_code == 200
@@ -189,7 +189,7 @@ async def test_a_session_survives_the_refresh_of_its_token() -> None:
     async with Cluster(auth.server, one(MemoryStore())) as cluster:
         session = await cluster[0].open(authorization=auth.ADA)
         for member in cluster:
-            refreshed = auth.as_(session, "ada-2")
+            refreshed = auth.as_(session, "Bearer ada-2")
             assert (await member.post(call("echo", text="x"), refreshed)).status_code == 200
 
 

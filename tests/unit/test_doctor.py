@@ -20,7 +20,7 @@ from nonstick.cluster import Cluster
 from nonstick.doctor import as_json, as_text, diagnose, failed
 from nonstick.errors import SessionNotFound, StoreUnavailable
 from nonstick.examine import Finding
-from nonstick.shared import check_shared
+from nonstick.shared import check_shared, check_state
 from nonstick.store import Cursor, Event, Lease, Wake
 from nonstick.stores import open_store
 from nonstick.stores.memory import MemoryStore
@@ -280,6 +280,18 @@ def test_fastmcp_server_without_a_cluster_is_told_in_its_own_words() -> None:
     cluster = nonstick.Cluster()
     server: FastMCP[Any] = FastMCP("x", request_state_security=cluster.request_state_security)
     assert [finding.level for finding in check_shared(adopted(server))] == ["ok"]
+
+
+@pytest.mark.usefixtures("alone")
+def test_fastmcp_server_without_a_shared_state_store_is_told() -> None:
+    """Nothing else says that `ctx.set_state()` is of one node only."""
+    (finding,) = check_state(adopted(FastMCP("x")))
+    assert "ctx.set_state()" in finding.text
+    assert "session_state_store=cluster.session_state_store" in finding.advice
+    cluster = nonstick.Cluster()
+    server: FastMCP[Any] = FastMCP("x", session_state_store=cluster.session_state_store)
+    assert [finding.level for finding in check_state(adopted(server))] == ["ok"]
+    assert not check_state(adopted(MCPServer("x")))
 
 
 @pytest.mark.usefixtures("alone")

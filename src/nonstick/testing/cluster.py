@@ -7,7 +7,7 @@ import contextlib
 import socket
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import httpx2
 import uvicorn
@@ -16,6 +16,9 @@ from mcp.server import MCPServer, Server
 from nonstick.app import App, app
 from nonstick.manager import Options
 from nonstick.store import Store
+
+if TYPE_CHECKING:
+    from fastmcp import FastMCP
 
 __all__ = ["Cluster", "Member", "Session"]
 
@@ -125,7 +128,7 @@ class Cluster:
 
     def __init__(
         self,
-        server: Callable[[], MCPServer[Any] | Server[Any]],
+        server: Callable[[], MCPServer[Any] | Server[Any] | FastMCP[Any]],
         store: Callable[[], Store | str],
         *,
         nodes: int = 3,
