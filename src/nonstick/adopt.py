@@ -92,6 +92,11 @@ class Adopted:
         return [endpoint.manager for endpoint in self._endpoints]
 
     @property
+    def cluster(self) -> Cluster:
+        """What is told to every client goes through this: `await app.state.nonstick.cluster.notify_tools_changed()`."""
+        return self.managers[0].cluster
+
+    @property
     def paths(self) -> list[str]:
         """Where the endpoints are."""
         return [endpoint.place.path for endpoint in self._endpoints]

@@ -11,7 +11,7 @@ import base64
 import json
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import ClassVar, Final, Protocol
 from weakref import WeakSet
@@ -32,6 +32,7 @@ from mcp.shared.subscriptions import (
 from mcp_types import INTERNAL_ERROR
 
 from nonstick.broadcast import LISTS, METHODS, NOWHERE, Broadcasts
+from nonstick.encryption import EncryptedStore
 from nonstick.errors import (
     AlreadyExists,
     ConfigurationError,
@@ -161,20 +162,27 @@ class Cluster:
 
     @classmethod
     @asynccontextmanager
-    async def connect(cls, store: str | Store) -> AsyncIterator[Cluster]:
+    async def connect(
+        cls, store: str | Store, *, encryption_keys: Sequence[str | bytes] | None = None
+    ) -> AsyncIterator[Cluster]:
         """The cluster whose nodes use this store, for a process that is none of them, such as a script:
 
             async with nonstick.Cluster.connect("redis://cache:6379") as cluster:
                 await cluster.notify_resource_updated("db://prices")
 
+        Args:
+            encryption_keys: Those of the nodes, if they have any.
+
         Raises:
-            ConfigurationError: No other process could use this store.
+            ConfigurationError: No other process could use this store, or a key is none.
             StoreUnavailable: It cannot be reached.
         """
         if isinstance(store, str) and store.lower().startswith("memory:"):
             raise ConfigurationError("no other process can use memory:; give the URL of the store that the nodes use")
-        cluster = cls.apart()
-        async with GuardedStore(open_store(store)) as guarded:
+        cluster, opened = cls.apart(), open_store(store)
+        if encryption_keys is not None:
+            opened = EncryptedStore(opened, encryption_keys)
+        async with GuardedStore(opened) as guarded:
             await cluster.join(guarded)
             yield cluster
 

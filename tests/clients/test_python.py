@@ -289,6 +289,25 @@ async def test_whichever_node_gets_it_accepts_the_request_state(nodes: Balancer)
             assert await call(client, "test_input_required_result_multi_round") == "my name likes my color"
 
 
+async def test_clients_of_both_eras_hear_of_what_either_publishes(nodes: Balancer) -> None:
+    """P11: one event in the store for all."""
+    peer = Peer()
+    async with (
+        connected(nodes, peer, "legacy") as old,
+        connected(nodes, Peer(), "auto") as new,
+        new.listen(tools_list_changed=True, resource_subscriptions=[WATCHED]) as subscription,
+    ):
+        await old.subscribe_resource(WATCHED)
+        for client in (new, old, new):
+            peer.messages.clear()
+            await call(client, "test_trigger_resource_update")
+            assert await anext(subscription) == ResourceUpdated(uri=WATCHED)
+            await peer.until(lambda: peer.heard(types.ResourceUpdatedNotification))
+            await call(client, "test_trigger_tool_change")
+            assert await anext(subscription) == ToolsListChanged()
+            await peer.until(lambda: peer.heard(types.ToolListChangedNotification))
+
+
 async def test_a_subscriber_hears_of_changes_on_every_node(nodes: Balancer) -> None:
     """P11: the subscription bus is shared."""
     async with (

@@ -136,3 +136,42 @@ def test_what_is_forgotten_does_not_matter() -> None:
     turns.forget()
     assert (turns.read_before(201), open_before(turns, 201), turns.latest) == before
     assert len(turns._turns) == 2
+
+
+def heard(turns: Turns, position: int) -> int | None:
+    found = turns.heard_before(position)
+    return None if found is None else found.position
+
+
+def take(turns: Turns, position: int, kind: Kind, **body: object) -> None:
+    if kind is Kind.LISTENING:
+        body |= {"node": "n", "since": 0}
+    event = draft(kind, pydantic_core.to_json(body))
+    turns.note(Event(position, event.tag, STANDALONE, event.data))
+
+
+def test_the_next_hears_the_cluster_log_on_from_where_the_one_before_left() -> None:
+    """P11: or from where that one began, if it never said."""
+    turns = Turns()
+    take(turns, 1, Kind.LISTENING, listener="one", heard="5.")
+    assert heard(turns, 1) is None
+    assert heard(turns, 2) == 5
+    take(turns, 2, Kind.LEFT, listener="one", read=1, heard="9.")
+    assert heard(turns, 3) == 9
+    take(turns, 3, Kind.LISTENING, listener="two", heard="9.")
+    take(turns, 4, Kind.LISTENING, listener="three", heard="9.")
+    take(turns, 5, Kind.LEFT, listener="two", read=3, heard="c.")
+    # It never carried anything, and began before the other had said how far it got.
+    take(turns, 6, Kind.LEFT, listener="three", read=None, heard=None)
+    assert heard(turns, 7) == 12
+
+
+def test_a_turn_on_a_node_of_the_last_release_has_heard_nothing() -> None:
+    """P11, P12: it says nothing of the cluster log; the next one begins where the one before it left."""
+    turns = Turns()
+    take(turns, 1, Kind.LISTENING, listener="new", heard="5.")
+    take(turns, 2, Kind.LEFT, listener="new", read=1, heard="7.")
+    take(turns, 3, Kind.LISTENING, listener="old")
+    take(turns, 4, Kind.LEFT, listener="old", read=3)
+    turns.forget()
+    assert heard(turns, 5) == 7
