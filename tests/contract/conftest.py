@@ -17,14 +17,14 @@ def valkey() -> Iterator[ValkeyServer]:
 
 
 @pytest.fixture(scope="session")
-def valkey_cluster() -> Iterator[ValkeyCluster]:
-    """One Cluster of three primaries for all tests; each takes a prefix of its own."""
-    with ValkeyCluster() as cluster:
+def cluster() -> Iterator[ValkeyCluster]:
+    """One Cluster of three primaries, each with a replica, for all tests; each takes a prefix of its own."""
+    with ValkeyCluster(replicas=1) as cluster:
         yield cluster
 
 
 @pytest.fixture(scope="session")
-def valkey_sentinel() -> Iterator[ValkeySentinel]:
+def sentinel() -> Iterator[ValkeySentinel]:
     """One primary behind Sentinels for all tests; each takes a prefix of its own."""
     with ValkeySentinel() as sentinel:
         yield sentinel

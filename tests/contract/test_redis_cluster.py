@@ -1,23 +1,86 @@
-"""The Redis store keeps the contract, on a real Valkey Cluster and behind real Sentinels."""
+"""The Redis store on a Valkey Cluster and behind Sentinels: the contract, and what only several servers can do.
+
+They move its keys, take over from each other, and lose writes.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import TypeVar
 
 import pytest
 
+from nonstick.errors import AlreadyExists, Diverged, SessionNotFound, StoreUnavailable
+from nonstick.store import NEW_STREAM, Batch, Cursor, Event, Store
+from nonstick.stores import open_store
 from nonstick.stores.redis import RedisStore
-from nonstick.testing import Opener, StoreContract, ValkeyCluster, ValkeySentinel, opening
+from nonstick.testing import (
+    Opener,
+    StoreContract,
+    ValkeyCluster,
+    ValkeySentinel,
+    ValkeyServer,
+    follow,
+    opening,
+    read_all,
+)
+from nonstick.testing.tools import deadline, drafts, eventually, open_stream, take, texts
+from nonstick.testing.valkey_cluster import ask
+
+pytestmark = pytest.mark.anyio
+
+LONG = 600.0
+
+T = TypeVar("T")
+
+
+@pytest.fixture
+def prefix() -> str:
+    return f"t{secrets.token_hex(6)}"
+
+
+@pytest.fixture
+def key() -> str:
+    return secrets.token_hex(16)
+
+
+@asynccontextmanager
+async def opened(url: str, prefix: str, **options: str) -> AsyncIterator[Store]:
+    query = "&".join(f"{name}={value}" for name, value in {"prefix": prefix, **options}.items())
+    async with open_store(f"{url}?{query}") as store:
+        yield store
+
+
+async def repeated(call: Callable[[], Awaitable[T]]) -> T:
+    """What the store answers once it can be reached."""
+    async with deadline():
+        while True:
+            try:
+                return await call()
+            except StoreUnavailable:
+                await asyncio.sleep(0)
+
+
+async def stop_replication(primary: ValkeyServer, replica: ValkeyServer) -> None:
+    """The replica gets nothing any more, and stands still."""
+    replica.freeze()
+    await asyncio.to_thread(ask, primary, "CLIENT", "KILL", "TYPE", "replica")
+
+
+def slot_name(key: str) -> str:
+    return f"{{{key}}}"
 
 
 class TestRedisStoreOnCluster(StoreContract):
     """Each test's sessions lie on one of three servers, and their groups on others."""
 
     @pytest.fixture
-    async def opener(self, valkey_cluster: ValkeyCluster) -> AsyncIterator[Opener]:
+    async def opener(self, cluster: ValkeyCluster) -> AsyncIterator[Opener]:
         prefix = f"test-{secrets.token_hex(6)}"
-        async with opening(lambda: RedisStore(valkey_cluster.url, prefix=prefix)) as opener:
+        async with opening(lambda: RedisStore(cluster.url, prefix=prefix)) as opener:
             yield opener
 
 
@@ -25,7 +88,282 @@ class TestRedisStoreBehindSentinels(StoreContract):
     """Each node asks the Sentinels for the primary."""
 
     @pytest.fixture
-    async def opener(self, valkey_sentinel: ValkeySentinel) -> AsyncIterator[Opener]:
+    async def opener(self, sentinel: ValkeySentinel) -> AsyncIterator[Opener]:
         prefix = f"test-{secrets.token_hex(6)}"
-        async with opening(lambda: RedisStore(valkey_sentinel.url, prefix=prefix)) as opener:
+        async with opening(lambda: RedisStore(sentinel.url, prefix=prefix)) as opener:
             yield opener
+
+
+# ---- slots that move
+
+
+async def append_all(store: Store, key: str, count: int, stop: asyncio.Event) -> int:
+    """Appends numbered events until it is stopped, at least `count`; each counts once however often it is repeated."""
+    n = 0
+    while n < count or not stop.is_set():
+        n += 1
+        assert await append_one(store, key, n) == n
+    return n
+
+
+async def append_one(store: Store, key: str, n: int) -> int:
+    batch = Batch(drafts(b"%d" % n), writer="w", sequence=n)
+    return (await repeated(lambda: store.append(key, batch))).first
+
+
+async def follow_into(seen: list[Event], store: Store, key: str) -> None:
+    """Follows for ever; while the session is unavailable it goes on after what it has, as a node does."""
+    while True:
+        try:
+            async for event in follow(store, key, seen[-1].cursor if seen else Cursor(0)):
+                seen.append(event)  # noqa: PERF401 - what it has is wanted even if it fails
+        except StoreUnavailable:
+            pass
+
+
+async def are(seen: list[Event], count: int) -> bool:
+    return len(seen) >= count
+
+
+async def test_slot_moves_under_a_session_that_is_appended_to_and_followed(
+    cluster: ValkeyCluster, prefix: str, key: str
+) -> None:
+    """P3: through migrations key by key and whole, forth and back: no event is lost, doubled, or skipped."""
+    slot = cluster.slot(slot_name(key))
+    home = cluster.primary(slot)
+    away = cluster.primary((slot + 8192) % 16384)
+    assert home is not away
+
+    def migrate(stop: asyncio.Event, loop: asyncio.AbstractEventLoop) -> None:
+        cluster.migrate_slot(slot, away)
+        cluster.migrate_slot_whole(slot, home)
+        cluster.migrate_slot(slot, away)
+        cluster.migrate_slot(slot, home)
+        loop.call_soon_threadsafe(stop.set)
+
+    async with opened(cluster.url, prefix) as writer, opened(cluster.url, prefix) as reader:
+        await writer.create(key, {"a": b"1"}, lifetime=LONG, limits={"g": 5})
+        stop = asyncio.Event()
+        appending = asyncio.ensure_future(append_all(writer, key, 200, stop))
+        moving = asyncio.ensure_future(asyncio.to_thread(migrate, stop, asyncio.get_running_loop()))
+        seen: list[Event] = []
+        following = asyncio.ensure_future(follow_into(seen, reader, key))
+        await moving
+        count = await appending
+        await eventually(lambda: are(seen, count))
+        following.cancel()
+        assert texts(seen) == texts(await read_all(reader, key)) == [b"%d" % n for n in range(1, count + 1)]
+        assert (await reader.load(key)).fields == {"a": b"1"}
+
+
+async def test_session_is_served_in_the_middle_of_its_migration(cluster: ValkeyCluster, prefix: str, key: str) -> None:
+    """ASK is followed, with ASKING; while its keys lie on two servers a session is unavailable, never gone (P9)."""
+    slot = cluster.slot(slot_name(key))
+    home, away = cluster.primary(slot), cluster.primary((slot + 8192) % 16384)
+    record, books, log = (f"{prefix}:{{{key}}}:{kind}" for kind in "rwl")
+    async with RedisStore(cluster.url, prefix=prefix, timeout=0.5) as store:
+        await store.create(key, {}, lifetime=LONG)
+        await store.append(key, Batch(drafts(b"1"), writer="w", sequence=1))
+        cluster.begin_migration(slot, away)
+        assert (await store.append(key, Batch(drafts(b"2"), writer="w", sequence=2))).first == 2
+        cluster.move_keys(slot, away, log)
+        with pytest.raises(StoreUnavailable, match="moving"):
+            await store.load(key)
+        waiting = asyncio.ensure_future(append_one(store, key, 3))
+        await asyncio.to_thread(cluster.move_keys, slot, away, record, books)
+        assert await waiting == 3
+        # Most of its commands are answered by the old owner with ASK now.
+        assert (await store.append(key, Batch(drafts(b"4"), writer="w", sequence=4))).first == 4
+        assert texts(await read_all(store, key)) == [b"1", b"2", b"3", b"4"]
+        ask(away, "SCRIPT", "FLUSH")
+        assert (await store.append(key, Batch(drafts(b"5"), writer="w", sequence=5))).first == 5
+        cluster.end_migration(slot, away)
+        assert (await store.load(key)).head.position == 5
+        cluster.migrate_slot(slot, home)
+        assert (await store.load(key)).head.position == 5
+
+
+# ---- servers that take over
+
+
+async def test_killed_primary_is_unavailable_until_its_replica_took_over(
+    cluster: ValkeyCluster, prefix: str, key: str
+) -> None:
+    """P9: StoreUnavailable, then it goes on by itself: the session, its follower, the lease and the subscriptions."""
+    name = slot_name(key)
+    async with (
+        opened(cluster.url, prefix, durability="replicated") as writer,
+        opened(cluster.url, prefix) as reader,
+    ):
+        await writer.create(key, {}, lifetime=LONG)
+        stream = (await writer.append(key, Batch(drafts(b"1"), stream=NEW_STREAM, terminal=True))).first
+        lease = writer.lease("node")
+        await asyncio.to_thread(lease.renew, LONG)
+        followed = follow(reader, key)
+        assert texts(await take(followed, 1)) == [b"1"]
+
+        old = cluster.primary(name)
+        await asyncio.to_thread(old.kill)
+        with pytest.raises(StoreUnavailable):
+            await writer.load(key)
+        assert (await repeated(lambda: writer.load(key))).head.position == stream
+        await repeated(lambda: writer.append(key, Batch(drafts(b"2"), writer="w", sequence=1)))
+        assert texts(await take(followed, 1)) == [b"2"]
+        await followed.aclose()
+        await asyncio.to_thread(cluster.wait_for_successor, name, old)
+        await repeated(writer.ping)
+        await asyncio.to_thread(lease.renew, LONG)
+        assert await writer.lapsed(["node", "nobody"]) == {"nobody"}
+        await asyncio.to_thread(lease.close, release=True)
+    await asyncio.to_thread(old.start)
+    await asyncio.to_thread(cluster.wait_until_ok)
+
+
+async def test_lost_subscriptions_are_made_again_at_another_server(
+    cluster: ValkeyCluster, prefix: str, key: str
+) -> None:
+    """Every watch is told to read, and hears again (P3)."""
+    async with opened(cluster.url, prefix) as store:
+        await store.create(key, {}, lifetime=LONG)
+        hints: asyncio.Queue[object] = asyncio.Queue()
+        store.watch(key, hints.put_nowait)
+        async with deadline():
+            assert await hints.get() is None
+            for node in cluster.nodes:
+                ask(node, "CLIENT", "KILL", "TYPE", "pubsub")
+            assert await hints.get() is None
+            await store.append(key, Batch(drafts(b"x")))
+            assert await hints.get() is not None
+
+
+@pytest.mark.parametrize("kind", ["cluster", pytest.param("sentinel", marks=pytest.mark.slow)])
+async def test_failover_that_lost_acknowledged_writes_is_divergence(
+    request: pytest.FixtureRequest, kind: str, prefix: str, key: str
+) -> None:
+    """P9: what the new primary never got is reported to whoever had it, and to who wrote it; never skipped."""
+    group: ValkeyCluster | ValkeySentinel = request.getfixturevalue(kind)
+    old = group.primary(slot_name(key)) if isinstance(group, ValkeyCluster) else group.primary
+    (replica,) = group.replicas(old) if isinstance(group, ValkeyCluster) else group.replicas
+    async with opened(group.url, prefix) as store:
+        await store.create(key, {}, lifetime=LONG)
+        opening = Batch(drafts(b"opened"), writer="w", sequence=1, stream=NEW_STREAM)
+        stream = (await store.append(key, opening)).first
+        kept = (await store.load(key)).head
+        assert await asyncio.to_thread(ask, old, "SET", f"{prefix}:{slot_name(key)}:x", "", "PX", 1000)
+        await eventually(lambda: has_all_of(replica, old))
+        await stop_replication(old, replica)
+        for n in (2, 3):
+            await store.append(key, Batch(drafts(b"lost"), writer="w", sequence=n, stream=stream))
+        lost = (await store.load(key)).head
+        old.kill()
+        replica.thaw()
+        with pytest.raises(Diverged):
+            await repeated(lambda: store.read(key, lost))
+        with pytest.raises(Diverged):
+            await store.append(key, Batch(drafts(b"next"), writer="w", sequence=4, stream=stream))
+        assert await store.read(key, kept) == []
+        await store.append(key, Batch(drafts(*[b"other"] * 3)))
+        with pytest.raises(Diverged):
+            await store.read(key, lost)
+        assert texts(await store.read(key, kept)) == [b"other"] * 3
+    await asyncio.to_thread(come_back, group, old)
+
+
+async def has_all_of(replica: ValkeyServer, primary: ValkeyServer) -> bool:
+    return bool(ask(replica, "ROLE")[4] >= ask(primary, "ROLE")[1])
+
+
+def come_back(group: ValkeyCluster | ValkeySentinel, server: ValkeyServer) -> None:
+    if not server.running:
+        server.start()
+    if isinstance(group, ValkeySentinel):
+        group.rejoin(server)
+    else:
+        group.wait_until_ok()
+
+
+@pytest.mark.parametrize("fault", ["planned", pytest.param("frozen", marks=pytest.mark.slow)])
+async def test_old_primary_that_still_answers_is_not_written_to(
+    sentinel: ValkeySentinel, prefix: str, key: str, fault: str
+) -> None:
+    """After a planned failover, or when it wakes up, it takes writes for ten seconds, then throws them away (P9)."""
+    old = sentinel.primary
+    async with opened(sentinel.url, prefix) as store, opened(sentinel.url, prefix) as idle:
+        await store.create(key, {}, lifetime=LONG)
+        await idle.ping()
+        if fault == "planned":
+            # Until they have named the other one, the Sentinels let the old one take writes that will be lost.
+            new = await asyncio.to_thread(sentinel.failover)
+        else:
+            old.freeze()
+            trying = asyncio.ensure_future(repeated(store.ping))
+            new = await asyncio.to_thread(sentinel.wait_for_successor, old)
+            await asyncio.to_thread(old.thaw)
+            await trying
+        assert (ask(old, "ROLE")[0], ask(new, "ROLE")[0]) == ("master", "master")
+        # The one that has not asked for anything since has heard of it, too.
+        await eventually(lambda: has_left(old, prefix))
+        await repeated(lambda: idle.append(key, Batch(drafts(b"idle"), writer="i", sequence=1)))
+        await append_one(store, key, 1)
+        await asyncio.to_thread(sentinel.rejoin, old)
+        assert texts(await repeated(lambda: read_all(store, key))) == [b"idle", b"1"]
+
+
+async def has_left(server: ValkeyServer, prefix: str) -> bool:
+    """No store is connected to it any more."""
+    return f" name={prefix} " not in ask(server, "CLIENT", "LIST")
+
+
+# ---- durability
+
+
+@pytest.mark.parametrize("kind", ["cluster", pytest.param("sentinel", marks=pytest.mark.slow)])
+async def test_what_matters_counts_once_a_replica_has_it(
+    request: pytest.FixtureRequest, kind: str, prefix: str, key: str
+) -> None:
+    """`durability="replicated"`: unconfirmed means unknown, and the repeat is a duplicate at the same position."""
+    group: ValkeyCluster | ValkeySentinel = request.getfixturevalue(kind)
+    primary = group.primary(slot_name(key)) if isinstance(group, ValkeyCluster) else group.primary
+    (replica,) = group.replicas(primary) if isinstance(group, ValkeyCluster) else group.replicas
+    async with (
+        opened(group.url, prefix, durability="replicated") as store,
+        opened(group.url, prefix, durability="replicated") as another,
+        opened(group.url, prefix) as careless,
+    ):
+        await store.create(key, {}, lifetime=LONG)
+        stream = await open_stream(store, key)
+        replica.freeze()
+        try:
+            terminal = Batch(drafts(b"end"), writer="w", sequence=1, stream=stream, terminal=True)
+            question = Batch(drafts(b"?"), writer="q", sequence=1, expect=["id"])
+            outcomes = await asyncio.gather(
+                store.append(key, terminal), store.append(key, question), return_exceptions=True
+            )
+            assert [type(outcome) for outcome in outcomes] == [StoreUnavailable] * 2
+            assert "no replica confirmed" in str(outcomes[0])
+            # A repeat by way of a connection that has written nothing itself is not confirmed either.
+            with pytest.raises(StoreUnavailable, match="no replica confirmed"):
+                await another.append(key, terminal)
+            with pytest.raises(StoreUnavailable, match="no replica confirmed"):
+                await another.create(key, {}, lifetime=LONG)
+            # What does not matter so much does not wait, nor does who did not ask for it.
+            await store.append(key, Batch(drafts(b"progress")))
+            await careless.append(key, Batch(drafts(b"?"), expect=["other"]))
+        finally:
+            replica.thaw()
+        again = await repeated(lambda: store.append(key, terminal))
+        assert (again.duplicate, again.first) == (True, 2)
+        assert (await repeated(lambda: another.append(key, question))).duplicate
+        with pytest.raises(AlreadyExists):
+            await repeated(lambda: another.create(key, {}, lifetime=LONG))
+        assert texts(await read_all(store, key)) == [b"opened", b"end", b"?", b"progress", b"?"]
+
+
+async def test_server_without_replica_confirms_nothing(valkey: ValkeyServer, prefix: str, key: str) -> None:
+    """`durability="replicated"` says what it needs."""
+    async with opened(valkey.url, prefix, durability="replicated") as store:
+        with pytest.raises(StoreUnavailable, match="needs one that is connected"):
+            await store.create(key, {}, lifetime=LONG)
+        await store.delete(key)
+        with pytest.raises(SessionNotFound):
+            await store.read(key, Cursor(0))

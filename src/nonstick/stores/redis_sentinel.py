@@ -42,6 +42,9 @@ class SentinelServers:
         self._limits = limits
         self._examined: set[str] = set()
         self._current: Address | None = None
+        # What the listener heard last, and how often that changed.
+        self._heard: tuple[str, int] | None = None
+        self._changes = 0
         # The address is for messages only.
         self._server = Server(deployment.seeds[0], limits, open=self._open)
         self._listener: Subscriber[bytes] | None = None
@@ -77,19 +80,23 @@ class SentinelServers:
 
     async def _open(self) -> Wire:
         """A wire to the primary."""
+        changes = self._changes
         address = await self._locate()
         wire = await open_wire(
             address,
             name=self._limits.name,
             timeout=self._limits.connect_timeout,
-            check=lambda wire: self._check(wire, address),
+            check=lambda wire: self._check(wire, address, changes),
         )
         self._current = address
         return wire
 
-    async def _check(self, wire: Wire, address: Address) -> None:
+    async def _check(self, wire: Wire, address: Address, changes: int) -> None:
         if (await ask(wire, "ROLE"))[0] != b"master":
             raise StoreUnavailable(f"{address.url}, which the Sentinels name, is no primary: a failover is under way")
+        # A primary that hangs may wake up and answer this, long after another one was named in its place.
+        if self._changes != changes and self._heard != (address.host, address.port):
+            raise StoreUnavailable(f"{address.url} is not the primary any more")
         if self._limits.examine and address.place not in self._examined:
             self._examined.add(address.place)
             await examine_briefly(wire, address)
@@ -153,6 +160,9 @@ class SentinelServers:
             self._is_at(words[3], int(words[4]))
 
     def _is_at(self, host: str, port: int) -> None:
+        if self._heard != (host, port):
+            self._heard = (host, port)
+            self._changes += 1
         current = self._current
         if current is not None and (current.host, current.port) != (host, port):
             logger.warning("%s: the primary is now %s:%d", self._deployment.url, host, port)

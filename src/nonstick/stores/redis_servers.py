@@ -25,7 +25,8 @@ __all__ = ["Limits", "Server", "Servers", "SingleServer"]
 logger = logging.getLogger("nonstick.store")
 
 _LOGGED: Final = ("version", "role", "eviction")
-"""What is looked at when a server is first connected to; `nonstick doctor` looks at more."""
+"""What is looked at when a server is first connected to; `nonstick doctor` looks at more. A member of a
+Cluster may well be a replica."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +175,7 @@ async def examine_briefly(wire: Wire, address: Address, *, cluster: bool = False
         logger.debug("%s was not examined: %s", address.url, error)
         return
     for finding in findings:
-        if finding.level != "ok" and finding.subject in _LOGGED:
+        if finding.level != "ok" and finding.subject in _LOGGED and not (cluster and finding.subject == "role"):
             logger.warning("%s: %s. %s", address.url, finding.text, finding.advice)
 
 

@@ -123,7 +123,7 @@ class ValkeyCluster:
         slot = key if isinstance(key, int) else self.slot(key)
         return self._at(self._owner_port(self._alive(), slot))
 
-    def replicas(self, primary: ValkeyNode) -> list[ValkeyNode]:
+    def replicas(self, primary: ValkeyServer) -> list[ValkeyNode]:
         """The servers that follow this one."""
         return [self._at(port) for port, owner in self._followers(self._alive()) if owner == primary.port]
 
@@ -143,7 +143,7 @@ class ValkeyCluster:
         ask(self.replicas(old)[0], "CLUSTER", "FAILOVER")
         return self.wait_for_successor(key, old)
 
-    def wait_for_successor(self, key: str | int, old: ValkeyNode) -> ValkeyNode:
+    def wait_for_successor(self, key: str | int, old: ValkeyServer) -> ValkeyNode:
         """Returns the new primary of this key, once every running server but the old one knows it."""
         slot = key if isinstance(key, int) else self.slot(key)
         others = [node for node in self.nodes if node is not old and node.running]
