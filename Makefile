@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint types check format conformance clients faults clean
+.PHONY: help setup demo test test-all lint types check format conformance clients faults rolling clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ clients: $(READY) ## the official TypeScript and Python clients against nonstick
 faults: $(READY) ## nodes die, freeze and drain under load, judged by an oracle; SECONDS=60 SEED=1
 	$(BIN)/python -m tests.faults.campaign --store sqlite --seconds $(or $(SECONDS),60) $(if $(SEED),--seed $(SEED))
 	$(BIN)/python -m tests.faults.campaign --store valkey --seconds $(or $(SECONDS),60) $(if $(SEED),--seed $(SEED))
+
+rolling: $(READY) ## the last release and this code on one store, nodes replaced under load, there and back
+	$(BIN)/python -m pytest -q tests/rolling
 
 check: format test ## format, then test
 

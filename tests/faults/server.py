@@ -2,6 +2,8 @@
 
 Settings come from the environment: `NONSTICK_STORE`, `FAULTS_OPTIONS` (JSON, for `nonstick.app`) and `FAULTS_RECORD`,
 a file that the tools of all nodes append to, one JSON object a line.
+
+The last release serves it too, in `tests/rolling`: it uses nothing that is newer.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from nonstick import current_attempt
 
 __all__ = ["app"]
 
-server: MCPServer[Any] = MCPServer("faults")
+server: MCPServer[Any] = MCPServer("faults", version=nonstick.__version__)
 
 
 class Reply(BaseModel):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 from types import TracebackType
@@ -36,6 +37,7 @@ class Stage:
         self.record = home / "record.jsonl"
         self._store = store
         self._home = home
+        self._made = 0
         self._stack = AsyncExitStack()
         self._http = httpx2.AsyncClient(limits=httpx2.Limits(max_keepalive_connections=0))
 
@@ -56,15 +58,17 @@ class Stage:
             for node in self.nodes:
                 print(f"---- {node.name}\n{node.written[-6000:]}")
 
-    def node(self, *, store: str | None = None, **options: Any) -> NodeProcess:
+    def node(self, *, store: str | None = None, env: Mapping[str, str] | None = None, **options: Any) -> NodeProcess:
         """One more node, not yet started. Options are those of `nonstick.app`."""
         options = {"lease": 2.0, "window": 0.2, "ping_interval": 0.5, "grace": 3.0, "retry_interval": 100} | options
-        name = chr(ord("a") + len(self.nodes))
+        name = chr(ord("a") + self._made)
+        self._made += 1
         node = NodeProcess(
             "tests.faults.server:app",
             name=name,
             store=store or self._store,
-            env={"FAULTS_OPTIONS": json.dumps(options), "FAULTS_RECORD": str(self.record), "PYTHONDEVMODE": ""},
+            env={"FAULTS_OPTIONS": json.dumps(options), "FAULTS_RECORD": str(self.record), "PYTHONDEVMODE": ""}
+            | dict(env or {}),
             log=self._home / f"{name}.log",
         )
         self.nodes.append(node)

@@ -1,0 +1,1 @@
+"""The last release and this code on one store (P12)."""
