@@ -248,7 +248,7 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.set_defaults(run=_serve)
 
 
-_STORE_HELP = "the store to look at, as for `nonstick serve`. Default: $NONSTICK_STORE"
+_STORE_HELP = "the store, as for `nonstick serve`. Default: $NONSTICK_STORE"
 
 
 def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

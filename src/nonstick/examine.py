@@ -37,7 +37,7 @@ class Examinable(Protocol):
     """A store that knows what can be wrong with its server. Optional: `nonstick doctor` tries any store as it is."""
 
     async def examine(self) -> list[Finding]:
-        """Looks at the server: version, settings, permissions, clock. Changes nothing there, and makes nothing.
+        """Looks at the server: version, settings, permissions, clock. Makes no tables and leaves nothing behind.
 
         May be called whether or not the store is entered. What cannot be looked at is a finding too.
 
