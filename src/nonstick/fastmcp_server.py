@@ -33,6 +33,12 @@ _NOT_SHARED: Final = (
 )
 
 
+_TASKS_APART: Final = (
+    "FastMCP server %r keeps its background tasks in this process: asked for at another node, a task is unknown. Give "
+    "them a Redis or Valkey that all nodes share: FASTMCP_DOCKET_URL=redis://..., or TasksExtension(url=...)"
+)
+
+
 def is_server(thing: object) -> TypeGuard[FastMCP[Any]]:
     """Whether it is a FastMCP server."""
     return _is_a(thing, "fastmcp.server.server", "FastMCP")
@@ -103,7 +109,7 @@ def listen(server: Server[Any], bus: SubscriptionBus) -> None:
 
 
 async def check_state(app: Starlette) -> None:
-    """Warns if the server in this app keeps its session state in a store that is not ours."""
+    """Warns if the server in this app keeps session state or background tasks where other nodes do not find them."""
     server = getattr(app.state, "fastmcp_server", None)
     if not is_server(server):
         return
@@ -119,3 +125,5 @@ async def check_state(app: Starlette) -> None:
             logger.debug("looked for a session that is not there", exc_info=without_text(error))
     if not asked():
         logger.warning(_NOT_SHARED, server.name)
+    if server.docket is not None and server.docket.url.startswith("memory:"):
+        logger.warning(_TASKS_APART, server.name)
