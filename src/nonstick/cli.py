@@ -193,6 +193,7 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--store",
         metavar="URL",
         help="where sessions live: sqlite:///FILE (processes of one machine), redis://HOST:PORT/DB, "
+        "redis+cluster://HOST,HOST, redis+sentinel://HOST,HOST/SERVICE, "
         "postgresql://USER@HOST/DB, or memory: (this process only). Default: $NONSTICK_STORE, else sqlite:///.nonstick/sessions.db",
     )
     parser.add_argument(

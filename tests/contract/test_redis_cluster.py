@@ -8,12 +8,13 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import TypeVar
 
 import pytest
 
-from nonstick.errors import AlreadyExists, Diverged, SessionNotFound, StoreUnavailable
+from nonstick.errors import AlreadyExists, ConfigurationError, Diverged, SessionNotFound, StoreUnavailable
 from nonstick.store import NEW_STREAM, Batch, Cursor, Event, Store
 from nonstick.stores import open_store
 from nonstick.stores.redis import RedisStore
@@ -28,7 +29,8 @@ from nonstick.testing import (
     read_all,
 )
 from nonstick.testing.tools import deadline, drafts, eventually, open_stream, take, texts
-from nonstick.testing.valkey_cluster import ask
+from nonstick.testing.valkey_cluster import ask, until
+from tests.tls import self_signed, tls_in_front_of
 
 pytestmark = pytest.mark.anyio
 
@@ -367,3 +369,102 @@ async def test_server_without_replica_confirms_nothing(valkey: ValkeyServer, pre
         await store.delete(key)
         with pytest.raises(SessionNotFound):
             await store.read(key, Cursor(0))
+
+
+# ---- who may do what, and who may listen
+
+
+PASSWORD = "hunter2"
+
+
+def acl(channel: str, **places: str) -> list[str]:
+    """The words of the one line in docs/stores.md that grants this channel, for another password and prefix."""
+    page = (Path(__file__).parents[2] / "docs" / "stores.md").read_text()
+    (line,) = [line for line in page.splitlines() if line.startswith("ACL SETUSER") and f"&{channel} " in line]
+    for name, value in places.items():
+        line = line.replace(name, value)
+    return line.split(" ")
+
+
+@pytest.mark.parametrize("kind", ["cluster", "sentinel"])
+async def test_user_who_may_do_no_more_than_needed_can_do_everything(
+    request: pytest.FixtureRequest, kind: str, prefix: str, key: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The ACL lines of the manual are exact: enough for every method, and for nothing outside the prefix."""
+    group: ValkeyCluster | ValkeySentinel = request.getfixturevalue(kind)
+    servers = [*group.nodes] if isinstance(group, ValkeyCluster) else [*group.servers]
+    line = acl("nonstick:*", PASSWORD=PASSWORD, nonstick=prefix)
+    login = f"//{prefix}:{PASSWORD}@"
+    options = {"durability": "replicated"}
+    for server in servers:
+        ask(server, *line)
+    if isinstance(group, ValkeySentinel):
+        for watcher in group.sentinels:
+            ask(watcher, *acl("+switch-master", PASSWORD=PASSWORD, nonstick=prefix))
+        options |= {"sentinel_username": prefix, "sentinel_password": PASSWORD}
+    try:
+        async with opened(group.url.replace("//", login), prefix, **options) as store:
+            await everything(store, key)
+            assert isinstance(store, RedisStore)
+            assert {one.subject: one.level for one in await store.examine()}["permissions"] == "ok"
+            assert PASSWORD not in caplog.text + store.url + repr(store)
+        async with opened(group.url.replace("//", login), f"x{prefix}") as stranger:
+            with pytest.raises(StoreUnavailable, match="permission"):
+                await stranger.ping()
+    finally:
+        for server in [*servers, *(group.sentinels if isinstance(group, ValkeySentinel) else [])]:
+            ask(server, "ACL", "DELUSER", prefix)
+    assert [record.message for record in caplog.records if "refused" in record.message] == []
+
+
+async def everything(store: Store, key: str) -> None:
+    """Every method of a store, once at least, and a wake."""
+    await store.ping()
+    await store.create(key, {"a": b"1"}, lifetime=LONG, limits={"g": 5})
+    hints: asyncio.Queue[object] = asyncio.Queue()
+    store.watch(key, hints.put_nowait)
+    async with deadline():
+        assert await hints.get() is None
+        stream = (await store.append(key, Batch(drafts(b"1"), stream=NEW_STREAM, cancel="c", expect=["q"]))).first
+        assert await hints.get() is not None
+    await store.append(key, Batch(drafts(b"2"), stream=stream, terminal=True, uncancel="c", fields={"b": b"2"}))
+    await store.append(key, Batch(drafts(b"3"), settle="q", cancel="d"))
+    assert await store.update(key, {"a": None}, expect={"a": b"1"}, lifetime=LONG + 1)
+    assert len(await store.read(key, Cursor(0))) == 3
+    await store.trim(key, streams=[stream], standalone_before=4)
+    await store.touch([key])
+    assert (await store.load(key)).fields == {"b": b"2"}
+    lease = store.lease("node")
+    await asyncio.to_thread(lease.renew, LONG)
+    assert await store.lapsed(["node", "other"]) == {"other"}
+    await asyncio.to_thread(lease.close, release=True)
+    assert await store.delete(key)
+
+
+def announced(node: ValkeyServer) -> set[int]:
+    return {owner[1] for _, _, owner, *_ in ask(node, "CLUSTER", "SLOTS")}
+
+
+@pytest.mark.slow
+async def test_cluster_is_reached_by_tls_and_every_member_is_checked(
+    prefix: str, key: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`rediss+cluster://`: also the members that the URL does not name, the subscription and the lease."""
+    certificate = self_signed(tmp_path)
+    with ValkeyCluster() as cluster:
+        async with AsyncExitStack() as stack:
+            ports = [await stack.enter_async_context(tls_in_front_of(node, certificate)) for node in cluster.nodes]
+            keys = [f"{key}{n}" for n in range(12)]
+            assert len({cluster.primary(slot_name(one)).port for one in keys}) == 3
+            for node, port in zip(cluster.nodes, ports, strict=True):
+                ask(node, "CONFIG", "SET", "cluster-announce-client-port", port)
+            await asyncio.to_thread(until, lambda: all(announced(node) == {*ports} for node in cluster.nodes), "known")
+            url = f"rediss+cluster://127.0.0.1:{ports[0]}"
+            async with opened(url, prefix, ssl_ca_certs=str(certificate)) as store:
+                for one in keys:
+                    await everything(store, one)
+            async with opened(url, prefix) as suspicious:
+                with pytest.raises(StoreUnavailable):
+                    await suspicious.ping()
+            with pytest.raises(ConfigurationError, match="rediss"):
+                open_store(f"redis+cluster://127.0.0.1:{ports[0]}?ssl_cert_reqs=none")

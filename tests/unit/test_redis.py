@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import datetime as dt
-import ipaddress
 import logging
+import re
 import secrets
-import ssl
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from nonstick.errors import (
     ConfigurationError,
@@ -35,11 +29,12 @@ from nonstick.errors import (
 from nonstick.store import NEW_STREAM, WRITER_SECONDS, Batch, Cursor, Draft, Event
 from nonstick.stores.redis import INLINE_BYTES, RedisStore
 from nonstick.stores.redis_pubsub import Subscriber
-from nonstick.stores.redis_url import Address
+from nonstick.stores.redis_url import Address, Deployment
 from nonstick.stores.resp import Connection
 from nonstick.testing.proxy import FaultProxy
-from nonstick.testing.servers import ValkeyServer
+from nonstick.testing.servers import ReservedPort, ValkeyServer
 from nonstick.testing.tools import drafts, texts
+from tests.tls import self_signed, tls_in_front_of
 
 pytestmark = pytest.mark.anyio
 
@@ -373,6 +368,46 @@ async def test_full_memory_is_unavailable_and_says_so(own: ValkeyServer, key: st
         await store.create("third", {}, lifetime=LONG, limits={"g": 1})
 
 
+# ---- what is looked at when a server is first connected to
+
+
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [
+        ((), None),
+        (("--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru"), "maxmemory-policy is allkeys-lru"),
+        (("--cluster-enabled", "yes", "--cluster-port", "0"), r"redis\+cluster://"),
+    ],
+)
+async def test_server_that_would_lose_sessions_is_warned_of(
+    options: tuple[str, ...], warned: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once, with what to change; it is no reason not to work."""
+    if "--cluster-port" in options:
+        options = (*options[:-1], str(ReservedPort().port))
+    with ValkeyServer(*options) as server:
+        async with RedisStore(server.url) as store:
+            for _ in range(2):
+                with suppress(StoreUnavailable):
+                    await store.ping()
+    warnings = [record.getMessage() for record in caplog.records if record.name == "nonstick.store"]
+    assert len(warnings) == (warned is not None)
+    assert all(re.search(warned or "", warning) for warning in warnings)
+
+
+async def test_user_who_may_not_ask_is_served_all_the_same(own: ValkeyServer, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither INFO nor CONFIG has to be permitted."""
+    with administrator(own) as admin:
+        admin.acl_setuser(
+            "app", enabled=True, passwords=[f"+{SECRET}"], keys=["*"], channels=["*"],
+            commands=["+@all", "-info", "-config"],
+        )  # fmt: skip
+    async with RedisStore(own.url.replace("//", f"//app:{QUOTED}@")) as store:
+        await store.create("key", {}, lifetime=LONG)
+    assert "does not tell about itself" in caplog.text
+    assert "+info" in caplog.text
+
+
 # ---- a bad network
 
 
@@ -685,65 +720,6 @@ async def test_tls_is_used_and_the_certificate_checked(server: ValkeyServer, tmp
             await careless.ping()
 
 
-def self_signed(folder: Path) -> Path:
-    """A certificate for 127.0.0.1, with its key in the same file."""
-    secret = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
-    now = dt.datetime.now(dt.UTC)
-    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-    certificate = (
-        x509.CertificateBuilder(name, name, secret.public_key(), x509.random_serial_number())
-        .not_valid_before(now - dt.timedelta(days=1))
-        .not_valid_after(now + dt.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .sign(secret, hashes.SHA256())
-    )
-    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
-    file = folder / "certificate.pem"
-    file.write_bytes(
-        certificate.public_bytes(pem) + secret.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain)
-    )
-    return file
-
-
-@asynccontextmanager
-async def tls_in_front_of(server: ValkeyServer, certificate: Path) -> AsyncIterator[int]:
-    """Takes TLS connections and passes them on in the clear: the server's binary has no TLS."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate)
-    tasks: set[asyncio.Task[None]] = set()
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        tasks.add(task)
-        inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", server.port)
-        try:
-            await asyncio.gather(pipe(reader, inner_writer), pipe(inner_reader, writer))
-        finally:
-            for either in (writer, inner_writer):
-                either.transport.abort()
-
-    listening = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
-    try:
-        yield listening.sockets[0].getsockname()[1]
-    finally:
-        listening.close()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    try:
-        while data := await reader.read(65536):
-            writer.write(data)
-    except OSError:
-        pass
-    writer.transport.abort()
-
-
 # ---- URLs
 
 
@@ -756,17 +732,23 @@ async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
         ("redis://me:pw@[::1]:7000", "redis://[::1]:7000/0", ("me", "pw")),
         ("redis://cache?db=4", "redis://cache:6379/4", ("", "")),
         ("rediss://me:pw@cache/1?ssl_cert_reqs=none", "rediss://cache:6379/1", ("me", "pw")),
+        ("redis://cache?durability=replicated", "redis://cache:6379/0", ("", "")),
         ("unix:///run/valkey.sock", "unix:///run/valkey.sock", ("", "")),
         ("unix://me:pw@/run/valkey.sock?db=3", "unix:///run/valkey.sock?db=3", ("me", "pw")),
+        ("redis+cluster://me:pw@a:1,b,[::1]:3", "redis+cluster://a:1,b:6379,[::1]:3", ("me", "pw")),
+        ("rediss+cluster://a/?ssl_cert_reqs=none", "rediss+cluster://a:6379", ("", "")),
+        ("redis+sentinel://me:pw@a,b:1/my-service/3", "redis+sentinel://a:26379,b:1/my-service/3", ("me", "pw")),
+        ("redis+sentinel://a/s?sentinel_password=pw", "redis+sentinel://a:26379/s/0", ("", "")),
         ("unix:///run/valkey.sock?username=me&password=pw", "unix:///run/valkey.sock", ("me", "pw")),
     ],
 )
 def test_url_names_a_place_and_hides_the_login(url: str, shown: str, login: tuple[str, str]) -> None:
     """`url` is fit for logs; so is the repr (P13)."""
-    address = Address.parse(url)
-    assert address.url == shown
+    deployment = Deployment.parse(url)
+    address = deployment.address
+    assert deployment.url == shown
     assert (address.username, address.password) == login
-    assert "pw" not in repr(address)
+    assert "pw" not in repr(deployment)
     assert RedisStore(url).url == shown
 
 
@@ -774,6 +756,13 @@ def test_url_names_a_place_and_hides_the_login(url: str, shown: str, login: tupl
     ("url", "advice"),
     [
         ("", "must look like"),
+        ("redis+swarm://cache", "must look like"),
+        ("redis+cluster://:hunter2/x@a,b", "percent-encode"),
+        ("redis+cluster://:hunter2@a,b:sixty", "percent-encode"),
+        ("redis+cluster://:hunter2@a,b/1", "one database only"),
+        ("redis+sentinel://:hunter2@a,b", "name the service"),
+        ("redis+sentinel://:hunter2@a,b/service/x", "must be a number"),
+        ("redis://:hunter2@cache?durability=hunter2", "primary or replicated"),
         ("cache:6379", "must look like"),
         ("http://cache", "must look like"),
         ("redis://:hunter2/x@cache", "percent-encode"),

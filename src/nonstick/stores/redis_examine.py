@@ -41,9 +41,9 @@ HARMLESS: Final[tuple[tuple[str | int, ...], ...]] = (
     ("XLEN", "{key}"),
     ("XRANGE", "{key}", "-", "+"),
     ("XADD", "{key}", "NOMKSTREAM", "*", "x", ""),
-    ("MGET", "{key}"),
     ("ZCOUNT", "{group}", "-inf", "+inf"),
     ("ZREM", "{group}", "x"),
+    ("ZSCORE", "{group}", "x"),
     ("ZREMRANGEBYSCORE", "{group}", "-inf", "-inf"),
     ("ZADD", "{group}", "XX", 1, "x"),
     ("ZSCORE", "{group}", "x"),
@@ -51,6 +51,7 @@ HARMLESS: Final[tuple[tuple[str | int, ...], ...]] = (
     ("PING",),
     ("PUBLISH", "{channel}", ""),
     ("SET", "{ping}", "", "PX", 1000),
+    ("GET", "{ping}"),
     ("HSET", "{key}", "x", ""),
     ("DEL", "{key}"),
     ("EVAL", "return 1", 1, "{key}"),
@@ -156,11 +157,16 @@ def _version(info: dict[str, str]) -> Finding:
     return Finding("ok", "version", text)
 
 
+def _mode(info: dict[str, str]) -> str:
+    """Valkey 9 calls it otherwise."""
+    return info.get("redis_mode") or info.get("server_mode", "")
+
+
 def _role(info: dict[str, str], *, cluster: bool) -> Finding:
-    if info.get("redis_mode") == "cluster" and not cluster:
+    if _mode(info) == "cluster" and not cluster:
         advice = "Write redis+cluster:// instead of redis:// in the URL."
         return Finding("error", "role", "a member of a Cluster, which has only a part of the keys", advice, blocks=True)
-    if info.get("redis_mode") == "sentinel":
+    if _mode(info) == "sentinel":
         return Finding(
             "error",
             "role",

@@ -74,8 +74,7 @@ _ADVICE: Final = {
     "MISCONF": "the store refuses writes because it cannot save to disk: see the server's log",
     "NOAUTH": "the store wants a login: put user and password into its URL",
     "WRONGPASS": "the store refused the login: check user and password in its URL",
-    "NOPERM": "the store's user lacks a permission: allow it EVALSHA, EVAL, SUBSCRIBE, PUBLISH and all keys and "
-    "channels under the prefix",
+    "NOPERM": "the store's user lacks a permission: docs/stores.md has the ACL line that it needs",
 }
 # Up to Redis 6.2 an error raised inside a script arrives wrapped: "ERR Error running script … -OOM command not …".
 _CODE: Final = re.compile(rf"(?:^|[\s:-])({'|'.join(_ADVICE)})\b")
