@@ -1,0 +1,121 @@
+"""The opponents' processes, their stores, and what they have used of the processor."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import subprocess
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+import psutil
+
+from bench.opponents import Opponent
+from nonstick.testing import PostgresServer, ValkeyServer
+
+__all__ = ["Stage", "Stores"]
+
+START_SECONDS: Final = 60.0
+
+
+class Stores:
+    """One server of each kind for the whole run, started when it is first asked for."""
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+        self._stack = ExitStack()
+        self._made = 0
+        self._valkey: ValkeyServer | None = None
+        self._postgres: PostgresServer | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None:
+        self._stack.close()
+
+    def url(self, kind: str) -> str:
+        """Of a store of this kind, empty."""
+        self._made += 1
+        match kind:
+            case "valkey":
+                if self._valkey is None:
+                    self._valkey = self._stack.enter_context(ValkeyServer())
+                return f"{self._valkey.url}/{self._made % 16}"
+            case "postgres":
+                if self._postgres is None:
+                    self._postgres = self._stack.enter_context(PostgresServer())
+                return f"{self._postgres.url}?schema=bench_{self._made}"
+            case "sqlite":
+                return f"sqlite:///{self._home}/bench-{self._made}.db"
+            case "memory":
+                return "memory:"
+            case _:
+                return ""
+
+
+class Stage:
+    """One opponent, up and running."""
+
+    def __init__(self, opponent: Opponent, url: str, home: Path, node: str) -> None:
+        self.opponent = opponent
+        self.ports = [_free_port() for _ in range(opponent.nodes)]
+        self._url = url
+        self._log = home / f"{opponent.name}.log"
+        self._node = node
+        self._processes: list[psutil.Popen] = []
+
+    async def start(self) -> None:
+        for port in self.ports:
+            with self._log.open("ab") as log:
+                self._processes.append(
+                    psutil.Popen(
+                        self.opponent.command(port, self._node),
+                        env=self.opponent.environment(port, self._url),
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=log,
+                    )
+                )
+        limit = time.monotonic() + START_SECONDS
+        for port in self.ports:
+            while not _listens(port):
+                if time.monotonic() > limit or any(process.poll() is not None for process in self._processes):
+                    raise RuntimeError(f"{self.opponent.name} did not start:\n{self._log.read_text()[-3000:]}")
+                await asyncio.sleep(0.02)
+
+    def cpu(self) -> float:
+        """Seconds of processor time, user and system, that its processes have used so far."""
+        times = [process.cpu_times() for process in self._processes]
+        return float(sum(time.user + time.system for time in times))
+
+    def memory(self) -> int:
+        """Bytes that its processes hold."""
+        return sum(int(process.memory_info().rss) for process in self._processes)
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            try:
+                process.wait(10)
+            except psutil.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
