@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
+import random
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
+from functools import cached_property
 from typing import Any, Final, Literal, assert_never
 
 import anyio
@@ -69,7 +70,7 @@ _NOT_RUN: Final = ErrorData(
     data={"reason": "store_unavailable", "retrySafe": True},
 )
 
-_ATTEMPTS: Final = 1 << 50
+_ATTEMPT_BITS: Final = 50
 _UNSENT: Final = 1000
 """Messages of one request that wait for a store that is away; beyond that the oldest are dropped."""
 
@@ -117,8 +118,7 @@ class Exchange:
         self.head = head
         self.stream = 0
         # From a random number on: should the store lose this stream, another one takes its name, and is not this one.
-        self.attempt = self._first_attempt = secrets.randbelow(_ATTEMPTS) + 1
-        self.cancel_requested = anyio.Event()
+        self.attempt = self._first_attempt = random.getrandbits(_ATTEMPT_BITS) + 1
         self._settings = session.node.settings
         self._answer: Answer = self._settings.answer
         self._principal = principal
@@ -141,14 +141,24 @@ class Exchange:
         self._failure: ErrorData | None = None
         self._closed = False
         self._writing = asyncio.Lock()
-        self._writer = secrets.token_hex(8)
+        self._writer = _new_writer()
         self._sequence = 0
         self._in_doubt: Batch | None = None
         self._unsent: deque[Draft] = deque(maxlen=_UNSENT)
         self._gave_id = False
-        self._outlet = wire.Outlet(patience=self._settings.send_timeout, ping=self._settings.ping_interval)
         self._outcome: asyncio.Future[bytes | wire.Refusal | None] = asyncio.get_running_loop().create_future()
         self._attending = False
+
+    # Most requests end before they need these.
+
+    @cached_property
+    def cancel_requested(self) -> anyio.Event:
+        """Set when the request is to stop."""
+        return anyio.Event()
+
+    @cached_property
+    def _outlet(self) -> wire.Outlet:
+        return wire.Outlet(patience=self._settings.send_timeout, ping=self._settings.ping_interval)
 
     # ---- the HTTP side
 
@@ -160,7 +170,9 @@ class Exchange:
             outcome = await asyncio.shield(self._outcome)
             await self._respond(outcome, send, headers)
         finally:
-            self._outlet.leave()
+            if not self._outcome.done() or self._outcome.result() is None:
+                # It streams, or will: to nobody.
+                self._outlet.leave()
 
     async def _respond(
         self, outcome: bytes | wire.Refusal | None, send: Send, headers: list[tuple[bytes, bytes]]
@@ -216,8 +228,9 @@ class Exchange:
             if self._answer == "sse" and not self._opens:
                 await self._promote()
             with self._scope:
-                # Cancelled before it began, the handler does not run to its first wait either.
-                await anyio.lowlevel.checkpoint_if_cancelled()
+                if self._scope.cancel_called:
+                    # Cancelled before it began, the handler does not run to its first wait either.
+                    await anyio.lowlevel.checkpoint_if_cancelled()
                 body = await self._handle()
             if self._closed:
                 return
@@ -225,8 +238,7 @@ class Exchange:
             window.cancel()
             if self._scope.cancelled_caught or self._stopped is not None:
                 body = self._stopped_body()
-            with anyio.CancelScope(shield=True):
-                await self._finish(body)
+            await self._finish(body)
         except SessionNotFound:
             self._refuse(wire.Refusal(404, "Session not found"))
             self.session.node.spawn(self.session.end())
@@ -516,7 +528,7 @@ class Exchange:
         except Diverged:
             # Whoever reads on would not know what is missing: the request ends here, under a new name (P9).
             logger.warning("session %s: the store lost events of a request's stream", session.key[:12])
-            self._writer, self._sequence, self._in_doubt = secrets.token_hex(8), 0, None
+            self._writer, self._sequence, self._in_doubt = _new_writer(), 0, None
             self.fail(wire.STREAM_LOST)
             raise
         self._in_doubt = None
@@ -691,3 +703,8 @@ class Exchange:
         if message is not None:
             params["message"] = message
         await self.notify("notifications/progress", params)
+
+
+def _new_writer() -> str:
+    # Not a secret, and one for each request: the system's random numbers would cost a call to it.
+    return f"{random.getrandbits(64):016x}"

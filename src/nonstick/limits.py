@@ -6,9 +6,6 @@ Where there is no place the client is told so at once, with when to come back; n
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Final
 
 from mcp.shared.jsonrpc_dispatcher import progress_token_from_params
@@ -17,7 +14,7 @@ from starlette.types import Message, Receive, Scope
 
 from nonstick import wire
 
-__all__ = ["LONGEST_ID", "LONGEST_METHOD", "Room", "check_headers", "check_names", "in_time"]
+__all__ = ["LONGEST_ID", "LONGEST_METHOD", "Place", "Room", "check_headers", "check_names", "in_time"]
 
 LONGEST_ID: Final = 1024
 """Characters of a request id or a progress token: the log and each of a stream's messages repeat them."""
@@ -43,7 +40,7 @@ class Room:
         self._status = status
         self._code = INVALID_REQUEST if status < 500 else INTERNAL_ERROR
         self._message = message
-        self._held: Counter[object] = Counter()
+        self._held: dict[object, int] = {}
 
     def __len__(self) -> int:
         """Places that are taken."""
@@ -58,27 +55,42 @@ class Room:
         if len(self._held) >= self._places:
             raise wire.Refusal(self._status, self._message, self._code, retry_after=1)
 
-    @contextmanager
-    def held(self, name: object) -> Iterator[None]:
+    def held(self, name: object) -> Place:
         """Takes a place meanwhile, also where there is none left: see `check`."""
-        self._take(name)
-        try:
-            yield
-        finally:
-            self._give_back(name)
+        return Place(self, name)
 
     def held_while(self, name: object, task: asyncio.Task[Any]) -> None:
         """Takes a place until the task has ended."""
-        self._take(name)
-        task.add_done_callback(lambda _: self._give_back(name))
+        self.take(name)
+        task.add_done_callback(lambda _: self.give_back(name))
 
-    def _take(self, name: object) -> None:
-        self._held[name] += 1
+    def take(self, name: object) -> None:
+        """As on entering `held`."""
+        self._held[name] = self._held.get(name, 0) + 1
 
-    def _give_back(self, name: object) -> None:
-        self._held[name] -= 1
-        if not self._held[name]:
+    def give_back(self, name: object) -> None:
+        """As on leaving `held`."""
+        left = self._held[name] - 1
+        if left:
+            self._held[name] = left
+        else:
             del self._held[name]
+
+
+class Place:
+    """A place in a room that is taken from entering to leaving."""
+
+    __slots__ = ("_name", "_room")
+
+    def __init__(self, room: Room, name: object) -> None:
+        self._room = room
+        self._name = name
+
+    def __enter__(self) -> None:
+        self._room.take(self._name)
+
+    def __exit__(self, *_: object) -> None:
+        self._room.give_back(self._name)
 
 
 def in_time(receive: Receive, seconds: float) -> Receive:
@@ -108,7 +120,9 @@ def check_headers(scope: Scope, limit: int) -> None:
     Raises:
         Refusal: They are longer.
     """
-    size = sum(len(name) + len(value) for name, value in scope["headers"])
+    size = 0
+    for name, value in scope["headers"]:
+        size += len(name) + len(value)
     if size > limit:
         raise wire.Refusal(431, f"Request Header Fields Too Large: the headers are longer than {limit} bytes")
 

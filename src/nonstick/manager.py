@@ -10,8 +10,9 @@ import inspect
 import logging
 import math
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import fields
+from functools import lru_cache
 from typing import Any, Final, Literal, TypedDict, Unpack
 
 import pydantic_core
@@ -507,14 +508,13 @@ class SessionManager:
         Raises:
             Refusal: It is no such thing, or the headers are wrong.
         """
-        has_json, has_sse = check_accept_headers(request)
+        has_json, has_sse = _accepts(request.headers.get("accept", ""))
         if self.json_response:
             if not has_json:
                 raise wire.Refusal(406, "Not Acceptable: Client must accept application/json")
         elif not (has_json and has_sse):
             raise wire.Refusal(406, "Not Acceptable: Client must accept both application/json and text/event-stream")
-        content_type = request.headers.get("content-type", "").split(";")[0]
-        if "application/json" not in (part.strip() for part in content_type.split(",")):
+        if not _is_json(request.headers.get("content-type", "")):
             raise wire.Refusal(415, "Unsupported Media Type: Content-Type must be application/json")
         body = await request.body()
         if body.lstrip()[:1] == b"[":
@@ -707,12 +707,13 @@ class SessionManager:
         await wire.send_body(send, 200, b"", [*headers, wire.JSON_TYPE])
 
 
-@contextmanager
-def _as_relayed(session: Session, request: Request) -> Iterator[Request]:
+def _as_relayed(session: Session, request: Request) -> AbstractContextManager[Request]:
     """The request; where the session is held, as it would be had it come to another node."""
-    if session.held is None:
-        yield request
-        return
+    return nullcontext(request) if session.held is None else _portable(session, request)
+
+
+@contextmanager
+def _portable(session: Session, request: Request) -> Iterator[Request]:
     request = portable.unpack(portable.pack(request), session.id)
     with portable.acting_for(request):
         yield request
@@ -720,6 +721,17 @@ def _as_relayed(session: Session, request: Request) -> Iterator[Request]:
 
 def _no_such_method() -> wire.Refusal:
     return wire.Refusal(405, "Method Not Allowed", allow="GET, POST, DELETE")
+
+
+@lru_cache(maxsize=64)
+def _accepts(accept: str) -> tuple[bool, bool]:
+    """Whether JSON, and whether an event stream, may be the answer, as the SDK reads it. Clients say few things."""
+    return check_accept_headers(Request({"type": "http", "headers": [(b"accept", accept.encode("latin-1"))]}))
+
+
+@lru_cache(maxsize=64)
+def _is_json(content_type: str) -> bool:
+    return "application/json" in (part.strip() for part in content_type.split(";")[0].split(","))
 
 
 def _check_accepts_stream(request: Request) -> None:
@@ -730,7 +742,11 @@ def _check_accepts_stream(request: Request) -> None:
 def _header(scope: Scope, name: str) -> str | None:
     """The first header of this name, which is in lower case."""
     wanted = name.encode()
-    return next((value.decode("latin-1") for key, value in scope["headers"] if key == wanted), None)
+    for key, value in scope["headers"]:
+        if key == wanted:
+            found: bytes = value
+            return found.decode("latin-1")
+    return None
 
 
 def _session_header(session_id: str) -> tuple[bytes, bytes]:

@@ -79,6 +79,13 @@ class Record:
                 "keys, or the newer version, of the node that wrote it"
             )
         level, owner = fields.get("level"), fields.get(OWNER)
+        subscriptions: list[str] = []
+        state: dict[str, bytes] = {}
+        for name, value in fields.items():
+            if name.startswith(STATE):
+                state[name[len(STATE) :]] = value
+            elif name.startswith(SUBSCRIPTION):
+                subscriptions.append(value.decode())
         return cls(
             protocol_version=fields["protocol"].decode(),
             client_params=_client_params(fields["client"]),
@@ -86,8 +93,8 @@ class Record:
             initialized="initialized" in fields,
             unconfirmed="unconfirmed" in fields,
             log_level=None if level is None else level.decode(),
-            subscriptions=frozenset(v.decode() for k, v in fields.items() if k.startswith(SUBSCRIPTION)),
-            state={k[len(STATE) :]: v for k, v in fields.items() if k.startswith(STATE)},
+            subscriptions=frozenset(subscriptions),
+            state=state,
             owner=None if owner is None else owner.decode(),
             heard=parse_cursor(fields.get("heard", b"").decode()) or Cursor(0),
         )

@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, S
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import anyio
@@ -168,20 +169,11 @@ class Session:
         self.id = session_id
         self.key = key
         self._connect()
-        self.follower = Follower(node.store, key)
-        self.trimmer = Trimmer(node, key)
         self.exchanges: dict[str, Exchange] = {}
         self.relays: set[str] = set()
         """Keys of the requests that came here and run on the session's owner."""
         self.held: Holding | None = None
         """While this node holds the session (`placement="owner"`)."""
-        settings = node.settings
-        self.listeners = Room(
-            settings.max_listeners, 429, "Too many streams of this session are open; close one, or wait for one to end"
-        )
-        self.resumptions = Room(
-            settings.max_streams, 429, "Too many streams of this session are being resumed; wait for one to end"
-        )
         self.notices: set[asyncio.Task[Any]] = set()
         """The handlers of notifications that run here."""
         self.unconfirmed = False
@@ -200,10 +192,43 @@ class Session:
         self._attendants = 0
         self._inbox: asyncio.Task[None] | None = None
         self._holding = False
-        self._sender = Sender(self.append)
         self._before_open: list[Draft] | None = None
         self.first_fields: dict[str, bytes] = {}
         """What the record is to begin with, beside what every record does."""
+
+    # Most requests end before they need these.
+
+    @cached_property
+    def follower(self) -> Follower:
+        """Of the session's log."""
+        return Follower(self.node.store, self.key)
+
+    @cached_property
+    def trimmer(self) -> Trimmer:
+        """Of the session's log."""
+        return Trimmer(self.node, self.key)
+
+    @cached_property
+    def listeners(self) -> Room:
+        """Connections to the standalone stream."""
+        return Room(
+            self.node.settings.max_listeners,
+            429,
+            "Too many streams of this session are open; close one, or wait for one to end",
+        )
+
+    @cached_property
+    def resumptions(self) -> Room:
+        """Streams of requests that are being resumed."""
+        return Room(
+            self.node.settings.max_streams,
+            429,
+            "Too many streams of this session are being resumed; wait for one to end",
+        )
+
+    @cached_property
+    def _sender(self) -> Sender:
+        return Sender(self.append)
 
     def _connect(self) -> None:
         node = self.node
@@ -606,7 +631,8 @@ class Session:
 
     def was_cancelled(self, key: str, head: Cursor) -> bool:
         """Whether a cancel for this request came after its record was loaded and before it was registered here."""
-        return any(position > head.position and cancelled == key for position, cancelled in self._recent_cancels)
+        cancels = self._recent_cancels
+        return bool(cancels) and any(position > head.position and cancelled == key for position, cancelled in cancels)
 
 
 def _fail(waiter: _Waiter, error: MCPError) -> None:
