@@ -39,9 +39,7 @@ def mcpserver() -> MCPServer[Any]:
 
 
 def lowlevel() -> Server[Any]:
-    async def call(
-        ctx: ServerRequestContext[Any, Any], params: types.CallToolRequestParams
-    ) -> types.CallToolResult:
+    async def call(ctx: ServerRequestContext[Any, Any], params: types.CallToolRequestParams) -> types.CallToolResult:
         text = str((params.arguments or {})["text"])
         return types.CallToolResult(content=[types.TextContent(text=text)])
 
