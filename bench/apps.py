@@ -39,12 +39,12 @@ def mcpserver() -> MCPServer[Any]:
 
 
 def lowlevel() -> Server[Any]:
-    async def call(ctx: ServerRequestContext[Any, Any], params: types.CallToolRequestParams) -> types.CallToolResult:
+    async def call(_: ServerRequestContext[Any, Any], params: types.CallToolRequestParams) -> types.CallToolResult:
         text = str((params.arguments or {})["text"])
         return types.CallToolResult(content=[types.TextContent(text=text)])
 
     async def tools(
-        ctx: ServerRequestContext[Any, Any], params: types.PaginatedRequestParams | None
+        _: ServerRequestContext[Any, Any], __: types.PaginatedRequestParams | None
     ) -> types.ListToolsResult:
         return types.ListToolsResult(tools=[types.Tool(name="echo", input_schema={"type": "object"})])
 

@@ -85,9 +85,8 @@ class Wire(asyncio.Protocol):
             size = int(low[at + 17 :].split(b"\r\n", 1)[0])
             if len(body) < size:
                 return
-        elif b"\r\ntransfer-encoding: chunked" in low:
-            if not body.endswith(b"0\r\n\r\n"):
-                return
+        elif b"\r\ntransfer-encoding: chunked" in low and not body.endswith(b"0\r\n\r\n"):
+            return
         self._buffer = b""
         assert self._waiting is not None
         if not self._waiting.done():
