@@ -144,7 +144,14 @@ class _Deferred:
         """
         if self._app is None:
             server = await loading.call(self._found, self._settings.target)
-            self._app = _application(server, self._settings)
+            try:
+                self._app = _application(server, self._settings)
+            except ConfigurationError:
+                raise
+            except (TypeError, ValueError) as error:  # the SDK checks its own arguments
+                if not self._settings.options:
+                    raise
+                raise ConfigurationError(f"a setting given with --set cannot work: {error}") from error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "lifespan":
@@ -244,8 +251,18 @@ def _uvicorn_options(settings: Settings) -> dict[str, Any]:
         "log_config": None,  # `logs.configure` has been there
         "log_level": settings.log_level,
         "lifespan": "on",
+        "http": _protocol(),
         "timeout_graceful_shutdown": math.ceil(settings.grace) + _AFTER_GRACE,
     }
+
+
+def _protocol() -> Any:
+    """uvicorn's fast HTTP protocol, with bounds, if it is installed; the other has them."""
+    try:
+        from nonstick.heads import BoundedHeads
+    except ImportError:
+        return "auto"
+    return BoundedHeads
 
 
 async def _serve_here(app: _Deferred, server: uvicorn.Server, listener: socket.socket) -> int:

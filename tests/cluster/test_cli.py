@@ -22,6 +22,7 @@ import httpx2
 import pytest
 
 from nonstick import cli
+from nonstick.cli import main
 from nonstick.testing.servers import ValkeyServer
 
 DEADLINE = 40.0
@@ -276,6 +277,52 @@ def test_log_names_the_node_and_no_session(start: Start, monkeypatch: pytest.Mon
         "DELETE",
     ]
     assert headers["mcp-session-id"] not in json.dumps(served.seen)
+
+
+def test_head_that_does_not_end_is_refused(start: Start) -> None:
+    """P10: before it fills the memory, in the middle of one header or after many."""
+    served = start("server.py")
+    port = int(served.url().split(":")[2].split("/")[0])
+    with httpx2.Client(transport=httpx2.HTTPTransport(retries=6)) as patient:  # it says so just before it listens
+        assert patient.get(f"http://127.0.0.1:{port}/healthz").status_code == 200
+    for endless in (b"x: " + b"y" * 100_000, b"x: y\r\n" * 20_000):
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+            client.sendall(b"GET /healthz HTTP/1.1\r\nhost: 127.0.0.1\r\n")
+            answer = b""
+            with contextlib.suppress(ConnectionError):
+                for _ in range(50):
+                    client.sendall(endless)
+            with contextlib.suppress(ConnectionError):
+                answer = client.recv(1000)
+            assert answer[:12] in (b"", b"HTTP/1.1 431")
+    assert httpx2.get(f"http://127.0.0.1:{port}/healthz").status_code == 200
+
+
+def test_settings_are_given_by_their_names(start: Start, home: Path) -> None:
+    """P10: every limit can be set, and what cannot work is said in one paragraph."""
+    served = start("server.py", "--set", "max_header_bytes=2000", "--set", "unconfirmed_lifetime=null")
+    with httpx2.Client(transport=httpx2.HTTPTransport(retries=6)) as patient:
+        answer = patient.post(served.url(), json={}, headers={**HEADERS, "x": "y" * 3000})
+    assert answer.status_code == 431
+    ended = nonstick(home, "serve", "server.py", "--port", "0", "--set", "max_sessions=0")
+    assert ended.returncode == 2
+    assert "max_sessions must be a positive number" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("max_header_bytes", "is not NAME=VALUE"),
+        ("lease=3", "has an option of its own: --lease"),
+        ("max_sessions=many", "give a number"),
+        ("auth=1", "only be given to nonstick.app()"),
+    ],
+)
+def test_setting_that_cannot_be_given_is_refused(wrong: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "server.py", "--set", wrong])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
 
 
 def test_default_store_lies_in_the_working_directory(home: Path) -> None:

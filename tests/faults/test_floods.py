@@ -29,6 +29,8 @@ INITIALIZE: dict[str, Any] = {
     "method": "initialize",
     "params": {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "flood", "version": "1"}},
 }
+SLOW = (pytest.mark.slow, pytest.mark.timeout(900))
+
 PATIENCE = 8.0
 """Seconds within which everybody else is served. The machine is busy with the flood itself, and its sender."""
 
@@ -120,10 +122,10 @@ class Polite:
             await self.client.post(self.url, json=initialized, headers=self.headers)
         return response.status_code
 
-    async def call(self, tool: str, **arguments: Any) -> httpx2.Response:
+    async def call(self, tool: str, *, timeout: float = PATIENCE, **arguments: Any) -> httpx2.Response:
         params = {"name": tool, "arguments": arguments}
         message = {"jsonrpc": "2.0", "id": self.served, "method": "tools/call", "params": params}
-        return await self.client.post(self.url, json=message, headers=self.headers)
+        return await self.client.post(self.url, json=message, headers=self.headers, timeout=timeout)
 
     async def go_on(self) -> None:
         """Calls again and again. Ends only if it is not served."""
@@ -167,7 +169,7 @@ async def flood(node: Node, count: int, *, connections: int = 16) -> Counter[int
     return statuses
 
 
-@pytest.mark.parametrize("count", [1500, pytest.param(50_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [1500, pytest.param(50_000, marks=SLOW)])
 async def test_flood_of_initialize_is_refused_leaves_others_served_and_goes_away(tmp_path: Path, count: int) -> None:
     """P10: 503 with when to come back over `max_sessions`; what was opened and not used makes room again soon."""
     async with serving(tmp_path, max_sessions=500, unconfirmed_lifetime=3.0) as (node, polite):
@@ -187,6 +189,7 @@ async def test_flood_of_initialize_is_refused_leaves_others_served_and_goes_away
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 async def test_flood_of_initialize_without_a_limit_costs_the_node_no_memory(tmp_path: Path) -> None:
     """P10: sessions are in the store; an idle one costs a node nothing."""
     async with serving(tmp_path, max_sessions=None) as (node, polite):
@@ -209,9 +212,7 @@ async def never_reading(node: Node, headers: dict[str, str]) -> socket.socket:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-@pytest.mark.parametrize(
-    ("sessions", "each"), [(6, 20), pytest.param(60, 30, marks=pytest.mark.slow)], ids=["some", "many"]
-)
+@pytest.mark.parametrize(("sessions", "each"), [(6, 20), pytest.param(30, 60, marks=SLOW)], ids=["some", "many"])
 async def test_flood_of_gets_that_nobody_reads_is_cut_off_and_released(
     tmp_path: Path, sessions: int, each: int
 ) -> None:
@@ -228,7 +229,7 @@ async def test_flood_of_gets_that_nobody_reads_is_cut_off_and_released(
                 clients += [await never_reading(node, one.headers) for _ in range(each)]
             await polite.served_again()
             # More than the kernel takes for a connection.
-            told = await asyncio.gather(*(one.call("tell", count=140, size=50_000) for one in floods))
+            told = await asyncio.gather(*(one.call("tell", timeout=120, count=140, size=50_000) for one in floods))
             assert {response.status_code for response in told} == {200}
             await polite.served_again()
             assert node.memory - before < 96 * MEGABYTE + sessions * MEGABYTE

@@ -1,0 +1,75 @@
+"""HTTP heads that are too long, or never end, under `nonstick serve` (P10).
+
+An ASGI application sees a request once its head is whole. Until then only the server can bound it; uvicorn's httptools
+protocol, which is the fast one, does not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+__all__ = ["HEAD_BYTES", "HEAD_SECONDS", "BoundedHeads"]
+
+HEAD_BYTES: Final = 64 * 1024
+"""About so long a head may be that did not come in one piece; as for uvicorn's other protocol."""
+
+HEAD_SECONDS: Final = 60.0
+"""How long a client may take over it, or leave a connection that it opened without a word."""
+
+_TOO_LONG: Final = b"Request Header Fields Too Large: the headers are too long"
+_ANSWER: Final = (
+    b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: text/plain; charset=utf-8\r\n"
+    b"content-length: %d\r\nconnection: close\r\n\r\n%b" % (len(_TOO_LONG), _TOO_LONG)
+)
+
+
+class BoundedHeads(HttpToolsProtocol):
+    """uvicorn's protocol, which gives up on a head that is longer than `HEAD_BYTES` or takes `HEAD_SECONDS`."""
+
+    _size = 0
+    _reading = False
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._expect()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._arrived()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._reading:
+            self._size += len(data)
+            if self._size > HEAD_BYTES and not self.transport.is_closing():
+                if self.cycle is None or self.cycle.response_complete:
+                    self.transport.write(_ANSWER)
+                self.transport.close()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._reading, self._size = True, 0
+        self._expect()
+
+    def on_headers_complete(self) -> None:
+        self._arrived()
+        super().on_headers_complete()
+
+    def _expect(self) -> None:
+        if self._timer is None:
+            self._timer = self.loop.call_later(HEAD_SECONDS, self._give_up)
+
+    def _arrived(self) -> None:
+        self._reading = False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _give_up(self) -> None:
+        self._timer = None
+        if not self.transport.is_closing():
+            self.transport.close()
