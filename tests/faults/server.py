@@ -18,6 +18,7 @@ from typing import Any
 
 import mcp_types as types
 from mcp.server import MCPServer
+from mcp.server.connection import Connection
 from mcp.server.mcpserver import Context
 from mcp_types import ToolAnnotations
 from pydantic import BaseModel
@@ -156,6 +157,31 @@ async def recall(label: str) -> list[str]:
         return [f"{label}:{current_attempt()}:0", str(nonstick.current_connection().state.get("value"))]
 
 
-app = nonstick.app(
-    server, store=os.environ["NONSTICK_STORE"], node_header=True, **json.loads(os.environ.get("FAULTS_OPTIONS", "{}"))
-)
+class Held:
+    """What JSON cannot hold."""
+
+    def __init__(self, connection: Connection, used: int = 0) -> None:
+        self.used = used
+        connection.state["held"] = self
+        connection.exit_stack.callback(record, "held", "cleaned", value=str(used))
+
+
+@server.tool(structured_output=False)
+async def hold(label: str) -> list[str]:
+    """Says how often what the session holds was used. On one node, with `placement="owner"`."""
+    async with recorded(label):
+        connection = nonstick.current_connection()
+        held = connection.state.get("held") or Held(connection)
+        held.used += 1
+        return [f"{label}:{current_attempt()}:0", str(held.used)]
+
+
+async def rehydrate(connection: Connection) -> None:
+    """Builds what a session held anew: it was used 100 times."""
+    Held(connection, 100)
+
+
+_options = json.loads(os.environ.get("FAULTS_OPTIONS", "{}"))
+if _options.pop("movable", False):
+    _options["rehydrate"] = rehydrate
+app = nonstick.app(server, store=os.environ["NONSTICK_STORE"], node_header=True, **_options)
