@@ -215,6 +215,13 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "longer; sse is always a stream; json is never one. Default: %(default)s",
     )
     parser.add_argument(
+        "--placement",
+        choices=("any", "stateless", "owner"),
+        default="any",
+        help="which nodes serve a session: any of them; none, there are no sessions; or the one that opened it, which "
+        "the others relay to and with which it ends. Default: %(default)s",
+    )
+    parser.add_argument(
         "--grace",
         type=_seconds,
         default=20.0,

@@ -30,6 +30,7 @@ from nonstick.events import Kind, decode, draft, kind_of
 from nonstick.exchange import Exchange
 from nonstick.node import SHUT_DOWN
 from nonstick.record import OWNER, RELEASED, Record
+from nonstick.security import without_text
 from nonstick.session import Session, request_key
 from nonstick.store import MAX_READ, Batch, Cursor, Event
 
@@ -177,8 +178,8 @@ class Holding:
         self.session.make_current()
         try:
             await rehydrate(self.session.connection)
-        except Exception:
-            logger.exception("session %s: rehydrate raised", self.session.key[:12])
+        except Exception as error:
+            logger.error("session %s: rehydrate raised", self.session.key[:12], exc_info=without_text(error))
             return False
         return True
 
@@ -241,8 +242,13 @@ class Holding:
         """One event that this node makes nothing of must not keep the next from being run."""
         try:
             self._accept(event)
-        except Exception:
-            logger.exception("session %s: passed over event %d of its log", self.session.key[:12], event.position)
+        except Exception as error:
+            logger.error(
+                "session %s: passed over event %d of its log",
+                self.session.key[:12],
+                event.position,
+                exc_info=without_text(error),
+            )
 
     def _accept(self, event: Event) -> None:
         kind = kind_of(event.data)

@@ -69,6 +69,7 @@ class Settings:
     workers: int = 1
     reload: bool = False
     answer: Literal["auto", "sse", "json"] = "auto"
+    placement: Literal["any", "stateless", "owner"] = "any"
     grace: float = 20.0
     lease: float = 12.0
     options: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
@@ -193,7 +194,11 @@ class _Deferred:
 
 def _application(server: loading.AnyServer, settings: Settings) -> Starlette:
     named = Options(
-        answer=settings.answer, grace=settings.grace, lease=settings.lease, encryption_keys=keys_from(os.environ)
+        answer=settings.answer,
+        placement=settings.placement,
+        grace=settings.grace,
+        lease=settings.lease,
+        encryption_keys=keys_from(os.environ),
     )
     options: Any = {**settings.options, **named}
     if isinstance(server, Starlette):

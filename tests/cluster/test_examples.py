@@ -61,10 +61,13 @@ async def test_example_serves_a_session_from_two_nodes(
 
 
 @asynccontextmanager
-async def balanced(target: str, home: Path, **client: Any) -> AsyncIterator[tuple[Client, Balancer]]:
-    """A client of three nodes of this example."""
+async def balanced(
+    target: str, home: Path, nodes: list[NodeProcess] | None = None, **client: Any
+) -> AsyncIterator[tuple[Client, Balancer]]:
+    """A client of three nodes of this example, which are put into `nodes`."""
     async with AsyncExitStack() as stack:
-        nodes = [
+        nodes = [] if nodes is None else nodes
+        nodes += [
             await stack.enter_async_context(
                 NodeProcess(target, name=name, store=f"sqlite:///{home}/example.db", env={"PYTHONPATH": PATH})
             )
@@ -113,3 +116,52 @@ async def test_long_report_is_resumed_after_its_connection_was_closed(tmp_path: 
         assert seen == [1, 2, 3, 4, 5]
         resumed = [exchange for exchange in balancer.exchanges if "last-event-id" in exchange.request_headers]
         assert resumed
+
+
+async def test_basket_is_there_on_every_node(tmp_path: Path) -> None:
+    """P2."""
+    async with balanced("examples.placement_any:app", tmp_path) as (client, balancer):
+        for count, item in enumerate(("bread", "milk", "tea"), 1):
+            basket = await client.call_tool("add", {"item": item})
+            assert basket.structured_content == {"result": ["bread", "milk", "tea"][:count]}
+        assert len(served_by(balancer)) > 1
+
+
+async def test_converter_needs_no_session(tmp_path: Path) -> None:
+    async with balanced("examples.placement_stateless:app", tmp_path) as (client, balancer):
+        for celsius in (0, 37, 100):
+            said = await client.call_tool("fahrenheit", {"celsius": celsius})
+            assert said.structured_content == {"result": celsius * 9 / 5 + 32}
+        assert len(served_by(balancer)) > 1
+        assert not any("mcp-session-id" in exchange.request_headers for exchange in balancer.exchanges)
+
+
+async def test_transaction_stays_open_while_other_nodes_are_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P1, P8: it is on one node; where that is replaced, the client is told what became of it."""
+    monkeypatch.setenv("LEDGER", str(tmp_path / "ledger.db"))
+    nodes: list[NodeProcess] = []
+    async with balanced("examples.placement_owner:app", tmp_path, nodes) as (client, balancer):
+        for amount in (1, 2, 3):
+            await client.call_tool("enter", {"account": "ada", "amount": amount})
+        await client.call_tool("commit", {})
+        await client.call_tool("enter", {"account": "ada", "amount": 100})
+        seen = [await client.call_tool("balance", {"account": "ada"}) for _ in range(3)]
+        assert [one.structured_content for one in seen] == [{"result": 106}] * 3
+        assert len(served_by(balancer)) > 1
+        opened = next(exchange.backend for exchange in balancer.exchanges if exchange.rpc == "initialize")
+        owner = next(node for node in nodes if node.name == opened)
+        owner.terminate()
+        told = await client.call_tool("balance", {"account": "ada"})
+        while told.structured_content == {"result": 106}:
+            told = await client.call_tool("balance", {"account": "ada"})
+        assert told.is_error
+        assert "rolled back" in str(told.content)
+        left = await client.call_tool("balance", {"account": "ada"})
+        assert left.structured_content == {"result": 6}
+
+
+def served_by(balancer: Balancer) -> set[str]:
+    """The nodes that tool calls came to."""
+    return {str(exchange.backend) for exchange in balancer.exchanges if exchange.rpc == "tools/call"}
