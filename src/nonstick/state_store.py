@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 FIELD: Final = "kv:"
 """Begins the names of record fields that hold such values: `kv:<hash of collection and key>`."""
 
+LIFETIME: Final = "lifetime"
+"""The field of a record of a value's own that says what it was made for, in seconds: a store only lengthens it."""
+
 MAX_STATE: Final = 1024 * 1024
 """Bytes of such values that one record holds: every request of the session loads them (P10)."""
 
@@ -99,6 +102,7 @@ class StateStore:
             StateTooLarge: Its record would hold more than `MAX_STATE`.
         """
         seconds = None if ttl is None else float(ttl)
+        lifetime = seconds or _LIFETIME
         data = _pack(value, seconds)
         _check_size(len(data))
         with _discreet():
@@ -108,9 +112,10 @@ class StateStore:
                     return
             for _ in range(_TRIES):
                 try:
-                    await own.store.create(own.key, {own.field: data}, lifetime=seconds or _LIFETIME)
+                    first = {own.field: data, LIFETIME: str(lifetime).encode()}
+                    await own.store.create(own.key, first, lifetime=lifetime)
                 except AlreadyExists:
-                    if await own.put(data):
+                    if await own.put(data, lifetime=lifetime):
                         return
                 else:
                     return
@@ -188,14 +193,18 @@ class _Place:
         except SessionNotFound:
             return None
 
-    async def put(self, data: bytes) -> bool:
-        """Whether the record is there; then the field has this value."""
+    async def put(self, data: bytes, *, lifetime: float | None = None) -> bool:
+        """Whether the record is there; then the field has this value, and the record that lifetime at least."""
         fields = await self.load()
         if fields is None:
             return False
         _check_size(len(data) + sum(len(v) for k, v in fields.items() if k.startswith(FIELD) and k != self.field))
+        changes = {self.field: data}
+        if lifetime is not None:
+            lifetime = max(lifetime, float(fields.get(LIFETIME, b"0")))
+            changes[LIFETIME] = str(lifetime).encode()
         try:
-            await self.store.update(self.key, {self.field: data})
+            await self.store.update(self.key, changes, lifetime=lifetime)
         except SessionNotFound:
             return False
         return True
@@ -218,7 +227,7 @@ class _InOpening(_Place):
     async def load(self) -> Mapping[str, bytes] | None:
         return self._session.first_fields
 
-    async def put(self, data: bytes) -> bool:
+    async def put(self, data: bytes, *, lifetime: float | None = None) -> bool:
         self._session.first_fields[self.field] = data
         return True
 
