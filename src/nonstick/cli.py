@@ -38,7 +38,8 @@ TARGET is one of
   path/to/file.py:name      a file, and what it holds under that name
   package.module:name       a module, looked for in the working directory first
 and `:name` may be left out if there is one server, or one called mcp, server or app. What stands there is an
-MCPServer, a low-level Server, or a function without arguments, sync or async, that returns one.
+MCPServer, a low-level Server, a FastMCP server, a Starlette or FastAPI app that has one in it, or a function without
+arguments, sync or async, that returns one of these.
 
 besides the MCP endpoint there are
   /healthz   200 while the process is up

@@ -15,7 +15,7 @@ from typing import Any, Final, Literal, TextIO
 
 from nonstick.security import without_text
 
-__all__ = ["LEVELS", "Format", "JSONFormatter", "TextFormatter", "configure", "set_node", "wants_colour"]
+__all__ = ["LEVELS", "Format", "JSONFormatter", "TextFormatter", "configure", "gather", "set_node", "wants_colour"]
 
 Format = Literal["text", "json"]
 
@@ -168,12 +168,17 @@ def configure(
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    for name in ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi"):
+    gather()
+    for name in _QUIET:
+        logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
+
+
+def gather() -> None:
+    """Has loggers with handlers of their own use ours. FastMCP gives itself some when it is imported."""
+    for name in ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi", "fastmcp"):
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
-    for name in _QUIET:
-        logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
 
 
 def set_node(node: str) -> None:

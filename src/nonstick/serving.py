@@ -145,6 +145,7 @@ class _Deferred:
         """
         if self._app is None:
             server = await loading.call(self._found, self._settings.target)
+            logs.gather()
             try:
                 self._app = _application(server, self._settings)
             except ConfigurationError:

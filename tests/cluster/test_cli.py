@@ -79,7 +79,9 @@ class Served:
         limit = time.monotonic() + DEADLINE
         while True:
             line = self._lines.get(timeout=max(0.0, limit - time.monotonic()))
-            assert line is not None, f"no record {message!r}: {self.seen}"
+            if line is None:
+                self._lines.put(None)  # for the next who reads to the end
+                raise AssertionError(f"no record {message!r}: {self.seen}")
             self.seen.append(json.loads(line))
             if self.seen[-1]["message"] == message:
                 return self.seen[-1]
@@ -180,6 +182,55 @@ def test_session_of_one_process_is_served_by_another(start: Start) -> None:
     assert list_tools(other, headers) == 200
     assert httpx2.delete(other, headers=headers).status_code == 200
     assert list_tools(opened, headers) == 404
+
+
+SHOP = """
+import nonstick
+from fastmcp import FastMCP
+
+cluster = nonstick.Cluster()
+shop = FastMCP(
+    "shop",
+    session_state_store=cluster.session_state_store,
+    request_state_security=cluster.request_state_security,
+)
+
+
+@shop.tool
+def fail(a: int) -> int:
+    raise RuntimeError("a secret of the client's")
+
+
+def app():
+    return shop.http_app(path="/shop")
+"""
+
+
+def test_fastmcp_server_and_its_app_are_served(start: Start, home: Path) -> None:
+    """P1: one process has the server, the other an app that was made of it. Probes, logs and the end are as ever."""
+    (home / "shop.py").write_text(SHOP)
+    server, app = start("shop.py", "--path", "/shop"), start("shop.py:app")
+    opened, other = server.url(), app.url()
+    assert opened.endswith("/shop")
+    assert other.endswith("/shop")
+    headers = initialize(opened)
+    assert list_tools(other, headers) == 200
+    call = {"jsonrpc": "2.0", "id": 2, "method": "tools/call", "params": {"name": "fail", "arguments": {"a": 1}}}
+    assert httpx2.post(other, json=call, headers=headers).json()["result"]["isError"]
+    assert httpx2.get(other.replace("/shop", "/readyz")).status_code == 200
+    assert not [one for one in server.seen + app.seen if one["level"] == "warning" and "FastMCP" in one["message"]]
+    assert (server.stop(), app.stop()) == (0, 0)
+    with pytest.raises(AssertionError):
+        app.wait_for("the end")  # reads the rest: every line is a record of ours (P13)
+    assert any("Error calling tool" in one["message"] for one in app.seen)
+    assert "a secret of the client's" not in str(app.seen)
+
+
+def test_app_without_an_mcp_endpoint_is_refused(home: Path) -> None:
+    (home / "web.py").write_text("from fastapi import FastAPI\napp = FastAPI()\n")
+    ended = nonstick(home, "serve", "web.py:app", "--port", "0", "--log-level", "error")
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("nonstick: there is no MCP endpoint in this app.")
 
 
 def test_probes_answer_and_sigterm_ends_with_status_0(start: Start) -> None:
