@@ -25,6 +25,8 @@ from nonstick.testing.oracle import (
     Caught,
     GaveUp,
     Got,
+    Lost,
+    Opened,
     Place,
     Record,
     Replayed,
@@ -40,6 +42,7 @@ VERSION = "2025-11-25"
 PAUSE = 0.05
 REPLAYS = 5
 REPLAY_SECONDS = 8.0
+FENCE_SECONDS = 5.0
 
 
 class Target(Protocol):
@@ -61,6 +64,10 @@ class History:
 
     def add(self, record: Record) -> None:
         self.records.append(record)
+
+    def lost_since(self, at: float) -> bool:
+        """Whether the store may have lost something that was written after this."""
+        return any(isinstance(one, Lost) and one.until >= at for one in self.records)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +125,8 @@ class Session:
         self.name = name
         self.id = ""
         self.ended = False
+        self.gone = False
+        """It was answered with 404."""
         self.retry: list[str] = []
         self.history = history
         self.targets = targets
@@ -145,6 +154,7 @@ class Session:
         message = {"jsonrpc": "2.0", "id": 0, "method": "initialize", "params": params}
         async with asyncio.timeout(self._patience.call):
             while True:
+                sent = time.monotonic()
                 try:
                     answer = await self._post(message, on)
                 except (httpx2.TransportError, TimeoutError):
@@ -154,6 +164,7 @@ class Session:
                     break
                 assert answer.status_code == 503, answer.text
         self.id = answer.headers["mcp-session-id"]
+        self.history.add(Opened(time.monotonic(), sent, self.name))
         await self.notify("notifications/initialized")
 
     def call(
@@ -231,23 +242,35 @@ class Session:
 
         Whether the session lived long enough, and it did.
         """
-        while not self.ended:
-            restarts = self._restarts
+        while not self.ended and not self.gone:
+            restarts, began = self._restarts, time.monotonic()
             fence = self.call("announce", steps=1, standalone=True, pause=0.0)
             terminal = await fence.end()
             if terminal is None or "result" not in terminal:
                 await asyncio.sleep(PAUSE)
                 continue
-            try:
-                async with asyncio.timeout(self._patience.call):
-                    await self.has(f"{fence.label}:1:1", or_restart=True)
-            except TimeoutError:
+            if not await self._arrives(f"{fence.label}:1:1", began):
+                if self.gone or self.history.lost_since(began):
+                    continue
                 self.history.add(GaveUp(time.monotonic(), self.name, fence.label, "hung"))
                 return False
             if self._restarts != restarts:
                 continue  # a connection that broke too soon may have carried it
             self.history.add(Caught(time.monotonic(), self.name))
             return True
+        return False
+
+    async def _arrives(self, token: str, sent: float) -> bool:
+        """Whether it comes in time. It is not waited for when the store may have lost it."""
+        until = time.monotonic() + self._patience.call
+        while time.monotonic() < until and not self.gone:
+            try:
+                async with asyncio.timeout(FENCE_SECONDS):
+                    await self.has(token, or_restart=True)
+                return True
+            except TimeoutError:
+                if self.history.lost_since(sent):
+                    return False
         return False
 
     async def close(self) -> None:
@@ -342,7 +365,8 @@ class Session:
         for _ in range(REPLAYS):
             target = on or self._rng.choice(self.targets)
             ended = await self._replay(again, events, target)
-            if ended is False or (ended and again.last == call.ids[-1]):
+            told = bool(events) and "error" in events[-1][1]
+            if ended is False or (ended and (told or again.last == call.ids[-1])):
                 self.history.add(Replayed(time.monotonic(), self.name, call.label, place, events, ended, target.name))
                 return
             await asyncio.sleep(PAUSE)
@@ -476,6 +500,7 @@ class Session:
         return response
 
     def _answered(self, sent: float, method: str, status: int, target: Target) -> None:
+        self.gone = self.gone or status == 404
         self.history.add(Answered(time.monotonic(), sent, self.name, method, status, target.name))
 
     def _stream(self, method: str, target: Target, message: dict[str, Any] | None, last: str | None = None) -> Any:

@@ -20,6 +20,7 @@ import mcp_types as types
 from mcp.server import MCPServer
 from mcp.server.connection import Connection
 from mcp.server.mcpserver import Context
+from mcp.shared.exceptions import MCPError
 from mcp_types import ToolAnnotations
 from pydantic import BaseModel
 
@@ -117,11 +118,16 @@ async def recount(label: str, steps: int, pause: float, ctx: Context[Any, Any]) 
 
 
 @server.tool(structured_output=False)
-async def ask(label: str, rounds: int, ctx: Context[Any, Any]) -> str:
-    """Asks the client, several times."""
+async def ask(label: str, rounds: int, ctx: Context[Any, Any], patience: float = 3600.0) -> str:
+    """Asks the client, several times, and waits so long for each reply."""
     async with recorded(label):
         for step in range(1, rounds + 1):
-            answer = await ctx.elicit(f"{label}:{current_attempt()}:{step}", Reply)
+            try:
+                async with asyncio.timeout(patience):
+                    answer = await ctx.elicit(f"{label}:{current_attempt()}:{step}", Reply)
+            except TimeoutError:
+                # A store may lose a reply that it has taken.
+                raise MCPError(types.INTERNAL_ERROR, "no reply came", {"reason": "no_reply"}) from None
             value = answer.data.value if answer.action == "accept" else answer.action
             record(label, "reply", step=step, value=value)
         return f"{label}:{current_attempt()}:{rounds}"

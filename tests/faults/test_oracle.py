@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from math import inf
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +30,8 @@ from nonstick.testing.oracle import (
     Caught,
     GaveUp,
     Got,
+    Lost,
+    Opened,
     Place,
     Ran,
     Record,
@@ -82,6 +85,90 @@ REPEATED: list[Record] = [
 
 ASKED = [Replied(1, "s", "x", 1, "yes", None), Ran(1, "x", "reply", 1, "a", 1, "yes")]
 DELETED = Answered(9, 8, "s", "DELETE", 200)
+
+
+LOSS = Lost(1.4, 1.1, 1.5)
+"""What was written in between is lost: of `SOUND`, nothing that its client has; of `NEWS`, the second."""
+LOSS_OF_ALL = Lost(1.4, -inf, 1.5)
+TOLD = got(3, "x", 2, {"jsonrpc": "2.0", "id": 1, "error": {"code": -32603, "message": "lost"}})
+YOUNG = Opened(1.3, 1.2, "s")
+LATER_NEWS = replace(SECOND_NEWS, at=2.0, place=Place(0, 7))
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        pytest.param([CALL, FIRST, replace(LOSS, since=0.9), TOLD], id="told on its own connection"),
+        pytest.param(
+            [
+                *SOUND,
+                replace(LOSS, at=3.4, until=3.5),
+                Replayed(4, "s", "x", Place(1, 1), [(Place(1, 2), FIRST.message), (Place(-1, -1), TOLD.message)], True),
+            ],
+            id="told when it is replayed",
+        ),
+        pytest.param([YOUNG, *SOUND, LOSS, Answered(4, 3, "s", "POST", 404)], id="a young session"),
+        pytest.param([Opened(0, 0, "s"), *SOUND, LOSS_OF_ALL, Answered(4, 3, "s", "POST", 404)], id="every session"),
+        pytest.param([NEWS, LOSS, SECOND_NEWS, NEWS_END, *NEWS_RUNS, Caught(3, "s")], id="news"),
+        pytest.param(
+            [NEWS, FIRST_NEWS, replace(LOSS, since=0.9), LATER_NEWS, NEWS_END, *NEWS_RUNS, Caught(3, "s")],
+            id="news at positions given out again",
+        ),
+        pytest.param([*SOUND, DELETED, Lost(9.5, 8.5, 9.6), Answered(11, 10, "s", "POST", 200)], id="an end"),
+        pytest.param([*REPEATED, Ran(2.5, "x", "start", 2, "c"), Lost(2.2, 1.9, 2.3)], id="a take-over"),
+    ],
+)
+async def test_what_the_store_lost_is_excused_where_the_client_was_told(history: list[Record]) -> None:
+    """P9: by an error for its request or, of a whole session, by 404."""
+    assert judge(history) == []
+
+
+@pytest.mark.parametrize(
+    ("history", "said"),
+    [
+        pytest.param([CALL, replace(LOSS, since=-1), SECOND, END, *RUNS], "step 2", id="a gap in a request's stream"),
+        pytest.param([CALL, FIRST, LOSS_OF_ALL, END, *RUNS], "1 of 2 steps", id="a result after a gap"),
+        pytest.param(
+            [CALL, FIRST, LOSS_OF_ALL, replace(FIRST, place=Place(1, 3)), TOLD], "step 1", id="an event again"
+        ),
+        pytest.param(
+            [CALL, FIRST, LOSS_OF_ALL, replace(SECOND, place=Place(1, 2)), END, *RUNS],
+            "twice",
+            id="an event over a lost one",
+        ),
+        pytest.param([CALL, FIRST, LOSS, GaveUp(9, "s", "x", "hung")], "in vain", id="nobody was told"),
+        pytest.param(
+            [
+                *SOUND,
+                replace(LOSS, at=3.4, until=3.5),
+                Replayed(4, "s", "x", Place(1, 1), [(Place(1, 6), END.message)], True),
+            ],
+            "other events",
+            id="a replay with a gap",
+        ),
+        pytest.param(
+            [*SOUND, Replayed(4, "s", "x", Place(1, 1), [(Place(-1, -1), TOLD.message)], True)],
+            "other events",
+            id="told of a loss that there was not",
+        ),
+        pytest.param(
+            [Opened(0, 0, "s"), *SOUND, LOSS, Answered(4, 3, "s", "POST", 404)], "while it lived", id="an old session"
+        ),
+        pytest.param(
+            [YOUNG, LOSS_OF_ALL, Answered(1.2, 1.2, "s", "POST", 404)], "while it lived", id="404 before the loss"
+        ),
+        pytest.param(
+            [NEWS, LOSS, SECOND_NEWS, replace(SECOND_NEWS, place=Place(0, 9)), NEWS_END, *NEWS_RUNS],
+            "step 2",
+            id="news twice",
+        ),
+        pytest.param([*SOUND, LOSS, Answered(4, 3, "s", "POST", 500)], "500", id="500"),
+    ],
+)
+async def test_loss_excuses_no_gap_and_no_repetition(history: list[Record], said: str) -> None:
+    """P3, P9: never a silent gap, never an event twice."""
+    found = judge(history)
+    assert any(said in one.text for one in found), found
 
 
 @pytest.mark.parametrize(
@@ -305,6 +392,8 @@ class Forgetful(MemoryStore):
 
     def lose(self, entries: int) -> None:
         for session in self._sessions.values():
+            if len(session.events) <= entries:
+                continue  # the cluster log
             for position in sorted(session.events)[-entries:]:
                 session.size -= len(session.events.pop(position).data)
             session.head = session.events[max(session.events)].cursor

@@ -4,6 +4,10 @@ A *call* is one request to a tool, named by a label that is used nowhere else. W
 `label:attempt:step`, so that a message that strays is known by its text. A *chain* is everything that a client
 received of one stream over all of its connections, each of which went on after the last event id that it had; the
 chain of a call is named by its label, the standalone stream's by "".
+
+What the store has lost (`Lost`) may be missing, but only where the client was told: by an error for its request, or by
+404 where the session itself was lost. On the standalone stream, where no message could say so, there may be a gap.
+Nothing is ever allowed to come twice, or after a gap in a request's own stream.
 """
 
 from __future__ import annotations
@@ -22,6 +26,8 @@ __all__ = [
     "Fault",
     "GaveUp",
     "Got",
+    "Lost",
+    "Opened",
     "Place",
     "Ran",
     "Record",
@@ -158,6 +164,29 @@ class Ran:
 
 
 @dataclass(frozen=True, slots=True)
+class Opened:
+    """A session's `initialize` was answered with success. `sent`: when it was sent."""
+
+    at: float
+    sent: float
+    session: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The store lost what it had acknowledged: all that was written from `since` to `until`, or some of it.
+
+    Attributes:
+        at: From when on that can be seen.
+        since: Minus infinity if all of its data may be gone.
+    """
+
+    at: float
+    since: float
+    until: float
+
+
+@dataclass(frozen=True, slots=True)
 class Fault:
     """What was done to the cluster. Not judged: shown beside what went wrong."""
 
@@ -166,7 +195,7 @@ class Fault:
     target: str
 
 
-Record = Called | Got | Replayed | GaveUp | Answered | Replied | Caught | Restarted | Ran | Fault
+Record = Called | Got | Replayed | GaveUp | Answered | Replied | Caught | Restarted | Ran | Opened | Lost | Fault
 
 
 class Token(NamedTuple):
@@ -225,6 +254,8 @@ class _Index:
     runs: dict[str, list[Ran]] = field(default_factory=lambda: defaultdict(list))
     caught: dict[str, Caught] = field(default_factory=dict)
     restarts: dict[str, float] = field(default_factory=dict)
+    opened: dict[str, Opened] = field(default_factory=dict)
+    losses: list[Lost] = field(default_factory=list)
 
     def add(self, record: Record) -> None:
         match record:
@@ -246,8 +277,16 @@ class _Index:
                 self.caught[record.session] = record
             case Restarted():
                 self.restarts[record.session] = record.at
+            case Opened():
+                self.opened[record.session] = record
+            case Lost():
+                self.losses.append(record)
             case Fault():
                 pass
+
+    def may_have_lost(self, first: float, last: float, *, seen: float) -> bool:
+        """Whether something that was written between `first` and `last` may be missing at `seen`."""
+        return any(loss.since <= last and first <= loss.until and loss.at <= seen for loss in self.losses)
 
     def chain_of(self, call: Called) -> list[Got]:
         return self.chains.get((call.session, call.label), [])
@@ -263,6 +302,10 @@ class _Index:
 
 def _is_terminal(message: Mapping[str, Any]) -> bool:
     return "method" not in message
+
+
+def _is_error(message: Mapping[str, Any]) -> bool:
+    return "error" in message
 
 
 # ---- the rules, each a generator of violations
@@ -296,6 +339,9 @@ def _every_event_comes_once_in_order(index: _Index) -> Iterator[Violation]:
         for before, got in pairwise(placed):
             assert before.place is not None
             assert got.place is not None
+            # Positions that were lost are given out again; on a request's stream only its end may follow then.
+            if (not chain or _is_error(got.message)) and index.may_have_lost(before.at, before.at, seen=got.at):
+                continue
             if got.place.position == before.place.position:
                 yield Violation("P3", f"an event of {chain!r} arrived twice", (before, got))
             elif got.place.position < before.place.position:
@@ -314,6 +360,8 @@ def _no_step_is_missing(index: _Index) -> Iterator[Violation]:
             before = latest.get(token[:2])
             step = 0 if before is None else token_of(before.message)[2]  # type: ignore[index]
             missed = token.step > step + 1 and (0.0 if before is None else before.at) < restarted < got.at
+            if not chain and token.step > step + 1 and token.label in index.calls:
+                missed |= index.may_have_lost(index.calls[token.label].at, got.at, seen=got.at)
             if token.step != step + 1 and not missed:
                 shown = (got,) if before is None else (before, got)
                 yield Violation("P3", f"on {chain!r}, step {token.step} of {token.label!r} followed {step}", shown)
@@ -364,6 +412,8 @@ def _the_standalone_stream_is_whole(index: _Index) -> Iterator[Violation]:
             continue
         token = token_of(terminal.message)
         got = _steps(index.chains.get((call.session, ""), []), call.label, 1 if token is None else token.attempt)
+        if index.may_have_lost(call.at, terminal.at, seen=caught.at):
+            continue
         if got != call.steps and index.restarts.get(call.session, -inf) < call.at < caught.at:
             yield Violation("P3", f"the standalone stream carried {got} of {call.steps} of {call.label!r}", (call,))
 
@@ -378,10 +428,21 @@ def _a_replay_is_the_rest(index: _Index) -> Iterator[Violation]:
     for replay in index.replays:
         chain = index.chains.get((replay.session, replay.chain), [])
         rest = [(got.place, got.message) for got in chain if got.place and got.place.position > replay.after.position]
-        if list(replay.events) != rest:
+        found = list(replay.events)
+        if found != rest and not _is_cut_short(index, replay, chain, rest):
             yield Violation("P3", f"a replay of {replay.chain!r} gave other events than before", (replay, *chain[-2:]))
         if not replay.ended:
             yield Violation("P3", f"a replay of {replay.chain!r}, which is finished, did not end", (replay,))
+
+
+def _is_cut_short(
+    index: _Index, replay: Replayed, chain: Sequence[Got], rest: Sequence[tuple[Place, Mapping[str, Any]]]
+) -> bool:
+    """Whether the store may have lost the end of this stream, and one error says so in its place."""
+    *found, (_, end) = replay.events or [(replay.after, {})]
+    told = _is_error(end) and end.get("id") == index.calls[replay.chain].request_id
+    lost = bool(chain) and index.may_have_lost(index.calls[replay.chain].at, chain[-1].at, seen=replay.at)
+    return told and lost and found == list(rest[: len(found)])
 
 
 def _a_call_runs_once(index: _Index) -> Iterator[Violation]:
@@ -391,6 +452,9 @@ def _a_call_runs_once(index: _Index) -> Iterator[Violation]:
         attempts = [ran.attempt for ran in starts]
         call = index.calls.get(label)
         if len(set(attempts)) != len(attempts):
+            harmless = call is not None and call.repeatable
+            if harmless and index.may_have_lost(starts[0].at, starts[-1].at, seen=starts[-1].at):
+                continue  # the store forgot that it had been taken over
             yield Violation("P7", f"an attempt at {label!r} was run twice", tuple(starts))
         elif len(starts) > 1 and (call is None or not call.repeatable):
             yield Violation("P7", f"{label!r} was run again, though it must not be", tuple(starts))
@@ -414,6 +478,8 @@ def _an_ended_session_stays_ended(index: _Index) -> Iterator[Violation]:
     for session, answers in index.answers.items():
         for ended in index.deletes(session)[:1]:
             for late in answers:
+                if index.may_have_lost(ended.sent, ended.at, seen=late.at):
+                    continue
                 if late.sent > ended.at and late.status not in (404, 503):
                     yield Violation("P6", f"{late.method} got {late.status} after {session!r} ended", (ended, late))
 
@@ -422,7 +488,10 @@ def _a_session_lives_until_it_is_ended(index: _Index) -> Iterator[Violation]:
     """P1, P9: no 404 for a session that nobody ended."""
     for session, answers in index.answers.items():
         ending = min((one.sent for one in answers if one.method == "DELETE"), default=inf)
+        opened = index.opened.get(session)
         for one in answers:
+            if opened is not None and index.may_have_lost(opened.sent, opened.at, seen=one.at):
+                continue
             if one.status == 404 and one.at < ending:
                 yield Violation("P1", f"{session!r} was not found while it lived", (one,))
 
