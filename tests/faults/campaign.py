@@ -1,4 +1,4 @@
-"""Clients at work while nodes die, freeze and drain, and the network to the store fails; an oracle judges it all.
+"""Clients at work while nodes die, freeze and drain, and the store and the network to it fail; an oracle judges it all.
 
     python -m tests.faults.campaign --seconds 60 --seed 7 --store valkey
 
@@ -19,11 +19,11 @@ from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import httpx2
 
-from nonstick.testing import FaultProxy, ValkeyServer
+from nonstick.testing import FaultProxy
 from nonstick.testing.oracle import (
     Answered,
     Called,
@@ -37,11 +37,10 @@ from nonstick.testing.oracle import (
 )
 from nonstick.testing.processes import NodeProcess
 from tests.faults.client import Call, Patience, Session
+from tests.faults.grounds import GROUNDS, Ground, StoreKind
 from tests.faults.stage import Stage
 
 __all__ = ["Campaign", "StoreKind", "report"]
-
-StoreKind = Literal["sqlite", "valkey"]
 
 NODES: Final = 3
 CLIENTS: Final = 6
@@ -49,7 +48,12 @@ LEASE: Final = 2.0
 GRACE: Final = 2.0
 CALL_SECONDS: Final = 45.0
 """A call must have ended by then: several times what a freeze, a lease and the polls take together."""
-GONE_SECONDS: Final = GRACE + 2.0
+LOST_SECONDS: Final = 75.0
+"""Where a store may have lost a call's end: it is found out by asking its node, which takes half a minute."""
+STALL: Final = 5.0
+GONE_SECONDS: Final = GRACE + 6.0
+"""The last words of what is ended after the grace period, and 2 s each for a store that is away: to say the end of what
+runs, and to give the lease back."""
 SHOWN: Final = 30
 """Records of an excerpt."""
 
@@ -74,34 +78,27 @@ class Campaign:
 
     async def run(self) -> None:
         async with AsyncExitStack() as stack:
-            if self.store == "valkey":
-                url = stack.enter_context(ValkeyServer()).url
-            else:
-                url = f"sqlite:///{self.home}/sessions.db"
-            self._stage = await stack.enter_async_context(Stage(url, self.home))
-            self._proxies: dict[str, FaultProxy] = {}
+            self._stage = await stack.enter_async_context(Stage("", self.home))
+            ground = GROUNDS[self.store](self.home, self._stage.history.add)
+            self._ground: Ground = await stack.enter_async_context(ground)
             for _ in range(NODES):
-                await self._prepare(stack, url)
+                node = self._stage.node(lease=LEASE, grace=GRACE, max_stall=STALL, reexecute="idempotent")
+                node.store = await ground.way(node.name)
             await asyncio.gather(*(node.start() for node in self._stage.nodes))
             await self._fight()
             self.logs = "".join(node.written for node in self._stage.nodes)
+            # While the store is there: nodes are killed before it is.
+            await self._stage.close()
         self.records = [*self._stage.history.records, *self._stage.runs()]
-        self.violations += judge(self.records, outages=bool(self._proxies))
-
-    async def _prepare(self, stack: AsyncExitStack, url: str) -> None:
-        options: dict[str, Any] = {"lease": LEASE, "grace": GRACE, "reexecute": "idempotent"}
-        if self.store == "sqlite":
-            self._stage.node(**options)
-            return
-        proxy = await stack.enter_async_context(FaultProxy(url))
-        self._proxies[self._stage.node(store=proxy.url, **options).name] = proxy
+        self.violations += judge(self.records, outages=True)
 
     async def _fight(self) -> None:
         self._over = time.monotonic() + self.seconds
         work = [asyncio.create_task(self._client(number)) for number in range(CLIENTS)]
         locks = {node.name: asyncio.Lock() for node in self._stage.nodes}
         harm = [asyncio.create_task(self._harm_nodes(number, locks)) for number in range(2)]
-        if self._proxies:
+        harm.append(asyncio.create_task(self._harm_store()))
+        if self._ground.proxies:
             harm.append(asyncio.create_task(self._harm_network()))
         await asyncio.gather(*harm)
         await asyncio.gather(*work)
@@ -110,13 +107,17 @@ class Campaign:
     def _goes_on(self) -> bool:
         return time.monotonic() < self._over
 
+    @property
+    def _call_seconds(self) -> float:
+        return LOST_SECONDS if self._ground.loses else CALL_SECONDS
+
     # ---- what clients do
 
     async def _client(self, number: int) -> None:
         rng = random.Random(f"{self.seed} client {number}")
         while self._goes_on:
             session = self._stage.client(
-                seed=rng.randrange(2**32), cuts=0.3, patience=Patience(idle=2.5, call=CALL_SECONDS)
+                seed=rng.randrange(2**32), cuts=0.3, patience=Patience(idle=2.5, call=self._call_seconds)
             )
             await session.open()
             session.listen()
@@ -126,7 +127,7 @@ class Campaign:
     async def _use(self, session: Session, rng: random.Random) -> None:
         running: set[asyncio.Task[None]] = set()
         for _ in range(rng.randint(3, 12)):
-            if not self._goes_on:
+            if not self._goes_on or session.gone:
                 break
             running.add(asyncio.create_task(self._call(session, rng)))
             if len(running) > 2:
@@ -140,7 +141,7 @@ class Campaign:
                     pass  # it is down: what it says is not known
         for task in running:
             await task
-        if not session.ended:
+        if not (session.ended or session.gone):
             await session.catch_up()
 
     async def _call(self, session: Session, rng: random.Random) -> None:
@@ -154,7 +155,7 @@ class Campaign:
                 steps = rng.randint(2, 10)
                 call = session.call("announce", steps=steps, pause=rng.uniform(0.01, 0.15), standalone=True)
             case 4:
-                call = session.call("ask", steps=rng.randint(1, 3))
+                call = session.call("ask", steps=rng.randint(1, 3), **self._patience)
             case 5:
                 call = session.call("plain")
             case 6:
@@ -165,9 +166,15 @@ class Campaign:
         if rng.random() < 0.3 and not session.ended:
             await session.replay(call)
 
+    @property
+    def _patience(self) -> dict[str, Any]:
+        """How long a tool waits for a reply: a store that loses writes may lose it after it was accepted."""
+        return {"patience": 20.0} if self._ground.loses else {}
+
     async def _cancelled(self, session: Session, rng: random.Random) -> Call:
         # Longer than anybody waits: it ends because it is cancelled.
-        call = session.call("count", steps=10_000, pause=0.05)
+        # If its cancel may be lost, it ends at last.
+        call = session.call("count", steps=200 if self._ground.loses else 10_000, pause=0.05)
         await asyncio.sleep(rng.choice([0.0, 0.05, 0.5]))
         await session.cancel(call)
         return call
@@ -210,13 +217,24 @@ class Campaign:
             node.kill()
         await node.start()
 
+    # ---- what is done to the store
+
+    async def _harm_store(self) -> None:
+        rng = random.Random(f"{self.seed} store")
+        deeds = self._ground.deeds()
+        while self._goes_on:
+            await asyncio.sleep(rng.uniform(1.0, 5.0))
+            kind = rng.choice(sorted(deeds))
+            self._note(kind, self.store)
+            await deeds[kind](rng)
+
     # ---- what is done between nodes and the store
 
     async def _harm_network(self) -> None:
         rng = random.Random(f"{self.seed} network")
         while self._goes_on:
             await asyncio.sleep(rng.uniform(0.2, 1.2))
-            name, proxy = rng.choice(list(self._proxies.items()))
+            name, proxy = rng.choice(list(self._ground.proxies.items()))
             kind, deed = rng.choice(self._deeds(proxy, rng))
             self._note(kind, name)
             await deed()
@@ -228,10 +246,11 @@ class Campaign:
             proxy.drop_replies(rng.randint(1, 5))
 
         async def late() -> None:
-            proxy.delay(rng.uniform(0.01, 0.2))
+            proxy.delay(rng.choice([0.05, 0.2, 0.5, 2.0]))
 
         async def hole() -> None:
-            proxy.black_hole(requests=rng.random() < 0.5)
+            requests, replies = rng.choice([(True, True), (True, False), (False, True)])
+            proxy.black_hole(requests=requests, replies=replies)
 
         return [
             ("store connections reset", proxy.reset),
@@ -293,7 +312,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults.campaign", description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
-    parser.add_argument("--store", choices=["sqlite", "valkey"], default="valkey")
+    parser.add_argument("--store", choices=list(GROUNDS), default="valkey")
     parser.add_argument("--keep", type=Path, help="directory for the logs and the tools' records")
     arguments = parser.parse_args()
     with ExitStack() as stack:

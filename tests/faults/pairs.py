@@ -55,17 +55,27 @@ class Pair(ABC):
         """What is written from here on does not reach the replica."""
         self.link.black_hole()
 
-    async def fail_over(self, *, rejoin: bool = False) -> None:
-        """The primary dies and the replica takes its place; with `rejoin` the dead one becomes its replica, empty."""
+    async def fail_over(self) -> None:
+        """The primary dies, and the replica takes its place."""
         self.primary.kill()
         await self.link.cut()
         await self._promote()
-        if rejoin:
-            await self._rejoin()
 
     @abstractmethod
     async def replicated(self) -> None:
-        """Returns once the replica has all that the primary has."""
+        """Returns once the replica has all that the primary had when this was called."""
+
+    @abstractmethod
+    async def rejoin(self) -> None:
+        """The server that died becomes the replica of the one that took its place."""
+
+    @abstractmethod
+    async def follow_anew(self) -> None:
+        """The primary has lost its data: the replica copies what it has now."""
+
+    async def restart(self, *, keep_data: bool) -> None:
+        """The primary is killed, unless it is dead already, and comes back."""
+        self.primary.restart(keep_data=keep_data)
 
     @abstractmethod
     async def _begin(self) -> None: ...
@@ -73,43 +83,42 @@ class Pair(ABC):
     @abstractmethod
     async def _promote(self) -> None: ...
 
-    @abstractmethod
-    async def _rejoin(self) -> None: ...
-
 
 class ValkeyPair(Pair):
     primary: ValkeyServer
     _replica: ValkeyServer
 
     async def _begin(self) -> None:
-        self.primary = self._stack.enter_context(ValkeyServer("--repl-diskless-sync-delay", "0"))
-        self._replica = self._stack.enter_context(ValkeyServer("--repl-diskless-sync-delay", "0"))
+        self.primary = self._stack.enter_context(ValkeyServer("--repl-diskless-sync-delay", "0", appendonly=True))
+        self._replica = self._stack.enter_context(ValkeyServer("--repl-diskless-sync-delay", "0", appendonly=True))
         self._link = await self._stack.enter_async_context(FaultProxy(self.primary.url))
         await self._ask(self._replica, f"REPLICAOF 127.0.0.1 {self.link.port}")
 
     async def replicated(self) -> None:
+        wanted = int((await self._info(self.primary))["master_repl_offset"])
         async with asyncio.timeout(_DEADLINE):
-            while await self._offset(self.primary, "master") != await self._offset(self._replica, "slave"):  # noqa: ASYNC110
+            while True:
+                info = await self._info(self._replica)
+                if info.get("master_link_status") == "up" and int(info["slave_repl_offset"]) >= wanted:
+                    return
                 await asyncio.sleep(_POLL)
 
-    async def _offset(self, server: ValkeyServer, role: str) -> str:
-        """How far it is in the stream of writes; a server that is not linked yet is nowhere."""
-        info = dict(
-            line.split(":", 1) for line in (await self._ask(server, "INFO replication")).splitlines() if ":" in line
-        )
-        if role == "slave" and info.get("master_link_status") != "up":
-            return "not linked"
-        return info["master_repl_offset" if role == "master" else "slave_repl_offset"]
+    async def _info(self, server: ValkeyServer) -> dict[str, str]:
+        lines = (await self._ask(server, "INFO replication")).splitlines()
+        return dict(line.split(":", 1) for line in lines if ":" in line)
 
     async def _promote(self) -> None:
         await self._ask(self._replica, "REPLICAOF NO ONE")
         self.primary, self._replica = self._replica, self.primary
 
-    async def _rejoin(self) -> None:
+    async def rejoin(self) -> None:
         self._replica.start()
         await self.link.lead_to(self.primary.url)
         await self.link.heal()
         await self._ask(self._replica, f"REPLICAOF 127.0.0.1 {self.link.port}")
+
+    async def follow_anew(self) -> None:
+        """It does so by itself."""
 
     @staticmethod
     async def _ask(server: ValkeyServer, command: str) -> str:
@@ -146,11 +155,19 @@ class PostgresPair(Pair):
             while not await self._ask(self._replica, query):  # noqa: ASYNC110
                 await asyncio.sleep(_POLL)
 
+    async def restart(self, *, keep_data: bool) -> None:
+        # Beside the loop: it takes a second or more.
+        await asyncio.to_thread(self.primary.restart, keep_data=keep_data)
+
     async def _promote(self) -> None:
         assert await self._ask(self._replica, "SELECT pg_promote()")
         self.primary, self._replica = self._replica, self.primary
 
-    async def _rejoin(self) -> None:
+    async def rejoin(self) -> None:
+        await self._follow()
+
+    async def follow_anew(self) -> None:
+        self._replica.kill()
         await self._follow()
 
     @staticmethod

@@ -51,12 +51,16 @@ class Stage:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
     ) -> None:
-        for session in self.sessions:
-            await session.close()
-        await self._stack.aclose()
+        await self.close()
         if kind is not None:
             for node in self.nodes:
                 print(f"---- {node.name}\n{node.written[-6000:]}")
+
+    async def close(self) -> None:
+        """Ends every client and kills every node."""
+        for session in self.sessions:
+            await session.close()
+        await self._stack.aclose()
 
     def node(self, *, store: str | None = None, env: Mapping[str, str] | None = None, **options: Any) -> NodeProcess:
         """One more node, not yet started. Options are those of `nonstick.app`."""

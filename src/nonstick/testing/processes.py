@@ -35,7 +35,7 @@ class NodeProcess:
     Args:
         target: What uvicorn serves, `module:attribute`.
         name: The node's name, handed over as `NONSTICK_NODE`.
-        store: URL of the store, handed over as `NONSTICK_STORE`.
+        store: URL of the store, handed over as `NONSTICK_STORE`. May be set anew before a start.
         env: Further environment variables: the server reads its settings from there.
         path: Of the MCP endpoint.
         log: File that the process's output is appended to; a temporary one by default.
@@ -56,7 +56,8 @@ class NodeProcess:
         self.url = f"http://127.0.0.1:{self.port}{path}"
         self.frozen = False
         self._target = target
-        self._env = {**(env or {}), "NONSTICK_NODE": name, "NONSTICK_STORE": store}
+        self.store = store
+        self._env = {**(env or {}), "NONSTICK_NODE": name}
         self._children: list[subprocess.Popen[bytes]] = []
         if log is None:
             handle, temporary = tempfile.mkstemp(prefix=f"nonstick-{name}-", suffix=".log")
@@ -105,7 +106,11 @@ class NodeProcess:
             command = [sys.executable, "-ISc", DIE_WITH_PARENT, *command]
         with self.log.open("ab") as log:
             child = subprocess.Popen(  # noqa: ASYNC220 - returns at once
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | self._env
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=os.environ | self._env | {"NONSTICK_STORE": self.store},
             )
         self._children[:] = [child]
         try:
