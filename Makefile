@@ -44,9 +44,13 @@ conformance: $(READY) ## the official MCP conformance suite against the SDK alon
 clients: $(READY) ## the official TypeScript and Python clients against nonstick on three nodes
 	$(BIN)/python -m pytest tests/clients
 
-faults: $(READY) ## nodes die, freeze and drain under load, judged by an oracle; SECONDS=60 SEED=1
-	$(BIN)/python -m tests.faults.campaign --store sqlite --seconds $(or $(SECONDS),60) $(if $(SEED),--seed $(SEED))
-	$(BIN)/python -m tests.faults.campaign --store valkey --seconds $(or $(SECONDS),60) $(if $(SEED),--seed $(SEED))
+STORES := sqlite valkey postgres valkey-cluster valkey-sentinel
+
+faults: $(READY) ## nodes, stores and networks fail under load, judged by an oracle; SECONDS=60 SEED=1 STORES="sqlite valkey"
+	$(BIN)/python -m pytest -q tests/faults -k store_faults
+	@for store in $(STORES); do \
+		$(BIN)/python -m tests.faults.campaign --store $$store --seconds $(or $(SECONDS),60) $(if $(SEED),--seed $(SEED)) || exit 1; \
+	done
 
 rolling: $(READY) ## the last release and this code on one store, nodes replaced under load, there and back
 	$(BIN)/python -m pytest -q tests/rolling

@@ -64,6 +64,7 @@ class Campaign:
 
     Attributes:
         seconds: How long faults are injected; what is under way then is seen through.
+        losing: Also have the store lose what it has acknowledged. To see that through takes longer.
         violations: What the oracle found.
     """
 
@@ -71,6 +72,7 @@ class Campaign:
     seed: int
     seconds: float
     home: Path
+    losing: bool = True
     violations: list[Violation] = field(default_factory=list)
     faults: Counter[str] = field(default_factory=Counter)
     records: list[Record] = field(default_factory=list)
@@ -81,6 +83,7 @@ class Campaign:
             self._stage = await stack.enter_async_context(Stage("", self.home))
             ground = GROUNDS[self.store](self.home, self._stage.history.add)
             self._ground: Ground = await stack.enter_async_context(ground)
+            self._loses = self.losing and bool(ground.losses())
             for _ in range(NODES):
                 node = self._stage.node(lease=LEASE, grace=GRACE, max_stall=STALL, reexecute="idempotent")
                 node.store = await ground.way(node.name)
@@ -109,7 +112,7 @@ class Campaign:
 
     @property
     def _call_seconds(self) -> float:
-        return LOST_SECONDS if self._ground.loses else CALL_SECONDS
+        return LOST_SECONDS if self._loses else CALL_SECONDS
 
     # ---- what clients do
 
@@ -169,12 +172,12 @@ class Campaign:
     @property
     def _patience(self) -> dict[str, Any]:
         """How long a tool waits for a reply: a store that loses writes may lose it after it was accepted."""
-        return {"patience": 20.0} if self._ground.loses else {}
+        return {"patience": 20.0} if self._loses else {}
 
     async def _cancelled(self, session: Session, rng: random.Random) -> Call:
         # Longer than anybody waits: it ends because it is cancelled.
         # If its cancel may be lost, it ends at last.
-        call = session.call("count", steps=200 if self._ground.loses else 10_000, pause=0.05)
+        call = session.call("count", steps=200 if self._loses else 10_000, pause=0.05)
         await asyncio.sleep(rng.choice([0.0, 0.05, 0.5]))
         await session.cancel(call)
         return call
@@ -221,7 +224,7 @@ class Campaign:
 
     async def _harm_store(self) -> None:
         rng = random.Random(f"{self.seed} store")
-        deeds = self._ground.deeds()
+        deeds = self._ground.deeds() | (self._ground.losses() if self.losing else {})
         while self._goes_on:
             await asyncio.sleep(rng.uniform(1.0, 5.0))
             kind = rng.choice(sorted(deeds))
@@ -313,6 +316,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--store", choices=list(GROUNDS), default="valkey")
+    parser.add_argument("--lossless", action="store_true", help="the store loses nothing that it acknowledged")
     parser.add_argument("--keep", type=Path, help="directory for the logs and the tools' records")
     arguments = parser.parse_args()
     with ExitStack() as stack:
@@ -320,7 +324,7 @@ def main() -> int:
         home.mkdir(parents=True, exist_ok=True)
         for old in home.iterdir():
             old.unlink()
-        campaign = Campaign(arguments.store, arguments.seed, arguments.seconds, home)
+        campaign = Campaign(arguments.store, arguments.seed, arguments.seconds, home, losing=not arguments.lossless)
         asyncio.run(campaign.run())
         print(report(campaign))
         if arguments.keep:

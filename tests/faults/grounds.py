@@ -43,12 +43,9 @@ class Ground(ABC):
     """A store that runs, and is harmed. An async context manager.
 
     Attributes:
-        loses: Whether it may lose what it has acknowledged.
         proxies: The network before each node, by the node's name, where there is one that can be harmed.
         lost: Is told what was lost.
     """
-
-    loses = True
 
     def __init__(self, home: Path, lost: Callable[[Lost], None]) -> None:
         self.home = home
@@ -79,12 +76,14 @@ class Ground(ABC):
 
     @abstractmethod
     def deeds(self) -> dict[str, Deed]:
-        """What can be done to it, each of which puts it right again."""
+        """What can be done to it, each of which puts it right again and loses nothing."""
+
+    def losses(self) -> dict[str, Deed]:
+        """What loses writes that were acknowledged."""
+        return {}
 
 
 class SQLiteGround(Ground):
-    loses = False
-
     async def begin(self) -> None:
         self.path = self.home / "sessions.db"
 
@@ -131,12 +130,10 @@ class ServedGround(Ground):
         return proxy.url
 
     def deeds(self) -> dict[str, Deed]:
-        return {
-            "server restarted": self._restart,
-            "server frozen": self._freeze,
-            "data lost": self._lose_all,
-            "failover that lost writes": self._fail_over,
-        }
+        return {"server restarted": self._restart, "server frozen": self._freeze}
+
+    def losses(self) -> dict[str, Deed]:
+        return {"data lost": self._lose_all, "failover that lost writes": self._fail_over}
 
     async def _restart(self, rng: random.Random) -> None:
         """Killed, whatever it is doing: appends, always."""
@@ -176,7 +173,10 @@ class ValkeyGround(ServedGround):
     kind = ValkeyPair
 
     def deeds(self) -> dict[str, Deed]:
-        return super().deeds() | {"memory full": self._fill, "evictions": self._evict}
+        return super().deeds() | {"memory full": self._fill}
+
+    def losses(self) -> dict[str, Deed]:
+        return super().losses() | {"evictions": self._evict}
 
     def _admin(self) -> redis.Redis:
         return redis.Redis(port=self.pair.primary.port, protocol=2)
@@ -210,10 +210,12 @@ class ClusterGround(Ground):
     def deeds(self) -> dict[str, Deed]:
         return {
             "slots migrated": self._migrate,
-            "primary killed": self._kill,
             "failover by arrangement": self._fail_over,
             "primary frozen": self._freeze,
         }
+
+    def losses(self) -> dict[str, Deed]:
+        return {"primary killed": self._kill}
 
     async def _migrate(self, rng: random.Random) -> None:
         """Those of the sessions that there are now, to other primaries."""
@@ -259,7 +261,10 @@ class SentinelGround(Ground):
         return self.sentinel.url
 
     def deeds(self) -> dict[str, Deed]:
-        return {"primary killed": self._kill, "primary frozen": self._freeze, "sentinel killed": self._blind}
+        return {"primary frozen": self._freeze, "sentinel killed": self._blind}
+
+    def losses(self) -> dict[str, Deed]:
+        return {"primary killed": self._kill}
 
     async def _kill(self, rng: random.Random) -> None:
         primary = self.sentinel.primary
