@@ -44,6 +44,9 @@ _LEAVE_SECONDS: Final = 2.0
 _LIVENESS_POLL: Final = 1.5
 """Seconds of silence after which it is looked whether the node that should write still lives."""
 
+_SILENCE: Final = 60.0
+"""Seconds after which a connection that carries the standalone stream looks up, though nothing came."""
+
 _ANSWER_SECONDS: Final = 3.0
 """A connection that lives answers what it reads in the log within so long, once its client has taken what it had."""
 
@@ -151,8 +154,8 @@ class _Following:
         self._subscription = subscription
         self._next: asyncio.Task[list[Event]] | None = None
 
-    async def next(self) -> list[Event]:
-        """The next events; none after some silence.
+    async def next(self, silence: float = _LIVENESS_POLL) -> list[Event]:
+        """The next events; none after so many seconds of silence.
 
         Raises:
             SessionNotFound, Diverged: As `Subscription.next`.
@@ -160,7 +163,7 @@ class _Following:
         if self._next is None:
             self._next = asyncio.create_task(self._subscription.next())
         # A read of a slow store goes on meanwhile: begun anew each time, it would never come to its end.
-        await asyncio.wait([self._next], timeout=_LIVENESS_POLL)
+        await asyncio.wait([self._next], timeout=silence)
         if not self._next.done():
             return []
         done, self._next = self._next, None
@@ -342,6 +345,8 @@ class Listener(Reader):
         """Up to where the cluster log was put into the outlet."""
         self._heard_before = self._heard
         """Up to where the client had heard it when its turn began."""
+        self._hears_later: asyncio.Task[None] | None = None
+        """Waits for room for what was broadcast."""
 
     # ---- before the response
 
@@ -589,7 +594,7 @@ class Listener(Reader):
     async def _carry_until_end(self, following: _Following) -> Kind:
         """Carries the stream until somebody says that this connection shall not: what it said."""
         while True:
-            for event in await following.next():
+            for event in await following.next(_SILENCE):
                 self._note(event)
                 kind = kind_of(event.data)
                 is_new = event.stream == STANDALONE and event.position > self._position
@@ -598,7 +603,6 @@ class Listener(Reader):
                 await self._carry(kind, event)
                 if event.position >= self._position:
                     self._at = event.cursor
-            # What there was no room for when it came.
             self.hear()
 
     async def _carry(self, kind: Kind | None, event: Event) -> None:
@@ -623,9 +627,11 @@ class Listener(Reader):
     def hear(self) -> None:
         """Puts what was broadcast since, each thing once, if the stream has come to its live end and there is room."""
         broadcasts = self.session.node.cluster.broadcasts
-        if self._at is None or not self.outlet.has_room or self._heard.position > broadcasts.head.position:
+        if self._at is None or self._heard == broadcasts.head or self._heard.position > broadcasts.head.position:
             return
-        if self._heard == broadcasts.head:
+        if not self.outlet.has_room:
+            if self._hears_later is None:
+                self._hears_later = self.session.node.spawn(self._hear_later())
             return
         news = broadcasts.since(self._heard)
         if news is None:
@@ -637,6 +643,11 @@ class Listener(Reader):
                     self._put(broadcast.body, self._at, broadcast.cursor)
         self._heard = broadcasts.head
         self.outlet.pass_over(self.mark(self._at.position))
+
+    async def _hear_later(self) -> None:
+        await self.outlet.room()
+        self._hears_later = None
+        self.hear()
 
     def hear_anew(self) -> None:
         """The store lost entries of the cluster log, and what there is now is known."""

@@ -261,6 +261,39 @@ async def test_broadcasts_while_connections_take_over_are_heard_once(make_store:
         assert sorted(got) == sorted([*uris, "x://fence"])
 
 
+async def test_a_slow_reader_hears_of_each_thing_once_when_it_reads(memory: MakeStore) -> None:
+    """P10, P11: what was broadcast meanwhile takes no room."""
+    async with gathered(memory) as (_, a, b, c):
+        session = await a.open()
+        await subscribe(a, session, "x://1", "x://2")
+        async with slow_reader(b, session) as reader:
+            while not (waits := [one for one in node_of(b).readers if not one.outlet.has_room]):
+                await a.post(call("tell", text="x" * 200_000), session)
+            for _ in range(50):
+                await c.app.cluster.notify_resource_updated("x://1")
+                await c.app.cluster.notify_resource_updated("x://2")
+            await knows(b, 100)
+            assert not waits[0].outlet.has_room
+            text = ""
+            while '"x://2"' not in text:
+                text = text[-1000:] + (await asyncio.wait_for(reader.read(1 << 20), 15)).decode()
+            assert text.count('"x://1"') == text.count('"x://2"') == 1
+
+
+@asynccontextmanager
+async def slow_reader(member: Member, session: Session) -> AsyncIterator[asyncio.StreamReader]:
+    """A GET whose client has taken nothing yet."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", member.port, limit=1024)
+    headers = "".join(f"{name}: {value}\r\n" for name, value in session.headers.items())
+    request = f"GET /mcp HTTP/1.1\r\nhost: 127.0.0.1:{member.port}\r\naccept: text/event-stream\r\n{headers}\r\n"
+    writer.write(request.encode())
+    try:
+        await eventually(lambda: bool(node_of(member).readers))
+        yield reader
+    finally:
+        writer.close()
+
+
 # ---- subscriptions
 
 
