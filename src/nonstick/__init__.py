@@ -14,6 +14,7 @@ from nonstick.encryption import EncryptedStore
 from nonstick.exchange import current_attempt
 from nonstick.manager import SessionManager
 from nonstick.session import current_connection
+from nonstick.state import session_state
 from nonstick.store import Store
 from nonstick.transport import Session
 
@@ -28,5 +29,6 @@ __all__ = [
     "app",
     "current_attempt",
     "current_connection",
+    "session_state",
 ]
 __version__ = "0.2.0.dev0"

@@ -11,6 +11,7 @@ __all__ = [
     "ConfigurationError",
     "Diverged",
     "Fenced",
+    "NoSession",
     "NonstickError",
     "NotPending",
     "NotRunning",
@@ -36,6 +37,10 @@ class ConfigurationError(NonstickError, ValueError):
 
 class NotRunning(NonstickError, RuntimeError):
     """A request arrived before `SessionManager.run()` was entered. The message shows the line to add."""
+
+
+class NoSession(NonstickError, LookupError):
+    """What needs a session was asked for outside of one. The message says where there is one."""
 
 
 class StateNotJSON(NonstickError, TypeError):

@@ -37,6 +37,7 @@ from nonstick.errors import (
     Fenced,
     SessionNotFound,
     StateNotJSON,
+    StateTooLarge,
     StoreError,
     StoreUnavailable,
     StreamClosed,
@@ -316,30 +317,38 @@ class Exchange:
                 await self._open(body)
                 return
             body, changes = self._changes(body)
-            fields = changes | self._record_changes()
-            news = self._news()
-            if self.stream or self._in_doubt is not None:
-                await self._end_stream(body, fields, news)
-            else:
-                try:
-                    if news:
-                        await self.session.append(Batch(news, fields=fields))
-                    elif fields:
-                        await self.session.node.store.update(self.session.key, fields)
-                except StoreUnavailable:
-                    # Not 503, which says "try again": it would run twice.
-                    self._answer_with(wire.error_body(self.message.id, _UNSAVED))
-                    return
-                self._answer_with(body)
-            self.session.state.saved(changes)
-            if self._failure is None:
-                self.session.confirm()
+            if not changes:
+                await self._save(body, changes)
+                return
+            async with self.session.changing_state:
+                await self._save(*self._changes(body))
+
+    async def _save(self, body: bytes, changes: Mapping[str, bytes | None]) -> None:
+        """Stores these changes of session state, and those of the record, and gives the answer."""
+        fields = {**changes, **self._record_changes()}
+        news = self._news()
+        if self.stream or self._in_doubt is not None:
+            await self._end_stream(body, fields, news)
+        else:
+            try:
+                if news:
+                    await self.session.append(Batch(news, fields=fields))
+                elif fields:
+                    await self.session.node.store.update(self.session.key, fields)
+            except StoreUnavailable:
+                # Not 503, which says "try again": it would run twice.
+                self._answer_with(wire.error_body(self.message.id, _UNSAVED))
+                return
+            self._answer_with(body)
+        self.session.state.saved(changes)
+        if self._failure is None:
+            self.session.confirm()
 
     def _changes(self, body: bytes) -> tuple[bytes, dict[str, bytes | None]]:
         """The answer, which is an error if state cannot be saved, and the state to save in either case."""
         try:
             return body, self.session.state.changes()
-        except StateNotJSON as error:
+        except (StateNotJSON, StateTooLarge) as error:
             self._failure = ErrorData(code=INTERNAL_ERROR, message=str(error))
             return wire.error_body(self.message.id, self._failure), self.session.state.changes()
 

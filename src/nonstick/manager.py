@@ -125,6 +125,7 @@ class Options(TypedDict, total=False):
     max_json_depth: int
     max_header_bytes: int
     max_subscriptions: int
+    max_state_bytes: int
     max_initialize_bytes: int
     send_timeout: float
     receive_timeout: float

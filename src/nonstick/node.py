@@ -88,6 +88,8 @@ class Settings:
     """All headers of a request together."""
     max_subscriptions: int = 1000
     """Resources that one session is subscribed to."""
+    max_state_bytes: int = 1024 * 1024
+    """Session state of one session, names and values: every request of the session loads it."""
     max_initialize_bytes: int = 64 * 1024
     """What a client says of itself when it opens a session, which the record keeps."""
     send_timeout: float = SEND_TIMEOUT

@@ -2,14 +2,16 @@
 
 Field names in the store: `v` format, `protocol`, `client` (the initialize params), `principal`, `initialized`, `level`,
 `unconfirmed` if it was opened with a short lifetime and is not used yet, `owner` the node that holds the session,
-`sub:<hash>` one a resource subscription, `state:<key>` one a key of session state, `heard` where the session begins in
-the cluster log. A field that this version does not know is left alone (P12).
+`sub:<hash>` one a resource subscription, `state:<key>` one a key of session state, `changed` how many changes were made
+to it in steps of their own (`state.py`), `heard` where the session begins in the cluster log. A field that this version
+does not know is left alone (P12).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -17,24 +19,30 @@ from typing import Any, Final, SupportsIndex
 
 from mcp_types import InitializeRequestParams
 
-from nonstick.errors import StateNotJSON, StoreUnavailable
+from nonstick.errors import StateNotJSON, StateTooLarge, StoreUnavailable
 from nonstick.events import parse_cursor
 from nonstick.store import Cursor
 
 __all__ = [
+    "CHANGED",
     "CONFIRMED",
     "LOST",
     "OWNER",
     "RELEASED",
+    "STATE",
     "UNCONFIRMED",
     "Record",
     "SessionState",
+    "check_state_size",
     "opening_fields",
+    "parse_changed",
     "subscription_field",
+    "to_json",
 ]
 
 FORMAT: Final = b"1"
 STATE: Final = "state:"
+CHANGED: Final = "changed"
 SUBSCRIPTION: Final = "sub:"
 OWNER: Final = "owner"
 """The field that names the node which holds the session; there is none where any node serves it."""
@@ -62,6 +70,8 @@ class Record:
     log_level: str | None
     subscriptions: frozenset[str]
     state: dict[str, bytes] = field(default_factory=dict[str, bytes])
+    changes: int = 0
+    """How many changes of session state were made in steps of their own: tells an older record from a newer one."""
     owner: str | None = None
     heard: Cursor = field(default=Cursor(0))
     """What is in the cluster log after this came while the session was there."""
@@ -95,6 +105,7 @@ class Record:
             log_level=None if level is None else level.decode(),
             subscriptions=frozenset(subscriptions),
             state=state,
+            changes=parse_changed(fields.get(CHANGED))[0],
             owner=None if owner is None else owner.decode(),
             heard=parse_cursor(fields.get("heard", b"").decode()) or Cursor(0),
         )
@@ -108,6 +119,14 @@ def opening_fields(protocol_version: str, client_params: InitializeRequestParams
         "client": client_params.model_dump_json(by_alias=True, exclude_unset=True).encode(),
         "principal": principal,
     }
+
+
+def parse_changed(data: bytes | None) -> tuple[int, list[bytes]]:
+    """How many changes of session state were made in steps of their own, and the marks of the latest ones."""
+    if not data:
+        return 0, []
+    count, *marks = data.split()
+    return int(count), marks
 
 
 def subscription_field(uri: str) -> str:
@@ -128,15 +147,18 @@ class SessionState(dict[str, Any]):
 
     Args:
         secret: The session's id. Where it is a value, as FastMCP puts it in, it stays on this node (P13).
+        limit: Bytes of names and values that may be saved in all (P10).
     """
 
-    def __init__(self, *, secret: str = "") -> None:
+    def __init__(self, *, secret: str = "", limit: float = math.inf) -> None:
         super().__init__()
         self._secret = secret
+        self._limit = limit
         self._saved: dict[str, bytes] = {}
+        self._version = 0
 
     def __setitem__(self, key: str, value: Any) -> None:
-        _to_json(key, value)
+        to_json(key, value)
         super().__setitem__(key, value)
 
     def setdefault(self, key: str, default: Any = None, /) -> Any:
@@ -156,10 +178,15 @@ class SessionState(dict[str, Any]):
         # A copy, and a pickle of a user's own, is a plain dict: it is nobody's session state any more.
         return dict, (dict(self),)
 
-    def refresh(self, stored: Mapping[str, bytes]) -> None:
-        """Takes over what another node saved since; what was changed here and is not saved yet stays."""
-        if not stored and not self._saved:
+    def refresh(self, stored: Mapping[str, bytes], version: int = 0) -> None:
+        """Takes over what another node saved since; what was changed here and is not saved yet stays.
+
+        Args:
+            version: The record's `changes`. A record that was loaded before what is here was changed is passed over.
+        """
+        if version < self._version or (not stored and not self._saved):
             return
+        self._version = version
         changed = self._changed_keys()
         for key in self._saved.keys() - stored.keys() - changed:
             super().pop(key, None)
@@ -186,6 +213,7 @@ class SessionState(dict[str, Any]):
         Raises:
             StateNotJSON: A value that was changed in place is not JSON any more. It is now what it was before, so
                 that the next call gives the other changes, and no later request of the session fails for it.
+            StateTooLarge: There would be more than the limit. Everything is now what it was before.
         """
         if not self and not self._saved:
             return {}
@@ -193,13 +221,33 @@ class SessionState(dict[str, Any]):
         refused: StateNotJSON | None = None
         for key in self._changed_keys():
             try:
-                found[STATE + key] = _to_json(key, self[key]) if key in self else None
+                found[STATE + key] = to_json(key, self[key]) if key in self else None
             except StateNotJSON as error:
                 refused = refused or error
                 self._restore(key)
         if refused is not None:
             raise refused
+        try:
+            check_state_size({STATE + key: data for key, data in self._saved.items()}, found, self._limit)
+        except StateTooLarge:
+            self.revert()
+            raise
         return found
+
+    def unsaved(self, key: str) -> tuple[Any, ...] | None:
+        """What this key was given here and is not saved: a value, or nothing if it was removed; None if neither was."""
+        if key in self:
+            return (self[key],) if self._differs(key, self[key]) else None
+        return () if key in self._saved else None
+
+    def adopt(self, key: str, data: bytes | None, version: int) -> None:
+        """The store has this value since this version, None for no value: what was changed here before is over."""
+        if data is None:
+            self._saved.pop(key, None)
+        else:
+            self._saved[key] = data
+        self._version = max(self._version, version)
+        self._restore(key)
 
     def saved(self, changes: Mapping[str, bytes | None]) -> None:
         """These changes are in the store now."""
@@ -217,12 +265,30 @@ class SessionState(dict[str, Any]):
         if self._secret and value == self._secret:
             return False
         try:
-            return self._saved.get(key) != _to_json(key, value)
+            return self._saved.get(key) != to_json(key, value)
         except StateNotJSON:
             return True
 
 
-def _to_json(key: str, value: Any) -> bytes:
+def check_state_size(fields: Mapping[str, bytes], changes: Mapping[str, bytes | None], limit: float) -> None:
+    """Returns if the session state in these fields has room for the changes, or does not grow by them.
+
+    Raises:
+        StateTooLarge: It would be larger than `limit` bytes, names and values.
+    """
+    before = sum(len(name) + len(data) for name, data in fields.items() if name.startswith(STATE))
+    after = before
+    for name, data in changes.items():
+        after -= len(name) + len(fields[name]) if name in fields else 0
+        after += 0 if data is None else len(name) + len(data)
+    if after > limit and after > before:
+        raise StateTooLarge(
+            f"a session keeps at most {limit:g} bytes of state (max_state_bytes), and this would make it {after}. Keep "
+            "large things elsewhere, and their names here."
+        )
+
+
+def to_json(key: str, value: Any) -> bytes:
     if not isinstance(key, str) or not key.isprintable() or not key.isascii() or not 0 < len(key) <= 256:
         raise StateNotJSON("a key of session state must be 1 to 256 printable ASCII characters")
     try:

@@ -193,6 +193,8 @@ class Session:
         self._inbox: asyncio.Task[None] | None = None
         self._holding = False
         self._before_open: list[Draft] | None = None
+        self.changing_state = asyncio.Lock()
+        """Held while state is saved or changed in a step of its own: what is being saved must not undo that."""
         self.first_fields: dict[str, bytes] = {}
         """What the record is to begin with, beside what every record does."""
 
@@ -233,7 +235,7 @@ class Session:
     def _connect(self) -> None:
         node = self.node
         self.connection = Connection(_Standalone(self), protocol_version=LATEST_HANDSHAKE_VERSION, session_id=self.id)
-        self.state = SessionState(secret=self.id)
+        self.state = SessionState(secret=self.id, limit=node.settings.max_state_bytes)
         self.connection.state = self.state
         self._stack = _HoldingStack()
         self.connection.exit_stack = self._stack
@@ -262,7 +264,7 @@ class Session:
         self.log_level = record.log_level
         self.subscriptions = record.subscriptions
         self.heard = record.heard
-        self.state.refresh(record.state)
+        self.state.refresh(record.state, record.changes)
         self.head = max(self.head, loaded.head)
         self.loaded_at = loaded.head.position
 
@@ -377,12 +379,14 @@ class Session:
         """Stores the session state that changed here.
 
         Raises:
-            StateNotJSON: A value is not JSON.
+            StateNotJSON, StateTooLarge: As `SessionState.changes`.
             SessionNotFound, StoreUnavailable: As `Store.update`.
         """
-        if changes := self.state.changes():
-            await self.node.store.update(self.key, changes)
-            self.state.saved(changes)
+        if self.state.changes():
+            async with self.changing_state:
+                changes = self.state.changes()
+                await self.node.store.update(self.key, changes)
+                self.state.saved(changes)
 
     # ---- the standalone stream
 
