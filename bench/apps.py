@@ -7,48 +7,18 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import mcp_types as types
 import redis.asyncio
-from mcp.server import MCPServer, Server, ServerRequestContext
-from mcp.server.mcpserver import Context
+from mcp.server import MCPServer, Server
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import nonstick
+from bench.servers import lowlevel, mcpserver
 
 __all__ = ["app"]
 
 STORE = os.environ.get("BENCH_STORE", "")
 MANY = 1_000_000
 """Sessions: no run comes to a limit."""
-
-
-def mcpserver() -> MCPServer[Any]:
-    server: MCPServer[Any] = MCPServer("bench")
-
-    @server.tool(structured_output=False)
-    async def echo(text: str) -> str:
-        return text
-
-    @server.tool(structured_output=False)
-    async def progress(count: int, ctx: Context[Any, Any]) -> str:
-        for number in range(1, count + 1):
-            await ctx.report_progress(number, count)
-        return "done"
-
-    return server
-
-
-def lowlevel() -> Server[Any]:
-    async def call(_: ServerRequestContext[Any, Any], params: types.CallToolRequestParams) -> types.CallToolResult:
-        text = str((params.arguments or {})["text"])
-        return types.CallToolResult(content=[types.TextContent(text=text)])
-
-    async def tools(
-        _: ServerRequestContext[Any, Any], __: types.PaginatedRequestParams | None
-    ) -> types.ListToolsResult:
-        return types.ListToolsResult(tools=[types.Tool(name="echo", input_schema={"type": "object"})])
-
-    return Server("bench", version="1", on_list_tools=tools, on_call_tool=call)
 
 
 def bare(client: redis.asyncio.Redis | None) -> ASGIApp:

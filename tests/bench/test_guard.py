@@ -1,0 +1,142 @@
+"""What a request costs, in figures that noise does not touch, is what was committed, and does not grow."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+import redis.asyncio
+import redis.asyncio.client
+
+from bench import guard
+from nonstick.stores.memory import MemoryStore
+from nonstick.stores.redis import RedisStore
+from nonstick.testing import ValkeyServer
+
+pytestmark = pytest.mark.anyio
+
+TOLERANCE = 0.10
+"""Of the number of calls: versions of Python and of the libraries differ by less."""
+FLAT = 0.03
+"""Of the number of instructions: ids of other lengths and the like."""
+MANY = 3000
+HOW = "If that is meant, say why in the commit and run: python -m bench.guard --commit"
+
+
+@pytest.fixture(scope="module")
+def valkey() -> Iterator[ValkeyServer]:
+    with ValkeyServer() as server:
+        yield server
+
+
+@pytest.fixture
+async def client(valkey: ValkeyServer) -> AsyncIterator[redis.asyncio.client.Redis]:
+    client = redis.asyncio.Redis.from_url(valkey.url)
+    yield client
+    await client.aclose()
+
+
+async def test_requests_cost_no_more_than_what_was_committed() -> None:
+    """Store round trips exactly; functions called up to a tenth more."""
+    committed, found = guard.committed(), await guard.figures()
+    assert found.keys() == committed.keys(), f"other requests are counted than were committed. {HOW}"
+    worse = [
+        f"{name}: store round trips {figure.trips}, committed {committed[name]['trips']}"
+        for name, figure in found.items()
+        if figure.trips != committed[name]["trips"]
+    ] + [
+        f"{name}: {figure.calls} functions called, committed {committed[name]['calls']}"
+        for name, figure in found.items()
+        if figure.calls > committed[name]["calls"] * (1 + TOLERANCE)
+    ]
+    assert not worse, "\n".join([*worse, HOW])
+
+
+def test_what_is_committed_keeps_the_budgets_of_round_trips() -> None:
+    """One for an ordinary request, which writes nothing; none for a malformed id; one append for each message."""
+    trips = {name: kept["trips"] for name, kept in guard.committed().items()}
+    assert trips["echo"] == {"load": 1}
+    assert trips["malformed session id"] == {}
+    assert trips["initialize"] == {"create": 1}
+    assert trips['echo, answer="sse"'] == {"load": 1, "append": 2}
+    assert trips["10 notifications"]["append"] <= 12
+
+
+async def test_a_request_costs_the_same_among_many_sessions() -> None:
+    """An idle session costs a node nothing (P10)."""
+    store = MemoryStore()
+    async with guard.nodes(store=store) as [node]:
+        session = await node.open()
+        alone = await node.count(guard.ECHO, session)
+        await guard.fill(store, session, MANY)
+        _is_flat(alone, await node.count(guard.ECHO, session))
+
+
+async def test_a_request_costs_the_same_among_many_nodes() -> None:
+    async with guard.nodes() as [node]:
+        alone = await node.count(guard.ECHO, await node.open())
+    async with guard.nodes(8) as callers:
+        session = await callers[0].open()
+        for caller in callers[1:]:
+            await caller.post(guard.ECHO, session)
+        _is_flat(alone, await callers[-1].count(guard.ECHO, session))
+
+
+def _is_flat(alone: guard.Figures, among_many: guard.Figures) -> None:
+    assert among_many.trips == alone.trips
+    assert among_many.instructions <= alone.instructions * (1 + FLAT)
+
+
+async def test_an_ordinary_request_is_one_command_that_writes_nothing_on_valkey(
+    valkey: ValkeyServer, client: redis.asyncio.client.Redis
+) -> None:
+    requests = 20
+    async with guard.nodes(store=RedisStore(valkey.url, prefix="ordinary"), lease=600.0) as [node]:
+        session = await node.open()
+        for _ in range(2):
+            await node.post(guard.ECHO, session)
+        before, written = await _scripts(client), await _writes(client)
+        for _ in range(requests):
+            status, _, _ = await node.post(guard.ECHO, session)
+            assert status == 200
+        assert await _scripts(client) - before == requests
+        assert await _writes(client) == written
+
+
+async def test_a_session_in_use_is_touched_once_in_a_tenth_of_its_expiry_on_valkey(
+    valkey: ValkeyServer, client: redis.asyncio.client.Redis
+) -> None:
+    lifetime, rounds = 2.0, 3
+    async with guard.nodes(
+        store=RedisStore(valkey.url, prefix="touched"), lease=600.0, unconfirmed_lifetime=None, lifetime=lifetime
+    ) as [node]:
+        session = await node.open()
+        begun, requests, before = time.monotonic(), 0, await _hsets(client)
+        while time.monotonic() - begun < rounds * lifetime / 10:
+            status, _, _ = await node.post(guard.ECHO, session)
+            assert status == 200
+            requests += 1
+        took = time.monotonic() - begun
+        # The node itself touches the cluster's record each fifth.
+        allowed = took / (lifetime / 10) + took / (lifetime / 5) + 1
+        touches = await _hsets(client) - before
+        assert 1 <= touches <= allowed
+        assert requests > 2 * allowed, "the machine was too slow to tell"
+
+
+async def _scripts(client: redis.asyncio.client.Redis) -> int:
+    return await _calls(client, "evalsha")
+
+
+async def _hsets(client: redis.asyncio.client.Redis) -> int:
+    return await _calls(client, "hset")
+
+
+async def _calls(client: redis.asyncio.client.Redis, command: str) -> int:
+    found = await client.info("commandstats")
+    return int(found.get(f"cmdstat_{command}", {}).get("calls", 0))
+
+
+async def _writes(client: redis.asyncio.client.Redis) -> int:
+    return int((await client.info("persistence"))["rdb_changes_since_last_save"])
