@@ -205,6 +205,12 @@ class SessionManager:
             # The public way to the low-level server in it.
             app.streamable_http_app()
             app = app.session_manager.app
+        if not isinstance(app, Server):
+            raise ConfigurationError(
+                f"a SessionManager needs an MCPServer or a low-level Server of the SDK, not {type(app).__module__}."
+                f"{type(app).__qualname__}. A FastMCP server is for nonstick.app(), and what its http_app() returned "
+                "for nonstick.adopt()."
+            )
         node_name = options.pop("node_name", None)
         self._node_header = options.pop("node_header", False)
         keys = options.pop("encryption_keys", None)

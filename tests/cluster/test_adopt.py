@@ -420,6 +420,12 @@ async def test_what_fastmcp_has_another_place_for_is_refused(argument: str) -> N
         nonstick.app(Made().fastmcp(), store="memory:", **{argument: [object()]})  # type: ignore[arg-type]
 
 
+async def test_manager_of_ones_own_is_not_for_fastmcp() -> None:
+    """Its low-level server is known only while its app runs."""
+    with pytest.raises(ConfigurationError, match=r"A FastMCP server is for nonstick\.app\(\)"):
+        nonstick.SessionManager(Made().fastmcp(), store="memory:")  # type: ignore[arg-type]
+
+
 async def test_middleware_that_fastmcps_app_is_made_with_stays() -> None:
     made = Made().fastmcp().http_app(middleware=[Middleware(_Marked)])
     async with running(nonstick.adopt(made, store="memory:")) as client:

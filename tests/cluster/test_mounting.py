@@ -369,7 +369,11 @@ async def test_options_that_are_named_are_those_that_can_be_given() -> None:
     named = str(refused.value).partition("there are: ")[2].split(", ")
     assert {"node_name", "node_header", "window"} < set(named)
     assert not {"lifetime", "max_sessions", "retry_interval"} & set(named)
-    defaults = {field.name: field.default for field in fields(Settings)} | {"node_name": None, "node_header": False}
+    defaults = {field.name: field.default for field in fields(Settings)} | {
+        "node_name": None,
+        "node_header": False,
+        "encryption_keys": None,
+    }
     for name in named:
         nonstick.app(World().server(), store="memory:", **{name: defaults[name]})  # type: ignore[arg-type]
     settings = {field.name for field in fields(Settings)}
