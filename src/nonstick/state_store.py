@@ -34,7 +34,7 @@ LIFETIME: Final = "lifetime"
 """The field of a record of a value's own that says what it was made for, in seconds: a store only lengthens it."""
 
 MAX_STATE: Final = 1024 * 1024
-"""Bytes of such values that one record holds: every request of the session loads them (P10)."""
+"""Bytes of such values that one record holds (P10), where no session says otherwise by its `max_state_bytes`."""
 
 PROBE: Final = "nonstick-probe"
 """A session that nobody has, by which a store is told that it is asked."""
@@ -99,12 +99,11 @@ class StateStore:
 
         Raises:
             StateNotJSON: JSON cannot hold it.
-            StateTooLarge: Its record would hold more than `MAX_STATE`.
+            StateTooLarge: Its record would hold too much: a session's more than `max_state_bytes`.
         """
         seconds = None if ttl is None else float(ttl)
         lifetime = seconds or _LIFETIME
         data = _pack(value, seconds)
-        _check_size(len(data))
         with _discreet():
             *in_session, own = self._places(key, collection)
             for place in in_session:
@@ -112,6 +111,7 @@ class StateStore:
                     return
             for _ in range(_TRIES):
                 try:
+                    own.check_size(data, {})
                     first = {own.field: data, LIFETIME: str(lifetime).encode()}
                     await own.store.create(own.key, first, lifetime=lifetime)
                 except AlreadyExists:
@@ -174,17 +174,19 @@ class StateStore:
             elif current.is_opening:
                 places.insert(0, _InOpening(current, field))
             else:
-                places.insert(0, _Place(current.node.store, current.key, field))
+                limit = current.node.settings.max_state_bytes
+                places.insert(0, _Place(current.node.store, current.key, field, limit))
         return places
 
 
 class _Place:
     """A field of a record."""
 
-    def __init__(self, store: GuardedStore, key: str, field: str) -> None:
+    def __init__(self, store: GuardedStore, key: str, field: str, limit: int = MAX_STATE) -> None:
         self.store = store
         self.key = key
         self.field = field
+        self._limit = limit
 
     async def load(self) -> Mapping[str, bytes] | None:
         """The record; None if there is none."""
@@ -198,7 +200,7 @@ class _Place:
         fields = await self.load()
         if fields is None:
             return False
-        _check_size(len(data) + sum(len(v) for k, v in fields.items() if k.startswith(FIELD) and k != self.field))
+        self.check_size(data, fields)
         changes = {self.field: data}
         if lifetime is not None:
             lifetime = max(lifetime, float(fields.get(LIFETIME, b"0")))
@@ -208,6 +210,19 @@ class _Place:
         except SessionNotFound:
             return False
         return True
+
+    def check_size(self, data: bytes, fields: Mapping[str, bytes]) -> None:
+        """Returns if a record with these fields has room for this value.
+
+        Raises:
+            StateTooLarge: It has none.
+        """
+        others = sum(len(v) for k, v in fields.items() if k.startswith(FIELD) and k != self.field)
+        if others + len(data) > self._limit:
+            raise StateTooLarge(
+                f"a session keeps at most {self._limit} bytes of state (max_state_bytes), and this value would make it "
+                f"{others + len(data)}. Keep large things elsewhere, and their names here."
+            )
 
     async def drop(self) -> None:
         """Removes the field."""
@@ -221,26 +236,19 @@ class _InOpening(_Place):
     """A field of the record that a session which is being opened will have: a failed one leaves nothing (P2)."""
 
     def __init__(self, session: Session, field: str) -> None:
-        super().__init__(session.node.store, session.key, field)
+        super().__init__(session.node.store, session.key, field, session.node.settings.max_state_bytes)
         self._session = session
 
     async def load(self) -> Mapping[str, bytes] | None:
         return self._session.first_fields
 
     async def put(self, data: bytes, *, lifetime: float | None = None) -> bool:
+        self.check_size(data, self._session.first_fields)
         self._session.first_fields[self.field] = data
         return True
 
     async def drop(self) -> None:
         self._session.first_fields.pop(self.field, None)
-
-
-def _check_size(size: int) -> None:
-    if size > MAX_STATE:
-        raise StateTooLarge(
-            f"a session keeps at most {MAX_STATE} bytes of state, and this value would make it {size}. Keep large "
-            "things elsewhere, and their names here."
-        )
 
 
 @contextmanager
