@@ -28,7 +28,7 @@ from nonstick.testing import (
     opening,
     read_all,
 )
-from nonstick.testing.tools import deadline, drafts, eventually, open_stream, take, texts
+from nonstick.testing.tools import deadline, drafts, eventually, open_stream, texts
 from nonstick.testing.valkey_cluster import ask, until
 from tests.tls import self_signed, tls_in_front_of
 
@@ -163,7 +163,10 @@ async def test_session_is_served_in_the_middle_of_its_migration(cluster: ValkeyC
     slot = cluster.slot(slot_name(key))
     home, away = cluster.primary(slot), cluster.primary((slot + 8192) % 16384)
     record, books, log = (f"{prefix}:{{{key}}}:{kind}" for kind in "rwl")
-    async with RedisStore(cluster.url, prefix=prefix, timeout=0.5) as store:
+    async with (
+        RedisStore(cluster.url, prefix=prefix, timeout=0.5) as store,
+        RedisStore(cluster.url, prefix=prefix, timeout=15) as patient,
+    ):
         await store.create(key, {}, lifetime=LONG)
         await store.append(key, Batch(drafts(b"1"), writer="w", sequence=1))
         cluster.begin_migration(slot, away)
@@ -171,9 +174,12 @@ async def test_session_is_served_in_the_middle_of_its_migration(cluster: ValkeyC
         cluster.move_keys(slot, away, log)
         with pytest.raises(StoreUnavailable, match="moving"):
             await store.load(key)
-        waiting = asyncio.ensure_future(append_one(store, key, 3))
+        refused = times_refused(home)
+        waiting = asyncio.ensure_future(patient.append(key, Batch(drafts(b"3"), writer="w", sequence=3)))
+        while times_refused(home) == refused:  # noqa: ASYNC110 - what is waited for happens in the server
+            await asyncio.sleep(0.01)
         await asyncio.to_thread(cluster.move_keys, slot, away, record, books)
-        assert await waiting == 3
+        assert (await waiting).first == 3
         # Most of its commands are answered by the old owner with ASK now.
         assert (await store.append(key, Batch(drafts(b"4"), writer="w", sequence=4))).first == 4
         assert texts(await read_all(store, key)) == [b"1", b"2", b"3", b"4"]
@@ -183,6 +189,11 @@ async def test_session_is_served_in_the_middle_of_its_migration(cluster: ValkeyC
         assert (await store.load(key)).head.position == 5
         cluster.migrate_slot(slot, home)
         assert (await store.load(key)).head.position == 5
+
+
+def times_refused(server: ValkeyServer) -> int:
+    """How many commands it has answered with TRYAGAIN."""
+    return int(ask(server, "INFO", "errorstats").get("errorstat_TRYAGAIN", {"count": 0})["count"])
 
 
 # ---- servers that take over
@@ -201,24 +212,27 @@ async def test_killed_primary_is_unavailable_until_its_replica_took_over(
         stream = (await writer.append(key, Batch(drafts(b"1"), stream=NEW_STREAM, terminal=True))).first
         lease = writer.lease("node")
         await asyncio.to_thread(lease.renew, LONG)
-        followed = follow(reader, key)
-        assert texts(await take(followed, 1)) == [b"1"]
+        seen: list[Event] = []
+        following = asyncio.ensure_future(follow_into(seen, reader, key))
+        await eventually(lambda: are(seen, 1))
 
         old = cluster.primary(name)
         await asyncio.to_thread(old.kill)
-        with pytest.raises(StoreUnavailable):
-            await writer.load(key)
-        assert (await repeated(lambda: writer.load(key))).head.position == stream
-        await repeated(lambda: writer.append(key, Batch(drafts(b"2"), writer="w", sequence=1)))
-        assert texts(await take(followed, 1)) == [b"2"]
-        await followed.aclose()
-        await asyncio.to_thread(cluster.wait_for_successor, name, old)
-        await repeated(writer.ping)
-        await asyncio.to_thread(lease.renew, LONG)
-        assert await writer.lapsed(["node", "nobody"]) == {"nobody"}
-        await asyncio.to_thread(lease.close, release=True)
-    await asyncio.to_thread(old.start)
-    await asyncio.to_thread(cluster.wait_until_ok)
+        try:
+            with pytest.raises(StoreUnavailable):
+                await writer.load(key)
+            assert (await repeated(lambda: writer.load(key))).head.position == stream
+            await repeated(lambda: writer.append(key, Batch(drafts(b"2"), writer="w", sequence=1)))
+            await eventually(lambda: are(seen, 2))
+            following.cancel()
+            assert texts(seen) == [b"1", b"2"]
+            await asyncio.to_thread(cluster.wait_for_successor, name, old)
+            await repeated(writer.ping)
+            await asyncio.to_thread(lease.renew, LONG)
+            assert await writer.lapsed(["node", "nobody"]) == {"nobody"}
+            await asyncio.to_thread(lease.close, release=True)
+        finally:
+            await asyncio.to_thread(come_back, cluster, old)
 
 
 async def test_lost_subscriptions_are_made_again_at_another_server(
@@ -293,6 +307,8 @@ async def test_old_primary_that_still_answers_is_not_written_to(
     async with opened(sentinel.url, prefix) as store, opened(sentinel.url, prefix) as idle:
         await store.create(key, {}, lifetime=LONG)
         await idle.ping()
+        lease = idle.lease("node")
+        await asyncio.to_thread(lease.renew, LONG)
         if fault == "planned":
             # Until they have named the other one, the Sentinels let the old one take writes that will be lost.
             new = await asyncio.to_thread(sentinel.failover)
@@ -302,11 +318,15 @@ async def test_old_primary_that_still_answers_is_not_written_to(
             new = await asyncio.to_thread(sentinel.wait_for_successor, old)
             await asyncio.to_thread(old.thaw)
             await trying
-        assert (ask(old, "ROLE")[0], ask(new, "ROLE")[0]) == ("master", "master")
         # The one that has not asked for anything since has heard of it, too.
         await eventually(lambda: has_left(old, prefix))
+        assert (ask(old, "ROLE")[0], ask(new, "ROLE")[0]) == ("master", "master"), "nobody but the Sentinels told them"
         await repeated(lambda: idle.append(key, Batch(drafts(b"idle"), writer="i", sequence=1)))
         await append_one(store, key, 1)
+        await asyncio.to_thread(lease.renew, LONG + 60)
+        assert ask(new, "PTTL", f"{prefix}:n:node") > LONG * 1000
+        await asyncio.to_thread(lease.close, release=True)
+        assert await idle.lapsed(["node"]) == {"node"}
         await asyncio.to_thread(sentinel.rejoin, old)
         assert texts(await repeated(lambda: read_all(store, key))) == [b"idle", b"1"]
 
@@ -363,7 +383,7 @@ async def test_what_matters_counts_once_a_replica_has_it(
 
 async def test_server_without_replica_confirms_nothing(valkey: ValkeyServer, prefix: str, key: str) -> None:
     """`durability="replicated"` says what it needs."""
-    async with opened(valkey.url, prefix, durability="replicated") as store:
+    async with RedisStore(valkey.url, prefix=prefix, durability="replicated") as store:
         with pytest.raises(StoreUnavailable, match="needs one that is connected"):
             await store.create(key, {}, lifetime=LONG)
         await store.delete(key)
