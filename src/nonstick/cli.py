@@ -88,9 +88,17 @@ examples:
   nonstick migrate --store postgresql://owner@db/app --dry-run             what would be done
   nonstick migrate --store postgresql://owner@db/app --print-sql | less    for whoever runs SQL on that server
 """
-_OF_THEIR_OWN: Final = ("store", "host", "path", "answer", "grace", "lease")
+_OF_THEIR_OWN: Final = ("store", "host", "path", "answer", "placement", "grace", "lease")
 _WORDS: Final = ("second_listener", "reexecute", "node_name")
-_OBJECTS: Final = ("server", "cluster", "transport_security", "auth", "token_verifier", "auth_server_provider")
+_OBJECTS: Final = (
+    "server",
+    "cluster",
+    "transport_security",
+    "auth",
+    "token_verifier",
+    "auth_server_provider",
+    "rehydrate",
+)
 
 _DEMO = """\
 examples:

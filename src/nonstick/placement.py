@@ -114,6 +114,7 @@ class Placement:
             SessionNotFound, StoreUnavailable: As the store's methods.
         """
         node = self._node
+        session = node.sessions.get(session.key, session)
         if node.draining or session.held is not None or session.key in self._working:
             return
         owner = _owner(await node.store.load(session.key))

@@ -30,6 +30,8 @@ ON_POSTGRES_TOO = {
     "test_what_is_sent_on_one_node_reaches_the_connection_on_another",
     "test_concurrent_increments_on_three_nodes_lose_none",
     "test_messages_that_come_while_connections_take_over_are_delivered_once",
+    "test_state_that_cannot_be_stored_is_used_from_every_node",
+    "test_session_of_a_lost_owner_is_built_anew_once",
     "test_one_call_on_one_node_is_heard_on_every_node_at_once",
     "test_what_was_broadcast_while_nobody_listened_is_heard_on_return",
 }

@@ -463,6 +463,7 @@ def test_failure_in_the_users_module_shows_their_code_and_none_of_ours(home: Pat
         (["serve", "server.py", "--workers", "2", "--reload"], "not allowed with argument"),
         (["serve", "server.py", "--grace", "nan"], "'nan' is not a number of seconds"),
         (["serve", "server.py", "--lease", "0.5"], "'0.5' is not a number of seconds (1 to 86400)"),
+        (["serve", "server.py", "--placement", "sticky"], "invalid choice: 'sticky'"),
         (["demo", "--nodes", "1"], "'1' is not a number of nodes"),
         (["migrate", "--dry-run", "--print-sql"], "not allowed with argument"),
     ],

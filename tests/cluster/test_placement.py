@@ -20,6 +20,7 @@ from nonstick import current_attempt, current_connection
 from nonstick.events import Kind
 from nonstick.record import LOST, OWNER
 from nonstick.security import session_key
+from nonstick.serving import Settings, _application, adopted_in
 from nonstick.store import MAX_READ, Cursor
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing.cluster import Cluster, Member, Session
@@ -551,6 +552,14 @@ async def test_nodes_that_place_sessions_anywhere_relay_those_that_have_an_owner
     async with stage, Cluster(stage.server, memory, nodes=1) as plain:
         session = await stage.cluster[0].open()
         assert [await use(member, session) for member in (plain[0], stage.cluster[1])] == [1, 2]
+
+
+@pytest.mark.parametrize("placement", ["any", "stateless", "owner"])
+def test_placement_on_the_command_line_is_that_of_the_app(placement: Any) -> None:
+    app = _application(MCPServer("plain"), Settings(target="", store="memory:", placement=placement))
+    manager = adopted_in(app).managers[0]
+    assert manager.settings.placement == placement
+    assert manager.stateless == (placement == "stateless")
 
 
 async def test_without_sessions_every_request_stands_alone(memory: MakeStore) -> None:
