@@ -201,7 +201,7 @@ class ClusterGround(Ground):
     """Three primaries with a replica each. Nodes talk to all of them, so there is no network to harm."""
 
     async def begin(self) -> None:
-        self.cluster = await asyncio.to_thread(ValkeyCluster(replicas=1, primaries=3).__enter__)
+        self.cluster = await asyncio.to_thread(ValkeyCluster("--appendonly", "yes", replicas=1).__enter__)
         self.stack.push(self.cluster)
 
     async def way(self, node: str) -> str:
@@ -254,7 +254,8 @@ class SentinelGround(Ground):
     """A primary, a replica and three Sentinels."""
 
     async def begin(self) -> None:
-        self.sentinel = await asyncio.to_thread(ValkeySentinel().__enter__)
+        # A primary that came back empty before the Sentinels know better would empty the others.
+        self.sentinel = await asyncio.to_thread(ValkeySentinel("--appendonly", "yes").__enter__)
         self.stack.push(self.sentinel)
 
     async def way(self, node: str) -> str:

@@ -384,6 +384,15 @@ def _a_call_ends_once(index: _Index) -> Iterator[Violation]:
             yield Violation("P3", f"{call.label!r} was waited for in vain", (call, *events[-2:], reason))
 
 
+def _no_loss_is_made_up(index: _Index) -> Iterator[Violation]:
+    """P9: a client is told that its stream is lost only if the store may have lost it."""
+    for call in index.calls.values():
+        for got in index.chain_of(call):
+            data = (got.message.get("error") or {}).get("data") or {}
+            if data.get("reason") == "stream_lost" and not index.may_have_lost(call.at, got.at, seen=got.at):
+                yield Violation("P9", f"{call.label!r} was told of a loss that there was not", (call, got))
+
+
 def _a_result_is_whole(index: _Index) -> Iterator[Violation]:
     """P3: a result follows all that was sent before it, and comes from a run that ended."""
     for call in index.calls.values():
@@ -510,6 +519,7 @@ _RULES = (
     _every_event_comes_once_in_order,
     _no_step_is_missing,
     _a_call_ends_once,
+    _no_loss_is_made_up,
     _a_result_is_whole,
     _the_standalone_stream_is_whole,
     _a_replay_is_the_rest,
