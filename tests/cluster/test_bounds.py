@@ -375,7 +375,7 @@ async def test_a_listener_that_never_reads_is_cut_off_and_the_next_loses_nothing
         with Unread(b, "GET", session) as client:
             await client.first_bytes()
             # A listener holds nobody up: what it does not take waits in the log.
-            assert text_of((await c.post(call("flood"), session)).json()) == "done" or True
+            assert (await c.post(call("flood"), session)).status_code == 200
             await eventually(lambda: not node_of(b).readers)
 
             async def left() -> bool:
