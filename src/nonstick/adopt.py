@@ -101,6 +101,10 @@ class Adopted:
         """Where the endpoints are."""
         return [endpoint.place.path for endpoint in self._endpoints]
 
+    def is_endpoint(self, asgi: object) -> bool:
+        """Whether this is one of the endpoints itself, with nothing around it."""
+        return any(endpoint.place.asgi is asgi for endpoint in self._endpoints)
+
     @property
     def from_fastmcp(self) -> list[bool]:
         """Whether each endpoint is FastMCP's: what its server is, `manager.app` says only while that runs."""

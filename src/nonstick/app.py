@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final, Unpack
 
@@ -12,7 +12,8 @@ from mcp.server.auth.settings import AuthSettings
 from mcp.server.streamable_http_manager import DEFAULT_MAX_SESSIONS, DEFAULT_SESSION_IDLE_TIMEOUT
 from mcp.server.transport_security import DEFAULT_MAX_REQUEST_BODY_SIZE, TransportSecuritySettings
 from starlette.applications import Starlette
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Match, Route
+from starlette.types import Receive, Scope, Send
 
 from nonstick import fastmcp_server
 from nonstick.adopt import Adopted, take_over
@@ -51,6 +52,19 @@ class App(Starlette):
         self.state = inner.state
         self._inner = inner
         self._adopted = adopted
+        self._bare_path = _bare_path(self.routes, adopted)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves a request. What is for the MCP endpoint goes straight to it, where nothing stands before it."""
+        if (
+            scope["type"] == "http"
+            and scope["path"] == f"{scope.get('root_path', '')}{self._bare_path}"
+            and not self.user_middleware
+        ):
+            scope["app"] = self
+            await self.manager.asgi_app(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
 
     @property
     def manager(self) -> SessionManager:
@@ -171,3 +185,11 @@ def _check_own(server: MCPServer[Any] | Server[Any], own: dict[str, Any]) -> Non
             "authentication needs both auth= and token_verifier=; with an auth_server_provider= of your own, "
             "token_verifier=mcp.server.auth.provider.ProviderTokenVerifier(provider)"
         )
+
+
+def _bare_path(routes: Sequence[BaseRoute], adopted: Adopted) -> str | None:
+    """The MCP endpoint's path, if a request for it passes nothing else: no authentication, and no other route."""
+    path = adopted.paths[0]
+    asked = {"type": "http", "method": "POST", "path": path, "root_path": "", "headers": []}
+    first = next((route for route in routes if route.matches(asked)[0] is not Match.NONE), None)
+    return path if isinstance(first, Route) and adopted.is_endpoint(first.endpoint) else None

@@ -12,6 +12,7 @@ from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Final, Self, TypeVar
 
+from nonstick.deadline import Deadline
 from nonstick.errors import AlreadyExists, StoreUnavailable
 from nonstick.store import Appended, Batch, Cursor, Event, Lease, Loaded, Store, Wake
 
@@ -121,7 +122,7 @@ class GuardedStore:
         pause = _FIRST_PAUSE
         while True:
             try:
-                async with asyncio.timeout_at(deadline):
+                with Deadline(deadline - loop.time()):
                     return await call()
             except TimeoutError:
                 raise StoreUnavailable(f"the store did not answer within {patience:g} s") from None

@@ -10,11 +10,13 @@ from typing import Any, Final
 
 from mcp.shared.jsonrpc_dispatcher import progress_token_from_params
 from mcp_types import INTERNAL_ERROR, INVALID_REQUEST, JSONRPCMessage, JSONRPCNotification, JSONRPCRequest
+from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope
 
 from nonstick import wire
+from nonstick.deadline import Deadline
 
-__all__ = ["LONGEST_ID", "LONGEST_METHOD", "Place", "Room", "check_headers", "check_names", "in_time"]
+__all__ = ["LONGEST_ID", "LONGEST_METHOD", "Place", "Room", "arrived", "check_headers", "check_names", "header"]
 
 LONGEST_ID: Final = 1024
 """Characters of a request id or a progress token: the log and each of a stream's messages repeat them."""
@@ -93,25 +95,65 @@ class Place:
         self._room.give_back(self._name)
 
 
-def in_time(receive: Receive, seconds: float) -> Receive:
-    """The same, but a request that is not there whole after so many seconds ends with a `Refusal`."""
-    deadline = asyncio.get_running_loop().time() + seconds
-    whole = False
+async def arrived(scope: Scope, receive: Receive, *, limit: int, seconds: float) -> tuple[bytes, Receive]:
+    """The request's body, once it is here whole, and what gives it again to whoever receives it later.
 
-    async def receive_in_time() -> Message:
-        nonlocal whole
-        if whole:
+    Raises:
+        Refusal: It is longer than `limit` bytes, or not here after so many seconds.
+        ClientDisconnect: Nobody waits for an answer any more.
+    """
+    declared = header(scope, "content-length")
+    if declared is not None and declared.isdecimal() and int(declared) > limit:
+        raise _too_large()
+    try:
+        with Deadline(seconds):
+            message = await receive()
+            body: bytes = message.get("body", b"")
+            if message.get("more_body", False):
+                body = await _rest(body, receive, limit)
+    except TimeoutError:
+        raise wire.Refusal(408, f"Request Timeout: the request did not arrive within {seconds:g} s") from None
+    if message["type"] != "http.request":
+        raise ClientDisconnect
+    if len(body) > limit:
+        raise _too_large()
+    given = False
+
+    async def again() -> Message:
+        nonlocal given
+        if given:
             return await receive()
-        try:
-            async with asyncio.timeout_at(deadline):
-                message = await receive()
-        except TimeoutError:
-            what = f"Request Timeout: the request did not arrive within {seconds:g} s"
-            raise wire.Refusal(408, what) from None
-        whole = not message.get("more_body", False)
-        return message
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
 
-    return receive_in_time
+    return body, again
+
+
+async def _rest(begun: bytes, receive: Receive, limit: int) -> bytes:
+    body = bytearray(begun)
+    more = True
+    while more and len(body) <= limit:
+        message = await receive()
+        if message["type"] != "http.request":
+            raise ClientDisconnect
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+    return bytes(body)
+
+
+def _too_large() -> wire.Refusal:
+    # The SDK's own words.
+    return wire.Refusal(413, "Request body too large", plain=True)
+
+
+def header(scope: Scope, name: str) -> str | None:
+    """The first header of this name, which is in lower case."""
+    wanted = name.encode()
+    for key, value in scope["headers"]:
+        if key == wanted:
+            found: bytes = value
+            return found.decode("latin-1")
+    return None
 
 
 def check_headers(scope: Scope, limit: int) -> None:

@@ -31,7 +31,6 @@ from mcp.server.streamable_http_manager import (
 )
 from mcp.server.transport_security import (
     DEFAULT_MAX_REQUEST_BODY_SIZE,
-    RequestBodyLimitMiddleware,
     TransportSecurityMiddleware,
     TransportSecuritySettings,
 )
@@ -63,7 +62,7 @@ from nonstick.errors import ConfigurationError, NonstickError, NotRunning, Sessi
 from nonstick.events import EventId, parse_event_id
 from nonstick.exchange import Answer, Exchange
 from nonstick.guard import GuardedStore
-from nonstick.limits import check_headers, check_names, in_time
+from nonstick.limits import arrived, check_headers, check_names, header
 from nonstick.listener import Listener, Reader, Resumption
 from nonstick.node import Node, Settings
 from nonstick.offers import offer
@@ -244,7 +243,6 @@ class SessionManager:
             max_request_body_size=max_request_body_size,
         )
         self._security = TransportSecurityMiddleware(security_settings)
-        self._limited = RequestBodyLimitMiddleware(self._handle, max_request_body_size)
         self._node_name = node_name
         self.cluster = cluster or Cluster.only() or Cluster.apart()
         """What is told to every client goes through this: `await manager.cluster.notify_tools_changed()`."""
@@ -389,26 +387,30 @@ class SessionManager:
             return
         if self._node_header:
             send = _with_header(send, (b"nonstick-node", self._node.name.encode()))
-        version = _header(scope, MCP_PROTOCOL_VERSION_HEADER)
+        version = header(scope, MCP_PROTOCOL_VERSION_HEADER)
         try:
             check_headers(scope, self.settings.max_header_bytes)
-            receive = in_time(receive, self.settings.receive_timeout)
+            limit, seconds = self.max_request_body_size, self.settings.receive_timeout
+            body, receive = await arrived(scope, receive, limit=limit, seconds=seconds)
             if self.stateless or (version is not None and version not in HANDSHAKE_PROTOCOL_VERSIONS):
                 await self._serve_sessionless(self._node, scope, receive, send)
             else:
-                await self._limited(scope, receive, send)
+                await self._handle(scope, body, receive, send)
+        except ClientDisconnect:
+            logger.debug("a client went before its request was whole")
         except wire.Refusal as refusal:
-            # What is still to come of the request is not waited for.
-            await refusal.send(send, [(b"connection", b"close")])
+            # What is still to come of the request is not waited for; but who is in the middle of a large body would not
+            # read the answer of a connection that closes.
+            await refusal.send(send, [] if refusal.status == 413 else [(b"connection", b"close")])
 
     async def _serve_sessionless(self, node: Node, scope: Scope, receive: Receive, send: Send) -> None:
         """Newer clients have no session: the SDK's own manager serves them."""
-        room = node.listeners if _header(scope, MCP_METHOD_HEADER) == "subscriptions/listen" else node.requests
+        room = node.listeners if header(scope, MCP_METHOD_HEADER) == "subscriptions/listen" else node.requests
         room.check()
         with room.held(object()):
             await self._modern.handle_request(scope, receive, send)
 
-    async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _handle(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         headers: list[tuple[bytes, bytes]] = []
         try:
@@ -416,15 +418,13 @@ class SessionManager:
             if refused is not None:
                 await refused(scope, receive, send)
                 return
-            session_id = request.headers.get(MCP_SESSION_ID_HEADER)
+            session_id = header(scope, MCP_SESSION_ID_HEADER)
             if (routed := scope.get(TRANSPORT)) is not None:
                 routed.check(session_id)
             if session_id is None:
-                await self._serve_without_session(request, send)
+                await self._serve_without_session(request, body, send)
             else:
-                await self._serve_session(request, session_id, receive, send, headers)
-        except ClientDisconnect:
-            logger.debug("a client went before its request was whole")
+                await self._serve_session(request, session_id, body, receive, send, headers)
         except wire.Refusal as refusal:
             await refusal.send(send, headers)
         except SessionNotFound:
@@ -435,11 +435,11 @@ class SessionManager:
                 send, headers
             )
 
-    async def _serve_without_session(self, request: Request, send: Send) -> None:
+    async def _serve_without_session(self, request: Request, body: bytes, send: Send) -> None:
         """Only `initialize` needs no session id. Everything is checked in the SDK's order."""
         node = self._running()
         if request.method == "POST":
-            message = await self._parse(request)
+            message = self._parse(request.scope, body)
             if not (isinstance(message, JSONRPCRequest) and message.method == "initialize"):
                 raise wire.missing_id()
             node.requests.check()
@@ -470,7 +470,13 @@ class SessionManager:
             raise _no_such_method()
 
     async def _serve_session(
-        self, request: Request, session_id: str, receive: Receive, send: Send, headers: list[tuple[bytes, bytes]]
+        self,
+        request: Request,
+        session_id: str,
+        body: bytes,
+        receive: Receive,
+        send: Send,
+        headers: list[tuple[bytes, bytes]],
     ) -> None:
         node = self._running()
         if not valid_session_id(session_id):
@@ -479,7 +485,7 @@ class SessionManager:
         problem: wire.Refusal | None = None
         if request.method == "POST":
             try:
-                message = await self._parse(request)
+                message = self._parse(request.scope, body)
             except wire.Refusal as refusal:
                 # Whether there is such a session is said first, as the SDK does.
                 problem = refusal
@@ -509,21 +515,20 @@ class SessionManager:
         else:
             raise _no_such_method()
 
-    async def _parse(self, request: Request) -> JSONRPCMessage:
+    def _parse(self, scope: Scope, body: bytes) -> JSONRPCMessage:
         """The one JSON-RPC message in this body.
 
         Raises:
             Refusal: It is no such thing, or the headers are wrong.
         """
-        has_json, has_sse = _accepts(request.headers.get("accept", ""))
+        has_json, has_sse = _accepts(header(scope, "accept") or "")
         if self.json_response:
             if not has_json:
                 raise wire.Refusal(406, "Not Acceptable: Client must accept application/json")
         elif not (has_json and has_sse):
             raise wire.Refusal(406, "Not Acceptable: Client must accept both application/json and text/event-stream")
-        if not _is_json(request.headers.get("content-type", "")):
+        if not _is_json(header(scope, "content-type") or ""):
             raise wire.Refusal(415, "Unsupported Media Type: Content-Type must be application/json")
-        body = await request.body()
         if body.lstrip()[:1] == b"[":
             # Before it is parsed: a body full of empty lists takes twenty times its size.
             raise wire.Refusal(
@@ -744,16 +749,6 @@ def _is_json(content_type: str) -> bool:
 def _check_accepts_stream(request: Request) -> None:
     if not check_accept_headers(request)[1]:
         raise wire.Refusal(406, "Not Acceptable: Client must accept text/event-stream")
-
-
-def _header(scope: Scope, name: str) -> str | None:
-    """The first header of this name, which is in lower case."""
-    wanted = name.encode()
-    for key, value in scope["headers"]:
-        if key == wanted:
-            found: bytes = value
-            return found.decode("latin-1")
-    return None
 
 
 def _session_header(session_id: str) -> tuple[bytes, bytes]:

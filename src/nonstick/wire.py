@@ -55,7 +55,7 @@ class Refusal(Exception):
         code: JSON-RPC error code.
         retry_after: Seconds for a `Retry-After` header.
         allow: Value of an `Allow` header.
-        plain: The body is the message alone, as text.
+        plain: The body is the message alone, with no type, as the SDK does it.
     """
 
     status: int
@@ -72,7 +72,6 @@ class Refusal(Exception):
         if self.allow is not None:
             headers.append((b"allow", self.allow.encode()))
         if self.plain:
-            headers.append((b"content-type", b"text/plain; charset=utf-8"))
             await send_body(send, self.status, self.message.encode(), headers)
         else:
             body = error_body(None, ErrorData(code=self.code, message=self.message))
