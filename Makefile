@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint types check format conformance clients faults rolling clean
+.PHONY: help setup demo test test-all lint types check format conformance clients faults rolling bench clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ faults: $(READY) ## nodes, stores and networks fail under load, judged by an ora
 
 rolling: $(READY) ## the last release and this code on one store, nodes replaced under load, there and back
 	$(BIN)/python -m pytest -q tests/rolling
+
+bench: $(READY) ## what it costs beside the SDKs, as ratios within one run, about 4 minutes; FULL=1 all of it
+	$(BIN)/python -m bench $(if $(FULL),--full) $(ARGS)
 
 check: format test ## format, then test
 

@@ -1,6 +1,6 @@
 """How long what crosses nodes takes: three node processes on one store, and one client.
 
-    python -m bench.latency [--store memory|sqlite|valkey|all] [--events 500] [--rate 100] [--json FILE]
+    python -m bench.latency [--store memory|sqlite|valkey|postgres|all] [--events 500] [--rate 100] [--json FILE]
 
 Clocks: the monotonic clock of one machine, which all processes share.
 """
@@ -23,11 +23,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
+from bench.bar import Bar
 from bench.client import Client, text_of
+from nonstick.testing import PostgresServer, ValkeyServer
 from nonstick.testing.processes import NodeProcess
-from nonstick.testing.servers import ValkeyServer
 
-STORES: Final = ("memory", "sqlite", "valkey")
+STORES: Final = ("memory", "sqlite", "valkey", "postgres")
 
 _WARM_UP: Final = 50
 """Events before those that count."""
@@ -49,28 +50,6 @@ class Result:
     p50: float
     p99: float
     max: float
-
-
-class Bar:
-    """Progress on a terminal; nothing anywhere else."""
-
-    def __init__(self, title: str, total: int) -> None:
-        self._title = title
-        self._total = total
-        self._done = 0
-        self._shown = sys.stderr.isatty()
-
-    def step(self) -> None:
-        self._done += 1
-        if self._shown:
-            full = 30 * self._done // self._total
-            sys.stderr.write(f"\r{self._title:<18} [{'#' * full:<30}] {self._done}/{self._total}")
-            sys.stderr.flush()
-
-    def close(self) -> None:
-        if self._shown:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
 
 
 @dataclass(frozen=True)
@@ -191,7 +170,7 @@ async def run(store: str, url: str, events: int, rate: float, tell: Callable[[Re
 
 async def _measure(measure: Measure, store: str, nodes: list[NodeProcess], events: int, rate: float) -> Result:
     what = getattr(measure, "__name__", "")
-    bar = Bar(f"{store} {what}", _WARM_UP + events)
+    bar = Bar(_WARM_UP + events)
     try:
         async with asyncio.timeout(_DEADLINE + events / rate), Client(nodes[0].port) as client:
             took = (await measure(client, nodes, Load(_WARM_UP + events, rate, bar)))[_WARM_UP:]
@@ -210,17 +189,20 @@ def _share(values: Sequence[int], share: float) -> int:
 
 
 @contextmanager
-def _opened(store: str) -> Iterator[str]:
+def opened(store: str) -> Iterator[str]:
     """The URL of a store of this kind, made for the run."""
     if store == "valkey":
         with ValkeyServer() as valkey:
             yield valkey.url
+    elif store == "postgres":
+        with PostgresServer() as postgres:
+            yield postgres.url
     else:
         with tempfile.TemporaryDirectory(prefix="nonstick-bench-") as home:
             yield f"sqlite:///{Path(home) / 'sessions.db'}"
 
 
-def _runner() -> asyncio.Runner:
+def runner() -> asyncio.Runner:
     """With the event loop that the nodes run on: uvicorn takes uvloop where it is installed."""
     if find_spec("uvloop") is None:
         return asyncio.Runner()
@@ -255,8 +237,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 flush=True,
             )
             continue
-        with _opened(store) as url, _runner() as runner:
-            runner.run(run(store, url, options.events, options.rate, tell))
+        with opened(store) as url, runner() as loop:
+            loop.run(run(store, url, options.events, options.rate, tell))
     if options.json:
         machine = {"cores": os.cpu_count(), "python": platform.python_version(), "system": platform.platform()}
         report = {"rate": options.rate, "machine": machine, "results": [asdict(result) for result in results]}

@@ -135,8 +135,16 @@ class Worker:
         return await self._send({"jsonrpc": "2.0", "id": number, "method": "tools/call", "params": params}, tool)
 
     async def _send(self, message: dict[str, Any], tool: str = "") -> Answer:
+        return await self.send(self.request(json.dumps(message).encode(), tool))
+
+    async def send(self, request: bytes) -> Answer:
+        """Sends these bytes; returns the whole answer.
+
+        Raises:
+            RuntimeError: It is an error.
+        """
         wire = self._wires[next(self._turn) % len(self._wires)]
-        answer = await wire.ask(self.request(json.dumps(message).encode(), tool))
+        answer = await wire.ask(request)
         if answer.status not in (200, 202) or b'"error"' in answer.body or b'"isError":true' in answer.body:
             raise RuntimeError(f"status {answer.status}: {answer.body[:500].decode(errors='replace')}")
         return answer

@@ -16,17 +16,19 @@ import platform
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from bench.bar import Bar
 from bench.load import Load
 from bench.opponents import OPPONENTS, TYPESCRIPT, Opponent
 from bench.stage import Stage, Stores
 
-__all__ = ["Line", "measure"]
+__all__ = ["Line", "Workload", "company", "measure"]
 
 ARGUMENTS: Final[dict[str, dict[str, Any]]] = {
     "echo": {"text": "hello"},
@@ -36,6 +38,19 @@ ARGUMENTS: Final[dict[str, dict[str, Any]]] = {
 WARM_UP: Final = 200
 
 
+@dataclass(frozen=True)
+class Workload:
+    """What the opponents are asked, and over how many connections at once."""
+
+    tool: str
+    connections: int
+    requests: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.tool}, {self.connections} connection{'s' if self.connections > 1 else ''}"
+
+
 @dataclass
 class Line:
     """What was measured of one opponent.
@@ -43,6 +58,7 @@ class Line:
     Attributes:
         cpu: Seconds of server CPU per request, one a round.
         took: Seconds from sending to the whole answer, of all requests.
+        rates: Requests a second, one a round.
     """
 
     name: str
@@ -50,11 +66,17 @@ class Line:
     connections: int
     cpu: list[float] = field(default_factory=list[float])
     took: list[float] = field(default_factory=list[float])
+    rates: list[float] = field(default_factory=list[float])
 
     @property
     def cost(self) -> float:
         """Median of the rounds, in microseconds."""
         return statistics.median(self.cpu) * 1e6
+
+    @property
+    def rate(self) -> float:
+        """Median of the rounds, in requests a second."""
+        return statistics.median(self.rates)
 
     def percentile(self, share: float) -> float:
         """In milliseconds."""
@@ -62,33 +84,44 @@ class Line:
         return took[min(len(took) - 1, int(len(took) * share))] * 1e3
 
 
-async def measure(
-    opponents: Sequence[Opponent], tool: str, *, connections: int, rounds: int, requests: int
-) -> list[Line]:
-    """Starts them all, and lets them take turns."""
+@asynccontextmanager
+async def company(opponents: Sequence[Opponent]) -> AsyncIterator[list[Stage]]:
+    """All of them, up and running."""
     with ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nonstick-bench-")))
         stores = stack.enter_context(Stores(home))
         node = _node() if any(not opponent.app for opponent in opponents) else ""
-        stages: list[tuple[Stage, Load]] = []
-        for opponent in opponents:
-            stage = Stage(opponent, stores.url(opponent.store), home, node)
+        stages = [Stage(opponent, stores.url(opponent.store), home, node) for opponent in opponents]
+        for stage in stages:
             stack.callback(stage.stop)
-            await stage.start()
-            load = Load(stage.ports, opponent.speaks, connections)
+            stage.launch()
+        for stage in stages:
+            await stage.listening()
+        yield stages
+
+
+async def measure(
+    stages: Sequence[Stage], workload: Workload, rounds: int, step: Callable[[str], None] = lambda _: None
+) -> list[Line]:
+    """Lets them take turns. `step` is called before each turn."""
+    tool, arguments = workload.tool, ARGUMENTS[workload.tool]
+    with ExitStack() as stack:
+        loads: list[Load] = []
+        for stage in stages:
+            load = Load(stage.ports, stage.opponent.speaks, workload.connections)
             stack.callback(load.close)
             await load.open()
-            await load.run(WARM_UP, tool, ARGUMENTS[tool])
-            stages.append((stage, load))
-        lines = [Line(stage.opponent.name, tool, connections) for stage, _ in stages]
+            await load.run(min(WARM_UP, workload.requests), tool, arguments)
+            loads.append(load)
+        lines = [Line(stage.opponent.name, tool, workload.connections) for stage in stages]
         for number in range(rounds):
-            for (stage, load), line in zip(stages, lines, strict=True):
-                print(f"\r{tool}: round {number + 1} of {rounds}, {line.name:40}", end="", file=sys.stderr)
-                before = stage.cpu()
-                took = await load.run(requests, tool, ARGUMENTS[tool])
+            for stage, load, line in zip(stages, loads, lines, strict=True):
+                step(f"{workload.name}: round {number + 1} of {rounds}, {line.name}")
+                before, begun = stage.cpu(), time.perf_counter()
+                took = await load.run(workload.requests, tool, arguments)
+                line.rates.append(len(took) / (time.perf_counter() - begun))
                 line.cpu.append((stage.cpu() - before) / len(took))
                 line.took += took
-        print("\r" + " " * 70 + "\r", end="", file=sys.stderr)
         return lines
 
 
@@ -99,10 +132,18 @@ def _node() -> str:
 
 
 def show(lines: Sequence[Line]) -> None:
-    print(f"{'':42} {'CPU us':>8} {'p50 ms':>8} {'p99 ms':>8} {'p99/p50':>8}")
+    print(f"{'':42} {'CPU us':>8} {'p50 ms':>8} {'p99 ms':>8} {'p99/p50':>8} {'a second':>9}")
     for line in lines:
         p50, p99 = line.percentile(0.5), line.percentile(0.99)
-        print(f"{line.name:42} {line.cost:8.0f} {p50:8.2f} {p99:8.2f} {p99 / p50:8.1f}")
+        print(f"{line.name:42} {line.cost:8.0f} {p50:8.2f} {p99:8.2f} {p99 / p50:8.1f} {line.rate:9.0f}")
+
+
+async def _measure(opponents: Sequence[Opponent], workload: Workload, rounds: int) -> list[Line]:
+    bar = Bar(rounds * len(opponents))
+    async with company(opponents) as stages:
+        lines = await measure(stages, workload, rounds, bar.step)
+    bar.close()
+    return lines
 
 
 def main() -> None:
@@ -116,15 +157,8 @@ def main() -> None:
     options = parser.parse_args()
     chosen = [OPPONENTS[name] for name in options.only]
     print(f"{platform.python_version()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.2f}", file=sys.stderr)
-    lines = asyncio.run(
-        measure(
-            chosen,
-            options.tool,
-            connections=options.connections,
-            rounds=options.rounds,
-            requests=options.requests,
-        )
-    )
+    workload = Workload(options.tool, options.connections, options.requests)
+    lines = asyncio.run(_measure(chosen, workload, options.rounds))
     show(lines)
     if options.json is not None:
         options.json.write_text(json.dumps([asdict(line) for line in lines]))

@@ -92,16 +92,17 @@ async def test_an_ordinary_request_is_one_command_that_writes_nothing_on_valkey(
     valkey: ValkeyServer, client: redis.asyncio.client.Redis
 ) -> None:
     requests = 20
+    seen: set[tuple[int, int]] = set()
     async with guard.nodes(store=RedisStore(valkey.url, prefix="ordinary"), lease=600.0) as [node]:
         session = await node.open()
-        for _ in range(2):
-            await node.post(guard.ECHO, session)
-        before, written = await _scripts(client), await _writes(client)
-        for _ in range(requests):
-            status, _, _ = await node.post(guard.ECHO, session)
-            assert status == 200
-        assert await _scripts(client) - before == requests
-        assert await _writes(client) == written
+        # Three times: the node's lease and its upkeep may come in between, once.
+        for _ in range(3):
+            before, written = await _scripts(client), await _writes(client)
+            for _ in range(requests):
+                status, _, _ = await node.post(guard.ECHO, session)
+                assert status == 200
+            seen.add((await _scripts(client) - before, await _writes(client) - written))
+    assert min(seen) == (requests, 0), seen
 
 
 async def test_a_session_in_use_is_touched_once_in_a_tenth_of_its_expiry_on_valkey(
