@@ -43,7 +43,7 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-@pytest.fixture(scope="module", params=["sqlite", "valkey"])
+@pytest.fixture(scope="module", params=["sqlite", "valkey", pytest.param("postgres", marks=pytest.mark.slow)])
 async def nodes(request: pytest.FixtureRequest, anyio_backend: str) -> AsyncIterator[Balancer]:
     """Three nonstick nodes on one store."""
     with store_url(request.param) as url:

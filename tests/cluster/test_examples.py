@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -12,7 +13,7 @@ import httpx2
 import pytest
 from mcp import Client
 from mcp.client.context import ClientRequestContext
-from mcp_types import ElicitRequestParams, ElicitResult
+from mcp_types import ElicitRequestParams, ElicitResult, ResourceUpdatedNotification
 
 from nonstick.testing.balancer import Backend, Balancer
 from nonstick.testing.processes import NodeProcess
@@ -156,3 +157,24 @@ async def test_transaction_stays_open_while_other_nodes_are_asked(
 def served_by(balancer: Balancer) -> set[str]:
     """The nodes that tool calls came to."""
     return {str(exchange.backend) for exchange in balancer.exchanges if exchange.rpc == "tools/call"}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::mcp.shared.exceptions.MCPDeprecationWarning")
+async def test_watchers_on_other_nodes_hear_of_the_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """P11."""
+    heard = asyncio.Event()
+
+    async def hear(message: object) -> None:
+        if isinstance(message, ResourceUpdatedNotification) and str(message.params.uri) == "home://thermostat":
+            heard.set()
+
+    monkeypatch.setenv("THERMOSTAT", str(tmp_path / "thermostat.txt"))
+    async with balanced("examples.watcher:app", tmp_path, message_handler=hear) as (watcher, balancer):
+        await watcher.subscribe_resource("home://thermostat")
+        async with Client(f"{balancer.url}/mcp", mode="legacy", read_timeout_seconds=40) as other:
+            await other.call_tool("set_thermostat", {"degrees": 23})
+        async with asyncio.timeout(20):
+            await heard.wait()
+        read = await watcher.read_resource("home://thermostat")
+        assert "23 degrees" in read.model_dump_json()

@@ -14,8 +14,8 @@ from subprocess import DEVNULL, Popen
 from types import TracebackType
 from typing import Final, Literal, Self
 
+from nonstick.testing import PostgresServer, ValkeyServer
 from nonstick.testing.balancer import Backend, Balancer
-from nonstick.testing.servers import ValkeyServer
 from tests.conformance.kills import Kills
 
 __all__ = ["ROOT", "SDK", "Answer", "Server", "Setup", "StoreKind", "balanced", "nonstick", "serving", "store_url"]
@@ -30,7 +30,7 @@ POLL_SECONDS: Final = 0.02
 LOGS: Final = "NONSTICK_TEST_LOGS"
 """Environment variable: if it is set, what the servers write comes out on stderr, not only if one fails."""
 
-StoreKind = Literal["sqlite", "valkey"]
+StoreKind = Literal["sqlite", "valkey", "postgres"]
 Answer = Literal["auto", "sse", "json"]
 
 Setup = Sequence[str]
@@ -52,6 +52,10 @@ def store_url(kind: StoreKind) -> Iterator[str]:
     if kind == "valkey":
         with ValkeyServer() as valkey:
             yield valkey.url
+        return
+    if kind == "postgres":
+        with PostgresServer() as postgres:
+            yield postgres.url
         return
     with tempfile.TemporaryDirectory(prefix="nonstick-conformance-") as home:
         yield f"sqlite:///{home}/store.db"
