@@ -15,6 +15,7 @@ from typing import TypeVar
 import pytest
 
 from nonstick.errors import AlreadyExists, ConfigurationError, Diverged, SessionNotFound, StoreUnavailable
+from nonstick.guard import GuardedStore
 from nonstick.store import NEW_STREAM, Batch, Cursor, Event, Store
 from nonstick.stores import open_store
 from nonstick.stores.redis import RedisStore
@@ -235,6 +236,55 @@ async def test_killed_primary_is_unavailable_until_its_replica_took_over(
             await asyncio.to_thread(come_back, cluster, old)
 
 
+async def key_at(cluster: ValkeyCluster, server: ValkeyServer, *, there: bool) -> str:
+    """A new session's key, which this server owns, or does not."""
+    while True:
+        key = secrets.token_hex(16)
+        if (cluster.primary(slot_name(key)) is server) is there:
+            return key
+
+
+async def test_frozen_primary_is_left_also_by_calls_that_wait_no_longer_than_the_store(
+    cluster: ValkeyCluster, prefix: str, key: str
+) -> None:
+    """P9: a node gives up when the store's own deadline does, or before; it must find the new primary all the same."""
+    name = slot_name(key)
+    old = cluster.primary(name)
+    # As a node has them, only sooner; nothing is watched, which would find it out too.
+    async with GuardedStore(RedisStore(cluster.url, prefix=prefix, timeout=1.0), patience=1.0) as store:
+        await store.create(key, {}, lifetime=LONG)
+        old.freeze()
+        try:
+            with pytest.raises(StoreUnavailable):
+                await store.load(key)
+            await asyncio.to_thread(cluster.wait_for_successor, name, old)
+            await repeated(lambda: store.load(key))
+        finally:
+            old.thaw()
+            await asyncio.to_thread(cluster.wait_until_ok)
+
+
+async def test_frozen_server_that_has_a_group_holds_up_no_session_elsewhere(
+    cluster: ValkeyCluster, prefix: str
+) -> None:
+    """P9: what was done to a session is answered so; only its count lags behind."""
+    frozen = cluster.primary(f"{prefix}:g:all")
+    keys = [await key_at(cluster, frozen, there=False) for _ in range(3)]
+    async with GuardedStore(RedisStore(cluster.url, prefix=prefix)) as store:
+        for key in keys:
+            await store.create(key, {}, lifetime=LONG, limits={"all": 5, "own": 5})
+        frozen.freeze()
+        try:
+            _, deleted, updated = await asyncio.gather(
+                store.touch(keys[:1]), store.delete(keys[1]), store.update(keys[2], {"a": b"1"}, lifetime=LONG)
+            )
+        finally:
+            frozen.thaw()
+            await asyncio.to_thread(cluster.wait_until_ok)
+        assert (deleted, updated) == (True, True)
+        assert (await store.load(keys[2])).fields == {"a": b"1"}
+
+
 async def test_lost_subscriptions_are_made_again_at_another_server(
     cluster: ValkeyCluster, prefix: str, key: str
 ) -> None:
@@ -389,6 +439,21 @@ async def test_server_without_replica_confirms_nothing(valkey: ValkeyServer, pre
         await store.delete(key)
         with pytest.raises(SessionNotFound):
             await store.read(key, Cursor(0))
+
+
+async def test_write_that_waits_for_a_replica_ends_with_its_store(valkey: ValkeyServer, prefix: str, key: str) -> None:
+    """A store that is closed leaves nobody waiting."""
+    async with RedisStore(valkey.url, prefix=prefix, durability="replicated", timeout=100.0) as store:
+        creating = asyncio.ensure_future(store.create(key, {}, lifetime=LONG))
+        await eventually(lambda: waits_for_replicas(valkey, prefix))
+    async with deadline():
+        with pytest.raises(StoreUnavailable):
+            await creating
+
+
+async def waits_for_replicas(server: ValkeyServer, prefix: str) -> bool:
+    clients = ask(server, "CLIENT", "LIST").splitlines()
+    return any(f" name={prefix} " in client and " cmd=wait " in client for client in clients)
 
 
 # ---- who may do what, and who may listen

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -20,6 +21,11 @@ pytestmark = pytest.mark.anyio
 
 GRACE = 3.0
 GONE = GRACE + 3.0
+
+
+def slow(store: str) -> Any:
+    """This store, where there is time."""
+    return pytest.param(store, marks=pytest.mark.slow)
 
 
 def number(version: str) -> list[int]:
@@ -78,7 +84,7 @@ async def across(stage: Stage, one: NodeProcess, other: NodeProcess) -> None:
     await client.close()
 
 
-@pytest.mark.parametrize("store_url", [pytest.param("sqlite", marks=pytest.mark.slow), "valkey"], indirect=True)
+@pytest.mark.parametrize("store_url", [slow("sqlite"), "valkey", slow("postgres")], indirect=True)
 async def test_what_one_release_does_the_other_goes_on_with(
     store_url: str, tmp_path: Path, last_release: dict[str, str]
 ) -> None:
@@ -171,7 +177,7 @@ async def roll(stage: Stage, last_release: dict[str, str], *, nodes: int, client
     check_logs(stage)
 
 
-@pytest.mark.parametrize("store_url", ["sqlite", pytest.param("valkey", marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.parametrize("store_url", ["sqlite", slow("valkey"), slow("postgres")], indirect=True)
 async def test_nodes_are_replaced_one_by_one_under_load(
     store_url: str, tmp_path: Path, last_release: dict[str, str]
 ) -> None:

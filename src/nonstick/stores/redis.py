@@ -170,7 +170,10 @@ class RedisStore:
         self._indexed_by_scripts = prefix
         if self._deployment.kind == "cluster":
             self._groups = Groups(
-                prefix, run=self._run_for_group, call=lambda key, *args: self._servers.call(key, *args)
+                prefix,
+                run=self._run_for_group,
+                call=lambda key, *args: self._servers.call(key, *args),
+                seconds=timeout / 4,
             )
             self._indexed_by_scripts = ""
 

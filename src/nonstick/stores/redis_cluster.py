@@ -62,7 +62,8 @@ class ClusterServers:
 
     async def call(self, key: str, *args: Arg, replicated: bool = False) -> Any:
         loop = asyncio.get_running_loop()
-        limit = loop.time() + self._limits.timeout
+        began = loop.time()
+        limit = began + self._limits.timeout
         slot, attempts = key_slot(key), 0
         address, asking = await self._owner(slot), False
         while True:
@@ -83,6 +84,11 @@ class ClusterServers:
                 raise
             except StoreUnavailable:
                 self._refresh()
+                raise
+            except asyncio.CancelledError:
+                # Who waits no longer than this call does is gone first, and yet its server may hang, and be replaced.
+                if loop.time() - began >= self._patience():
+                    self._refresh()
                 raise
             attempts += 1
             if attempts > _REDIRECTS_AT_ONCE:

@@ -7,6 +7,7 @@ session, until it expires or is renewed.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Final
 
@@ -24,10 +25,19 @@ class Groups:
     Args:
         run: Runs group.lua for a key, with these arguments.
         call: Runs a command about a key.
+        seconds: How long a group may hold up what was done to a session.
     """
 
-    def __init__(self, prefix: str, *, run: Callable[..., Awaitable[Any]], call: Callable[..., Awaitable[Any]]) -> None:
+    def __init__(
+        self,
+        prefix: str,
+        *,
+        run: Callable[..., Awaitable[Any]],
+        call: Callable[..., Awaitable[Any]],
+        seconds: float,
+    ) -> None:
         self._prefix = prefix
+        self._seconds = seconds
         self._run = run
         self._call = call
 
@@ -48,20 +58,30 @@ class Groups:
 
     async def renew(self, key: str, groups: Iterable[str], milliseconds: int) -> None:
         """Keeps the places for so long from now, as far as the groups can be reached."""
-        for group in groups:
-            try:
-                await self._run(self._name(group), key, milliseconds, "")
-            except StoreUnavailable:
-                pass
+        await self._briefly(self._run(self._name(group), key, milliseconds, "") for group in groups)
 
     async def leave(self, key: str, groups: Iterable[str]) -> None:
         """Gives the places back, as far as the groups can be reached."""
-        for group in groups:
-            name = self._name(group)
-            try:
-                await self._call(name, "ZREM", name, key)
-            except StoreUnavailable:
-                pass
+        names = map(self._name, groups)
+        await self._briefly(self._call(name, "ZREM", name, key) for name in names)
+
+    async def _briefly(self, calls: Iterable[Awaitable[Any]]) -> None:
+        """Makes these calls, and waits for them only a part of the time that who asked for the session has.
+
+        What is done to the session is done: a server that hangs, and has nothing but a group, must not undo that.
+        """
+        try:
+            async with asyncio.timeout(self._seconds):
+                await asyncio.gather(*(_if_reached(call) for call in calls))
+        except TimeoutError:
+            pass
 
     def _name(self, group: str) -> str:
         return f"{self._prefix}:g:{group}"
+
+
+async def _if_reached(call: Awaitable[Any]) -> None:
+    try:
+        await call
+    except StoreUnavailable:
+        pass

@@ -206,6 +206,7 @@ class _Confirmed:
         await self.connection.close()
 
     async def _confirm(self) -> None:
+        same: list[asyncio.Future[None]] = []
         try:
             while self._waiting:
                 some, self._waiting = self._waiting, []
@@ -217,7 +218,7 @@ class _Confirmed:
                     _settle(same, await self._asked())
         finally:
             self._task = None
-            _settle((one for one, _ in self._waiting), StoreUnavailable("the store was closed"))
+            _settle((*same, *(one for one, _ in self._waiting)), StoreUnavailable("the store was closed"))
 
     async def _asked(self) -> StoreUnavailable | None:
         try:
