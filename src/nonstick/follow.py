@@ -18,15 +18,39 @@ from nonstick.errors import Diverged, SessionNotFound, StoreUnavailable, Trimmed
 from nonstick.guard import GuardedStore
 from nonstick.store import Cursor, Event
 
-__all__ = ["Follower", "Subscription"]
+__all__ = ["Follower", "Slice", "Subscription"]
 
 logger = logging.getLogger(__name__)
 
 _FIRST_POLL: Final = 1.0
 _SLOWEST_POLL: Final = 5.0
 _BATCH: Final = 256
+_FIRST_SLICE: Final = 16
+_SLICE_BYTES: Final = 256 * 1024
+"""About so much is read at once (P10): a node may do it for thousands of slow clients."""
 _BUFFER: Final = 1024
-"""Events that wait for one slow subscription before it has to read for itself."""
+_BUFFER_BYTES: Final = 128 * 1024
+"""Events, and their bytes, that wait for one slow subscription before it has to read for itself."""
+
+
+class Slice:
+    """How many events to read next, so that they are neither many round trips nor many bytes.
+
+    Args:
+        most: Events, at most.
+    """
+
+    def __init__(self, most: int = _BATCH) -> None:
+        self.limit = min(_FIRST_SLICE, most)
+        self._most = most
+
+    def took(self, events: Sequence[Event]) -> None:
+        """Learns from what the last read brought."""
+        size = sum(len(event.data) for event in events)
+        if size > _SLICE_BYTES:
+            self.limit = max(1, self.limit * _SLICE_BYTES // size)
+        elif len(events) == self.limit and size < _SLICE_BYTES / 4:
+            self.limit = min(self._most, self.limit * 4)
 
 
 class Subscription:
@@ -37,7 +61,9 @@ class Subscription:
         self._follower = follower
         self._losses = follower.losses
         self._buffer: deque[Event] = deque()
+        self._buffered_bytes = 0
         self._buffered_to = after.position
+        self._slice = Slice()
         self._wake = asyncio.Event()
 
     async def next(self) -> list[Event]:
@@ -51,7 +77,7 @@ class Subscription:
         while True:
             if self._buffer:
                 events = list(self._buffer)
-                self._buffer.clear()
+                self._clear()
                 self.cursor = events[-1].cursor
                 return events
             follower = self._follower
@@ -70,17 +96,22 @@ class Subscription:
     async def _catch_up(self) -> list[Event]:
         store, key = self._follower.store, self._follower.key
         try:
-            events = await store.read(key, self.cursor, limit=_BATCH)
+            events = await store.read(key, self.cursor, limit=self._slice.limit)
         except Trimmed:
-            events = await store.read(key, Cursor(self.cursor.position), limit=_BATCH)
+            events = await store.read(key, Cursor(self.cursor.position), limit=self._slice.limit)
+        self._slice.took(events)
         if events:
             self.cursor = events[-1].cursor
         else:
             # All that was missing has been trimmed.
             self.cursor = max(self.cursor, self._follower.cursor)
         self._buffered_to = self.cursor.position
-        self._buffer.clear()
+        self._clear()
         return events
+
+    def _clear(self) -> None:
+        self._buffer.clear()
+        self._buffered_bytes = 0
 
     def offer(self, events: Sequence[Event]) -> None:
         """Takes these events if they are the next ones and there is room; else `next` will read for itself."""
@@ -88,8 +119,10 @@ class Subscription:
             # What follows a place that is lost is not its continuation.
             return
         for event in events:
-            if event.position == self._buffered_to + 1 and len(self._buffer) < _BUFFER:
+            has_room = len(self._buffer) < _BUFFER and self._buffered_bytes < _BUFFER_BYTES
+            if event.position == self._buffered_to + 1 and has_room:
                 self._buffer.append(event)
+                self._buffered_bytes += len(event.data)
                 self._buffered_to = event.position
         self._wake.set()
 
@@ -112,6 +145,7 @@ class Follower:
         self._subscriptions: set[Subscription] = set()
         self._task: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
+        self._slice = Slice()
         self._must_read = True
 
     @property
@@ -180,9 +214,10 @@ class Follower:
             while True:
                 before = self.cursor
                 try:
-                    events = await self.store.read(self.key, before, limit=_BATCH)
+                    events = await self.store.read(self.key, before, limit=self._slice.limit)
                 except Trimmed:
-                    events = await self.store.read(self.key, Cursor(before.position), limit=_BATCH)
+                    events = await self.store.read(self.key, Cursor(before.position), limit=self._slice.limit)
+                self._slice.took(events)
                 # A wake may have brought the same events while the read was under way.
                 events = [event for event in events if event.position > self.cursor.position]
                 if not events:

@@ -26,7 +26,7 @@ from nonstick import wire
 from nonstick.broadcast import LISTS, NOWHERE, Broadcast
 from nonstick.errors import Diverged, SessionNotFound, StoreError, StoreUnavailable
 from nonstick.events import EventId, Kind, body_of, cursor_text, decode, draft, kind_of, parse_cursor
-from nonstick.follow import Subscription
+from nonstick.follow import Slice, Subscription
 from nonstick.rescue import Rescue
 from nonstick.security import without_text
 from nonstick.session import Session, request_key
@@ -189,7 +189,7 @@ def _look_at(task: asyncio.Task[list[Event]]) -> None:
 async def _entry(session: Session, cursor: Cursor) -> list[Event]:
     """The entry that a client's event id names, and what follows it; empty if the store no longer has it."""
     try:
-        events = await session.node.store.read(session.key, Cursor(cursor.position - 1), limit=MAX_READ)
+        events = await session.node.store.read(session.key, Cursor(cursor.position - 1), limit=Slice().limit)
     except Diverged:
         return []
     return events if events and events[0].cursor == cursor else []
@@ -201,6 +201,8 @@ class Resumption(Reader):
     def __init__(self, session: Session, place: EventId) -> None:
         super().__init__(session, place, primes=is_version_at_least(session.connection.protocol_version, "2025-11-25"))
         self._place: EventId = place
+        self._since = session.head.position
+        """The log's end when this connection came."""
         self._events: list[Event] = []
         self._opened: Event | None = None
         self._looks_at = 0.0
@@ -233,12 +235,13 @@ class Resumption(Reader):
             self._lose()
             return
         rescue = Rescue(self.session, self._opened)
-        if await self._carry(self._events, rescue, live=False):
+        events, self._events = self._events, []
+        if await self._carry(events, rescue):
             return
-        with self.follow(self._events[-1].cursor) as following:
+        with self.follow(events[-1].cursor) as following:
             while True:
                 events = await following.next()
-                if await self._carry(events, rescue, live=True):
+                if await self._carry(events, rescue):
                     return
                 # Other streams of the session are no sign of life.
                 if any(event.stream == self._place.stream for event in events):
@@ -270,7 +273,7 @@ class Resumption(Reader):
         self._looks_at = now if self._missed else now + _EXISTENCE_POLL
         return before and self._missed
 
-    async def _carry(self, events: Iterable[Event], rescue: Rescue, *, live: bool) -> bool:
+    async def _carry(self, events: Iterable[Event], rescue: Rescue) -> bool:
         """Puts the stream's own messages. Whether that was its end."""
         place = self._place
         for event in events:
@@ -288,7 +291,7 @@ class Resumption(Reader):
             if kind is Kind.TERMINAL:
                 return True
             # An older hang-up was meant for the connections of then.
-            if kind is Kind.HANGUP and live:
+            if kind is Kind.HANGUP and event.position > self._since:
                 return True
         return False
 
@@ -411,7 +414,9 @@ class Listener(Reader):
         """Takes the log into account. Position of the last entry that is `known`, by its tag; 0 if none is."""
         last = 0
         self._seen = after
-        while events := await self.session.node.store.read(self.session.key, self._seen, limit=MAX_READ):
+        part = Slice(MAX_READ)
+        while events := await self.session.node.store.read(self.session.key, self._seen, limit=part.limit):
+            part.took(events)
             for event in events:
                 if known and known.get(event.position) == event.tag:
                     last = event.position

@@ -31,7 +31,7 @@ INITIALIZE: dict[str, Any] = {
 }
 SLOW = (pytest.mark.slow, pytest.mark.timeout(900))
 
-PATIENCE = 8.0
+PATIENCE = 30.0
 """Seconds within which everybody else is served. The machine is busy with the flood itself, and its sender."""
 
 MEGABYTE = 1024 * 1024
@@ -232,7 +232,7 @@ async def test_flood_of_gets_that_nobody_reads_is_cut_off_and_released(
             told = await asyncio.gather(*(one.call("tell", timeout=120, count=140, size=50_000) for one in floods))
             assert {response.status_code for response in told} == {200}
             await polite.served_again()
-            assert node.memory - before < 96 * MEGABYTE + sessions * MEGABYTE
+            assert node.memory - before < 96 * MEGABYTE + sessions * MEGABYTE, "what nobody reads piles up"
             async with asyncio.timeout(40):
                 # Those that were told nothing but pings are still there: these fit into any buffer.
                 while node.connections > idle + sessions * 8 - sessions:  # noqa: ASYNC110 - in another process

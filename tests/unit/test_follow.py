@@ -209,6 +209,35 @@ async def test_slow_subscription_catches_up_by_itself_and_holds_up_nobody(store:
     slow.close()
 
 
+async def test_bytes_that_wait_for_a_slow_subscription_are_bounded(store: Careless, follower: Follower) -> None:
+    """P10: a node may have thousands of them; large events are read a few at a time."""
+    large = b"1m" + b"x" * 50_000
+    quick, slow = follower.subscribe(Cursor(0)), follower.subscribe(Cursor(0))
+    for _ in range(200):
+        await store.append(KEY, Batch([Draft(secrets.token_bytes(8), large)]))
+    assert await collect(quick, 200) == between(1, 200)
+    sizes: list[int] = []
+    seen: list[int] = []
+    while not seen or seen[-1] < 200:
+        events = await slow.next()
+        sizes.append(sum(len(event.data) for event in events))
+        seen += [event.position for event in events]
+    assert seen == between(1, 200)
+    assert max(sizes[2:]) <= 300_000  # the first read does not know yet how large they are
+    assert max(sizes) <= 16 * len(large)
+    quick.close()
+    slow.close()
+
+
+async def test_small_events_are_read_many_at_a_time(store: Careless, follower: Follower) -> None:
+    """A long log does not take a round trip for every few events."""
+    await append(store, 3000)
+    subscription = follower.subscribe(Cursor(0))
+    assert await collect(subscription, 3000) == between(1, 3000)
+    assert store.reads < 30
+    subscription.close()
+
+
 async def test_follower_without_subscriptions_does_nothing(store: Careless, follower: Follower) -> None:
     """P10: and begins anew with the next one."""
     first = follower.subscribe(Cursor(0))
