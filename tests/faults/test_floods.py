@@ -212,9 +212,9 @@ async def never_reading(node: Node, headers: dict[str, str]) -> socket.socket:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-@pytest.mark.parametrize(("sessions", "each"), [(6, 20), pytest.param(30, 60, marks=SLOW)], ids=["some", "many"])
+@pytest.mark.parametrize(("sessions", "each", "count"), [(6, 20, 140), pytest.param(10, 100, 600, marks=SLOW)])
 async def test_flood_of_gets_that_nobody_reads_is_cut_off_and_released(
-    tmp_path: Path, sessions: int, each: int
+    tmp_path: Path, sessions: int, each: int, count: int
 ) -> None:
     """P10: one session has no more than its listeners; the connections are gone though their clients never read."""
     settings = {"send_timeout": 1.0, "ping_interval": 0.5, "max_listeners": 8, "max_log_bytes": 64 * MEGABYTE}
@@ -229,10 +229,10 @@ async def test_flood_of_gets_that_nobody_reads_is_cut_off_and_released(
                 clients += [await never_reading(node, one.headers) for _ in range(each)]
             await polite.served_again()
             # More than the kernel takes for a connection.
-            told = await asyncio.gather(*(one.call("tell", timeout=120, count=140, size=50_000) for one in floods))
+            told = await asyncio.gather(*(one.call("tell", timeout=120, count=count, size=50_000) for one in floods))
             assert {response.status_code for response in told} == {200}
             await polite.served_again()
-            assert node.memory - before < 96 * MEGABYTE + sessions * MEGABYTE, "what nobody reads piles up"
+            assert node.memory - before < (96 + sessions * 8) * MEGABYTE, "what nobody reads piles up"
             async with asyncio.timeout(40):
                 # Those that were told nothing but pings are still there: these fit into any buffer.
                 while node.connections > idle + sessions * 8 - sessions:  # noqa: ASYNC110 - in another process
