@@ -57,7 +57,8 @@ class App(Starlette):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves a request. What is for the MCP endpoint goes straight to it, where nothing stands before it."""
         if (
-            scope["type"] == "http"
+            self._bare_path is not None
+            and scope["type"] == "http"
             and scope["path"] == f"{scope.get('root_path', '')}{self._bare_path}"
             and not self.user_middleware
         ):

@@ -341,6 +341,9 @@ class Exchange:
                 return
             self._answer_with(body)
         self.session.state.saved(changes)
+        if (level := fields.get("level")) is not None:
+            # Other requests that run here may not follow the log, which says so too.
+            self.session.log_level = level.decode()
         if self._failure is None:
             self.session.confirm()
 

@@ -34,7 +34,7 @@ from mcp.server.transport_security import (
     TransportSecurityMiddleware,
     TransportSecuritySettings,
 )
-from mcp.shared.inbound import MCP_METHOD_HEADER, MCP_PROTOCOL_VERSION_HEADER
+from mcp.shared.inbound import MCP_PROTOCOL_VERSION_HEADER
 from mcp.shared.jsonrpc_dispatcher import cancelled_request_id_from_params, progress_token_from_params
 from mcp_types import (
     DEFAULT_NEGOTIATED_VERSION,
@@ -71,6 +71,7 @@ from nonstick.record import CONFIRMED, Record
 from nonstick.relay import Relay, relay_notice
 from nonstick.security import json_depth_exceeds, new_session_id, principal_of, session_key, valid_session_id
 from nonstick.session import Session, as_number, request_key
+from nonstick.sessionless import listens
 from nonstick.store import STANDALONE, Batch, Loaded, Store
 from nonstick.stores import open_store
 from nonstick.transport import TRANSPORT
@@ -393,7 +394,7 @@ class SessionManager:
             limit, seconds = self.max_request_body_size, self.settings.receive_timeout
             body, receive = await arrived(scope, receive, limit=limit, seconds=seconds)
             if self.stateless or (version is not None and version not in HANDSHAKE_PROTOCOL_VERSIONS):
-                await self._serve_sessionless(self._node, scope, receive, send)
+                await self._serve_sessionless(self._node, scope, body, receive, send)
             else:
                 await self._handle(scope, body, receive, send)
         except ClientDisconnect:
@@ -403,12 +404,15 @@ class SessionManager:
             # read the answer of a connection that closes.
             await refusal.send(send, [] if refusal.status == 413 else [(b"connection", b"close")])
 
-    async def _serve_sessionless(self, node: Node, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _serve_sessionless(self, node: Node, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         """Newer clients have no session: the SDK's own manager serves them."""
-        room = node.listeners if header(scope, MCP_METHOD_HEADER) == "subscriptions/listen" else node.requests
+        room = node.listeners if listens(scope) else node.requests
         room.check()
-        with room.held(object()):
-            await self._modern.handle_request(scope, receive, send)
+        try:
+            with room.held(object()):
+                await node.sessionless.serve(self._modern.handle_request, scope, body, receive, send)
+        finally:
+            node.left()
 
     async def _handle(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)

@@ -25,6 +25,7 @@ from nonstick.guard import GuardedStore
 from nonstick.limits import Room
 from nonstick.placement import Placement, Rehydrate
 from nonstick.security import principal_group, without_text
+from nonstick.sessionless import Sessionless
 
 if TYPE_CHECKING:
     from nonstick.exchange import Answer, Exchange
@@ -170,6 +171,7 @@ class Node:
         self.listeners = Room(
             settings.max_listeners_per_node, 503, "As many streams are open on this node as it may keep; try again"
         )
+        self.sessionless = Sessionless(SHUT_DOWN)
         self.draining = False
         """Other nodes are to take what comes."""
         self._left = asyncio.Event()
@@ -241,6 +243,7 @@ class Node:
         self._grace_ends = asyncio.get_running_loop().time() + self.settings.grace
         for reader in list(self.readers):
             reader.hand_over()
+        self.sessionless.end_listening()
         self.spawn(self._end_in_time())
         self.spawn(self.placement.give_up_idle())
 
@@ -261,6 +264,7 @@ class Node:
         while True:
             for reader in self._staying():
                 reader.cut_off()
+            self.sessionless.end_all()
             if running := self._running():
                 logger.warning("%d requests did not finish in %g s of grace", len(running), self.settings.grace)
             for exchange in running:
@@ -276,7 +280,7 @@ class Node:
         """Waits until no request runs here, or the patience is over."""
         try:
             async with asyncio.timeout(patience):
-                while self._running() or self._staying():
+                while self._running() or self._staying() or len(self.sessionless):
                     await self.next_to_leave()
         except TimeoutError:
             pass

@@ -334,7 +334,8 @@ class Session:
 
     def keep_anything(self) -> None:
         """The connection's state is this node's alone: it may hold anything, and is not stored."""
-        self.connection.state = dict(self.state)
+        if self.connection.state is self.state:  # else what `initialize` put there is to stay
+            self.connection.state = dict(self.state)
 
     async def drop(self, error: ErrorData) -> None:
         """The session goes on elsewhere: what runs of it here is stopped, and the live view begins anew (P7)."""

@@ -562,6 +562,27 @@ async def test_a_log_level_counts_on_every_node_also_for_requests_that_run(make_
         assert (await b.post(bad, session)).json()["error"]["code"] == types.INVALID_PARAMS
 
 
+@pytest.mark.parametrize("placement", ["any", "owner"])
+async def test_a_log_level_counts_for_requests_that_began_on_the_same_node(memory: MakeStore, placement: Any) -> None:
+    """P2: also while they are too young to follow the log, which says so to others."""
+    async with gathered(memory, window=60.0, placement=placement) as (stage, a, *_):
+
+        @stage.tool
+        async def chat(ctx: Context, arguments: dict[str, Any]) -> str:
+            stage.open("begun")
+            await stage.door("set")
+            await say(ctx, "after")
+            return "done"
+
+        session = await a.open()
+        async with posting(a, session, call("chat", 1)) as running:
+            await stage.reached("begun")
+            level = {"jsonrpc": "2.0", "id": 2, "method": "logging/setLevel", "params": {"level": "warning"}}
+            assert (await a.post(level, session)).json()["result"] == {}
+            stage.open("set")
+            assert text_of(await running.outcome()) == "done"
+
+
 async def test_a_store_that_is_away_is_said_to_whoever_tells(memory: MakeStore) -> None:
     """P9: a broadcast whose outcome is not known raises, and names no store."""
 

@@ -579,3 +579,25 @@ async def test_relayed_request_is_one_stream_in_the_log(memory: MakeStore) -> No
         assert Kind.OPENED not in before
         assert await use(b, session) == 2
         assert (await stage.kinds(session))[len(before) :] == [Kind.OPENED, Kind.TAKEN, Kind.TERMINAL]
+
+
+async def test_what_initialize_leaves_in_the_state_is_there_for_what_follows() -> None:
+    """P2: a middleware may open what the session holds before its first request."""
+
+    class Prepared(Desk):
+        def server(self) -> Server[Any]:
+            server = super().server()
+
+            async def prepare(ctx: Any, call_next: Any) -> Any:
+                if ctx.method == "initialize":
+                    self.open_page(current_connection(), 10)
+                return await call_next(ctx)
+
+            server.middleware.append(prepare)
+            return server
+
+    async with Prepared(one(MemoryStore())) as stage:
+        a, b, _ = stage.cluster
+        session = await a.open()
+        assert text_of((await a.post(call("use", 1), session)).json()) == "11"
+        assert text_of((await b.post(call("use", 2), session)).json()) == "12"

@@ -1,0 +1,118 @@
+"""Requests of clients that have no session, while the SDK serves them on this node: a drain sees to their end (P8)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import anyio
+import pydantic_core
+from mcp.shared.inbound import MCP_METHOD_HEADER
+from mcp_types import ErrorData
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from nonstick import wire
+from nonstick.limits import header
+
+__all__ = ["Sessionless", "listens"]
+
+_CLOSING: Final = "This node is shutting down. Try again."
+
+
+def listens(scope: Scope) -> bool:
+    """Whether the answer is a stream without an end: `subscriptions/listen`, or a GET."""
+    return scope["method"] == "GET" or header(scope, MCP_METHOD_HEADER) == "subscriptions/listen"
+
+
+class Sessionless:
+    """What the SDK serves here.
+
+    Streams that listen cannot be resumed, by their specification: a drain ends them at once, and their clients ask
+    anew, elsewhere. Requests may finish within the grace period.
+
+    Args:
+        shut_down: The error of requests that did not.
+    """
+
+    def __init__(self, shut_down: ErrorData) -> None:
+        self._shut_down = shut_down
+        self._listening: set[anyio.CancelScope] = set()
+        self._working: set[anyio.CancelScope] = set()
+        self._closed = False
+
+    def __len__(self) -> int:
+        """Requests that run."""
+        return len(self._working)
+
+    async def serve(self, app: ASGIApp, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+        """Serves one request by this app.
+
+        Raises:
+            Refusal: It would listen, on a node that drains.
+        """
+        listening = listens(scope)
+        if listening and self._closed:
+            raise wire.unavailable(_CLOSING)
+        response = _Response(send)
+        with _held(self._listening if listening else self._working) as until:
+            await app(scope, receive, response.send)
+        if until.cancelled_caught:
+            await response.finish(b"" if listening else wire.error_body(_id_in(body), self._shut_down))
+
+    def end_listening(self) -> None:
+        """The drain begins."""
+        self._closed = True
+        for until in list(self._listening):
+            until.cancel()
+
+    def end_all(self) -> None:
+        """The grace period is over."""
+        for until in list(self._working):
+            until.cancel()
+
+
+@contextmanager
+def _held(scopes: set[anyio.CancelScope]) -> Iterator[anyio.CancelScope]:
+    with anyio.CancelScope() as until:
+        scopes.add(until)
+        try:
+            yield until
+        finally:
+            scopes.discard(until)
+
+
+class _Response:
+    """What has been sent of a response."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._began = self._ended = False
+        self._streams = False
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._began = True
+            self._streams = any(value.startswith(b"text/event-stream") for _, value in message.get("headers", ()))
+        else:
+            self._ended = not message.get("more_body", False)
+        await self._send(message)
+
+    async def finish(self, body: bytes) -> None:
+        """Ends the response, with this message unless it is empty."""
+        if not self._began:
+            # Not 503, which says "try again": it may have run.
+            await wire.send_body(self._send, 500, body, [wire.JSON_TYPE])
+        elif self._streams and not self._ended:
+            last = wire.sse_message(body) if body else b""
+            await self._send({"type": "http.response.body", "body": last, "more_body": False})
+
+
+def _id_in(body: bytes) -> Any:
+    """The id of the request in this body; None if there is none."""
+    try:
+        message = pydantic_core.from_json(body)
+    except ValueError:
+        return None
+    found = message.get("id") if isinstance(message, dict) else None
+    return found if isinstance(found, str | int) and not isinstance(found, bool) else None
