@@ -24,6 +24,8 @@ __all__ = ["LISTS", "METHODS", "NOWHERE", "Broadcast", "Broadcasts"]
 NOWHERE: Final = Cursor(-1)
 """A place that the cluster log no longer has: all that was broadcast may have been missed."""
 
+_BEGINNING: Final = Cursor(0)
+
 METHODS: Final[dict[type[ServerEvent], str]] = {
     ToolsListChanged: "notifications/tools/list_changed",
     PromptsListChanged: "notifications/prompts/list_changed",
@@ -63,12 +65,13 @@ class Broadcasts:
 
     Args:
         limit: Entries that are kept.
+        head: The entry from which on everything is known.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, head: Cursor = _BEGINNING) -> None:
         self._limit = limit
-        self.head = Cursor(0)
-        self._tags = {0: b""}
+        self.head = head
+        self._tags = {head.position: head.tag}
         """The entries from which on everything is known, oldest first."""
         self._latest: dict[ServerEvent, Broadcast] = {}
         """Oldest first."""

@@ -42,6 +42,7 @@ from nonstick.errors import (
     StoreError,
     StoreUnavailable,
     Trimmed,
+    Undecryptable,
 )
 from nonstick.events import Kind, decode, draft, kind_of
 from nonstick.follow import Follower
@@ -359,9 +360,14 @@ class Cluster:
 
     async def _catch_up(self, store: GuardedStore) -> None:
         """Takes what is in the log already, which nobody here waits for."""
-        while events := await store.read(CLUSTER_KEY, Cursor(self.broadcasts.head.position), limit=MAX_READ):
-            for event in events:
-                self.broadcasts.take(event, _what(event))
+        try:
+            while events := await store.read(CLUSTER_KEY, Cursor(self.broadcasts.head.position), limit=MAX_READ):
+                for event in events:
+                    self.broadcasts.take(event, _what(event))
+        except Undecryptable:
+            # The record is read, so this node has the keys of today. What is there under older ones counts as trimmed,
+            # for else no node could take part until it is.
+            self.broadcasts = Broadcasts(_LOG_EVENTS, head=(await store.load(CLUSTER_KEY)).head)
         # They may have changed since they were loaded.
         self._codec.use(_unpack((await store.load(CLUSTER_KEY)).fields[_KEYS]))
 

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Final, Self, TypeVar
 
 from nonstick.deadline import Deadline
-from nonstick.errors import AlreadyExists, StoreUnavailable
+from nonstick.errors import AlreadyExists, StoreUnavailable, Undecryptable
 from nonstick.store import Appended, Batch, Cursor, Event, Lease, Loaded, Store, Wake
 
 __all__ = ["PATIENCE", "GuardedStore"]
@@ -126,6 +126,8 @@ class GuardedStore:
                     return await call()
             except TimeoutError:
                 raise StoreUnavailable(f"the store did not answer within {patience:g} s") from None
+            except Undecryptable:
+                raise  # it would be so again
             except StoreUnavailable:
                 if loop.time() + pause >= deadline:
                     raise

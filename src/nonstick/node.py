@@ -46,6 +46,7 @@ SHUT_DOWN: Final = ErrorData(
 )
 
 _TICK: Final = 1.0
+_TOUCHED_AT_ONCE: Final = 256
 _LAST_WORDS: Final = 0.5
 """Seconds that a handler which is ended by a drain gets to stop, before its request ends without it; and that the
 store then gets to take the end."""
@@ -228,9 +229,16 @@ class Node:
             await asyncio.sleep(period)
             sessions = self.sessions.items()
             keys = [key for key, session in sessions if session.is_active and session.unconfirmed >= unconfirmed]
-            try:
-                await self.store.touch(keys if unconfirmed else [*keys, CLUSTER_KEY])
-            except StoreUnavailable:
+            if not unconfirmed:
+                keys.append(CLUSTER_KEY)
+            late = False
+            for start in range(0, len(keys), _TOUCHED_AT_ONCE):
+                try:
+                    await self.store.touch(keys[start : start + _TOUCHED_AT_ONCE])
+                except StoreUnavailable:
+                    # A part of the store may be away: those whose part is there are not to expire for that (P9).
+                    late = True
+            if late:
                 logger.warning("the store cannot be reached: open sessions could not be renewed")
 
     # ---- drain

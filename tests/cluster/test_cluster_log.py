@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 
@@ -11,9 +12,9 @@ from mcp.server.request_state import InvalidRequestState
 from mcp.shared.subscriptions import ResourceUpdated, ServerEvent, ToolsListChanged
 
 import nonstick.cluster
-from nonstick import Cluster
+from nonstick import Cluster, EncryptedStore
 from nonstick.guard import GuardedStore
-from nonstick.store import Store
+from nonstick.store import Cursor, Store
 
 pytestmark = pytest.mark.anyio
 
@@ -100,6 +101,27 @@ async def test_a_rotated_key_seals_only_when_every_node_accepts_it(
         assert after[:9] != before[:9], "the key's fingerprint has changed"
         assert b.cluster.request_state_security.codec.unseal(before) == b"before"
         assert b.cluster.request_state_security.codec.unseal(after) == b"after"
+
+
+async def test_key_that_is_gone_takes_only_what_was_said_under_it(make_store: Callable[[], Store]) -> None:
+    """P11, P13: the log outlives the keys of its entries. A node that has but the new one takes part all the same."""
+    old, new = (secrets.token_bytes(32) for _ in range(2))
+
+    async def node(*keys: bytes) -> Node:
+        one = Node(EncryptedStore(make_store(), keys))
+        await one.start(stack)
+        return one
+
+    async with AsyncExitStack() as stack:
+        first = await node(old)
+        await first.cluster.subscription_bus.publish(ToolsListChanged())
+        both = await node(new, old)
+        last = await node(new)
+        assert last.cluster.broadcasts.since(Cursor(0)) is None, "whoever was away since then is told of everything"
+        for fence, publisher in enumerate((last, both)):
+            await publisher.cluster.subscription_bus.publish(ResourceUpdated(f"test://{fence}"))
+            for one in (both, last):
+                assert await one.hear() == ResourceUpdated(f"test://{fence}")
 
 
 async def test_without_an_app_both_work_within_the_process() -> None:
