@@ -102,7 +102,7 @@ def run(size: Size) -> dict[str, Any]:
 
     for store in LATENCY_STORES:
         with latency.opened(store) as url, latency.runner() as loop:
-            loop.run(latency.run(store, url, size.events, 100.0, tell))
+            loop.run(latency.run(store, url, size.events, 100.0, tell, bars=False))
     lots = asyncio.run(many.run(size.idle, size.streams, bar.step))
     bar.close()
     return {

@@ -10,10 +10,10 @@ __all__ = ["Bar"]
 class Bar:
     """One line that says how far the run is, and what it does now."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, *, shown: bool = True) -> None:
         self._total = total
         self._done = 0
-        self._shown = sys.stderr.isatty()
+        self._shown = shown and sys.stderr.isatty()
 
     def step(self, what: str = "") -> None:
         """The next of the steps begins, or one more is done."""

@@ -54,7 +54,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Load:
-    """How much of what is measured, and how fast."""
+    """How much of what is measured, the warm-up included, and how fast."""
 
     count: int
     rate: float
@@ -153,7 +153,9 @@ async def _first(wanted: Coroutine[Any, Any, Any], other: asyncio.Task[Any]) -> 
 # ---- the run
 
 
-async def run(store: str, url: str, events: int, rate: float, tell: Callable[[Result], None]) -> None:
+async def run(
+    store: str, url: str, events: int, rate: float, tell: Callable[[Result], None], *, bars: bool = True
+) -> None:
     """Takes all measures over this store, each with nodes that are warm and a session of its own."""
     async with AsyncExitStack() as stack:
         nodes = [NodeProcess("bench.server:app", name=name, store=url) for name in "abc"]
@@ -161,21 +163,24 @@ async def run(store: str, url: str, events: int, rate: float, tell: Callable[[Re
             await stack.enter_async_context(node)
         try:
             for measure in MEASURES:
-                tell(await _measure(measure, store, nodes, events, rate))
+                tell(
+                    await _measure(
+                        measure, store, nodes, Load(_WARM_UP + events, rate, Bar(_WARM_UP + events, shown=bars))
+                    )
+                )
         except BaseException:
             for node in nodes:
                 sys.stderr.write(f"---- {node.name}\n{node.written[-2000:]}")
             raise
 
 
-async def _measure(measure: Measure, store: str, nodes: list[NodeProcess], events: int, rate: float) -> Result:
-    what = getattr(measure, "__name__", "")
-    bar = Bar(_WARM_UP + events)
+async def _measure(measure: Measure, store: str, nodes: list[NodeProcess], load: Load) -> Result:
+    what, events = getattr(measure, "__name__", ""), load.count - _WARM_UP
     try:
-        async with asyncio.timeout(_DEADLINE + events / rate), Client(nodes[0].port) as client:
-            took = (await measure(client, nodes, Load(_WARM_UP + events, rate, bar)))[_WARM_UP:]
+        async with asyncio.timeout(_DEADLINE + events / load.rate), Client(nodes[0].port) as client:
+            took = (await measure(client, nodes, load))[_WARM_UP:]
     finally:
-        bar.close()
+        load.bar.close()
     if len(took) != events:
         raise RuntimeError(f"{what}: {len(took)} of {events} events were seen")
     took.sort()

@@ -70,6 +70,8 @@ class Wire(asyncio.Protocol):
     def ask(self, request: bytes) -> asyncio.Future[Answer]:
         """Sends it; the answer is whole when the future is done."""
         assert self._transport is not None
+        if self._transport.is_closing():
+            raise ConnectionError("the server has closed the connection")
         self._waiting = asyncio.get_running_loop().create_future()
         self._transport.write(request)
         return self._waiting

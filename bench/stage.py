@@ -6,6 +6,7 @@ import asyncio
 import platform
 import socket
 import subprocess
+import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,8 +17,12 @@ import psutil
 
 from bench.opponents import Opponent
 from nonstick.testing import PostgresServer, ValkeyServer
+from nonstick.testing.servers import DIE_WITH_PARENT
 
 __all__ = ["Stage", "Stores"]
+
+# A run that is killed leaves no servers behind.
+_LINUX_ONLY: Final = (sys.executable, "-ISc", DIE_WITH_PARENT) if platform.system() == "Linux" else ()
 
 START_SECONDS: Final = 240.0
 """All opponents start at once, maybe on a busy machine."""
@@ -83,7 +88,7 @@ class Stage:
             with self._log.open("ab") as log:
                 self._processes.append(
                     psutil.Popen(
-                        self.opponent.command(port, self._node),
+                        [*_LINUX_ONLY, *self.opponent.command(port, self._node)],
                         env=self.opponent.environment(port, self._url),
                         stdin=subprocess.DEVNULL,
                         stdout=log,

@@ -57,4 +57,6 @@ const http = createServer(async (request, response) => {
     response.writeHead(500).end();
   }
 });
+// Connections wait while the other opponents have their turn.
+http.keepAliveTimeout = 600_000;
 http.listen(Number(process.env.BENCH_PORT), '127.0.0.1');
