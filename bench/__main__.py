@@ -12,8 +12,6 @@ import asyncio
 import json
 import os
 import platform
-import shlex
-import sys
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -107,7 +105,7 @@ def run(size: Size) -> dict[str, Any]:
     bar.close()
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": f"python -m bench {shlex.join(sys.argv[1:])}".strip(),
+        "command": "python -m bench" + (" --full" if size is FULL else ""),
         "environment": _environment(before),
         "size": asdict(size),
         "requests": [_kept(line) for line in lines],

@@ -75,7 +75,9 @@ def _many(results: dict[str, Any]) -> Iterator[Budget]:
     if not many:
         return
     idle = many["idle"][0]
-    yield Budget("idle session: slope of a node's memory", idle["node_bytes_per_session"], 100, "bytes")
+    yield Budget(
+        "idle session: slope of the nodes' memory, all three together", idle["node_bytes_per_session"], 100, "bytes"
+    )
     yield Budget("idle session: in the store", idle["store_bytes_per_session"] / 1024, 1.2, "KiB")
-    yield Budget("open GET stream: a node's memory", many["listening"]["bytes_per_stream"] / 1024, 30, "KiB")
+    yield Budget("open GET stream: memory of the nodes", many["listening"]["bytes_per_stream"] / 1024, 30, "KiB")
     yield Budget("store round trips per echo, many sessions", idle["many"]["round_trips"], 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import re
 import subprocess
 import sys
 import tempfile
@@ -58,10 +59,10 @@ async def _samples(name: str, tool: str, seconds: int) -> Counter[str]:
 def _module(frame: str) -> str:
     """`package/module`, of `function (/path/to/package/module.py)`."""
     path = frame.rpartition("(")[2].rstrip(")").partition(":")[0]
-    for root in ("/site-packages/", "/src/", "/lib/python3"):
+    for root in ("/site-packages/", "/src/"):
         if root in path:
-            path = path.rpartition(root)[2]
-    return path.removesuffix(".py")
+            return path.rpartition(root)[2].removesuffix(".py")
+    return re.sub(r".*/lib/python3\.\d+/", "python/", path).removesuffix(".py")
 
 
 def _show(title: str, counts: Counter[str]) -> None:
