@@ -59,6 +59,7 @@ async def test_a_client_without_a_session_works_on_three_nodes(node: str, nodes:
     assert status == 0, said
 
 
+@pytest.mark.slow
 async def test_the_checks_hold_on_one_node_of_the_sdk(node: str) -> None:
     """What is checked is what the protocol promises, not something of ours."""
     async with serving(SDK) as port:

@@ -408,6 +408,7 @@ def alive(*kinds: type) -> list[object]:
     return [thing for thing in gc.get_objects() if isinstance(thing, kinds)]
 
 
+@pytest.mark.slow
 async def test_idle_sessions_cost_a_node_nothing(memory: MakeStore) -> None:
     """P10: of five hundred sessions that were used in every way no object and no task is left, though they live on."""
     async with staged(memory, window=0.01) as (stage, a, b, c):

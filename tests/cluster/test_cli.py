@@ -206,6 +206,7 @@ def app():
 """
 
 
+@pytest.mark.slow
 def test_fastmcp_server_and_its_app_are_served(start: Start, home: Path) -> None:
     """P1: one process has the server, the other an app that was made of it. Probes, logs and the end are as ever."""
     (home / "shop.py").write_text(SHOP)
@@ -226,6 +227,7 @@ def test_fastmcp_server_and_its_app_are_served(start: Start, home: Path) -> None
     assert "a secret of the client's" not in str(app.seen)
 
 
+@pytest.mark.slow
 def test_app_without_an_mcp_endpoint_is_refused(home: Path) -> None:
     (home / "web.py").write_text("from fastapi import FastAPI\napp = FastAPI()\n")
     ended = nonstick(home, "serve", "web.py:app", "--port", "0", "--log-level", "error")
@@ -242,6 +244,7 @@ def test_probes_answer_and_sigterm_ends_with_status_0(start: Start) -> None:
     assert served.stop() == 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_with_status_0(start: Start) -> None:
     served = start("server.py")
     served.url()
@@ -268,6 +271,7 @@ def test_two_workers_serve_one_session(start: Start) -> None:
     assert served.stop() == 0
 
 
+@pytest.mark.slow
 def test_workers_that_cannot_start_end_the_command(home: Path) -> None:
     ended = nonstick(home, "serve", "server.py:broken", "--workers", "2", "--port", "0")
     assert ended.returncode == 1
@@ -275,6 +279,7 @@ def test_workers_that_cannot_start_end_the_command(home: Path) -> None:
     assert "nonstick: server.py:broken raised RuntimeError: no database." in ended.stderr
 
 
+@pytest.mark.slow
 def test_reload_serves_the_changed_file(start: Start, home: Path) -> None:
     served = start("server.py", "--reload")
     served.url()
@@ -301,6 +306,7 @@ def test_node_is_not_ready_while_its_store_is_away(start: Start) -> None:
             assert time.monotonic() < limit
 
 
+@pytest.mark.slow
 def test_foreign_host_header_is_refused_on_loopback_only(start: Start) -> None:
     """As with the SDK: protection against DNS rebinding."""
     local, public = start("server.py"), start("server.py", "--host", "0.0.0.0")
@@ -349,6 +355,7 @@ def test_head_that_does_not_end_is_refused(start: Start) -> None:
     assert httpx2.get(f"http://127.0.0.1:{port}/healthz").status_code == 200
 
 
+@pytest.mark.slow
 def test_settings_are_given_by_their_names(start: Start, home: Path) -> None:
     """P10: every limit can be set, and what cannot work is said in one paragraph."""
     served = start("server.py", "--set", "max_header_bytes=2000", "--set", "unconfirmed_lifetime=null")
@@ -360,6 +367,7 @@ def test_settings_are_given_by_their_names(start: Start, home: Path) -> None:
     assert "max_sessions must be a positive number" in ended.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
@@ -376,6 +384,7 @@ def test_setting_that_cannot_be_given_is_refused(wrong: str, said: str, capsys: 
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_default_store_lies_in_the_working_directory(home: Path) -> None:
     """Found by the ping before the server: the target's failure comes after."""
     nonstick(home, "serve", "server.py:broken", "--port", "0", NONSTICK_STORE="")
@@ -423,6 +432,7 @@ def test_unreachable_store_is_named_without_its_password(home: Path) -> None:
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.slow
 def test_silent_store_is_given_up_on(home: Path) -> None:
     """It accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -433,6 +443,7 @@ def test_silent_store_is_given_up_on(home: Path) -> None:
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.slow
 def test_port_in_use_is_told(home: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -508,6 +519,7 @@ def test_migrate_says_where_there_is_nothing_to_migrate(capsys: pytest.CaptureFi
     assert capsys.readouterr().out == "redis://127.0.0.1:1/0: nothing to migrate, this store has no tables\n"
 
 
+@pytest.mark.slow
 def test_doctor_shows_the_lines_that_a_server_lacks(home: Path) -> None:
     """With TARGET; and `serve` says the same in its log."""
     ended = nonstick(home, "doctor", "--store", "memory:", "server.py:mcp")
@@ -515,6 +527,7 @@ def test_doctor_shows_the_lines_that_a_server_lacks(home: Path) -> None:
     assert "cluster = nonstick.Cluster()" in ended.stdout
 
 
+@pytest.mark.slow
 def test_serve_says_what_a_server_was_built_without(start: Start) -> None:
     """Clients of 2026-07-28 need two things shared between nodes."""
     served = start("server.py:mcp")
@@ -557,6 +570,7 @@ def test_installed_command_runs(home: Path) -> None:
     assert ended.stdout == f"nonstick {version('nonstick')}\n"
 
 
+@pytest.mark.slow
 def test_encryption_keys_come_from_the_environment(start: Start, home: Path) -> None:
     """P13: what is kept is not readable, and a node without the key does not serve it as if it were gone (P9)."""
     key = base64.b64encode(bytes(32)).decode()

@@ -106,6 +106,7 @@ def test_demo_passes_on_sqlite() -> None:
     assert_it_passed(demo())
 
 
+@pytest.mark.slow
 def test_demo_passes_on_valkey() -> None:
     """P1, P2, P3, P4, P6, P7. The store is the one that was named."""
     with ValkeyServer() as valkey:
@@ -122,6 +123,7 @@ def test_two_nodes_are_enough_for_every_act() -> None:
     assert len(acts_of(ended.stdout)) == 4
 
 
+@pytest.mark.slow
 def test_sdk_alone_fails_as_expected() -> None:
     ended = demo("--sdk")
     assert ended.returncode == 0, ended.stdout + ended.stderr
@@ -135,6 +137,7 @@ def test_output_is_plain_when_nobody_watches_and_when_told() -> None:
     assert "\x1b" not in demo("--sdk", NO_COLOR="1").stdout
 
 
+@pytest.mark.slow
 def test_node_that_cannot_start_is_shown_with_the_end_of_its_log(tmp_path: Path) -> None:
     ended = demo("--store", f"sqlite:///{tmp_path}/absent/x.db")
     assert ended.returncode == 1

@@ -28,8 +28,10 @@ PATH = f"{ROOT}{os.pathsep}{ROOT / 'src'}"
     ("target", "path", "tool", "arguments", "said"),
     [
         ("examples.mounted:site", "/mcp/", "greet", {"name": "Ada"}, "Hello, Ada!"),
-        ("examples.quickstart:app", "/mcp", "count", {"to": 3}, "counted to 3"),
-        ("examples.placement_stateless:app", "/mcp", "fahrenheit", {"celsius": 100}, 212.0),
+        pytest.param("examples.quickstart:app", "/mcp", "count", {"to": 3}, "counted to 3", marks=pytest.mark.slow),
+        pytest.param(
+            "examples.placement_stateless:app", "/mcp", "fahrenheit", {"celsius": 100}, 212.0, marks=pytest.mark.slow
+        ),
         ("examples.own_routing:app", "/mcp", "remember", {"key": "a", "value": "b"}, "remembered"),
     ],
 )
@@ -103,6 +105,7 @@ async def test_wizard_gets_its_answers_through_other_nodes(tmp_path: Path) -> No
         assert len({exchange.backend for exchange in balancer.exchanges}) == 3
 
 
+@pytest.mark.slow
 async def test_long_report_is_resumed_after_its_connection_was_closed(tmp_path: Path) -> None:
     """P3. The client comes back by itself, and hears of every chapter once."""
     seen: list[float] = []
@@ -120,6 +123,7 @@ async def test_long_report_is_resumed_after_its_connection_was_closed(tmp_path: 
         assert resumed
 
 
+@pytest.mark.slow
 async def test_basket_is_there_on_every_node(tmp_path: Path) -> None:
     """P2."""
     async with balanced("examples.placement_any:app", tmp_path) as (client, balancer):

@@ -74,11 +74,13 @@ async def test_settings_reach_the_server(server: PostgresServer) -> None:
     assert await ask(server, "SELECT current_setting('max_connections')") == "17"
 
 
+@pytest.mark.slow
 def test_it_runs_as_somebody_else_than_root(server: PostgresServer) -> None:
     """PostgreSQL refuses root, so it runs as another user where this process is root."""
     assert Path(f"/proc/{server.pid}").stat().st_uid != 0
 
 
+@pytest.mark.slow
 async def test_restart_keeps_what_was_committed_or_nothing(server: PostgresServer) -> None:
     """`restart`: SIGKILL, then again at the same address, with all that was committed or with no data at all."""
     url = server.url
@@ -90,6 +92,7 @@ async def test_restart_keeps_what_was_committed_or_nothing(server: PostgresServe
     assert await ask(server, "SELECT to_regclass('kept') IS NULL")
 
 
+@pytest.mark.slow
 async def test_killed_server_refuses_and_leaves_no_process(server: PostgresServer) -> None:
     """`kill`: SIGKILL for all of its processes; returns once they are gone."""
     before = processes(server)
@@ -113,6 +116,7 @@ async def test_frozen_server_answers_later(server: PostgresServer) -> None:
     await connection.close()
 
 
+@pytest.mark.slow
 def test_nothing_is_left_of_a_closed_server() -> None:
     """It is always cleaned up, frozen or not: processes, directory and shared memory."""
     segments = Path("/proc/sysvipc/shm")
@@ -139,6 +143,7 @@ def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         PostgresServer()
 
 
+@pytest.mark.slow
 def test_server_dies_with_the_process_that_started_it() -> None:
     """The server dies with this process, also when that is killed."""
     code = "import sys; from nonstick.testing import PostgresServer\n"

@@ -97,6 +97,7 @@ async def test_tool_that_outlives_the_grace_ends_with_an_error_elsewhere(stage: 
     assert stage.judge() == []
 
 
+@pytest.mark.slow
 async def test_handler_that_cannot_be_stopped_does_not_keep_its_client_waiting(stage: Stage) -> None:
     """P8: its request ends without it, within the grace period and a little."""
     a, b = await stage.start(2, grace=1.0)

@@ -43,6 +43,7 @@ async def test_request_of_a_killed_node_ends_with_one_error_elsewhere(stage: Sta
     assert stage.judge() == []
 
 
+@pytest.mark.slow
 async def test_error_says_that_an_idempotent_call_may_be_repeated(stage: Stage) -> None:
     """P7: `retrySafe` follows the tool's own annotation."""
     a, b = await stage.start(2, lease=LEASE)
@@ -104,6 +105,7 @@ async def test_frozen_node_that_wakes_adds_nothing_and_serves_on(stage: Stage) -
     assert stage.judge() == []
 
 
+@pytest.mark.slow
 async def test_woken_node_keeps_no_state_in_a_view_that_lives_on(stage: Stage) -> None:
     """P7: a connection to the standalone stream, say, keeps the session's view; a later request must not save it."""
     a, b = await stage.start(2, lease=LEASE)
@@ -166,6 +168,7 @@ async def test_idempotent_call_is_run_again_on_another_node(stage: Stage) -> Non
     assert stage.judge() == []
 
 
+@pytest.mark.slow
 async def test_call_is_run_a_third_time_when_its_second_node_dies_too(stage: Stage) -> None:
     """P7: each attempt takes over from the one before, also for a client that began to read after that."""
     a, b, c = await stage.start(3, lease=LEASE, reexecute="idempotent")
@@ -199,6 +202,7 @@ async def test_call_that_is_not_idempotent_is_never_run_again(stage: Stage) -> N
     assert stage.judge() == []
 
 
+@pytest.mark.slow
 async def test_cancel_that_came_while_the_node_was_dead_stops_the_second_attempt(stage: Stage) -> None:
     """P5, P7: it is in the log, and the node that takes the request over reads it from there."""
     a, b = await stage.start(2, lease=LEASE, reexecute="idempotent")
@@ -215,6 +219,7 @@ async def test_cancel_that_came_while_the_node_was_dead_stops_the_second_attempt
     assert stage.judge() == []
 
 
+@pytest.mark.slow
 async def test_other_traffic_of_the_session_does_not_hide_a_death(stage: Stage) -> None:
     """P7: also when the session's log never falls silent, because other requests write to it."""
     a, b = await stage.start(2, lease=LEASE)

@@ -48,6 +48,7 @@ async def test_session_of_a_killed_owner_is_built_anew_on_another_node(stage: St
     assert stage.judge() == []
 
 
+@pytest.mark.slow
 async def test_session_of_a_killed_owner_that_cannot_be_built_anew_ends(stage: Stage) -> None:
     """P7: what ran, and what finds it out, get an error that says so; what comes then gets 404."""
     client, [a, b, c] = await owned(stage, movable=False)
