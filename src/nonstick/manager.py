@@ -663,8 +663,8 @@ class SessionManager:
                 if session.unconfirmed:
                     changes |= CONFIRMED
                     lifetime = self.settings.lifetime
-                    session.unconfirmed = False
                 await session.node.store.update(session.key, changes, lifetime=lifetime, patience=_NOTICE_PATIENCE)
+                session.unconfirmed = False
             case "notifications/cancelled":
                 request_id = cancelled_request_id_from_params(params)
                 if request_id is not None:

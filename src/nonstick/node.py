@@ -20,7 +20,7 @@ from mcp.server import Server
 from mcp_types import INTERNAL_ERROR, ErrorData
 
 from nonstick.cluster import CLUSTER_KEY, Cluster
-from nonstick.errors import StoreError, StoreUnavailable
+from nonstick.errors import SessionNotFound, StoreError, StoreUnavailable
 from nonstick.guard import GuardedStore
 from nonstick.limits import Room
 from nonstick.placement import Placement, Rehydrate
@@ -229,9 +229,15 @@ class Node:
             await asyncio.sleep(period)
             sessions = self.sessions.items()
             keys = [key for key, session in sessions if session.is_active and session.unconfirmed >= unconfirmed]
-            if not unconfirmed:
-                keys.append(CLUSTER_KEY)
             late = False
+            try:
+                if not unconfirmed:
+                    # Loaded, so that it comes under the encryption key of today, too.
+                    await self.store.load(CLUSTER_KEY)
+            except SessionNotFound:
+                pass  # who follows it makes it anew
+            except StoreUnavailable:
+                late = True
             for start in range(0, len(keys), _TOUCHED_AT_ONCE):
                 try:
                     await self.store.touch(keys[start : start + _TOUCHED_AT_ONCE])

@@ -370,9 +370,14 @@ class Session:
             self.spawn(self._confirm())
 
     async def _confirm(self) -> None:
-        # If the store is away now, the next request does it.
-        with contextlib.suppress(SessionNotFound):
+        try:
             await self.node.store.update(self.key, CONFIRMED, lifetime=self.node.settings.lifetime)
+        except SessionNotFound:
+            pass
+        except StoreUnavailable:
+            # The next request does it; until then it is renewed as often as its short lifetime wants.
+            self.unconfirmed = True
+            raise
 
     # ---- session state
 

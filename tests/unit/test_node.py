@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+import secrets
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 from mcp.server import Server
 
-from nonstick import Cluster
+from nonstick import Cluster, EncryptedStore
+from nonstick.cluster import CLUSTER_KEY
+from nonstick.encryption import KeyRing
 from nonstick.errors import StoreUnavailable
 from nonstick.guard import GuardedStore
 from nonstick.node import Node, Settings
 from nonstick.session import Session
+from nonstick.store import Store
 from nonstick.stores.memory import MemoryStore
+from nonstick.testing.tools import eventually
 
 pytestmark = pytest.mark.anyio
 
@@ -33,18 +40,59 @@ class PartlyAway(MemoryStore):
         self.changed.set()
 
 
+@asynccontextmanager
+async def running(store: Store, *, open_sessions: int = 0, **settings: Any) -> AsyncIterator[Node]:
+    """A node with so many sessions that are in use: "0", "1", ..."""
+    server: Server[Any] = Server("test")
+    async with GuardedStore(store, patience=0.05) as guarded, asyncio.timeout(20):
+        node = Node(server, None, guarded, Settings(**settings), name=None, cluster=Cluster.apart())
+        for number in range(open_sessions):
+            session = node.sessions[str(number)] = Session(node, f"id {number}", str(number))
+            session.__enter__()
+        async with node:
+            yield node
+
+
 async def test_part_of_the_store_that_is_away_lets_no_session_of_the_others_expire() -> None:
     """P9: what is open is renewed as far as it can be, however much is open."""
     store, count = PartlyAway(), 1000
-    settings = Settings(lifetime=1.0, unconfirmed_lifetime=None)
-    server: Server[object] = Server("test")
-    async with GuardedStore(store, patience=0.05) as guarded:
-        node = Node(server, None, guarded, settings, name=None, cluster=Cluster.apart())
-        for number in range(count):
-            session = node.sessions[str(number)] = Session(node, f"id {number}", str(number))
-            session.__enter__()
-        async with node, asyncio.timeout(20):
-            while str(count - 1) not in store.touched:
-                store.changed.clear()
-                await store.changed.wait()
-        assert len(store.touched) >= count // 2
+    async with running(store, open_sessions=count, lifetime=1.0, unconfirmed_lifetime=None):
+        while str(count - 1) not in store.touched:
+            store.changed.clear()
+            await store.changed.wait()
+    assert len(store.touched) >= count // 2
+
+
+async def test_what_nodes_share_comes_under_the_new_key_without_a_restart() -> None:
+    """P13: a node that starts with the new key alone finds nothing under the old one."""
+    raw, (old, new) = MemoryStore(), (secrets.token_bytes(32) for _ in range(2))
+    store = EncryptedStore(raw, [old])
+    await store.create(CLUSTER_KEY, {"a": b"1"}, lifetime=600)
+    async with running(store, lifetime=1.0):
+        store.use([new, old])
+        await eventually(lambda: is_under(raw, new))
+
+
+async def is_under(raw: Store, key: bytes) -> bool:
+    return KeyRing([key]).is_current((await raw.load(CLUSTER_KEY)).fields["a"])
+
+
+class Away(MemoryStore):
+    """One that takes no changes."""
+
+    async def update(self, *args: Any, **kwargs: Any) -> bool:
+        raise StoreUnavailable
+
+
+async def test_session_that_could_not_be_confirmed_is_still_renewed_as_one_that_is_not() -> None:
+    """P9, P10: the lifetime in the store is the short one."""
+    async with running(Away(), open_sessions=1, unconfirmed_lifetime=None) as node:
+        session = node.sessions["0"]
+        session.unconfirmed = True
+        session.confirm()
+        assert not session.unconfirmed
+        await eventually(lambda: tried_in_vain(session))
+
+
+async def tried_in_vain(session: Session) -> bool:
+    return session.unconfirmed

@@ -58,21 +58,21 @@ class Groups:
 
     async def renew(self, key: str, groups: Iterable[str], milliseconds: int) -> None:
         """Keeps the places for so long from now, as far as the groups can be reached."""
-        await self._briefly(self._run(self._name(group), key, milliseconds, "") for group in groups)
+        await self._briefly(_if_reached(self._run, self._name(group), key, milliseconds, "") for group in groups)
 
     async def leave(self, key: str, groups: Iterable[str]) -> None:
         """Gives the places back, as far as the groups can be reached."""
         names = map(self._name, groups)
-        await self._briefly(self._call(name, "ZREM", name, key) for name in names)
+        await self._briefly(_if_reached(self._call, name, "ZREM", name, key) for name in names)
 
-    async def _briefly(self, calls: Iterable[Awaitable[Any]]) -> None:
+    async def _briefly(self, calls: Iterable[Awaitable[None]]) -> None:
         """Makes these calls, and waits for them only a part of the time that who asked for the session has.
 
         What is done to the session is done: a server that hangs, and has nothing but a group, must not undo that.
         """
         try:
             async with asyncio.timeout(self._seconds):
-                await asyncio.gather(*(_if_reached(call) for call in calls))
+                await asyncio.gather(*calls)
         except TimeoutError:
             pass
 
@@ -80,8 +80,8 @@ class Groups:
         return f"{self._prefix}:g:{group}"
 
 
-async def _if_reached(call: Awaitable[Any]) -> None:
+async def _if_reached(call: Callable[..., Awaitable[Any]], *args: Any) -> None:
     try:
-        await call
+        await call(*args)
     except StoreUnavailable:
         pass
