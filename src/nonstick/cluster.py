@@ -369,7 +369,15 @@ class Cluster:
             # for else no node could take part until it is.
             self.broadcasts = Broadcasts(_LOG_EVENTS, head=(await store.load(CLUSTER_KEY)).head)
         # They may have changed since they were loaded.
-        self._codec.use(_unpack((await store.load(CLUSTER_KEY)).fields[_KEYS]))
+        await self._renew_keys(store)
+
+    async def _renew_keys(self, store: GuardedStore) -> None:
+        keys = (await store.load(CLUSTER_KEY)).fields.get(_KEYS)
+        if keys is None:
+            # Lost with the record, which another node is just making anew.
+            await self.join(store)
+        else:
+            self._codec.use(_unpack(keys))
 
     async def _follow(self, store: GuardedStore) -> None:
         subscription = Follower(store, CLUSTER_KEY).subscribe(self.broadcasts.head)
@@ -387,7 +395,7 @@ class Cluster:
         if what is not None:
             await self._bus.local.publish(what)
         elif kind_of(event.data) is Kind.KEYS:
-            self._codec.use(_unpack((await store.load(CLUSTER_KEY)).fields[_KEYS]))
+            await self._renew_keys(store)
 
     async def _tell(self) -> None:
         for count, hearer in enumerate(list(self._hearers), 1):

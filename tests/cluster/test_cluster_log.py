@@ -13,8 +13,9 @@ from mcp.shared.subscriptions import ResourceUpdated, ServerEvent, ToolsListChan
 
 import nonstick.cluster
 from nonstick import Cluster, EncryptedStore
+from nonstick.events import Kind, draft
 from nonstick.guard import GuardedStore
-from nonstick.store import Cursor, Store
+from nonstick.store import Batch, Cursor, Store
 
 pytestmark = pytest.mark.anyio
 
@@ -138,3 +139,16 @@ async def test_without_an_app_both_work_within_the_process() -> None:
     assert cluster.request_state_security.codec.unseal(token) == b"state"
     with pytest.raises(InvalidRequestState):
         other.request_state_security.codec.unseal(token)
+
+
+async def test_a_record_without_keys_gets_some_and_the_log_is_followed_on(make_store: Callable[[], Store]) -> None:
+    """P9: a node that looks while another one makes the lost record anew must not stop hearing for good."""
+    async with AsyncExitStack() as stack:
+        a, b = Node(make_store()), Node(make_store())
+        await a.start(stack)
+        await b.start(stack)
+        await a.store.update(nonstick.cluster.CLUSTER_KEY, {"request-state-keys": None})
+        await a.store.append(nonstick.cluster.CLUSTER_KEY, Batch([draft(Kind.KEYS)]))
+        await a.cluster.notify_tools_changed()
+        assert await a.hear() == await b.hear() == ToolsListChanged()
+        assert b.cluster._codec.unseal(a.cluster._codec.seal(b"state")) == b"state"
