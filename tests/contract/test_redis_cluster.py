@@ -250,15 +250,23 @@ async def test_frozen_primary_is_left_also_by_calls_that_wait_no_longer_than_the
     """P9: a node gives up when the store's own deadline does, or before; it must find the new primary all the same."""
     name = slot_name(key)
     old = cluster.primary(name)
+    node = next(node for node in map(str, range(1000)) if cluster.primary(f"{prefix}:n:{node}") is old)
     # As a node has them, only sooner; nothing is watched, which would find it out too.
     async with GuardedStore(RedisStore(cluster.url, prefix=prefix, timeout=1.0), patience=1.0) as store:
         await store.create(key, {}, lifetime=LONG)
+        lease = store.lease(node)
+        await asyncio.to_thread(lease.renew, LONG)
         old.freeze()
         try:
             with pytest.raises(StoreUnavailable):
                 await store.load(key)
+            with pytest.raises(StoreUnavailable):
+                await asyncio.to_thread(lease.renew, LONG)
             await asyncio.to_thread(cluster.wait_for_successor, name, old)
             await repeated(lambda: store.load(key))
+            await repeated(lambda: asyncio.to_thread(lease.renew, LONG))
+            await asyncio.to_thread(lease.close, release=True)
+            assert await store.lapsed([node]) == {node}
         finally:
             old.thaw()
             await asyncio.to_thread(cluster.wait_until_ok)
