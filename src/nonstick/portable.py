@@ -24,18 +24,28 @@ _SECRET: Final = frozenset({"authorization", "proxy-authorization", "cookie", MC
 
 _LATIN: Final = "latin-1"
 
+_ID: Final = "\0session\0"
+"""Stands for the session's id, which routes of one's own may have in the path, and proxies in headers."""
+
 
 def pack(request: Request) -> dict[str, Any]:
     """The request without its body, as JSON: what a handler may see of it on another node."""
     scope = request.scope
     user = scope.get("user")
-    headers = [(name.decode(_LATIN), value.decode(_LATIN)) for name, value in scope["headers"]]
+    session_id = request.headers.get(MCP_SESSION_ID_HEADER)
+
+    def hidden(text: str) -> str:
+        return text.replace(session_id, _ID) if session_id else text
+
+    params = {name: value for name, value in request.path_params.items() if isinstance(value, str | int | float)}
+    headers = [(name.decode(_LATIN), hidden(value.decode(_LATIN))) for name, value in scope["headers"]]
     return {
         "method": scope["method"],
-        "path": scope["path"],
-        "query": scope.get("query_string", b"").decode(_LATIN),
+        "path": hidden(scope["path"]),
+        "params": {name: hidden(value) if isinstance(value, str) else value for name, value in params.items()},
+        "query": hidden(scope.get("query_string", b"").decode(_LATIN)),
         "scheme": scope.get("scheme", "http"),
-        "root": scope.get("root_path", ""),
+        "root": hidden(scope.get("root_path", "")),
         "client": scope.get("client"),
         "server": scope.get("server"),
         "headers": [(name, value) for name, value in headers if name.lower() not in _SECRET],
@@ -47,16 +57,24 @@ def pack(request: Request) -> dict[str, Any]:
 
 def unpack(packed: Mapping[str, Any], session_id: str) -> Request:
     """The request again, in this session. The access token of its user has every field but the token, which is ""."""
-    headers = [(name.encode(_LATIN), value.encode(_LATIN)) for name, value in packed["headers"]]
+
+    def shown(text: str) -> str:
+        return text.replace(_ID, session_id)
+
+    headers = [(name.encode(_LATIN), shown(value).encode(_LATIN)) for name, value in packed["headers"]]
+    path = shown(packed["path"])
     scope: dict[str, Any] = {
         "type": "http",
         "http_version": "1.1",
         "method": packed["method"],
-        "path": packed["path"],
-        "raw_path": packed["path"].encode(),
-        "query_string": packed["query"].encode(_LATIN),
+        "path": path,
+        "raw_path": path.encode(),
+        "path_params": {
+            name: shown(value) if isinstance(value, str) else value for name, value in packed["params"].items()
+        },
+        "query_string": shown(packed["query"]).encode(_LATIN),
         "scheme": packed["scheme"],
-        "root_path": packed["root"],
+        "root_path": shown(packed["root"]),
         "client": _address(packed["client"]),
         "server": _address(packed["server"]),
         "headers": [*headers, (MCP_SESSION_ID_HEADER.encode(), session_id.encode())],

@@ -1,0 +1,45 @@
+"""A request as the owner of its session sees it, which may be another node."""
+
+from __future__ import annotations
+
+import json
+
+from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser
+from mcp.server.auth.provider import AccessToken
+from starlette.requests import Request
+
+from nonstick.portable import pack, unpack
+from nonstick.security import new_session_id
+
+
+def test_a_request_is_the_same_on_another_node_and_no_secret_is_written_down() -> None:
+    """P13: not even where a route, a query or a proxy's header repeats the session's id."""
+    session_id = new_session_id()
+    token = AccessToken(token="t0ken", client_id="ada", scopes=["read"], claims={"iss": "here"})
+    request = Request(
+        {
+            "type": "http",
+            "method": "POST",
+            "path": f"/tenants/7/sessions/{session_id}",
+            "path_params": {"tenant": 7, "id": session_id},
+            "query_string": f"again={session_id}".encode(),
+            "headers": [
+                (b"mcp-session-id", session_id.encode()),
+                (b"authorization", b"Bearer t0ken"),
+                (b"cookie", b"c00kie"),
+                (b"x-original-uri", f"/tenants/7/sessions/{session_id}".encode()),
+            ],
+            "client": ("10.0.0.1", 1234),
+            "user": AuthenticatedUser(token),
+        }
+    )
+    text = json.dumps(pack(request))
+    for secret in (session_id, "t0ken", "c00kie"):
+        assert secret not in text
+    there = unpack(json.loads(text), session_id)
+    assert (there.method, there.url.path, there.url.query) == ("POST", request.url.path, request.url.query)
+    assert there.path_params == request.path_params
+    assert there.headers["x-original-uri"] == request.url.path
+    assert there.headers["mcp-session-id"] == session_id
+    assert there.client == request.client
+    assert there.user.access_token == token.model_copy(update={"token": ""})
