@@ -176,7 +176,7 @@ class Cluster:
 
         Raises:
             ConfigurationError: No other process could use this store, or a key is none.
-            StoreUnavailable: It cannot be reached.
+            StoreUnavailable: It cannot be reached, or is encrypted under other keys than these (`Undecryptable`).
         """
         if isinstance(store, str) and store.lower().startswith("memory:"):
             raise ConfigurationError("no other process can use memory:; give the URL of the store that the nodes use")
@@ -491,7 +491,13 @@ def _pack(keys: list[bytes]) -> bytes:
 
 
 def _unpack(data: bytes) -> list[bytes]:
-    return [base64.b64decode(key) for key in json.loads(data)]
+    try:
+        return [base64.b64decode(key) for key in json.loads(data)]
+    except ValueError:
+        raise Undecryptable(
+            "what the nodes share is encrypted, or of another version of nonstick: give the encryption keys of the "
+            "nodes that wrote it"
+        ) from None
 
 
 def _what(event: Event) -> ServerEvent | None:

@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 import pytest
 from mcp.server.request_state import InvalidRequestState
@@ -13,9 +14,11 @@ from mcp.shared.subscriptions import ResourceUpdated, ServerEvent, ToolsListChan
 
 import nonstick.cluster
 from nonstick import Cluster, EncryptedStore
+from nonstick.errors import Undecryptable
 from nonstick.events import Kind, draft
 from nonstick.guard import GuardedStore
 from nonstick.store import Batch, Cursor, Store
+from nonstick.stores import open_store
 
 pytestmark = pytest.mark.anyio
 
@@ -123,6 +126,18 @@ async def test_key_that_is_gone_takes_only_what_was_said_under_it(make_store: Ca
             await publisher.cluster.subscription_bus.publish(ResourceUpdated(f"test://{fence}"))
             for one in (both, last):
                 assert await one.hear() == ResourceUpdated(f"test://{fence}")
+
+
+async def test_who_has_no_key_is_told_so_and_writes_nothing(tmp_path: Path) -> None:
+    """P13: a message in clear would be one that no node reads."""
+    url, keys = f"sqlite:///{tmp_path}/sessions.db", [secrets.token_bytes(32)]
+    async with Cluster.connect(url, encryption_keys=keys) as cluster:
+        await cluster.notify_tools_changed()
+    with pytest.raises(Undecryptable, match="give the encryption keys"):
+        async with Cluster.connect(url) as cluster:
+            await cluster.notify_tools_changed()
+    async with open_store(url) as raw:
+        assert (await raw.load("cluster")).head.position == 1
 
 
 async def test_without_an_app_both_work_within_the_process() -> None:
