@@ -11,7 +11,7 @@ import pytest
 
 from nonstick.errors import StoreUnavailable
 from nonstick.stores.redis_url import Address
-from nonstick.stores.resp import Connection, ScriptMissing, backoff, refusal
+from nonstick.stores.resp import Connection, Redirected, ScriptMissing, backoff, refusal
 from nonstick.testing.proxy import FaultProxy
 from nonstick.testing.servers import ValkeyServer
 from nonstick.testing.tools import eventually
@@ -298,6 +298,17 @@ def test_error_reply_says_what_to_do(reply: str, advice: str) -> None:
     assert isinstance(error, StoreUnavailable)
     assert not isinstance(error, ScriptMissing)
     assert advice in str(error)
+
+
+@pytest.mark.parametrize(
+    ("reply", "host"),
+    [("MOVED 1 10.0.0.1:6381", "10.0.0.1"), ("ASK 1 ::1:6381", "::1"), ("MOVED 1 :6381", ""), ("ASK 1 ?:6381", "")],
+)
+def test_redirection_names_a_host_or_means_the_one_that_answered(reply: str, host: str) -> None:
+    """ "?" is what a server says that was told to give host names, and has none."""
+    error = refusal(reply)
+    assert isinstance(error, Redirected)
+    assert (error.host, error.port, error.asking) == (host, 6381, reply.startswith("ASK"))
 
 
 def test_error_reply_does_not_quote_arguments() -> None:
