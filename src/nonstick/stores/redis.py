@@ -344,24 +344,15 @@ class RedisStore:
     async def append(self, key: str, batch: Batch) -> Appended:
         if batch.stream == NEW_STREAM and not batch.events:
             raise ValueError("a stream is opened by its first event")
-        sets, removes = _split(batch.fields)
+        more = _more_of(batch)
         args: list[Arg] = [
             self._channel(key),
             batch.writer,
             batch.sequence,
             batch.stream,
             batch.attempt,
-            ("t" if batch.take_over else "") + ("e" if batch.terminal else ""),
-            _optional(batch.answers),
-            _optional(batch.settle),
-            _optional(batch.cancel),
-            _optional(batch.uncancel),
-            len(batch.expect),
-            len(sets),
-            len(removes),
-            *batch.expect,
-            *_flat(sets),
-            *removes,
+            ("t" if batch.take_over else "") + ("e" if batch.terminal else "") + ("x" if more else ""),
+            *more,
         ]
         for event in batch.events:
             args += event
@@ -519,6 +510,15 @@ def _lines(groups: bytes) -> list[str]:
 
 def _optional(name: str | None) -> str:
     return "" if name is None else "=" + name
+
+
+def _more_of(batch: Batch) -> list[Arg]:
+    """The parts that few batches have, as append.lua takes them; empty without any."""
+    names = (batch.answers, batch.settle, batch.cancel, batch.uncancel)
+    if names == (None, None, None, None) and not batch.expect and not batch.fields:
+        return []
+    sets, removes = _split(batch.fields)
+    return [*map(_optional, names), len(batch.expect), len(sets), len(removes), *batch.expect, *_flat(sets), *removes]
 
 
 def _position(entry: bytes) -> int:

@@ -33,11 +33,16 @@ local function span(text)
   return tonumber(lifetime), tonumber(expires)
 end
 
+-- Expiry alone, as text.
+local function expires_of(text)
+  return string.match(text, ' (%d+)$')
+end
+
 -- Position, size, count and tag of the log's head.
 local function head(text)
   if not text then return 0, 0, 0, '' end
   local position, size, count, tag = string.match(text, '^(%d+) (%d+) (%d+) (.*)$')
-  return tonumber(position), tonumber(size), tonumber(count), tag
+  return position + 0, size + 0, count + 0, tag
 end
 
 local function set_head(position, size, count, tag)
@@ -69,8 +74,7 @@ end
 -- What is repeated may have been written over another connection, or not have reached a replica. A write, of what is there
 -- anyway, gives WAIT something to wait for, and has a replica say that it is one.
 local function written_again(text)
-  local _, expires = span(text)
-  redis.call('PEXPIREAT', record, expires)
+  redis.call('PEXPIREAT', record, expires_of(text))
 end
 
 local function renew(prefix, member, groups, lifetime, now)
