@@ -75,23 +75,42 @@ class Subscription:
             StoreUnavailable: Only while it has to catch up by itself. May be called again.
         """
         while True:
-            if self._buffer:
-                events = list(self._buffer)
-                self._clear()
-                self.cursor = events[-1].cursor
+            if events := self.take():
                 return events
+            await self.wait()
             follower = self._follower
+            if self._buffer:
+                continue
             if follower.ended:
                 raise SessionNotFound
             if self._losses != follower.losses:
                 raise Diverged
-            if self.cursor.position < follower.cursor.position:
-                if events := await self._catch_up():
-                    return events
-                continue
+            if events := await self._catch_up():
+                return events
+
+    def take(self) -> list[Event]:
+        """The next events as far as they are here; may be none."""
+        events = list(self._buffer)
+        if events:
+            self._clear()
+            self.cursor = events[-1].cursor
+        return events
+
+    async def wait(self) -> None:
+        """Waits until `next` would give or raise something, or has to read. May be cancelled at any time."""
+        while not self._is_due():
             self._buffered_to = self.cursor.position
             self._wake.clear()
             await self._wake.wait()
+
+    def _is_due(self) -> bool:
+        follower = self._follower
+        return (
+            bool(self._buffer)
+            or follower.ended
+            or self._losses != follower.losses
+            or self.cursor.position < follower.cursor.position
+        )
 
     async def _catch_up(self) -> list[Event]:
         store, key = self._follower.store, self._follower.key
@@ -147,6 +166,9 @@ class Follower:
         self._wake = asyncio.Event()
         self._slice = Slice()
         self._must_read = True
+        self._poll = _FIRST_POLL
+        self._heard = False
+        """Whether a wake brought events since the task last looked."""
 
     @property
     def subscriptions(self) -> int:
@@ -177,7 +199,7 @@ class Follower:
 
     async def _run(self) -> None:
         unwatch = self.store.watch(self.key, self._on_wake)
-        poll = _FIRST_POLL
+        self._poll = _FIRST_POLL
         try:
             while not self.ended:
                 if self._must_read:
@@ -188,22 +210,26 @@ class Follower:
                     continue
                 self._wake.clear()
                 try:
-                    async with asyncio.timeout(poll * random.uniform(0.5, 1.0)):  # noqa: S311
+                    async with asyncio.timeout(self._poll * random.uniform(0.5, 1.0)):  # noqa: S311
                         await self._wake.wait()
-                    poll = _FIRST_POLL
+                    self._poll = _FIRST_POLL
                 except TimeoutError:
-                    poll = min(poll * 1.5, _SLOWEST_POLL)
-                    self._must_read = True
+                    if not self._heard:
+                        self._must_read = True
+                        self._poll = min(self._poll * 1.5, _SLOWEST_POLL)
+                self._heard = False
         finally:
             unwatch()
 
     def _on_wake(self, events: Sequence[Event] | None) -> None:
-        if events is None:
-            self._must_read = True
-        elif self._task is None or events[-1].position <= self.cursor.position:
+        if events is not None and (self._task is None or events[-1].position <= self.cursor.position):
             return
-        elif events[0].position <= self.cursor.position + 1 and not self._must_read:
+        if events is not None and events[0].position <= self.cursor.position + 1 and not self._must_read:
             self._advance([event for event in events if event.position > self.cursor.position])
+            self._heard = True
+            if self._poll == _FIRST_POLL:
+                # Nothing is left to do for the task: when it looks up next, it knows that this was no silence.
+                return
         else:
             self._must_read = True
         self._wake.set()

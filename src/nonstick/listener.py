@@ -24,6 +24,7 @@ from starlette.types import Receive, Send
 
 from nonstick import wire
 from nonstick.broadcast import LISTS, NOWHERE, Broadcast
+from nonstick.deadline import Deadline
 from nonstick.errors import Diverged, SessionNotFound, StoreError, StoreUnavailable
 from nonstick.events import EventId, Kind, body_of, cursor_text, decode, draft, kind_of, parse_cursor
 from nonstick.follow import Slice, Subscription
@@ -161,6 +162,13 @@ class _Following:
             SessionNotFound, Diverged: As `Subscription.next`.
         """
         if self._next is None:
+            try:
+                with Deadline(silence):
+                    await self._subscription.wait()
+            except TimeoutError:
+                return []
+            if events := self._subscription.take():
+                return events
             self._next = asyncio.create_task(self._subscription.next())
         # A read of a slow store goes on meanwhile: begun anew each time, it would never come to its end.
         await asyncio.wait([self._next], timeout=silence)

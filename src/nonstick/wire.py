@@ -12,6 +12,7 @@ import pydantic_core
 from mcp_types import INTERNAL_ERROR, INVALID_REQUEST, ErrorData, JSONRPCError, RequestId
 from starlette.types import Send
 
+from nonstick.deadline import Deadline
 from nonstick.store import Cursor
 
 __all__ = [
@@ -266,11 +267,11 @@ class Outlet:
     async def _pause(self, send: Send) -> None:
         self._changed.clear()
         try:
-            async with asyncio.timeout(self._ping):
+            with Deadline(self._ping):
                 await self._changed.wait()
         except TimeoutError:
             await self._send(send, PING, more=True)
 
     async def _send(self, send: Send, body: bytes, *, more: bool) -> None:
-        async with asyncio.timeout(self._patience):
+        with Deadline(self._patience):
             await send({"type": "http.response.body", "body": body, "more_body": more})

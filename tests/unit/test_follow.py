@@ -161,6 +161,20 @@ async def test_event_whose_wake_was_lost_arrives_with_the_next_poll(store: Carel
     subscription.close()
 
 
+async def test_event_whose_wake_was_lost_after_others_came_arrives_too(store: Careless, follower: Follower) -> None:
+    """P3: what a wake brought puts the poll off, not for good."""
+    subscription = follower.subscribe(Cursor(0))
+    await append(store)
+    await collect(subscription, 1)
+    await settled(store)
+    await append(store)
+    assert await collect(subscription, 2) == [2]
+    store.loses_wakes = True
+    await append(store)
+    assert await collect(subscription, 3) == [3]
+    subscription.close()
+
+
 async def test_wake_that_carries_the_next_events_spares_the_read(store: Careless, follower: Follower) -> None:
     subscription = follower.subscribe(Cursor(0))
     await append(store)
