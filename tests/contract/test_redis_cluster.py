@@ -263,6 +263,8 @@ async def test_frozen_primary_is_left_also_by_calls_that_wait_no_longer_than_the
                 await store.load(key)
             with pytest.raises(StoreUnavailable):
                 await asyncio.to_thread(lease.renew, LONG)
+            # The other servers' sessions are served meanwhile: the node is ready.
+            await store.ping()
             await asyncio.to_thread(cluster.wait_for_successor, name, old)
             await repeated(lambda: store.load(key))
             await repeated(lambda: asyncio.to_thread(lease.renew, LONG))

@@ -399,10 +399,23 @@ class RedisStore:
         return {name for name, value in zip(names, values, strict=True) if value is None}
 
     async def ping(self) -> None:
-        # A write: a replica, a full memory or a disk that is gone would answer PING as if all were well.
+        # A write: a replica, a full memory or a disk that is gone would answer PING as if all were well. Of a Cluster
+        # one server is enough: should another be away, no node would be ready, though all can serve most sessions.
         servers = self._servers
-        for name in await servers.names_for_each(f"{self._prefix}:ping"):
-            await servers.call(name, "SET", name, "", "PX", 1000)
+        names = await servers.names_for_each(f"{self._prefix}:ping")
+        tries = [asyncio.ensure_future(servers.call(name, "SET", name, "", "PX", 1000)) for name in names]
+        waiting = set(tries)
+        try:
+            while True:
+                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                failures = [failure for tried in done if (failure := tried.exception()) is not None]
+                if len(failures) < len(done):
+                    return
+                if not waiting:
+                    raise failures[0]
+        finally:
+            for tried in tries:
+                tried.cancel()
 
     async def examine(self) -> list[Finding]:
         """See `nonstick.examine.Examinable`."""
