@@ -25,10 +25,10 @@ demo: $(READY) ## three nodes, a round-robin proxy, a real client, and a kill -9
 	@$(BIN)/nonstick demo
 
 test: $(READY) lint types ## lint, types and the tests, on real servers
-	$(BIN)/python -m pytest -q -n 3 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -q -n 4 --dist loadfile -m "not slow"
 
 test-all: $(READY) lint types ## the same with the tests that take long
-	$(BIN)/python -m pytest -q -n 3 --dist loadfile
+	$(BIN)/python -m pytest -q -n 4 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff format --check --quiet src tests bench examples deploy || { echo "run: make format"; exit 1; }

@@ -24,16 +24,20 @@ QUICK = {
         "test_the_typescript_client_works_with_a_fastmcp_server[sqlite-2025-11-25]",
     ),
     "valkey": ("test_session_state", "test_replies_reach"),
-    "postgres": ("test_session_state", "test_replies_reach"),
+    "postgres": (),
 }
 """What of FastMCP's tests is not slow, on each store: the nodes are the same, and tested elsewhere."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the others."""
+    """Marks the others, and the TypeScript client's on Valkey, where the conformance suite is one."""
     for item in items:
-        spec = getattr(item, "callspec", None) if item.path.name == "test_fastmcp.py" else None
-        if spec is not None and not item.name.startswith(QUICK[spec.params["nodes"]]):
+        spec = getattr(item, "callspec", None)
+        if spec is None:
+            continue
+        if item.path.name == "test_fastmcp.py" and not item.name.startswith(QUICK[spec.params["nodes"]]):
+            item.add_marker(pytest.mark.slow)
+        if item.path.name == "test_typescript.py" and spec.params.get("nodes") == "valkey":
             item.add_marker(pytest.mark.slow)
 
 

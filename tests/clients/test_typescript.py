@@ -68,6 +68,7 @@ async def test_the_checks_hold_on_one_node_of_the_sdk(node: str) -> None:
             assert status == 0, said
 
 
+@pytest.mark.slow
 async def test_the_checks_fail_on_three_nodes_that_share_nothing(node: str) -> None:
     """The balancer does scatter a session's requests, and the program does notice."""
     async with balanced(NODES, SDK) as balancer:

@@ -261,6 +261,7 @@ def test_sigterm_does_not_wait_for_an_open_stream(start: Start) -> None:
         stream.read()
 
 
+@pytest.mark.slow
 def test_two_workers_serve_one_session(start: Start) -> None:
     """P1."""
     served = start("server.py", "--workers", "2")
@@ -290,6 +291,7 @@ def test_reload_serves_the_changed_file(start: Start, home: Path) -> None:
     assert answer.json()["result"]["serverInfo"]["name"] == "changed"
 
 
+@pytest.mark.slow
 def test_node_is_not_ready_while_its_store_is_away(start: Start) -> None:
     """P9: it stays up, and recovers without a restart."""
     with ValkeyServer() as valkey:
@@ -558,6 +560,7 @@ def test_help_explains(capsys: pytest.CaptureFixture[str], arguments: list[str],
     assert [word for word in said if word not in shown] == []
 
 
+@pytest.mark.slow
 def test_installed_command_runs(home: Path) -> None:
     ended = subprocess.run(
         [Path(sys.executable).with_name("nonstick"), "--version"],

@@ -27,7 +27,7 @@ PATH = f"{ROOT}{os.pathsep}{ROOT / 'src'}"
 @pytest.mark.parametrize(
     ("target", "path", "tool", "arguments", "said"),
     [
-        ("examples.mounted:site", "/mcp/", "greet", {"name": "Ada"}, "Hello, Ada!"),
+        pytest.param("examples.mounted:site", "/mcp/", "greet", {"name": "Ada"}, "Hello, Ada!", marks=pytest.mark.slow),
         pytest.param("examples.quickstart:app", "/mcp", "count", {"to": 3}, "counted to 3", marks=pytest.mark.slow),
         pytest.param(
             "examples.placement_stateless:app", "/mcp", "fahrenheit", {"celsius": 100}, 212.0, marks=pytest.mark.slow
@@ -133,6 +133,7 @@ async def test_basket_is_there_on_every_node(tmp_path: Path) -> None:
         assert len(served_by(balancer)) > 1
 
 
+@pytest.mark.slow
 async def test_transaction_stays_open_while_other_nodes_are_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -142,6 +142,7 @@ async def spread(port: int) -> list[Connection]:
     return [connection for kept in found.values() for connection in kept]
 
 
+@pytest.mark.slow
 async def test_ten_thousand_requests_of_a_hundred_sessions_over_four_workers_without_one_error(tmp_path: Path) -> None:
     """P1: no affinity of any kind: each request goes to whichever worker has the connection."""
     async with workers(tmp_path) as (port, process, log):

@@ -16,12 +16,18 @@ SECONDS = 6.0
 
 SLOW = [
     pytest.param(store, losing, marks=pytest.mark.slow)
-    for store, losing in (("valkey", True), ("postgres", False), ("postgres", True), ("valkey-cluster", True))
+    for store, losing in (
+        ("sqlite", False),
+        ("valkey", True),
+        ("postgres", False),
+        ("postgres", True),
+        ("valkey-cluster", True),
+    )
 ]
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize(("store", "losing"), [("sqlite", False), ("valkey", False), *SLOW])
+@pytest.mark.parametrize(("store", "losing"), [("valkey", False), *SLOW])
 async def test_no_promise_breaks_under_faults(store: StoreKind, losing: bool, tmp_path: Path) -> None:
     """The seed is new each time, and shown: `python -m tests.faults.campaign --seed` takes it."""
     campaign = Campaign(store, random.randrange(10**6), SECONDS, tmp_path, losing=losing)

@@ -57,6 +57,7 @@ async def test_error_says_that_an_idempotent_call_may_be_repeated(stage: Stage) 
     assert stage.judge() == []
 
 
+@pytest.mark.slow
 async def test_two_racing_resumers_get_the_same_one_end(stage: Stage) -> None:
     """P7: of all who try to end a lost request, the store lets one."""
     a, b, c = await stage.start(3, lease=LEASE)
@@ -189,6 +190,7 @@ async def test_call_is_run_a_third_time_when_its_second_node_dies_too(stage: Sta
     assert stage.judge() == []
 
 
+@pytest.mark.slow
 async def test_call_that_is_not_idempotent_is_never_run_again(stage: Stage) -> None:
     """P7: not even where the server opted in."""
     a, b = await stage.start(2, lease=LEASE, reexecute="idempotent")
@@ -255,6 +257,7 @@ async def test_tool_that_blocks_the_loop_is_not_a_dead_node(stage: Stage) -> Non
     assert stage.judge() == []
 
 
+@pytest.mark.slow
 async def test_node_whose_loop_hangs_for_longer_than_allowed_is_dead(stage: Stage) -> None:
     """P7: within the allowed stall, the lease and the poll; when the tool returns at last, it has no say."""
     a, b = await stage.start(2, lease=1.0, max_stall=1.0)
