@@ -460,13 +460,16 @@ class DocumentStore:
             watches = dict(self._watches)
             keys = {key for key, _ in watches.values()}
             try:
-                versions = await self._call(lambda database, _, keys=keys: database.versions(keys), write=False)
+                versions = await self._versions(keys)
             except StoreUnavailable:
                 self._seen.clear()  # an interruption: all shall read
             else:
                 self._wake(watches, versions)
             await asyncio.sleep(POLL_SECONDS)
         self._polling = None
+
+    async def _versions(self, keys: set[str]) -> Mapping[str, int]:
+        return await self._call(lambda database, _: database.versions(keys), write=False)
 
     def _wake(self, watches: dict[object, tuple[str, Wake]], versions: Mapping[str, int]) -> None:
         for watch, (key, wake) in watches.items():
