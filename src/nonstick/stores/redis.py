@@ -70,6 +70,9 @@ INLINE_BYTES: Final = 8 * 1024
 LEASE_SECONDS: Final = 2.0
 """How long a renewal may take: a node that cannot renew has to find out well within its lease."""
 
+RELEASE_SECONDS: Final = 0.5
+"""How long a node that stops tries to end its lease, which also ends by itself."""
+
 _TOUCHES: Final = 256
 
 
@@ -448,7 +451,7 @@ class _RedisLease:
 
     def renew(self, seconds: float) -> None:
         try:
-            self._runner.run(self._set("SET", self._key, "1", "PX", _milliseconds(seconds)))
+            self._runner.run(self._set(LEASE_SECONDS, "SET", self._key, "1", "PX", _milliseconds(seconds)))
         except (StoreUnavailable, TimeoutError) as error:
             why = str(error) or "no answer in time"
             raise StoreUnavailable(f"the lease at {self._deployment.url} was not renewed: {why}") from None
@@ -457,13 +460,13 @@ class _RedisLease:
         with self._runner:
             try:
                 if release:
-                    self._runner.run(self._set("DEL", self._key))
+                    self._runner.run(self._set(RELEASE_SECONDS, "DEL", self._key))
             except (StoreUnavailable, TimeoutError):
                 pass
             self._runner.run(self._disconnect())
 
-    async def _set(self, *command: Arg) -> None:
-        async with asyncio.timeout(LEASE_SECONDS):
+    async def _set(self, patience: float, *command: Arg) -> None:
+        async with asyncio.timeout(patience):
             try:
                 await self._call(*command)
             except StoreUnavailable:
