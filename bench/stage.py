@@ -17,7 +17,7 @@ import psutil
 
 from bench.opponents import Opponent
 from nonstick.testing import PostgresServer, ValkeyServer
-from nonstick.testing.servers import DIE_WITH_PARENT
+from nonstick.testing.servers import DIE_WITH_PARENT, free_port
 
 __all__ = ["Stage", "Stores"]
 
@@ -71,7 +71,7 @@ class Stage:
 
     def __init__(self, opponent: Opponent, url: str, home: Path, node: str) -> None:
         self.opponent = opponent
-        self.ports = [_free_port() for _ in range(opponent.nodes)]
+        self.ports = [free_port() for _ in range(opponent.nodes)]
         self._url = url
         self._log = home / f"{opponent.name}.log"
         self._node = node
@@ -135,13 +135,6 @@ def _cpu(process: psutil.Popen) -> float:
         return time.clock_gettime(~process.pid << 3 | 2)
     times = process.cpu_times()
     return float(times.user + times.system)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _listens(port: int) -> bool:

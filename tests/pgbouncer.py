@@ -15,6 +15,7 @@ from typing import Self
 import pytest
 
 from nonstick.testing import PostgresServer
+from nonstick.testing.servers import free_port
 
 START_SECONDS = 15.0
 
@@ -45,7 +46,7 @@ class PgBouncer:
         self._program = program
         self._server = server
         self._home = Path(tempfile.mkdtemp(prefix="nonstick-pgbouncer-"))
-        self.port = _free_port()
+        self.port = free_port()
 
     @property
     def url(self) -> str:
@@ -79,13 +80,6 @@ class PgBouncer:
         self._process.kill()
         self._process.wait()
         shutil.rmtree(self._home, ignore_errors=True)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _listens(port: int) -> bool:

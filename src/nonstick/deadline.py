@@ -1,4 +1,4 @@
-"""A deadline for what is awaited: as `asyncio.timeout`, at a third of its cost, because every request has some."""
+"""A deadline for what is awaited: as `asyncio.timeout`, which costs more, and every request has some."""
 
 from __future__ import annotations
 

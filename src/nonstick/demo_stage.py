@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -25,7 +24,7 @@ from nonstick.events import parse_event_id
 from nonstick.logs import wants_colour
 from nonstick.store import STANDALONE
 from nonstick.testing.balancer import Backend, Balancer, Exchange
-from nonstick.testing.servers import DIE_WITH_PARENT
+from nonstick.testing.servers import DIE_WITH_PARENT, free_port
 
 __all__ = ["CLIENT_NAME", "LEASE", "Cluster", "Narrator", "Node", "Problem", "Stage", "served", "text_of", "what"]
 
@@ -119,7 +118,7 @@ class Node:
 
     def __init__(self, name: str, home: Path) -> None:
         self.name = name
-        self.port = _free_port()
+        self.port = free_port()
         self.log = home / f"{name}.log"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -182,13 +181,6 @@ class Node:
         """The end of its log."""
         lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
         return "\n".join([f"   {self.name}'s log ends with:", *(f"   | {line}" for line in lines[-_LOG_LINES:])])
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class Cluster:

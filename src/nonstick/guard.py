@@ -16,7 +16,7 @@ from nonstick.deadline import Deadline
 from nonstick.errors import AlreadyExists, StoreUnavailable, Undecryptable
 from nonstick.store import Appended, Batch, Cursor, Event, Lease, Loaded, Store, Wake
 
-__all__ = ["PATIENCE", "GuardedStore"]
+__all__ = ["PATIENCE", "GuardedStore", "patiently"]
 
 PATIENCE: Final = 2.0
 """Seconds that a call may take, repeats included, unless the caller grants more."""
@@ -133,3 +133,16 @@ class GuardedStore:
                     raise
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311
             pause = min(pause * 2, _LONGEST_PAUSE)
+
+
+async def patiently(call: Callable[[], Awaitable[T]], *, pause: float = 1.0) -> T:
+    """What the store answers, as soon as it can be reached: for who has nobody to tell that it cannot.
+
+    Args:
+        pause: Seconds between two tries.
+    """
+    while True:
+        try:
+            return await call()
+        except StoreUnavailable:
+            await asyncio.sleep(pause)

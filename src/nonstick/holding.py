@@ -10,9 +10,8 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import pydantic_core
 from mcp_types import (
@@ -28,6 +27,7 @@ from nonstick import notice, portable, wire
 from nonstick.errors import Diverged, Fenced, SessionNotFound, StoreUnavailable, StreamClosed
 from nonstick.events import Kind, decode, draft, kind_of
 from nonstick.exchange import Exchange
+from nonstick.guard import patiently
 from nonstick.node import SHUT_DOWN
 from nonstick.record import OWNER, RELEASED, Record
 from nonstick.security import without_text
@@ -38,7 +38,6 @@ __all__ = ["SESSION_LOST", "Failure", "Holding", "OpenStream", "Survey", "announ
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 
 _RETRY_PAUSE: Final = 1.0
 
@@ -155,11 +154,11 @@ class Holding:
         """
         session = self.session
         try:
-            found = await _patiently(lambda: survey(session))
+            found = await patiently(lambda: survey(session))
             for stream in found.open:
                 if stream.node == previous and not stream.relayed:
-                    await _patiently(lambda: stream.end(session, _NODE_LOST))  # noqa: B023
-            await _patiently(lambda: announce(session, self._node.id))
+                    await patiently(lambda: stream.end(session, _NODE_LOST))  # noqa: B023
+            await patiently(lambda: announce(session, self._node.id))
             if not await self._rebuild():
                 await self._fail()
                 return
@@ -185,11 +184,11 @@ class Holding:
 
     async def _fail(self) -> None:
         """The state could not be built: what waits for it gets an error, and the next request tries again."""
-        for stream in (await _patiently(lambda: survey(self.session))).open:
+        for stream in (await patiently(lambda: survey(self.session))).open:
             if stream.relayed:
-                await _patiently(lambda: stream.end(self.session, _NOT_REBUILT))  # noqa: B023
+                await patiently(lambda: stream.end(self.session, _NOT_REBUILT))  # noqa: B023
         await self.session.drop(_MOVED)
-        await _patiently(self._release)
+        await patiently(self._release)
 
     # ---- what the log brings
 
@@ -205,12 +204,12 @@ class Holding:
                 except Diverged:
                     # The store lost entries, maybe also that the session has another owner.
                     subscription.close()
-                    found = await _patiently(lambda: survey(self.session))
+                    found = await patiently(lambda: survey(self.session))
                     subscription = self.session.follower.subscribe(found.head)
                     events = [stream.opened for stream in found.open]
-                    if await _patiently(self.look):
+                    if await patiently(self.look):
                         return
-                if any(self._names_another(event) for event in events) and await _patiently(self.look):
+                if any(self._names_another(event) for event in events) and await patiently(self.look):
                     return
                 for event in events:
                     self._accept_contained(event)
@@ -279,7 +278,7 @@ class Holding:
             # The next owner's.
             return
         if (refusal := self._refusal(key)) is not None:
-            await _patiently(
+            await patiently(
                 lambda: _end_stream(session, event.position, body["attempt"], wire.error_body(message.id, refusal))
             )
             return
@@ -310,14 +309,14 @@ class Holding:
         session, relay, attempt = self.session, body["relay"], body["attempt"]
         request = portable.unpack(relay["http"], session.id)
         exchange = Exchange(session, message, request, head=Cursor(relay["since"]), protocol_version=relay["version"])
-        if not await _patiently(lambda: exchange.take_over(event.position, attempt, first=attempt + 1)):
+        if not await patiently(lambda: exchange.take_over(event.position, attempt, first=attempt + 1)):
             return
         # Looked at after the compare-and-set: an owner that takes the session from here on ends this stream.
-        loaded = await _patiently(lambda: self._node.store.load(session.key))
+        loaded = await patiently(lambda: self._node.store.load(session.key))
         record = Record.from_fields(loaded.fields)
         if record.owner != self._node.id or not self.ready:
             failure = wire.error_body(message.id, _NODE_LOST.error(ran=False))
-            await _patiently(lambda: _end_stream(session, event.position, attempt + 1, failure))
+            await patiently(lambda: _end_stream(session, event.position, attempt + 1, failure))
             await self.look()
             return
         session.refresh(loaded, record)
@@ -370,12 +369,3 @@ async def _end_stream(session: Session, stream: int, attempt: int, body: bytes) 
     )
     with contextlib.suppress(StreamClosed, Fenced):
         await session.append(batch)
-
-
-async def _patiently(call: Callable[[], Awaitable[T]]) -> T:
-    """What the store answers, as soon as it can be reached."""
-    while True:
-        try:
-            return await call()
-        except StoreUnavailable:
-            await asyncio.sleep(_RETRY_PAUSE)

@@ -13,8 +13,8 @@ import secrets
 import sys
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import Final, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final
 
 import anyio
 import pydantic_core
@@ -28,6 +28,7 @@ from nonstick.deadline import Deadline
 from nonstick.errors import Diverged, SessionNotFound, StoreError, StoreUnavailable
 from nonstick.events import EventId, Kind, body_of, cursor_text, decode, draft, kind_of, parse_cursor
 from nonstick.follow import Slice, Subscription
+from nonstick.guard import patiently
 from nonstick.rescue import Rescue
 from nonstick.security import without_text
 from nonstick.session import Session, request_key
@@ -38,7 +39,6 @@ __all__ = ["Listener", "Resumption"]
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 
 _LEAVE_SECONDS: Final = 2.0
 
@@ -482,7 +482,7 @@ class Listener(Reader):
 
         while True:
             try:
-                left = await _patiently(scan)
+                left = await patiently(scan, pause=_LIVENESS_POLL)
                 break
             except Diverged:
                 await asyncio.sleep(_LIVENESS_POLL)
@@ -495,7 +495,7 @@ class Listener(Reader):
         self._place = None
 
     async def _take_turns(self) -> None:
-        if self._place is not None and await _patiently(self._is_carried):
+        if self._place is not None and await patiently(self._is_carried, pause=_LIVENESS_POLL):
             asked = (await self._ask(None)).first
             # It may have left, and the store lost that.
             await self._stay_silent(answers=lambda turn: turn.shown < asked)
@@ -525,7 +525,9 @@ class Listener(Reader):
         await self._follow_while(turn_open, answers=lambda _: True)
         self._start = self._reached = self._where_to_begin()
         heard = self._where_to_hear_on()
-        self._heard = self._heard_before = await _patiently(lambda: self.session.node.cluster.settle(heard))
+        self._heard = self._heard_before = await patiently(
+            lambda: self.session.node.cluster.settle(heard), pause=_LIVENESS_POLL
+        )
         self._carries = True
 
     def _where_to_begin(self) -> int:
@@ -581,7 +583,7 @@ class Listener(Reader):
                     continue
                 looked = loop.time()
                 node = turn.node
-                if await _patiently(lambda: self.session.node.store.lapsed([node])):  # noqa: B023
+                if await patiently(lambda: self.session.node.store.lapsed([node]), pause=_LIVENESS_POLL):  # noqa: B023
                     if doubted == turn.name:
                         turn.give_up()
                     doubted = turn.name
@@ -733,7 +735,7 @@ class Listener(Reader):
 
     async def _append(self, event: Draft) -> Appended:
         batch = Batch([event], writer=secrets.token_hex(8), sequence=1)
-        return await _patiently(lambda: self.session.append(batch))
+        return await patiently(lambda: self.session.append(batch), pause=_LIVENESS_POLL)
 
     async def serve(self, receive: Receive, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
         try:
@@ -744,12 +746,3 @@ class Listener(Reader):
                 leaving = self.session.node.spawn(self._leave())
                 with anyio.move_on_after(_LEAVE_SECONDS, shield=True):
                     await asyncio.wait([leaving])
-
-
-async def _patiently(call: Callable[[], Awaitable[T]]) -> T:
-    """What the store answers, as soon as it can be reached."""
-    while True:
-        try:
-            return await call()
-        except StoreUnavailable:
-            await asyncio.sleep(_LIVENESS_POLL)

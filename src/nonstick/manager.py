@@ -525,7 +525,7 @@ class SessionManager:
         Raises:
             Refusal: It is no such thing, or the headers are wrong.
         """
-        has_json, has_sse = _accepts(header(scope, "accept") or "")
+        has_json, has_sse = _accepts(scope)
         if self.json_response:
             if not has_json:
                 raise wire.Refusal(406, "Not Acceptable: Client must accept application/json")
@@ -739,9 +739,14 @@ def _no_such_method() -> wire.Refusal:
     return wire.Refusal(405, "Method Not Allowed", allow="GET, POST, DELETE")
 
 
+def _accepts(scope: Scope) -> tuple[bool, bool]:
+    """Whether JSON, and whether an event stream, may be the answer."""
+    return _accepted(header(scope, "accept") or "")
+
+
 @lru_cache(maxsize=64)
-def _accepts(accept: str) -> tuple[bool, bool]:
-    """Whether JSON, and whether an event stream, may be the answer, as the SDK reads it. Clients say few things."""
+def _accepted(accept: str) -> tuple[bool, bool]:
+    """As the SDK reads it. Clients say few things."""
     return check_accept_headers(Request({"type": "http", "headers": [(b"accept", accept.encode("latin-1"))]}))
 
 
@@ -751,7 +756,7 @@ def _is_json(content_type: str) -> bool:
 
 
 def _check_accepts_stream(request: Request) -> None:
-    if not check_accept_headers(request)[1]:
+    if not _accepts(request.scope)[1]:
         raise wire.Refusal(406, "Not Acceptable: Client must accept text/event-stream")
 
 

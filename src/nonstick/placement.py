@@ -42,10 +42,6 @@ _LINGER: Final = 5.0
 _PARTING: Final = 5.0
 """Seconds, at most, for telling the store at the end of a drain."""
 
-_GONE: Final = wire.Refusal(
-    404, "Session not found: the server node that held it is gone. Open a new session with initialize"
-)
-
 
 class Placement:
     """The sessions that this node holds, those that it takes, and those that it finds lost."""
@@ -90,7 +86,7 @@ class Placement:
             return None
         if owner == LOST:
             session.spawn(self.settle(session))
-            raise _GONE
+            raise _gone()
         if not owner:
             session.spawn(self.settle(session))
         return owner or ""
@@ -205,3 +201,9 @@ def _holding(session: Session) -> Holding:
 
     session.held = Holding(session)
     return session.held
+
+
+def _gone() -> wire.Refusal:
+    return wire.Refusal(
+        404, "Session not found: the server node that held it is gone. Open a new session with initialize"
+    )

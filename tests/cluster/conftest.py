@@ -89,6 +89,12 @@ def make_store(request: pytest.FixtureRequest, tmp_path: Path) -> MakeStore:
             return lambda: RedisStore(server.url, prefix=prefix)
 
 
+@pytest.fixture
+def memory() -> MakeStore:
+    """For what does not depend on the store."""
+    return one(MemoryStore())
+
+
 def one(store: Store) -> MakeStore:
     """All nodes share this instance."""
     return lambda: store

@@ -14,8 +14,7 @@ from nonstick import current_connection
 from nonstick.events import Kind, draft
 from nonstick.security import session_key
 from nonstick.store import Batch
-from nonstick.stores.memory import MemoryStore
-from tests.cluster.conftest import MakeStore, one
+from tests.cluster.conftest import MakeStore
 from tests.cluster.sse import DEADLINE, Stream, getting, posting
 from tests.cluster.stage import (
     Context,
@@ -35,12 +34,6 @@ from tests.cluster.stage import (
 )
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def memory() -> MakeStore:
-    """For what does not depend on the store."""
-    return one(MemoryStore())
 
 
 def result(request: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:

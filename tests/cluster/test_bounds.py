@@ -20,9 +20,8 @@ from nonstick.listener import Reader
 from nonstick.security import session_key
 from nonstick.session import Session as View
 from nonstick.store import MAX_CANCELS, STANDALONE
-from nonstick.stores.memory import MemoryStore
 from nonstick.testing.cluster import HEADERS, Member, Session
-from tests.cluster.conftest import MakeStore, one
+from tests.cluster.conftest import MakeStore
 from tests.cluster.sse import getting, posting
 from tests.cluster.stage import (
     Context,
@@ -42,12 +41,6 @@ from tests.cluster.stage import (
 )
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def memory() -> MakeStore:
-    """For what does not depend on the store."""
-    return one(MemoryStore())
 
 
 def talking(stage: Stage) -> None:

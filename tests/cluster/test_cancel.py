@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from nonstick.security import session_key
-from nonstick.stores.memory import MemoryStore
 from nonstick.testing.cluster import Session
-from tests.cluster.conftest import MakeStore, one
+from tests.cluster.conftest import MakeStore
 from tests.cluster.sse import DEADLINE, getting, posting
 from tests.cluster.stage import (
     Context,
@@ -31,12 +30,6 @@ pytestmark = pytest.mark.anyio
 
 CANCELLED = {"code": -32800, "message": "Request cancelled"}
 """The SDK's own answer."""
-
-
-@pytest.fixture
-def memory() -> MakeStore:
-    """For what does not depend on the store."""
-    return one(MemoryStore())
 
 
 def waiting(stage: Stage) -> None:

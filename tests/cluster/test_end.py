@@ -22,12 +22,6 @@ from tests.cluster.stage import Context, HeldStore, Stage, ask, call, eventually
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def memory() -> MakeStore:
-    """For what does not depend on the store."""
-    return one(MemoryStore())
-
-
 def playing(stage: Stage) -> list[str]:
     """Tools that wait, say something, or owe a clean-up; and the list of what was cleaned up."""
     cleaned: list[str] = []

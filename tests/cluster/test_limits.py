@@ -36,12 +36,6 @@ from tests.cluster.stage import (
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def memory() -> MakeStore:
-    """For what does not depend on the store."""
-    return one(MemoryStore())
-
-
 def waiting(stage: Stage) -> None:
     """A tool that waits for a door, and one that speaks first."""
 

@@ -11,7 +11,6 @@ import pytest
 
 from nonstick.events import Kind, kind_of, parse_event_id
 from nonstick.security import session_key
-from nonstick.stores.memory import MemoryStore
 from nonstick.testing.cluster import Member, Session
 from tests.cluster.conftest import MakeStore, one
 from tests.cluster.sse import DEADLINE, Sse, Stream, getting, posting
@@ -31,12 +30,6 @@ from tests.cluster.stage import (
 from tests.cluster.test_streams import Forgetful
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def memory() -> MakeStore:
-    """For what does not depend on the store."""
-    return one(MemoryStore())
 
 
 @asynccontextmanager

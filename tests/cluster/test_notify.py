@@ -65,12 +65,6 @@ async def gathered(make_store: MakeStore, **options: Any) -> AsyncIterator[tuple
         yield stage, a, b, c
 
 
-@pytest.fixture
-def memory() -> MakeStore:
-    """For what does not depend on the store."""
-    return one(MemoryStore())
-
-
 async def subscribe(member: Member, session: Session, *uris: str, undo: bool = False) -> None:
     for uri in uris:
         method = "resources/unsubscribe" if undo else "resources/subscribe"

@@ -113,12 +113,6 @@ async def desk(make_store: MakeStore, *, movable: bool = False, **options: Any) 
         yield stage, a, b, c
 
 
-@pytest.fixture
-def memory() -> MakeStore:
-    """For what does not depend on the store."""
-    return one(MemoryStore())
-
-
 async def use(member: Member, session: Session, id: int = 1) -> int:  # noqa: A002
     """How often the page was used, asked through this node."""
     response = await member.post(call("use", id), session)

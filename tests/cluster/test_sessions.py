@@ -38,12 +38,6 @@ async def world(make_store: MakeStore, **options: Any) -> AsyncIterator[tuple[Wo
         yield shared, cluster, store
 
 
-@pytest.fixture
-def memory() -> MakeStore:
-    """For what does not depend on the store."""
-    return one(MemoryStore())
-
-
 def node_of(member: Member) -> Node:
     node = member.app.manager._node
     assert node is not None

@@ -37,12 +37,6 @@ pytestmark = pytest.mark.anyio
 OLD_VERSIONS = ["2024-11-05", "2025-03-26", "2025-06-18"]
 
 
-@pytest.fixture
-def memory() -> MakeStore:
-    """For what does not depend on the store."""
-    return one(MemoryStore())
-
-
 def counting(stage: Stage) -> None:
     """A tool that says 0, 1, 2 … `count` - 1; before each it waits at the door of that name, if `doors`."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -16,6 +15,7 @@ from typing import Final, Literal, Self
 
 from nonstick.testing import PostgresServer, ValkeyServer
 from nonstick.testing.balancer import Backend, Balancer
+from nonstick.testing.servers import free_port
 from tests.conformance.kills import Kills
 
 __all__ = ["ROOT", "SDK", "Answer", "Server", "Setup", "StoreKind", "balanced", "nonstick", "serving", "store_url"]
@@ -72,7 +72,7 @@ class Server:
     """
 
     def __init__(self, setup: Setup) -> None:
-        self.port = _free_port()
+        self.port = free_port()
         self._command = [sys.executable, "-m", *setup, "--port", str(self.port)]
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed on leaving
         self._process: Popen[bytes] | None = None
@@ -170,10 +170,3 @@ async def balanced(nodes: int, setup: Setup, *, kills: Kills | None = None) -> A
         if kills is not None:
             await stack.enter_async_context(kills.happening(balancer, named))
         yield balancer
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

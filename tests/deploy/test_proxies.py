@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from mcp.client.context import ClientRequestContext
 from mcp_types import ElicitRequestParams, ElicitResult
 
 from nonstick.testing.cluster import HEADERS
+from nonstick.testing.servers import free_port
 
 pytestmark = pytest.mark.anyio
 
@@ -113,13 +113,6 @@ class Site:
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @pytest.fixture(scope="module", params=["haproxy", "nginx"])

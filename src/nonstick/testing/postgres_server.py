@@ -9,7 +9,6 @@ import pwd
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from nonstick.errors import ConfigurationError
+from nonstick.testing.servers import free_port
 
 __all__ = ["PostgresServer", "postgres_folder"]
 
@@ -143,7 +143,7 @@ class PostgresServer:
             self._initialise()
         limit = time.monotonic() + START_SECONDS
         while True:
-            port = self._port or _free_port()
+            port = self._port or free_port()
             self._children[:] = [self._spawn(port)]
             self._port = port
             if self._is_ready(limit):
@@ -241,13 +241,6 @@ def _reachable(programs: Path, home: Path, user: int) -> Path:
     if libraries.exists():  # which the programs look for beside their package
         shutil.copytree(libraries, copy / libraries.name)
     return copy / "package" / programs.name
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _pid_file(home: Path) -> list[str]:

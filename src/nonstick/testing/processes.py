@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from nonstick.testing.servers import DIE_WITH_PARENT
+from nonstick.testing.servers import DIE_WITH_PARENT, free_port
 
 __all__ = ["NodeProcess"]
 
@@ -52,7 +51,7 @@ class NodeProcess:
         log: Path | None = None,
     ) -> None:
         self.name = name
-        self.port = _free_port()
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}{path}"
         self.frozen = False
         self._target = target
@@ -170,10 +169,3 @@ def _end(children: list[subprocess.Popen[bytes]]) -> None:
         if child.poll() is None:
             child.kill()
         child.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -133,7 +133,7 @@ class ValkeyServer:
         """Starts it, with whatever data its directory holds, and waits until it answers."""
         limit = time.monotonic() + START_SECONDS
         while True:
-            port = self._port or (_free_port() if self._socket is None else 0)
+            port = self._port or (free_port() if self._socket is None else 0)
             self._children[:] = [self._spawn(port)]
             self._port = port
             if self._answers(limit):
@@ -217,7 +217,8 @@ class ValkeyServer:
         return [path for path in self._home.iterdir() if path.name not in {"log", "socket"}]
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listened on a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -1,0 +1,77 @@
+"""A deadline is `asyncio.timeout` to whoever waits: it ends only what is late, and hides nobody else's cancellation."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from nonstick.deadline import Deadline
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_what_is_late_is_a_timeout() -> None:
+    with pytest.raises(TimeoutError), Deadline(0.01):
+        await asyncio.Event().wait()
+    # The task is not left cancelled.
+    await asyncio.sleep(0)
+
+
+async def test_what_is_in_time_is_left_alone() -> None:
+    async with asyncio.timeout(5):
+        with Deadline(0.01):
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.05)
+
+
+async def test_error_of_what_is_awaited_stays_what_it_is() -> None:
+    with pytest.raises(KeyError), Deadline(5):
+        raise KeyError
+
+
+async def test_cancellation_from_elsewhere_stays_one() -> None:
+    """A node that stops must not take its own stop for a slow store."""
+    begun = asyncio.Event()
+
+    async def wait() -> None:
+        with Deadline(5):
+            begun.set()
+            await asyncio.Event().wait()
+
+    task = asyncio.ensure_future(wait())
+    await begun.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_cancellation_stays_one_when_both_come_together() -> None:
+    begun = asyncio.Event()
+
+    async def wait() -> None:
+        with Deadline(0.0):
+            begun.set()
+            await asyncio.Event().wait()
+
+    task = asyncio.ensure_future(wait())
+    await begun.wait()
+    # Both are requested before the task runs again.
+    asyncio.get_running_loop().call_soon(task.cancel)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+@pytest.mark.parametrize(("inner", "outer"), [(0.01, 5.0), (5.0, 0.01)])
+async def test_of_two_deadlines_the_one_that_passed_says_so(inner: float, outer: float) -> None:
+    said = ""
+    try:
+        with Deadline(outer):
+            try:
+                with Deadline(inner):
+                    await asyncio.Event().wait()
+            except TimeoutError:
+                said = "inner"
+    except TimeoutError:
+        said = "outer"
+    assert said == ("inner" if inner < outer else "outer")
