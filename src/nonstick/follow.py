@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
+from nonstick.bell import Bell
 from nonstick.errors import Diverged, SessionNotFound, StoreUnavailable, Trimmed
 from nonstick.guard import GuardedStore
 from nonstick.store import Cursor, Event
@@ -60,11 +60,11 @@ class Subscription:
         self.cursor = after
         self._follower = follower
         self._losses = follower.losses
-        self._buffer: deque[Event] = deque()
+        self._buffer: list[Event] = []
         self._buffered_bytes = 0
         self._buffered_to = after.position
         self._slice = Slice()
-        self._wake = asyncio.Event()
+        self._wake = Bell()
 
     async def next(self) -> list[Event]:
         """The next events, at least one, oldest first.
@@ -90,7 +90,7 @@ class Subscription:
 
     def take(self) -> list[Event]:
         """The next events as far as they are here; may be none."""
-        events = list(self._buffer)
+        events = self._buffer
         if events:
             self._clear()
             self.cursor = events[-1].cursor
@@ -100,8 +100,7 @@ class Subscription:
         """Waits until `next` would give or raise something, or has to read. May be cancelled at any time."""
         while not self._is_due():
             self._buffered_to = self.cursor.position
-            self._wake.clear()
-            await self._wake.wait()
+            await self._wake.rung()
 
     def _is_due(self) -> bool:
         follower = self._follower
@@ -129,7 +128,7 @@ class Subscription:
         return events
 
     def _clear(self) -> None:
-        self._buffer.clear()
+        self._buffer = []
         self._buffered_bytes = 0
 
     def offer(self, events: Sequence[Event]) -> None:
@@ -143,17 +142,20 @@ class Subscription:
                 self._buffer.append(event)
                 self._buffered_bytes += len(event.data)
                 self._buffered_to = event.position
-        self._wake.set()
+        self._wake.ring()
 
     def poke(self) -> None:
-        self._wake.set()
+        self._wake.ring()
 
     def close(self) -> None:
         self._follower.leave(self)
 
 
 class Follower:
-    """The one reader of a session's log on this node. Works while it has subscriptions."""
+    """The one reader of a session's log on this node. Works while it has subscriptions.
+
+    It has a task only while it has to read: most logs are silent, and there may be thousands.
+    """
 
     def __init__(self, store: GuardedStore, key: str) -> None:
         self.store = store
@@ -162,13 +164,16 @@ class Follower:
         self.ended = False
         self.losses = 0
         self._subscriptions: set[Subscription] = set()
-        self._task: asyncio.Task[None] | None = None
-        self._wake = asyncio.Event()
+        self._unwatch: Callable[[], None] | None = None
+        """Stops the wakes, while it follows."""
+        self._reading: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        """Looks for what a lost wake did not say, while it does not read."""
         self._slice = Slice()
-        self._must_read = True
+        self._must_read = False
         self._poll = _FIRST_POLL
         self._heard = False
-        """Whether a wake brought events since the task last looked."""
+        """Whether a wake brought events since the timer was set."""
 
     @property
     def subscriptions(self) -> int:
@@ -178,61 +183,81 @@ class Follower:
         """A place just after this cursor, which the caller knows to be good."""
         subscription = Subscription(self, after)
         self._subscriptions.add(subscription)
-        if self._task is None:
+        if self._unwatch is None and not self.ended:
             self.cursor = after
-            self._must_read = True
-            self._task = asyncio.create_task(self._run(), name=f"follow {self.key[:12]}")
+            self._poll = _FIRST_POLL
+            self._unwatch = self.store.watch(self.key, self._on_wake)
+            self._read_soon()
         return subscription
 
     def leave(self, subscription: Subscription) -> None:
         self._subscriptions.discard(subscription)
-        if not self._subscriptions and self._task is not None:
-            self._task.cancel()
-            self._task = None
+        if not self._subscriptions:
+            self._stop()
 
     def end(self) -> None:
         """The session is over: every subscription hears it."""
         self.ended = True
         for subscription in self._subscriptions:
             subscription.poke()
-        self._wake.set()
+        self._stop()
 
-    async def _run(self) -> None:
-        unwatch = self.store.watch(self.key, self._on_wake)
-        self._poll = _FIRST_POLL
-        try:
-            while not self.ended:
-                if self._must_read:
-                    self._must_read = False
-                    if not await self._read():
-                        await asyncio.sleep(_FIRST_POLL * random.uniform(0.3, 1.0))  # noqa: S311
-                        self._must_read = True
-                    continue
-                self._wake.clear()
-                try:
-                    async with asyncio.timeout(self._poll * random.uniform(0.5, 1.0)):  # noqa: S311
-                        await self._wake.wait()
-                    self._poll = _FIRST_POLL
-                except TimeoutError:
-                    if not self._heard:
-                        self._must_read = True
-                        self._poll = min(self._poll * 1.5, _SLOWEST_POLL)
-                self._heard = False
-        finally:
-            unwatch()
+    def _stop(self) -> None:
+        if self._unwatch is not None:
+            self._unwatch()
+            self._unwatch = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
+
+    # ---- when to read
+
+    def _read_soon(self) -> None:
+        """There may be something in the log that no wake brought here."""
+        self._must_read = True
+        if self._reading is None:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._reading = asyncio.create_task(self._keep_reading(), name=f"follow {self.key[:12]}")
+
+    async def _keep_reading(self) -> None:
+        while self._must_read and not self.ended:
+            self._must_read = False
+            if not await self._read():
+                await asyncio.sleep(_FIRST_POLL * random.uniform(0.3, 1.0))  # noqa: S311
+                self._must_read = True
+        if not self.ended:
+            self._reading = None
+            self._look_later()
+
+    def _look_later(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._heard = False
+        delay = self._poll * random.uniform(0.5, 1.0)  # noqa: S311
+        self._timer = asyncio.get_running_loop().call_later(delay, self._look)
+
+    def _look(self) -> None:
+        if self._heard:
+            self._look_later()
+        else:
+            self._poll = min(self._poll * 1.5, _SLOWEST_POLL)
+            self._read_soon()
 
     def _on_wake(self, events: Sequence[Event] | None) -> None:
-        if events is not None and (self._task is None or events[-1].position <= self.cursor.position):
+        if self._unwatch is None or (events is not None and events[-1].position <= self.cursor.position):
             return
-        if events is not None and events[0].position <= self.cursor.position + 1 and not self._must_read:
-            self._advance([event for event in events if event.position > self.cursor.position])
-            self._heard = True
-            if self._poll == _FIRST_POLL:
-                # Nothing is left to do for the task: when it looks up next, it knows that this was no silence.
-                return
-        else:
-            self._must_read = True
-        self._wake.set()
+        slow, self._poll = self._poll > _FIRST_POLL, _FIRST_POLL
+        if events is None or events[0].position > self.cursor.position + 1 or self._must_read:
+            self._read_soon()
+            return
+        self._advance([event for event in events if event.position > self.cursor.position])
+        self._heard = True
+        if slow and self._reading is None:
+            self._look_later()
 
     async def _read(self) -> bool:
         """Reads to the end of the log. Whether the store could be reached, and knew the place."""

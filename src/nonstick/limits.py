@@ -6,6 +6,7 @@ Where there is no place the client is told so at once, with when to come back; n
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from typing import Any, Final
 
 from mcp.shared.jsonrpc_dispatcher import progress_token_from_params
@@ -117,16 +118,25 @@ async def arrived(scope: Scope, receive: Receive, *, limit: int, seconds: float)
         raise ClientDisconnect
     if len(body) > limit:
         raise _too_large()
-    given = False
+    return body, _Again(body, receive)
 
-    async def again() -> Message:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
 
-    return body, again
+class _Again:
+    """Gives a body that has arrived, once, and then what comes after it."""
+
+    __slots__ = ("_body", "_receive")
+
+    def __init__(self, body: bytes, receive: Receive) -> None:
+        self._body: bytes | None = body
+        self._receive = receive
+
+    def __call__(self) -> Awaitable[Message]:
+        body, self._body = self._body, None
+        return self._receive() if body is None else _whole(body)
+
+
+async def _whole(body: bytes) -> Message:
+    return {"type": "http.request", "body": body, "more_body": False}
 
 
 async def _rest(begun: bytes, receive: Receive, limit: int) -> bytes:

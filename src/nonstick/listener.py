@@ -12,7 +12,6 @@ import logging
 import secrets
 import sys
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
@@ -333,7 +332,7 @@ class Listener(Reader):
         self._settled: set[str] = set()
         self._seen = Cursor(0)
         """Up to where the log is taken into account."""
-        self._trail: deque[Cursor] = deque(maxlen=_TRAIL)
+        self._trail: list[Cursor] = []
         """The last entries that are taken into account."""
         self._losses = 0
         """How often the store lost entries of the log."""
@@ -437,6 +436,7 @@ class Listener(Reader):
             return
         self._seen = event.cursor
         self._trail.append(event.cursor)
+        del self._trail[:-_TRAIL]
         self._turns.note(event)
         kind = kind_of(event.data)
         if kind is Kind.REPLY:

@@ -11,7 +11,6 @@ import hashlib
 import logging
 import math
 import secrets
-from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack
 from contextvars import ContextVar
@@ -188,7 +187,7 @@ class Session:
         self.ended = False
         self._users = 0
         self._waiters: dict[str, _Waiter] = {}
-        self._recent_cancels: deque[tuple[int, str]] = deque(maxlen=_RECENT_CANCELS)
+        self._recent_cancels: tuple[tuple[int, str], ...] = ()
         self._attendants = 0
         self._inbox: asyncio.Task[None] | None = None
         self._holding = False
@@ -622,7 +621,7 @@ class Session:
             self._deliver_progress(decode(event.data))
         elif kind is Kind.CANCEL:
             key = request_key(decode(event.data)["requestId"])
-            self._recent_cancels.append((event.position, key))
+            self._recent_cancels = (*self._recent_cancels[1 - _RECENT_CANCELS :], (event.position, key))
             exchange = self.exchanges.get(key)
             if exchange is not None and exchange.head.position < event.position:
                 self.use_up_cancel(key)

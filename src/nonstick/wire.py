@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
@@ -12,6 +10,7 @@ import pydantic_core
 from mcp_types import INTERNAL_ERROR, INVALID_REQUEST, ErrorData, JSONRPCError, RequestId
 from starlette.types import Send
 
+from nonstick.bell import Bell
 from nonstick.deadline import Deadline
 from nonstick.store import Cursor
 
@@ -176,7 +175,7 @@ class Outlet:
     """
 
     def __init__(self, *, room: int = 256 * 1024, patience: float = 30.0, ping: float = 15.0) -> None:
-        self._frames: deque[bytes] = deque()
+        self._frames: list[bytes] = []
         self._mark = Mark()
         self.sent = Mark()
         """The mark of the last frame that the connection took."""
@@ -186,8 +185,8 @@ class Outlet:
         self._ping = ping
         self._ended = False
         self._gone = False
-        self._changed = asyncio.Event()
-        self._freed = asyncio.Event()
+        self._changed = Bell()
+        self._freed = Bell()
 
     @property
     def gone(self) -> bool:
@@ -202,14 +201,12 @@ class Outlet:
     async def room(self) -> None:
         """Waits until there is room for more, or nobody who reads."""
         while not self.has_room and not self._gone and not self._ended:
-            self._freed.clear()
-            await self._freed.wait()
+            await self._freed.rung()
 
     async def flushed(self) -> None:
         """Waits until the connection took all that was put, or nobody reads any more."""
         while self._waiting and not self._gone:
-            self._freed.clear()
-            await self._freed.wait()
+            await self._freed.rung()
 
     def put(self, frame: bytes, mark: Mark | None = None) -> None:
         """Takes a frame, and how far it brings the client. Does nothing when the client is gone or the end was put."""
@@ -218,7 +215,7 @@ class Outlet:
         self._frames.append(frame)
         self._mark = mark or self._mark
         self._waiting += len(frame)
-        self._changed.set()
+        self._changed.ring()
 
     def pass_over(self, mark: Mark) -> None:
         """The client is this far: there was nothing for it on the way."""
@@ -231,14 +228,14 @@ class Outlet:
     def end(self) -> None:
         """What was put is the last."""
         self._ended = True
-        self._changed.set()
-        self._freed.set()
+        self._changed.ring()
+        self._freed.ring()
 
     def leave(self) -> None:
         """The client is gone."""
         self._gone = True
-        self._changed.set()
-        self._freed.set()
+        self._changed.ring()
+        self._freed.ring()
 
     async def pump(self, send: Send) -> bool:
         """Writes until the end. Whether all of it was taken by the connection; False if the client is gone."""
@@ -253,7 +250,7 @@ class Outlet:
                     await self._send(send, body, more=True)
                     self.sent = mark
                     self._waiting -= len(body)
-                    self._freed.set()
+                    self._freed.ring()
                 elif self._ended:
                     await self._send(send, b"", more=False)
                     return True
@@ -265,10 +262,9 @@ class Outlet:
             self.leave()
 
     async def _pause(self, send: Send) -> None:
-        self._changed.clear()
         try:
             with Deadline(self._ping):
-                await self._changed.wait()
+                await self._changed.rung()
         except TimeoutError:
             await self._send(send, PING, more=True)
 
