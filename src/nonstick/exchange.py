@@ -128,14 +128,8 @@ class Exchange:
         self._held: list[Draft] = []
         self._resumable = is_version_at_least(protocol_version, "2025-11-25")
         self._progress_token = progress_token_from_params(message.params)
-        streams = self._answer != "json"
-        closes = streams and self._resumable
-        self.transport = TransportContext(kind="streamable-http", can_send_request=streams, headers=request.headers)
-        self.message_metadata = ServerMessageMetadata(
-            request_context=request,
-            close_sse_stream=self._close_stream if closes else None,
-            close_standalone_sse_stream=session.close_standalone if closes else None,
-            can_send_request=streams,
+        self.transport = TransportContext(
+            kind="streamable-http", can_send_request=self._answer != "json", headers=request.headers
         )
         self._scope = anyio.CancelScope()
         self._stopped: Literal["cancelled", "ended", "failed", "fenced"] | None = None
@@ -674,6 +668,18 @@ class Exchange:
             self._outcome.set_result(outcome)
 
     # ---- DispatchContext
+
+    @property
+    def message_metadata(self) -> ServerMessageMetadata:
+        # Not kept: it refers to this.
+        streams = self._answer != "json"
+        closes = streams and self._resumable
+        return ServerMessageMetadata(
+            request_context=self._request,
+            close_sse_stream=self._close_stream if closes else None,
+            close_standalone_sse_stream=self.session.close_standalone if closes else None,
+            can_send_request=streams,
+        )
 
     @property
     def request_id(self) -> RequestId | None:

@@ -206,7 +206,7 @@ class Resumption(Reader):
     """The rest of one POST's stream."""
 
     def __init__(self, session: Session, place: EventId) -> None:
-        super().__init__(session, place, primes=is_version_at_least(session.connection.protocol_version, "2025-11-25"))
+        super().__init__(session, place, primes=is_version_at_least(session.protocol_version, "2025-11-25"))
         self._place: EventId = place
         self._since = session.head.position
         """The log's end when this connection came."""

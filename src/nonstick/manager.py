@@ -625,7 +625,7 @@ class SessionManager:
             self._check_initialize(message)
             version = str((message.params or {}).get("protocolVersion", DEFAULT_NEGOTIATED_VERSION))
         else:
-            version = session.connection.protocol_version
+            version = session.protocol_version
         if elsewhere is not None:
             relay = Relay(session, message, request, owner=elsewhere, since=loaded.head, version=version)
             with session.node.requests.held(request):
@@ -709,7 +709,7 @@ class SessionManager:
             resumption = Resumption(session, place)
             await resumption.prepare()
             return resumption
-        primes = is_version_at_least(session.connection.protocol_version, "2025-11-25")
+        primes = is_version_at_least(session.protocol_version, "2025-11-25")
         listener = Listener(session, place, primes=primes)
         if not await listener.prepare(reject=self.settings.second_listener == "reject"):
             raise wire.Refusal(409, "Conflict: Only one SSE stream is allowed per session")

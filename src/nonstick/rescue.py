@@ -187,7 +187,7 @@ class Rescue:
             Request(scope),
             # A cancel may come until it is registered here (P5).
             head=self._opened.cursor,
-            protocol_version=session.connection.protocol_version,
+            protocol_version=session.protocol_version,
         )
         taken = await exchange.take_over(self._stream, self._attempt, first=self._first_attempt)
         if taken:

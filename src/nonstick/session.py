@@ -167,7 +167,9 @@ class Session:
         self.node = node
         self.id = session_id
         self.key = key
-        self._connect()
+        self.state = self._new_state()
+        self._record: Record | None = None
+        self._stack: _HoldingStack | None = None
         self.exchanges: dict[str, Exchange] = {}
         self.relays: set[str] = set()
         """Keys of the requests that came here and run on the session's owner."""
@@ -231,14 +233,28 @@ class Session:
     def _sender(self) -> Sender:
         return Sender(self.append)
 
-    def _connect(self) -> None:
-        node = self.node
-        self.connection = Connection(_Standalone(self), protocol_version=LATEST_HANDSHAKE_VERSION, session_id=self.id)
-        self.state = SessionState(secret=self.id, limit=node.settings.max_state_bytes)
-        self.connection.state = self.state
-        self._stack = _HoldingStack()
-        self.connection.exit_stack = self._stack
-        self.runner: ServerRunner[Any] = ServerRunner(node.server, self.connection, node.lifespan_state)
+    @cached_property
+    def connection(self) -> Connection:
+        """What the SDK's kernel, and handlers, know of the client."""
+        connection = Connection(_Standalone(self), protocol_version=LATEST_HANDSHAKE_VERSION, session_id=self.id)
+        connection.state = self.state
+        self._stack = connection.exit_stack = _HoldingStack()
+        if self._record is not None:
+            _introduce(connection, self._record)
+        return connection
+
+    @cached_property
+    def runner(self) -> ServerRunner[Any]:
+        """The SDK's kernel."""
+        return ServerRunner(self.node.server, self.connection, self.node.lifespan_state)
+
+    @property
+    def protocol_version(self) -> str:
+        """What the client speaks."""
+        return self.connection.protocol_version if self._record is None else self._record.protocol_version
+
+    def _new_state(self) -> SessionState:
+        return SessionState(secret=self.id, limit=self.node.settings.max_state_bytes)
 
     # ---- hydrate and evict
 
@@ -253,12 +269,9 @@ class Session:
 
     def refresh(self, loaded: Loaded, record: Record) -> None:
         """Takes over what the store knows: other nodes may have changed it since."""
-        connection = self.connection
-        connection.protocol_version = record.protocol_version
-        if connection.client_params is not record.client_params:
-            connection.client_params = record.client_params
-        if record.initialized and not connection.initialized.is_set():
-            connection.initialized.set()
+        self._record = record
+        if "connection" in vars(self):
+            _introduce(self.connection, record)
         self.unconfirmed = record.unconfirmed
         self.log_level = record.log_level
         self.subscriptions = record.subscriptions
@@ -279,7 +292,7 @@ class Session:
         self._users -= 1
         if self._users or (self.held is not None and not self.ended):
             return
-        if self._stack.holds and not self.ended:
+        if self._stack is not None and self._stack.holds and not self.ended:
             # Its clean-up is owed, here, when the session ends anywhere.
             if not self._holding:
                 self._holding = True
@@ -308,6 +321,14 @@ class Session:
         if self._inbox is not None:
             self._inbox.cancel()
             self._inbox = None
+        self._disconnect()
+
+    def _disconnect(self) -> None:
+        """Parts what refers to each other: each request would leave it to the garbage collector."""
+        if (runner := vars(self).pop("runner", None)) is not None:
+            vars(runner).pop("on_request", None)
+            vars(runner).pop("on_notify", None)
+        vars(self).pop("connection", None)
 
     @property
     def is_active(self) -> bool:
@@ -346,7 +367,8 @@ class Session:
         for waiter in self._waiters.values():
             _fail(waiter, MCPError.from_error_data(error))
         dropped, self._waiters = self.connection, {}
-        self._connect()
+        self._disconnect()
+        self.state = self._new_state()
         self.connection.protocol_version = dropped.protocol_version
         self.connection.client_params = dropped.client_params
         if dropped.initialized.is_set():
@@ -357,8 +379,9 @@ class Session:
 
     async def close(self) -> None:
         """The node stops, the session does not: what only this node can clean up is cleaned up."""
+        connection = self.connection
         self.evict()
-        await aclose_shielded(self.connection)
+        await aclose_shielded(connection)
 
     # ---- its lifetime
 
@@ -642,6 +665,15 @@ class Session:
         """Whether a cancel for this request came after its record was loaded and before it was registered here."""
         cancels = self._recent_cancels
         return bool(cancels) and any(position > head.position and cancelled == key for position, cancelled in cancels)
+
+
+def _introduce(connection: Connection, record: Record) -> None:
+    """Tells the connection what the record knows of the client."""
+    connection.protocol_version = record.protocol_version
+    if connection.client_params is not record.client_params:
+        connection.client_params = record.client_params
+    if record.initialized and not connection.initialized.is_set():
+        connection.initialized.set()
 
 
 def _fail(waiter: _Waiter, error: MCPError) -> None:
