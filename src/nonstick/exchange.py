@@ -141,7 +141,10 @@ class Exchange:
         self._in_doubt: Batch | None = None
         self._unsent: deque[Draft] = deque(maxlen=_UNSENT)
         self._gave_id = False
-        self._outcome: asyncio.Future[bytes | wire.Refusal | None] = asyncio.get_running_loop().create_future()
+        # How the response begins; None for a stream.
+        self._outcome: bytes | wire.Refusal | None = None
+        self._decided: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._is_decided = False
         self._attending = False
 
     # Most requests end before they need these.
@@ -162,16 +165,15 @@ class Exchange:
         self._start()
         try:
             # A caller that is cancelled leaves the handler alone.
-            outcome = await asyncio.shield(self._outcome)
-            await self._respond(outcome, send, headers)
+            await self._decided
+            await self._respond(send, headers)
         finally:
-            if not self._outcome.done() or self._outcome.result() is None:
+            if self._outcome is None:
                 # It streams, or will: to nobody.
                 self._outlet.leave()
 
-    async def _respond(
-        self, outcome: bytes | wire.Refusal | None, send: Send, headers: list[tuple[bytes, bytes]]
-    ) -> None:
+    async def _respond(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
+        outcome = self._outcome
         if outcome is None:
             await send({"type": "http.response.start", "status": 200, "headers": [*headers, *wire.SSE_HEADERS]})
             await self._outlet.pump(send)
@@ -201,7 +203,7 @@ class Exchange:
     def start(self) -> None:
         """Runs a request that was taken over, for those who read its stream."""
         self._outlet.leave()
-        self._outcome.set_result(None)
+        self._answer_with(None)
         self._start()
 
     def _start(self) -> None:
@@ -664,8 +666,12 @@ class Exchange:
 
     def _answer_with(self, outcome: bytes | wire.Refusal | None) -> None:
         """How the response begins, unless that is decided: the session may end while its last answer is being saved."""
-        if not self._outcome.done():
-            self._outcome.set_result(outcome)
+        if self._is_decided:
+            return
+        self._is_decided = True
+        self._outcome = outcome
+        if not self._decided.done():  # else nobody waits any more
+            self._decided.set_result(None)
 
     # ---- DispatchContext
 
