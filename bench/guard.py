@@ -1,4 +1,4 @@
-"""What a request costs in figures that noise does not touch: calls of the store, function calls, instructions.
+"""What a request costs in figures that noise does not touch: store round trips, function calls, instructions, garbage.
 
     python -m bench.guard           # shows them beside the committed ones
     python -m bench.guard --commit  # writes bench/guard.json, which tests/bench/test_guard.py holds every change to
@@ -69,11 +69,13 @@ class Figures(NamedTuple):
         trips: Store round trips, by the store's method.
         calls: Python functions called. Their number differs a little between versions of Python and of libraries.
         instructions: Of the interpreter. Their number differs a lot between versions: compared within one run only.
+        garbage: Objects that only the garbage collector frees, whose pauses are other requests' latency.
     """
 
     trips: dict[str, int]
     calls: int
     instructions: int
+    garbage: int
 
 
 class CountingStore:
@@ -165,7 +167,19 @@ class Caller:
             _counter.reset(token)
         calls = [await _counted(self.post(message, session), _count_calls) for _ in range(REPEATS)]
         instructions = [await _counted(self.post(message, session), _count_instructions) for _ in range(REPEATS)]
-        return Figures(dict(sorted(trips.items())), min(calls), min(instructions))
+        return Figures(
+            dict(sorted(trips.items())), min(calls), min(instructions), await self._garbage(message, session)
+        )
+
+    async def _garbage(self, message: dict[str, Any], session: str) -> int:
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(REPEATS):
+                await self.post(message, session)
+            return gc.collect() // REPEATS
+        finally:
+            gc.enable()
 
 
 async def _counted(work: Awaitable[Any], count: Callable[[list[int]], Callable[[], None]]) -> int:
@@ -265,7 +279,8 @@ def main() -> None:
     now = asyncio.run(figures())
     for name, figure in now.items():
         was = f"; committed: {before[name]['calls']} calls" if name in before else ""
-        print(f"{name:22} {figure.calls:6} calls, {figure.instructions:7} instructions, store {figure.trips}{was}")
+        counts = f"{figure.calls:6} calls, {figure.instructions:7} instructions, {figure.garbage:3} objects of garbage"
+        print(f"{name:22} {counts}, store {figure.trips}{was}")
     if commit:
         kept = {name: {"trips": figure.trips, "calls": figure.calls} for name, figure in now.items()}
         COMMITTED.write_text(json.dumps(kept, indent=2) + "\n")

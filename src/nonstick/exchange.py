@@ -136,10 +136,8 @@ class Exchange:
         self._failure: ErrorData | None = None
         self._closed = False
         self._writing = asyncio.Lock()
-        self._writer = _new_writer()
         self._sequence = 0
         self._in_doubt: Batch | None = None
-        self._unsent: deque[Draft] = deque(maxlen=_UNSENT)
         self._gave_id = False
         # How the response begins; None for a stream.
         self._outcome: bytes | wire.Refusal | None = None
@@ -153,6 +151,14 @@ class Exchange:
     def cancel_requested(self) -> anyio.Event:
         """Set when the request is to stop."""
         return anyio.Event()
+
+    @cached_property
+    def _writer(self) -> str:
+        return _new_writer()
+
+    @cached_property
+    def _unsent(self) -> deque[Draft]:
+        return deque(maxlen=_UNSENT)
 
     @cached_property
     def _outlet(self) -> wire.Outlet:

@@ -13,9 +13,8 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Final, SupportsIndex
+from typing import Any, Final, NamedTuple, SupportsIndex
 
 from mcp_types import InitializeRequestParams
 
@@ -58,8 +57,7 @@ CONFIRMED: Final[Mapping[str, None]] = dict.fromkeys(UNCONFIRMED)
 """The change that goes with the full lifetime."""
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """A loaded session record, decoded."""
 
     protocol_version: str
@@ -69,12 +67,16 @@ class Record:
     unconfirmed: bool
     log_level: str | None
     subscriptions: frozenset[str]
-    state: dict[str, bytes] = field(default_factory=dict[str, bytes])
-    changes: int = 0
+    state: dict[str, bytes]
+    changes: int
     """How many changes of session state were made in steps of their own: tells an older record from a newer one."""
-    owner: str | None = None
-    heard: Cursor = field(default=Cursor(0))
-    """What is in the cluster log after this came while the session was there."""
+    owner: str | None
+    heard_text: bytes
+
+    @property
+    def heard(self) -> Cursor:
+        """What is in the cluster log after this came while the session was there."""
+        return parse_cursor(self.heard_text.decode()) or Cursor(0)
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, bytes]) -> Record:
@@ -107,7 +109,7 @@ class Record:
             state=state,
             changes=parse_changed(fields.get(CHANGED))[0],
             owner=None if owner is None else owner.decode(),
-            heard=parse_cursor(fields.get("heard", b"").decode()) or Cursor(0),
+            heard_text=fields.get("heard", b""),
         )
 
 

@@ -184,8 +184,6 @@ class Session:
         self.head = Cursor(0)
         self.loaded_at = 0
         """The log's head when the record was loaded that this view has."""
-        self.heard = Cursor(0)
-        """Where the session begins in the cluster log."""
         self.ended = False
         self._users = 0
         self._waiters: dict[str, _Waiter] = {}
@@ -253,6 +251,11 @@ class Session:
         """What the client speaks."""
         return self.connection.protocol_version if self._record is None else self._record.protocol_version
 
+    @property
+    def heard(self) -> Cursor:
+        """Where the session begins in the cluster log."""
+        return Cursor(0) if self._record is None else self._record.heard
+
     def _new_state(self) -> SessionState:
         return SessionState(secret=self.id, limit=self.node.settings.max_state_bytes)
 
@@ -275,7 +278,6 @@ class Session:
         self.unconfirmed = record.unconfirmed
         self.log_level = record.log_level
         self.subscriptions = record.subscriptions
-        self.heard = record.heard
         self.state.refresh(record.state, record.changes)
         self.head = max(self.head, loaded.head)
         self.loaded_at = loaded.head.position
