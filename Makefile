@@ -55,7 +55,7 @@ faults: $(READY) ## nodes, stores and networks fail under load, judged by an ora
 rolling: $(READY) ## the last release and this code on one store, nodes replaced under load, there and back
 	$(BIN)/python -m pytest -q tests/rolling
 
-bench: $(READY) ## what it costs beside the SDKs, as ratios within one run, about 4 minutes; FULL=1 all of it
+bench: $(READY) ## what it costs beside the SDKs, as ratios within one run, about 5 minutes; FULL=1 all of it
 	$(BIN)/python -m bench $(if $(FULL),--full) $(ARGS)
 
 check: format test ## format, then test

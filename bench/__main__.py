@@ -1,33 +1,39 @@
-"""All workloads in one run: writes bench/results/DATE.json, and prints the tables.
+"""All workloads: writes bench/results/DATE.json part by part, and prints the tables.
 
-    python -m bench [--full] [--output FILE]
+    python -m bench [--full] [--only PART ...] [--output FILE]
 
-The short form takes about four minutes on two idle cores, `--full` an hour or so.
+The short form takes about five minutes on two idle cores, `--full` an hour or so. The parts that are run replace those
+in the file, the others stay: a long run can be made in pieces.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import platform
+import sys
+import time
+from collections.abc import Callable, Coroutine
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-from bench import latency, many
+from bench import arrivals, guard, latency, many, resume
 from bench.bar import Bar
+from bench.load import runner
 from bench.opponents import OPPONENTS
 from bench.report import tables
 from bench.requests import Line, Workload, company, measure
+from bench.stage import raise_file_limit
 
 RESULTS: Final = Path(__file__).parent / "results"
 
 KEY: Final = (
     "bare ASGI, one read",
+    "bare ASGI, one read, 3 nodes",
     "nonstick memory, 1 node",
     "nonstick sqlite, 3 nodes",
     "nonstick valkey, 1 node",
@@ -38,6 +44,7 @@ KEY: Final = (
 STATEFUL: Final = (
     "nonstick memory, 1 node",
     "nonstick sqlite, 3 nodes",
+    "nonstick valkey, 1 node",
     "nonstick valkey, 3 nodes",
     "nonstick postgres, 3 nodes",
     "mcp, in memory",
@@ -56,6 +63,7 @@ class Size:
     events: int
     idle: int
     streams: int
+    seconds: float
 
     def workloads(self) -> list[tuple[Workload, tuple[str, ...]]]:
         """Each with the opponents that it says something about."""
@@ -69,49 +77,96 @@ class Size:
         ]
 
 
-SHORT: Final = Size(rounds=3, requests=320, events=100, idle=5000, streams=500)
-FULL: Final = Size(rounds=7, requests=3200, events=2000, idle=100_000, streams=10_000)
+SHORT: Final = Size(rounds=16, requests=128, events=100, idle=5000, streams=500, seconds=2.0)
+FULL: Final = Size(rounds=40, requests=320, events=2000, idle=100_000, streams=10_000, seconds=5.0)
 
-MANY_STEPS: Final = 2 * (many.SAMPLES + 1) + 2 + many.BROADCASTS
+Tell = Callable[[str], None]
 
 
-async def _requests(size: Size, bar: Bar) -> list[Line]:
-    bar.step("starting all opponents")
+@dataclass(frozen=True)
+class Part:
+    """What can be run alone: `steps` says how often it tells how far it is."""
+
+    run: Callable[[Size, Tell], Coroutine[Any, Any, Any]]
+    steps: Callable[[Size], int]
+
+
+async def _requests(size: Size, tell: Tell) -> list[dict[str, Any]]:
+    tell("starting all opponents")
     lines = []
     async with company(list(OPPONENTS.values())) as stages:
         for workload, names in size.workloads():
             chosen = [stage for stage in stages if stage.opponent.name in names]
-            lines += await measure(chosen, workload, size.rounds, bar.step)
-    return lines
+            lines += await measure(chosen, workload, size.rounds, tell)
+    return [_kept(line) for line in lines]
 
 
-def run(size: Size) -> dict[str, Any]:
-    """All workloads, one after the other; within each, the opponents take turns."""
-    turns = sum(len(names) for _, names in size.workloads()) * size.rounds
-    total = 1 + turns + len(LATENCY_STORES) * len(latency.MEASURES) + MANY_STEPS + size.streams // 1024
-    bar = Bar(total)
-    before = os.getloadavg()[0]
-    lines = asyncio.run(_requests(size, bar))
-    crossed: list[dict[str, Any]] = []
+async def _latency(size: Size, tell: Tell) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
 
-    def tell(result: latency.Result) -> None:
-        bar.step(f"{result.store} {result.what}")
-        crossed.append(asdict(result))
+    def told(result: latency.Result) -> None:
+        tell(f"{result.store} {result.what}")
+        found.append(asdict(result))
 
     for store in LATENCY_STORES:
-        with latency.opened(store) as url, latency.runner() as loop:
-            loop.run(latency.run(store, url, size.events, 100.0, tell, bars=False))
-    lots = asyncio.run(many.run(size.idle, size.streams, bar.step))
-    bar.close()
-    return {
+        with latency.opened(store) as url:
+            await latency.run(store, url, size.events, 100.0, told, bars=False)
+    return found
+
+
+async def _arrivals(size: Size, tell: Tell) -> list[dict[str, Any]]:
+    steps = await arrivals.run(arrivals.NAMES, arrivals.RATES, size.seconds, tell)
+    return [{**asdict(step), "sustained": step.sustained} for step in steps]
+
+
+PARTS: Final = {
+    "requests": Part(_requests, lambda size: 1 + sum(len(names) for _, names in size.workloads()) * size.rounds),
+    "latency": Part(_latency, lambda _: len(LATENCY_STORES) * len(latency.MEASURES)),
+    "arrivals": Part(_arrivals, lambda _: len(arrivals.NAMES) * len(arrivals.RATES)),
+    "resume": Part(lambda _, tell: resume.run(resume.NAMES, tell), lambda _: len(resume.NAMES) * (resume.RESUMES + 2)),
+    "streams": Part(lambda size, tell: many.run_streams(size.streams, tell), lambda size: many.steps(0, size.streams)),
+    "idle": Part(lambda size, tell: many.run_idle(size.idle, tell), lambda size: many.steps(size.idle, 0)),
+    "flat": Part(lambda _, tell: guard.growth(tell), lambda _: len(guard.GROWTH)),
+}
+
+
+def run(name: str, size: Size, before: str = "") -> tuple[Any, dict[str, Any]]:
+    """What this part measured, and when and how it was run. `before` is shown in front of what it does."""
+    part = PARTS[name]
+    bar = Bar(part.steps(size))
+    load, begun = os.getloadavg()[0], time.monotonic()
+    try:
+        with runner() as loop:
+            found = loop.run(part.run(size, lambda what: bar.step(before + what)))
+    finally:
+        bar.close()
+    return found, {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": "python -m bench" + (" --full" if size is FULL else ""),
-        "environment": _environment(before),
+        "command": f"python -m bench{' --full' if size is FULL else ''} --only {name}",
         "size": asdict(size),
-        "requests": [_kept(line) for line in lines],
-        "latency": crossed,
-        "many": lots,
+        "load_before": load,
+        "load_after": os.getloadavg()[0],
+        "seconds": round(time.monotonic() - begun, 1),
     }
+
+
+def kept(file: Path, environment: dict[str, Any], parts: list[str]) -> dict[str, Any]:
+    """What the file holds and these parts do not replace.
+
+    Raises:
+        ValueError: It was measured elsewhere, or with other versions.
+    """
+    empty: dict[str, Any] = {"environment": environment, "parts": {}}
+    if not file.exists():
+        return empty
+    results: dict[str, Any] = json.loads(file.read_text())
+    stay = [name for name in results["parts"] if name not in parts]
+    if not stay:
+        return empty
+    if results["environment"] != environment:
+        raise ValueError(f"{file} was measured on another machine or with other versions: give another --output")
+    about = {name: results["parts"][name] for name in stay}
+    return {"environment": environment, "parts": about, **{name: results[name] for name in stay}}
 
 
 def _kept(line: Line) -> dict[str, Any]:
@@ -128,15 +183,13 @@ def _kept(line: Line) -> dict[str, Any]:
     }
 
 
-def _environment(load_before: float) -> dict[str, Any]:
+def _environment() -> dict[str, Any]:
     packages = ("nonstick", "mcp", "fastmcp", "uvicorn", "uvloop", "httptools", "pydantic", "redis", "hiredis")
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
-        "load_before": load_before,
-        "load_after": os.getloadavg()[0],
         "versions": {name: version(name) for name in packages},
     }
 
@@ -151,13 +204,22 @@ def _cpu_model() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="10,000 streams, 100,000 idle sessions, seven rounds")
+    parser.add_argument("--full", action="store_true", help="10,000 streams, 100,000 idle sessions, more of everything")
+    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", default=list(PARTS), help=", ".join(PARTS))
     parser.add_argument("--output", type=Path, metavar="FILE", help="instead of bench/results/DATE.json")
     options = parser.parse_args()
-    results = run(FULL if options.full else SHORT)
-    output = options.output or RESULTS / f"{results['date'][:10]}.json"
+    output = options.output or RESULTS / f"{datetime.now(UTC):%Y-%m-%d}.json"
+    raise_file_limit()
+    try:
+        results = kept(output, _environment(), options.only)
+    except ValueError as error:
+        sys.exit(str(error))
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(results, indent=1) + "\n")
+    for number, name in enumerate(options.only):
+        before = f"part {number + 1} of {len(options.only)}, "
+        results[name], results["parts"][name] = run(name, FULL if options.full else SHORT, before)
+        # A part that fails takes nothing of what was measured before it.
+        output.write_text(json.dumps(results, indent=1) + "\n")
     print(tables(results))
     print(f"\nwritten to {output}")
 

@@ -12,6 +12,7 @@ from mcp.server import MCPServer, Server
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import nonstick
+from bench.event_store import InMemoryEventStore
 from bench.servers import lowlevel, mcpserver
 
 __all__ = ["app"]
@@ -65,6 +66,7 @@ _APPS: dict[str, Callable[[], ASGIApp]] = {
     "nonstick-lowlevel": lambda: ours(lowlevel()),
     "mcp": lambda: mcpserver().streamable_http_app(max_sessions=MANY),
     "mcp-json": lambda: mcpserver().streamable_http_app(json_response=True, max_sessions=MANY),
+    "mcp-events": lambda: mcpserver().streamable_http_app(event_store=InMemoryEventStore(), max_sessions=MANY),
     "mcp-stateless": lambda: mcpserver().streamable_http_app(stateless_http=True),
     "mcp-lowlevel": lambda: lowlevel().streamable_http_app(max_sessions=MANY),
     "fastmcp": fastmcp,

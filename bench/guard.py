@@ -28,7 +28,7 @@ from nonstick.security import session_key
 from nonstick.store import Store
 from nonstick.stores.memory import MemoryStore
 
-__all__ = ["COMMITTED", "Caller", "CountingStore", "Figures", "committed", "figures", "fill", "nodes"]
+__all__ = ["COMMITTED", "Caller", "CountingStore", "Figures", "committed", "figures", "fill", "growth", "nodes"]
 
 COMMITTED: Final = Path(__file__).with_name("guard.json")
 
@@ -262,6 +262,29 @@ async def figures() -> dict[str, Figures]:
         }
     async with nodes(answer="sse") as [node]:
         found['echo, answer="sse"'] = await node.count(ECHO, await node.open())
+    return found
+
+
+GROWTH: Final = ((1, 1), (1_000, 1), (100_000, 1), (1, 8), (100_000, 8))
+
+
+async def growth(tell: Callable[[str], None]) -> list[dict[str, Any]]:
+    """What an echo costs among so many sessions on so many nodes: first alone.
+
+    All nodes are in this process, on a store in memory. One session is opened; the other records are written to the
+    store directly.
+    """
+    found = []
+    for sessions, count in GROWTH:
+        tell(f"one echo among {sessions:,} sessions, {count} node{'s' if count > 1 else ''}")
+        store = MemoryStore()
+        async with nodes(count, store) as callers:
+            session = await callers[0].open()
+            for caller in callers[1:]:
+                await caller.post(ECHO, session)
+            await fill(store, session, sessions - 1)
+            figure = await callers[-1].count(ECHO, session)
+        found.append({"sessions": sessions, "nodes": count, **figure._asdict()})
     return found
 
 

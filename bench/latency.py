@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import math
 import os
 import platform
 import sys
@@ -19,12 +18,13 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
 from bench.bar import Bar
 from bench.client import Client, text_of
+from bench.figures import share_of
+from bench.load import runner
 from nonstick.testing import PostgresServer, ValkeyServer
 from nonstick.testing.processes import NodeProcess
 
@@ -183,14 +183,8 @@ async def _measure(measure: Measure, store: str, nodes: list[NodeProcess], load:
         load.bar.close()
     if len(took) != events:
         raise RuntimeError(f"{what}: {len(took)} of {events} events were seen")
-    took.sort()
-    p50, p99, longest = (_share(took, share) / 1e6 for share in (0.5, 0.99, 1.0))
+    p50, p99, longest = (share_of(took, share) / 1e6 for share in (0.5, 0.99, 1.0))
     return Result(store, what, events, round(p50, 3), round(p99, 3), round(longest, 3))
-
-
-def _share(values: Sequence[int], share: float) -> int:
-    """The smallest value that this share of the (sorted) values does not exceed."""
-    return values[max(0, math.ceil(share * len(values)) - 1)]
 
 
 @contextmanager
@@ -205,15 +199,6 @@ def opened(store: str) -> Iterator[str]:
     else:
         with tempfile.TemporaryDirectory(prefix="nonstick-bench-") as home:
             yield f"sqlite:///{Path(home) / 'sessions.db'}"
-
-
-def runner() -> asyncio.Runner:
-    """With the event loop that the nodes run on: uvicorn takes uvloop where it is installed."""
-    if find_spec("uvloop") is None:
-        return asyncio.Runner()
-    import uvloop
-
-    return asyncio.Runner(loop_factory=uvloop.new_event_loop)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

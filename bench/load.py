@@ -8,11 +8,12 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Final
 
 from bench.opponents import Speaks
 
-__all__ = ["Load", "Wire", "Worker"]
+__all__ = ["Load", "Wire", "Worker", "get", "runner"]
 
 VERSION: Final = "2025-11-25"
 MODERN: Final = "2026-07-28"
@@ -118,11 +119,19 @@ class Worker:
         """Opens a session, if this era has them."""
         if self._speaks != "sessions":
             return
+        await self.introduce()
+        await self.confirm()
+
+    async def introduce(self) -> None:
+        """The first half of opening a session: returns with the answer to `initialize`."""
         self.session = ""
         answer = await self._send({"jsonrpc": "2.0", "id": 0, "method": "initialize", "params": _INITIALIZE})
         self.session = answer.session
         if not self.session:
             raise RuntimeError("initialize opened no session")
+
+    async def confirm(self) -> None:
+        """The second half."""
         await self._send({"jsonrpc": "2.0", "method": "notifications/initialized"})
 
     async def call(self, tool: str, arguments: dict[str, Any]) -> Answer:
@@ -208,3 +217,25 @@ def _rotated(ports: Sequence[int], by: int) -> list[int]:
     """Each worker begins at another node."""
     by %= len(ports)
     return [*ports[by:], *ports[:by]]
+
+
+def get(session: str, after: str = "") -> bytes:
+    """The bytes of a GET, which resumes after this event id if there is one."""
+    lines = [
+        "GET /mcp HTTP/1.1",
+        "host: 127.0.0.1:80",
+        "accept: text/event-stream",
+        f"mcp-session-id: {session}",
+        f"mcp-protocol-version: {VERSION}",
+        *([f"last-event-id: {after}"] if after else []),
+    ]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+def runner() -> asyncio.Runner:
+    """With the event loop that the nodes run on: uvicorn takes uvloop where it is installed."""
+    if find_spec("uvloop") is None:
+        return asyncio.Runner()
+    import uvloop
+
+    return asyncio.Runner(loop_factory=uvloop.new_event_loop)

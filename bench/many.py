@@ -1,6 +1,6 @@
-"""What many sessions and many open streams cost, and how long a resume takes: three nodes on one Valkey.
+"""What many sessions and many open streams cost: three nodes on one Valkey.
 
-    python -m bench.many [--idle 5000] [--streams 500]
+    python -m bench.many [--idle 5000] [--streams 500]   (0: not at all)
 
 Memory is what the node processes hold (their resident set); bytes in the store are what Valkey says it uses.
 """
@@ -10,31 +10,31 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, Final
 
 import redis.asyncio
 
 import nonstick
-from bench.load import Load, Worker
-from bench.opponents import OPPONENTS, Opponent
-from bench.stage import Stage, Stores
+from bench.load import Load, Worker, get, runner
+from bench.opponents import OPPONENTS
+from bench.requests import company
+from bench.stage import Stage, raise_file_limit
 
-__all__ = ["idle", "listening", "resume", "run"]
+__all__ = ["run_idle", "run_streams", "steps"]
 
 NODES: Final = OPPONENTS["nonstick valkey, 3 nodes"]
 SDK: Final = OPPONENTS["mcp, in memory"]
 CONNECTIONS: Final = 32
 SAMPLES: Final = 8
+STEP: Final = 1000
+"""Sessions or streams that are opened before the run says how far it is."""
+SDK_SESSIONS: Final = 2000
 REQUESTS: Final = 500
-EVENTS: Final = 1000
-RESUMES: Final = 20
 BROADCASTS: Final = 5
 DEADLINE: Final = 60.0
 
@@ -46,28 +46,30 @@ Tell = Callable[[str], None]
 
 async def open_sessions(ports: Sequence[int], sessions: int) -> None:
     """Opens so many, over `CONNECTIONS` connections, and leaves them alone."""
-    load = Load(ports, "sessions", CONNECTIONS)
+    load = Load(ports, "sessions", min(CONNECTIONS, sessions))
     await load.open()
     if sessions > CONNECTIONS:
         await load.run(sessions - CONNECTIONS, "initialize", {})
     load.close()
 
 
-async def idle(stage: Stage, url: str, sessions: int, tell: Tell) -> dict[str, Any]:
+async def idle(stage: Stage, sessions: int, tell: Tell) -> dict[str, Any]:
     """The slope of the nodes' memory, bytes in the store, and what a request costs with few and with many sessions."""
     tell("idle sessions: warming up")
     # What is only needed once, such as buffers, is there before it counts.
-    await open_sessions(stage.ports, max(500, sessions // 5))
-    store = redis.asyncio.Redis.from_url(url) if url else None
+    await open_sessions(stage.ports, max(500, min(sessions // 5, STEP)))
+    store = redis.asyncio.Redis.from_url(stage.url) if stage.url else None
     few = await _cost(stage, store)
     samples = [(0, stage.memory())]
     used = await _used(store)
-    share = max(CONNECTIONS, sessions // SAMPLES)
-    for number in range(SAMPLES):
-        tell(f"idle sessions: {number * share} of {sessions}, {stage.opponent.name}")
-        await open_sessions(stage.ports, share)
-        samples.append(((number + 1) * share, stage.memory()))
-    opened = SAMPLES * share
+    opened = 0
+    for share in shares(sessions):
+        for step in range(0, share, STEP):
+            tell(f"idle sessions: {opened} of {sessions}, {stage.opponent.name}")
+            more = min(STEP, share - step)
+            await open_sessions(stage.ports, more)
+            opened += more
+        samples.append((opened, stage.memory()))
     stored = (await _used(store) - used) / opened
     many = await _cost(stage, store)
     if store is not None:
@@ -78,10 +80,15 @@ async def idle(stage: Stage, url: str, sessions: int, tell: Tell) -> dict[str, A
         "sessions": opened,
         "samples": samples,
         "node_bytes_per_session": slope,
-        "store_bytes_per_session": stored if url else None,
+        "store_bytes_per_session": stored if stage.url else None,
         "few": few,
         "many": many,
     }
+
+
+def shares(sessions: int) -> list[int]:
+    """How many are opened before each of the samples."""
+    return [sessions * (number + 1) // SAMPLES - sessions * number // SAMPLES for number in range(SAMPLES)]
 
 
 async def _used(store: redis.asyncio.Redis | None) -> int:
@@ -153,26 +160,26 @@ class Stream(asyncio.Protocol):
             self._transport.abort()
 
 
-async def listening(stage: Stage, url: str, count: int, tell: Tell) -> dict[str, Any]:
+async def listening(stage: Stage, count: int, tell: Tell) -> dict[str, Any]:
     """Memory per open GET stream, and how long it takes to tell all of them that the tools changed."""
-    tell(f"streams: opening {count} sessions")
     workers = [Worker([stage.ports[n % len(stage.ports)]], "sessions") for n in range(count)]
     for first in range(0, count, CONNECTIONS):
+        if first % STEP < CONNECTIONS:
+            tell(f"streams: {first} of {count} sessions")
         await asyncio.gather(*map(_open, workers[first : first + CONNECTIONS]))
     streams: list[Stream] = []
     try:
         before, cpu = stage.memory(), stage.cpu()
         for first in range(0, count, CONNECTIONS):
-            if first % 1024 == 0:
+            if first % STEP < CONNECTIONS:
                 tell(f"streams: {first} of {count} open")
             some = list(enumerate(workers))[first : first + CONNECTIONS]
-            opening = (Stream.open(stage.ports[(n + 1) % len(stage.ports)], _get(worker)) for n, worker in some)
+            opening = (Stream.open(stage.ports[(n + 1) % len(stage.ports)], get(worker.session)) for n, worker in some)
             streams += await asyncio.gather(*opening)
-        # The last of them are still being joined to their logs.
-        await asyncio.sleep(1.0)
+        await _quiet(stage)
         memory, opened = stage.memory() - before, stage.cpu() - cpu
         broadcasts = []
-        async with nonstick.Cluster.connect(url) as cluster:
+        async with nonstick.Cluster.connect(stage.url) as cluster:
             for number in range(BROADCASTS):
                 tell(f"broadcast {number + 1} of {BROADCASTS} to {count} streams")
                 heard = [stream.next() for stream in streams]
@@ -199,6 +206,16 @@ async def listening(stage: Stage, url: str, count: int, tell: Tell) -> dict[str,
     }
 
 
+async def _quiet(stage: Stage) -> None:
+    """Returns once the nodes do little: the last streams have been joined to their logs."""
+    async with asyncio.timeout(DEADLINE):
+        while True:
+            before = stage.cpu()
+            await asyncio.sleep(1.0)
+            if stage.cpu() - before < 0.1:
+                return
+
+
 async def _open(worker: Worker) -> None:
     """Opens its session; its connections are not kept."""
     await worker.open()
@@ -206,77 +223,27 @@ async def _open(worker: Worker) -> None:
     worker.close()
 
 
-def _get(worker: Worker, after: str = "") -> bytes:
-    lines = [
-        "GET /mcp HTTP/1.1",
-        "host: 127.0.0.1:80",
-        "accept: text/event-stream",
-        f"mcp-session-id: {worker.session}",
-        "mcp-protocol-version: 2025-11-25",
-        *([f"last-event-id: {after}"] if after else []),
-    ]
-    return "\r\n".join([*lines, "", ""]).encode()
-
-
-# ---- resume
-
-
-async def resume(stage: Stage, tell: Tell) -> dict[str, Any]:
-    """How long a finished stream of `EVENTS` events takes to be read again from its first event id, on another node."""
-    tell(f"resume of {EVENTS} events")
-    worker = Worker(stage.ports[:1], "sessions")
-    await worker.open()
-    await worker.initialize()
-    answer = await worker.call("progress", {"count": EVENTS})
-    first = next(line for line in answer.body.splitlines() if line.startswith(b"id: "))[4:].decode()
-    readers = [Worker([port], "sessions") for port in stage.ports[1:]]
-    took: list[float] = []
-    cpu = stage.cpu()
-    for number in range(RESUMES):
-        reader = readers[number % len(readers)]
-        await reader.open()
-        begun = time.perf_counter()
-        again = await reader.send(_get(worker, first))
-        took.append(time.perf_counter() - begun)
-        reader.close()
-        if (seen := again.body.count(b"notifications/progress")) != EVENTS:
-            raise RuntimeError(f"a resume brought {seen} of {EVENTS} events")
-    used = stage.cpu() - cpu
-    worker.close()
-    return {
-        "events": EVENTS,
-        "p50_ms": statistics.median(took) * 1e3,
-        "max_ms": max(took) * 1e3,
-        "cpu_us_per_event": used / RESUMES / EVENTS * 1e6,
-    }
-
-
 # ---- the run
 
 
-async def run(idle_sessions: int, streams: int, tell: Tell) -> dict[str, Any]:
-    """All of it, each on nodes of its own."""
-    found: dict[str, Any] = {"idle": []}
-    with ExitStack() as stack:
-        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nonstick-bench-")))
-        stores = stack.enter_context(Stores(home))
-
-        async def started(opponent: Opponent) -> tuple[Stage, str]:
-            url = stores.url(opponent.store)
-            stage = Stage(opponent, url, home, "")
-            stack.callback(stage.stop)
-            await stage.start()
-            return stage, url
-
-        for opponent, sessions in ((NODES, idle_sessions), (SDK, min(idle_sessions, 2000))):
-            stage, url = await started(opponent)
-            found["idle"].append(await idle(stage, url, sessions, tell))
-            stage.stop()
-        stage, url = await started(NODES)
-        found["resume"] = await resume(stage, tell)
-        found["listening"] = await listening(stage, url, streams, tell)
-        stage.stop()
+async def run_idle(sessions: int, tell: Tell) -> list[dict[str, Any]]:
+    """On three nodes, and beside them at most `SDK_SESSIONS` on the SDK, each on processes of its own."""
+    found = []
+    for opponent, count in ((NODES, sessions), (SDK, min(sessions, SDK_SESSIONS))):
+        async with company([opponent]) as [stage]:
+            found.append(await idle(stage, count, tell))
     return found
+
+
+async def run_streams(streams: int, tell: Tell) -> dict[str, Any]:
+    async with company([NODES]) as [stage]:
+        return await listening(stage, streams, tell)
+
+
+def steps(sessions: int, streams: int) -> int:
+    """How often a run of so many says how far it is."""
+    idle = [math.ceil(share / STEP) for count in (sessions, min(sessions, SDK_SESSIONS)) for share in shares(count)]
+    return (2 + sum(idle) if sessions else 0) + (2 * math.ceil(streams / STEP) + BROADCASTS if streams else 0)
 
 
 def main() -> None:
@@ -284,7 +251,17 @@ def main() -> None:
     parser.add_argument("--idle", type=int, default=5000, help="sessions")
     parser.add_argument("--streams", type=int, default=500)
     options = parser.parse_args()
-    found = asyncio.run(run(options.idle, options.streams, lambda what: print(what, file=sys.stderr)))
+
+    def tell(what: str) -> None:
+        print(what, file=sys.stderr)
+
+    raise_file_limit()
+    with runner() as loop:
+        found: dict[str, Any] = {}
+        if options.idle:
+            found["idle"] = loop.run(run_idle(options.idle, tell))
+        if options.streams:
+            found["streams"] = loop.run(run_streams(options.streams, tell))
     print(json.dumps(found, indent=2))
 
 

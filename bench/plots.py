@@ -21,14 +21,15 @@ mpl.rcParams["svg.hashsalt"] = "nonstick"
 def draw(results: dict[str, Any], folder: Path) -> None:
     """Writes them into this folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    for workload in dict.fromkeys(one["workload"] for one in results["requests"]):
+    for workload in dict.fromkeys(one["workload"] for one in results.get("requests", ())):
         name = workload.removesuffix("s").removesuffix(" connection").replace(", ", "-")
         _save(_cpu(results, workload), folder / f"cpu-{name}")
-    _save(_times(results, "echo, 16 connections"), folder / "latency-echo-16")
-    if results["latency"]:
+    if "requests" in results:
+        _save(_times(results, "echo, 16 connections"), folder / "latency-echo-16")
+    if "latency" in results:
         _save(_across(results["latency"]), folder / "across-nodes")
-    if results.get("many"):
-        _save(_memory(results["many"]["idle"]), folder / "idle-sessions")
+    if "idle" in results:
+        _save(_memory(results["idle"]), folder / "idle-sessions")
 
 
 def _save(figure: Figure, path: Path) -> None:

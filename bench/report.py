@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from bench.budgets import LIMIT, SDK, SDK_JSON, budgets, line_of
+from bench.budgets import SDK, SDK_JSON, budgets, limit_of, ratio_of
 
 __all__ = ["tables"]
 
@@ -20,25 +20,32 @@ PAGE: Final = Path(__file__).parent.parent / "docs" / "performance.md"
 BEGIN: Final = "<!-- begin: written by python -m bench.report -->\n"
 END: Final = "<!-- end -->\n"
 
+Lines = list[dict[str, Any]]
+
 
 def tables(results: dict[str, Any]) -> str:
-    """All of them, the budgets first."""
+    """Of all parts that were run, the budgets first."""
     parts = [_environment(results), _budgets(results), *_requests(results)]
-    if results["latency"]:
-        parts.append(_latency(results))
-    if results.get("many"):
-        parts.append(_many(results["many"]))
+    for name, table in _TABLES.items():
+        if name in results:
+            parts.append(table(results[name]))
     return "\n".join(parts)
 
 
 def _environment(results: dict[str, Any]) -> str:
     here = results["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in here["versions"].items())
-    return (
-        f"{results['date']}, `{results['command']}`. {here['cpu']}, {here['cores']} cores, {here['system']}, "
-        f"Python {here['python']}; {versions}. Load average (1 minute): {here['load_before']:.1f} at the start, "
-        f"{here['load_after']:.1f} at the end.\n"
-    )
+    rows = [
+        [name, one["date"], f"`{one['command']}`", f"{one['load_before']:.1f} / {one['load_after']:.1f}", _took(one)]
+        for name, one in results["parts"].items()
+    ]
+    runs = _table("Parts of the run", ["", "date", "command", "load average before / after", "took"], rows)
+    return f"{here['cpu']}, {here['cores']} cores, {here['system']}, Python {here['python']}; {versions}.\n\n{runs}"
+
+
+def _took(part: dict[str, Any]) -> str:
+    minutes, seconds = divmod(round(part["seconds"]), 60)
+    return f"{minutes}:{seconds:02}"
 
 
 def _budgets(results: dict[str, Any]) -> str:
@@ -51,29 +58,68 @@ def _budgets(results: dict[str, Any]) -> str:
 
 def _requests(results: dict[str, Any]) -> Iterator[str]:
     head = ["", "CPU µs", "to SDK", "to SDK, JSON", "to the limit", "p50 ms", "p99 ms", "p99/p50", "a second"]
-    for workload in dict.fromkeys(one["workload"] for one in results["requests"]):
-        against = [line_of(results, workload, name) for name in (SDK, SDK_JSON, LIMIT)]
+    lines = results.get("requests", [])
+    for workload in dict.fromkeys(one["workload"] for one in lines):
         rows = []
-        for one in results["requests"]:
+        for one in lines:
             if one["workload"] != workload:
                 continue
-            ratios = [f"{one['cpu_us'] / other['cpu_us']:.2f}" if other else "" for other in against]
+            against = (SDK, SDK_JSON, limit_of(one["name"]))
+            ratios = [_ratio(ratio_of(results, workload, one["name"], other)) for other in against]
             times = [f"{one['p50_ms']:.2f}", f"{one['p99_ms']:.2f}", f"{one['p99_ms'] / one['p50_ms']:.1f}"]
             rows.append([one["name"], f"{one['cpu_us']:.0f}", *ratios, *times, f"{one['rate']:.0f}"])
         yield _table(workload, head, rows)
 
 
-def _latency(results: dict[str, Any]) -> str:
+def _ratio(found: float | None) -> str:
+    return "" if found is None else f"{found:.2f}"
+
+
+def _latency(lines: Lines) -> str:
     rows = [
         [one["store"], one["what"], str(one["events"]), *(f"{one[name]:.2f}" for name in ("p50", "p99", "max"))]
-        for one in results["latency"]
+        for one in lines
     ]
     return _table("Across nodes, ms", ["store", "", "events", "p50", "p99", "max"], rows)
 
 
-def _many(many: dict[str, Any]) -> str:
+def _arrivals(steps: Lines) -> str:
+    rows = [
+        [
+            one["name"],
+            f"{one['rate']:.0f}",
+            f"{one['achieved']:.0f}",
+            "yes" if one["sustained"] else "no",
+            str(one["errors"]),
+            f"{one['p50_ms']:.1f}",
+            f"{one['p99_ms']:.1f}",
+            f"{one['nodes_cpu']:.2f}",
+            f"{one['client_cpu']:.2f}",
+        ]
+        for one in steps
+    ]
+    head = ["", "due a second", "opened", "sustained", "errors", "p50 ms", "p99 ms", "nodes, cores", "load, cores"]
+    return _table("Sessions opened at a fixed rate", head, rows)
+
+
+def _resume(lines: Lines) -> str:
+    rows = [
+        [
+            one["name"],
+            f"{one['first_p50_ms']:.1f}",
+            f"{one['last_p50_ms']:.1f}",
+            f"{one['last_max_ms']:.1f}",
+            f"{one['cpu_us_per_event']:.0f}",
+        ]
+        for one in lines
+    ]
+    head = ["", "first, p50 ms", "last, p50 ms", "last, max ms", "CPU µs per event"]
+    return _table(f"Resume of a stream of {lines[0]['events']:,} events: time to the first and to the last", head, rows)
+
+
+def _idle(lines: Lines) -> str:
     rows = []
-    for one in many["idle"]:
+    for one in lines:
         stored = one["store_bytes_per_session"]
         rows.append(
             [
@@ -86,25 +132,38 @@ def _many(many: dict[str, Any]) -> str:
             ]
         )
     head = ["", "sessions", "node, bytes each", "store, bytes each", "echo, CPU µs, few / many", "round trips"]
-    idle = _table("Idle sessions", head, rows)
-    streams, resume = many["listening"], many["resume"]
+    return _table("Idle sessions", head, rows)
+
+
+def _streams(streams: dict[str, Any]) -> str:
     told = streams["broadcast"]
-    rest = _table(
-        "Streams",
-        ["", ""],
-        [
-            ["open GET streams, over three nodes", str(streams["streams"])],
-            ["memory of the nodes per stream, KiB", f"{streams['bytes_per_stream'] / 1024:.1f}"],
-            ["broadcast: first / p50 / last stream, ms", " / ".join(f"{told[f'{n}_ms']:.1f}" for n in _TOLD)],
-            ["broadcast: CPU per stream, µs", f"{told['cpu_us_per_stream']:.0f}"],
-            [f"resume of {resume['events']} events: p50 / max, ms", f"{resume['p50_ms']:.1f} / {resume['max_ms']:.1f}"],
-            ["resume: CPU per event, µs", f"{resume['cpu_us_per_event']:.1f}"],
-        ],
-    )
-    return f"{idle}\n{rest}"
+    rows = [
+        ["open GET streams, over three nodes", str(streams["streams"])],
+        ["memory of the nodes per stream, KiB", f"{streams['bytes_per_stream'] / 1024:.1f}"],
+        ["opening: CPU per stream, µs", f"{streams['cpu_us_per_open']:.0f}"],
+        ["broadcast: first / p50 / last stream, ms", " / ".join(f"{told[f'{n}_ms']:.1f}" for n in _TOLD)],
+        ["broadcast: CPU per stream, µs", f"{told['cpu_us_per_stream']:.0f}"],
+    ]
+    return _table("Open streams", ["", ""], rows)
+
+
+def _flat(lines: Lines) -> str:
+    rows = [
+        [f"{one['sessions']:,}", str(one["nodes"]), str(one["instructions"]), str(sum(one["trips"].values()))]
+        for one in lines
+    ]
+    return _table("One echo among many", ["sessions", "nodes", "interpreter instructions", "store round trips"], rows)
 
 
 _TOLD: Final = ("first", "p50", "last")
+_TABLES: Final[dict[str, Callable[[Any], str]]] = {
+    "latency": _latency,
+    "arrivals": _arrivals,
+    "resume": _resume,
+    "streams": _streams,
+    "idle": _idle,
+    "flat": _flat,
+}
 
 
 def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,18 +1,19 @@
 """What a request costs: server CPU per request and latency, of every opponent, interleaved in one run.
 
-    python -m bench.requests [--only NAME ...] [--tool echo|progress|initialize] [--connections 16] [--rounds 5]
+    python -m bench.requests [--only NAME ...] [--tool echo|progress|initialize] [--connections 16] [--rounds 20]
 
-All opponents are started at once and take turns, round by round, so that what the machine does meanwhile meets all of
-them. CPU is user and system time of the opponent's processes, without the store's and the client's.
+All opponents are started at once and take many short turns, in another order each round, so that what the machine does
+meanwhile meets all of them. CPU is user and system time of the opponent's processes, without the store's and the
+client's. Ratios are taken inside each round.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import platform
+import random
 import statistics
 import sys
 import tempfile
@@ -24,11 +25,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from bench.bar import Bar
-from bench.load import Load
+from bench.figures import paired, share_of
+from bench.load import Load, runner
 from bench.opponents import OPPONENTS, TYPESCRIPT, Opponent
 from bench.stage import Stage, Stores
 
-__all__ = ["Line", "Workload", "company", "measure"]
+__all__ = ["Line", "Workload", "company", "measure", "order"]
 
 ARGUMENTS: Final[dict[str, dict[str, Any]]] = {
     "echo": {"text": "hello"},
@@ -36,6 +38,8 @@ ARGUMENTS: Final[dict[str, dict[str, Any]]] = {
     "initialize": {},
 }
 WARM_UP: Final = 200
+LEAD: Final = 4
+"""A turn begins with one part in so many that does not count: the processor's caches hold another's data until then."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Line:
     """What was measured of one opponent.
 
     Attributes:
-        cpu: Seconds of server CPU per request, one a round.
+        cpu: Seconds of server CPU per request, one a round. All lines of a run have the same rounds.
         took: Seconds from sending to the whole answer, of all requests.
         rates: Requests a second, one a round.
     """
@@ -80,8 +84,12 @@ class Line:
 
     def percentile(self, share: float) -> float:
         """In milliseconds."""
-        took = sorted(self.took)
-        return took[min(len(took) - 1, int(len(took) * share))] * 1e3
+        return share_of(self.took, share) * 1e3
+
+
+def order(opponents: int, number: int) -> list[int]:
+    """Whose turn comes when in this round: shuffled, so that nobody follows the same neighbour again and again."""
+    return random.Random(number).sample(range(opponents), opponents)
 
 
 @asynccontextmanager
@@ -115,8 +123,10 @@ async def measure(
             loads.append(load)
         lines = [Line(stage.opponent.name, tool, workload.connections) for stage in stages]
         for number in range(rounds):
-            for stage, load, line in zip(stages, loads, lines, strict=True):
+            for turn in order(len(stages), number):
+                stage, load, line = stages[turn], loads[turn], lines[turn]
                 step(f"{workload.name}: round {number + 1} of {rounds}, {line.name}")
+                await load.run(workload.requests // LEAD, tool, arguments)
                 before, begun = stage.cpu(), time.perf_counter()
                 took = await load.run(workload.requests, tool, arguments)
                 line.rates.append(len(took) / (time.perf_counter() - begun))
@@ -132,10 +142,10 @@ def _node() -> str:
 
 
 def show(lines: Sequence[Line]) -> None:
-    print(f"{'':42} {'CPU us':>8} {'p50 ms':>8} {'p99 ms':>8} {'p99/p50':>8} {'a second':>9}")
+    print(f"{'':42} {'CPU us':>8} {'to 1st':>8} {'p50 ms':>8} {'p99 ms':>8} {'p99/p50':>8} {'a second':>9}")
     for line in lines:
-        p50, p99 = line.percentile(0.5), line.percentile(0.99)
-        print(f"{line.name:42} {line.cost:8.0f} {p50:8.2f} {p99:8.2f} {p99 / p50:8.1f} {line.rate:9.0f}")
+        p50, p99, ratio = line.percentile(0.5), line.percentile(0.99), paired(line.cpu, lines[0].cpu)
+        print(f"{line.name:42} {line.cost:8.0f} {ratio:8.2f} {p50:8.2f} {p99:8.2f} {p99 / p50:8.1f} {line.rate:9.0f}")
 
 
 async def _measure(opponents: Sequence[Opponent], workload: Workload, rounds: int) -> list[Line]:
@@ -151,14 +161,15 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=OPPONENTS, default=list(OPPONENTS))
     parser.add_argument("--tool", choices=ARGUMENTS, default="echo")
     parser.add_argument("--connections", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--requests", type=int, default=2000, help="of each opponent in each round")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--requests", type=int, default=320, help="of each opponent in each round")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     chosen = [OPPONENTS[name] for name in options.only]
     print(f"{platform.python_version()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.2f}", file=sys.stderr)
     workload = Workload(options.tool, options.connections, options.requests)
-    lines = asyncio.run(_measure(chosen, workload, options.rounds))
+    with runner() as loop:
+        lines = loop.run(_measure(chosen, workload, options.rounds))
     show(lines)
     if options.json is not None:
         options.json.write_text(json.dumps([asdict(line) for line in lines]))

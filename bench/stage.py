@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import platform
+import resource
 import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +21,7 @@ from bench.opponents import Opponent
 from nonstick.testing import PostgresServer, ValkeyServer
 from nonstick.testing.servers import DIE_WITH_PARENT, free_port
 
-__all__ = ["Stage", "Stores"]
+__all__ = ["Stage", "Stores", "raise_file_limit"]
 
 # A run that is killed leaves no servers behind.
 _LINUX_ONLY: Final = (sys.executable, "-ISc", DIE_WITH_PARENT) if platform.system() == "Linux" else ()
@@ -34,7 +36,7 @@ class Stores:
     def __init__(self, home: Path) -> None:
         self._home = home
         self._stack = ExitStack()
-        self._made = 0
+        self._made: Counter[str] = Counter()
         self._valkey: ValkeyServer | None = None
         self._postgres: PostgresServer | None = None
 
@@ -47,19 +49,20 @@ class Stores:
         self._stack.close()
 
     def url(self, kind: str) -> str:
-        """Of a store of this kind, empty."""
-        self._made += 1
+        """Of a store of this kind, empty. Of Valkey there are as many as it has databases, 16."""
+        number = self._made[kind]
+        self._made[kind] += 1
         match kind:
             case "valkey":
                 if self._valkey is None:
                     self._valkey = self._stack.enter_context(ValkeyServer())
-                return f"{self._valkey.url}/{self._made % 16}"
+                return f"{self._valkey.url}/{number}"
             case "postgres":
                 if self._postgres is None:
                     self._postgres = self._stack.enter_context(PostgresServer())
-                return f"{self._postgres.url}?schema=bench_{self._made}"
+                return f"{self._postgres.url}?schema=bench_{number}"
             case "sqlite":
-                return f"sqlite:///{self._home}/bench-{self._made}.db"
+                return f"sqlite:///{self._home}/bench-{number}.db"
             case "memory":
                 return "memory:"
             case _:
@@ -72,7 +75,7 @@ class Stage:
     def __init__(self, opponent: Opponent, url: str, home: Path, node: str) -> None:
         self.opponent = opponent
         self.ports = [free_port() for _ in range(opponent.nodes)]
-        self._url = url
+        self.url = url
         self._log = home / f"{opponent.name}.log"
         self._node = node
         self._processes: list[psutil.Popen] = []
@@ -89,7 +92,7 @@ class Stage:
                 self._processes.append(
                     psutil.Popen(
                         [*_LINUX_ONLY, *self.opponent.command(port, self._node)],
-                        env=self.opponent.environment(port, self._url),
+                        env=self.opponent.environment(port, self.url),
                         stdin=subprocess.DEVNULL,
                         stdout=log,
                         stderr=log,
@@ -127,6 +130,12 @@ class Stage:
             process.kill()
         while self._processes:
             self._processes.pop().wait()
+
+
+def raise_file_limit() -> None:
+    """As many open files, connections that is, as this process and those that it starts may have."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _cpu(process: psutil.Popen) -> float:

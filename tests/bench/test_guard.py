@@ -20,7 +20,6 @@ TOLERANCE = 0.10
 """Of the number of calls: versions of Python and of the libraries differ by less."""
 FLAT = 0.03
 """Of the number of instructions: ids of other lengths and the like."""
-MANY = 3000
 HOW = "If that is meant, say why in the commit and run: python -m bench.guard --commit"
 
 
@@ -66,13 +65,14 @@ def test_what_is_committed_keeps_the_budgets_of_round_trips() -> None:
     assert trips["10 notifications"]["append"] <= 12
 
 
-async def test_a_request_costs_the_same_among_many_sessions() -> None:
+@pytest.mark.parametrize("sessions", [3000, pytest.param(100_000, marks=pytest.mark.slow)])
+async def test_a_request_costs_the_same_among_many_sessions(sessions: int) -> None:
     """An idle session costs a node nothing (P10)."""
     store = MemoryStore()
     async with guard.nodes(store=store) as [node]:
         session = await node.open()
         alone = await node.count(guard.ECHO, session)
-        await guard.fill(store, session, MANY)
+        await guard.fill(store, session, sessions)
         _is_flat(alone, await node.count(guard.ECHO, session))
 
 

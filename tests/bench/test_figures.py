@@ -1,0 +1,149 @@
+"""Ratios are taken within a round, turns come in another order each round, and arrivals do not wait for answers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing, suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench.budgets import budgets, limit_of, ratio_of
+from bench.figures import paired, share_of
+from bench.opponents import OPPONENTS
+from bench.report import tables
+from bench.requests import order
+from bench.stage import Stage
+
+from bench import __main__ as main
+from bench import arrivals, many
+
+
+def test_a_slow_round_does_not_touch_a_ratio() -> None:
+    """The medians, 30 and 10, would make 3."""
+    ours, theirs = [20.0, 60.0, 30.0, 200.0, 18.0], [10.0, 30.0, 15.0, 100.0, 9.0]
+    assert paired(ours, theirs) == 2.0
+    assert paired([1.0, 30.0, 40.0], [10.0, 10.0, 10.0]) == 3.0
+
+
+def test_lines_of_other_rounds_have_no_ratio() -> None:
+    with pytest.raises(ValueError, match="longer"):
+        paired([1.0], [1.0, 2.0])
+
+
+def test_a_percentile_is_one_of_the_values() -> None:
+    values = [float(number) for number in range(100, 0, -1)]
+    assert [share_of(values, share) for share in (0.0, 0.5, 0.99, 1.0)] == [1.0, 50.0, 99.0, 100.0]
+    assert share_of([7.0], 0.5) == 7.0
+
+
+def test_everybody_has_one_turn_in_a_round_and_changing_neighbours() -> None:
+    rounds = [order(6, number) for number in range(40)]
+    assert all(sorted(one) == list(range(6)) for one in rounds)
+    assert rounds == [order(6, number) for number in range(40)], "a run can be made again"
+    neighbours = {(first, second) for one in rounds for first, second in pairwise(one)}
+    assert len(neighbours) == 6 * 5, "each follows each at some time"
+
+
+def test_the_limit_has_as_many_nodes() -> None:
+    assert limit_of("nonstick valkey, 1 node") == "bare ASGI, one read"
+    assert limit_of("nonstick valkey, 3 nodes, low-level") == "bare ASGI, one read, 3 nodes"
+    for name, opponent in OPPONENTS.items():
+        assert OPPONENTS[limit_of(name)].nodes == opponent.nodes
+
+
+def test_arrivals_are_due_at_even_distances() -> None:
+    assert list(arrivals.schedule(4, 1.0)) == [0.0, 0.25, 0.5, 0.75]
+    assert len(list(arrivals.schedule(1000, 2.5))) == 2500
+
+
+def test_all_idle_sessions_are_opened() -> None:
+    for sessions in (8, 1003, 100_000):
+        assert sum(many.shares(sessions)) == sessions
+        assert len(many.shares(sessions)) == many.SAMPLES
+
+
+TAKES = 0.02
+"""Seconds that the slow server needs for a session, one after the other."""
+
+
+@asynccontextmanager
+async def _slow_server() -> AsyncIterator[int]:
+    """Its port."""
+    one_at_once = asyncio.Lock()
+    serving: list[asyncio.Task[Any] | None] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        serving.append(asyncio.current_task())
+        with closing(writer), suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                size = int(head.partition(b"content-length: ")[2].split(b"\r\n")[0])
+                if b'"initialize"' in await reader.readexactly(size):
+                    async with one_at_once:
+                        await asyncio.sleep(TAKES)
+                writer.write(b"HTTP/1.1 200 OK\r\nmcp-session-id: one\r\ncontent-length: 0\r\n\r\n")
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        yield server.sockets[0].getsockname()[1]
+        await asyncio.gather(*filter(None, serving))
+
+
+@pytest.mark.anyio
+async def test_the_time_of_an_arrival_runs_from_when_it_was_due(tmp_path: Path) -> None:
+    """A server that is slower than the arrivals makes those wait that come later, and that counts."""
+    stage = Stage(OPPONENTS["mcp, in memory"], "", tmp_path, "")
+    async with _slow_server() as port:
+        stage.ports = [port]
+        step = await arrivals.step(stage, 200, 0.2)
+    assert step.arrivals == 40
+    assert not step.errors
+    assert not step.sustained
+    assert step.achieved <= 1 / TAKES
+    # The last was due after 0.2 s, and is served as the fortieth.
+    assert step.p99_ms >= 1e3 * (40 * TAKES - 0.2)
+
+
+def _line(name: str, *cpu: float) -> dict[str, Any]:
+    figures = {"requests": 1, "cpu_us": cpu[0], "p50_ms": 1.0, "p99_ms": 2.0, "rate": 1.0}
+    return {"workload": "echo, 16 connections", "name": name, "cpu_us_rounds": list(cpu), **figures}
+
+
+def _results(*lines: dict[str, Any]) -> dict[str, Any]:
+    about = {"date": "a day", "command": "a command", "load_before": 0.0, "load_after": 0.0, "seconds": 61.0}
+    environment = {"cpu": "a CPU", "cores": 2, "system": "a system", "python": "3", "versions": {"mcp": "2"}}
+    return {"environment": environment, "parts": {"requests": about}, "requests": list(lines)}
+
+
+def test_a_run_of_one_part_has_its_tables_and_budgets() -> None:
+    results = _results(
+        _line("bare ASGI, one read", 10, 20),
+        _line("bare ASGI, one read, 3 nodes", 20, 40),
+        _line("nonstick valkey, 1 node", 15, 30),
+        _line("nonstick valkey, 3 nodes", 50, 100),
+    )
+    assert ratio_of(results, "echo, 16 connections", "nonstick valkey, 3 nodes", "nobody") is None
+    ratios = {one.what: (one.value, one.met) for one in budgets(results) if "ratio to bare" in one.what}
+    assert ratios == {
+        "echo on Valkey, 1 node: CPU, ratio to bare ASGI, one read": (1.5, True),
+        "echo on Valkey, 3 nodes: CPU, ratio to bare ASGI, one read, 3 nodes": (2.5, False),
+    }
+    text = tables(results)
+    assert "### echo, 16 connections" in text
+    assert "1:01" in text
+    assert "Idle sessions" not in text
+
+
+def test_a_part_that_is_run_again_replaces_only_itself(tmp_path: Path) -> None:
+    file, results = tmp_path / "results.json", _results(_line("bare ASGI", 10))
+    environment = results["environment"]
+    assert main.kept(file, environment, ["latency"]) == {"environment": environment, "parts": {}}
+    file.write_text(json.dumps(results))
+    assert main.kept(file, environment, ["latency"]) == results
+    assert main.kept(file, environment, ["requests"]) == {"environment": environment, "parts": {}}
+    with pytest.raises(ValueError, match="another machine or with other versions"):
+        main.kept(file, {**environment, "python": "4"}, ["latency"])
