@@ -176,8 +176,9 @@ async def listening(stage: Stage, count: int, tell: Tell) -> dict[str, Any]:
             some = list(enumerate(workers))[first : first + CONNECTIONS]
             opening = (Stream.open(stage.ports[(n + 1) % len(stage.ports)], get(worker.session)) for n, worker in some)
             streams += await asyncio.gather(*opening)
-        await _quiet(stage)
-        memory, opened = stage.memory() - before, stage.cpu() - cpu
+        opened = stage.cpu() - cpu
+        cores = await _joined(stage, tell)
+        memory = stage.memory() - before
         broadcasts = []
         async with nonstick.Cluster.connect(stage.url) as cluster:
             for number in range(BROADCASTS):
@@ -202,18 +203,26 @@ async def listening(stage: Stage, count: int, tell: Tell) -> dict[str, Any]:
         "streams": count,
         "bytes_per_stream": memory / count,
         "cpu_us_per_open": opened / count * 1e6,
+        "idle_cores": cores,
         "broadcast": {name: statistics.median(one[name] for one in broadcasts) for name in broadcasts[0]},
     }
 
 
-async def _quiet(stage: Stage) -> None:
-    """Returns once the nodes do little: the last streams have been joined to their logs."""
+async def _joined(stage: Stage, tell: Tell) -> float:
+    """Returns once the last streams have been joined to their logs: the cores that the nodes use from then on."""
+    used = await _cores(stage, 2.0)
     async with asyncio.timeout(DEADLINE):
-        while True:
-            before = stage.cpu()
-            await asyncio.sleep(1.0)
-            if stage.cpu() - before < 0.1:
-                return
+        while (now := await _cores(stage, 2.0)) < 0.9 * used:
+            tell(f"streams: {now:.2f} cores")
+            used = now
+    return now
+
+
+async def _cores(stage: Stage, seconds: float) -> float:
+    """What the nodes use while nobody asks for anything."""
+    begun, cpu = time.perf_counter(), stage.cpu()
+    await asyncio.sleep(seconds)
+    return (stage.cpu() - cpu) / (time.perf_counter() - begun)
 
 
 async def _open(worker: Worker) -> None:
