@@ -36,6 +36,7 @@ STEP: Final = 1000
 SDK_SESSIONS: Final = 2000
 REQUESTS: Final = 500
 BROADCASTS: Final = 5
+TRIES: Final = 20
 DEADLINE: Final = 60.0
 
 Tell = Callable[[str], None]
@@ -117,6 +118,10 @@ async def _cost(stage: Stage, store: redis.asyncio.Redis | None) -> dict[str, fl
 # ---- open streams
 
 
+class Refused(Exception):
+    """A GET got another status than 200."""
+
+
 class Stream(asyncio.Protocol):
     """An open GET: counts the list changes that come."""
 
@@ -151,7 +156,7 @@ class Stream(asyncio.Protocol):
             if data.startswith(b"HTTP/1.1 200"):
                 self.opened.set_result(None)
             else:
-                self.opened.set_exception(RuntimeError(data[:500].decode(errors="replace")))
+                self.opened.set_exception(Refused(data[:500].decode(errors="replace")))
         if b"list_changed" in data and self._heard is not None and not self._heard.done():
             self._heard.set_result(time.perf_counter())
 
@@ -168,14 +173,28 @@ async def listening(stage: Stage, count: int, tell: Tell) -> dict[str, Any]:
             tell(f"streams: {first} of {count} sessions")
         await asyncio.gather(*map(_open, workers[first : first + CONNECTIONS]))
     streams: list[Stream] = []
+    refused = 0
+
+    async def listen(number: int, worker: Worker) -> Stream:
+        """On another node than the one that opened its session. A node that is too busy says 503: again, then."""
+        nonlocal refused
+        for _ in range(TRIES):
+            try:
+                return await Stream.open(stage.ports[(number + 1) % len(stage.ports)], get(worker.session))
+            except Refused as error:
+                if " 503 " not in str(error):
+                    raise
+                refused += 1
+                await asyncio.sleep(1.0)
+        raise RuntimeError(f"a stream was refused {TRIES} times")
+
     try:
         before, cpu = stage.memory(), stage.cpu()
         for first in range(0, count, CONNECTIONS):
             if first % STEP < CONNECTIONS:
                 tell(f"streams: {first} of {count} open")
             some = list(enumerate(workers))[first : first + CONNECTIONS]
-            opening = (Stream.open(stage.ports[(n + 1) % len(stage.ports)], get(worker.session)) for n, worker in some)
-            streams += await asyncio.gather(*opening)
+            streams += await asyncio.gather(*(listen(n, worker) for n, worker in some))
         opened = stage.cpu() - cpu
         cores = await _joined(stage, tell)
         memory = stage.memory() - before
@@ -203,6 +222,7 @@ async def listening(stage: Stage, count: int, tell: Tell) -> dict[str, Any]:
         "streams": count,
         "bytes_per_stream": memory / count,
         "cpu_us_per_open": opened / count * 1e6,
+        "refused": refused,
         "idle_cores": cores,
         "broadcast": {name: statistics.median(one[name] for one in broadcasts) for name in broadcasts[0]},
     }

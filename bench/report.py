@@ -141,6 +141,7 @@ def _streams(streams: dict[str, Any]) -> str:
         ["open GET streams, over three nodes", str(streams["streams"])],
         ["memory of the nodes per stream, KiB", f"{streams['bytes_per_stream'] / 1024:.1f}"],
         ["opening: CPU per stream, µs", f"{streams['cpu_us_per_open']:.0f}"],
+        ["opening: GETs that were refused with 503, and came again", str(streams["refused"])],
         ["CPU of the nodes while nothing happens, cores", f"{streams['idle_cores']:.2f}"],
         ["broadcast: first / p50 / last stream, ms", " / ".join(f"{told[f'{n}_ms']:.1f}" for n in _TOLD)],
         ["broadcast: CPU per stream, µs", f"{told['cpu_us_per_stream']:.0f}"],
