@@ -11,8 +11,8 @@ import base64
 import json
 import logging
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import ClassVar, Final, Protocol
 from weakref import WeakSet
 
@@ -120,7 +120,8 @@ class Cluster:
         self._taken: set[str] = set()
         self._state = StateStore()
         self.broadcasts = Broadcasts(_LOG_EVENTS)
-        self._hearers: set[Hearer] = set()
+        self.hearers: set[Hearer] = set()
+        """Connections that are told when there is something new."""
         self.nodes = 0
         """How many in this process take part."""
         self._following = asyncio.Lock()
@@ -214,15 +215,6 @@ class Cluster:
         await self._bus.publish(ResourceUpdated(str(uri)))
 
     # ---- hearing
-
-    @contextmanager
-    def heard_by(self, hearer: Hearer) -> Iterator[None]:
-        """Tells this connection meanwhile when there is something new."""
-        self._hearers.add(hearer)
-        try:
-            yield
-        finally:
-            self._hearers.discard(hearer)
 
     async def settle(self, place: Cursor) -> Cursor:
         """This place in the cluster log; `NOWHERE` if the store no longer has it.
@@ -398,7 +390,7 @@ class Cluster:
             await self._renew_keys(store)
 
     async def _tell(self) -> None:
-        for count, hearer in enumerate(list(self._hearers), 1):
+        for count, hearer in enumerate(list(self.hearers), 1):
             _contained(hearer.hear)
             if count % _AT_ONCE == 0:
                 await asyncio.sleep(0)
@@ -407,7 +399,7 @@ class Cluster:
         """Nobody knows what else was lost: whoever listens here is told of everything once (P9)."""
         for what in [*LISTS.values(), *self.broadcasts.resources()]:
             await self._bus.local.publish(what)
-        for hearer in list(self._hearers):
+        for hearer in list(self.hearers):
             _contained(hearer.hear_anew)
 
     async def _append(self, batch: Batch, /, *, patience: float) -> Appended:

@@ -341,11 +341,12 @@ class Listener(Reader):
         self._reached = 0
         """Up to where it was put into the outlet."""
         self._turn = ""
+        """What others know it by; "" if it told them nothing yet, or has left. They wait for it to leave."""
         self._position = sys.maxsize
         """Of the event that began its turn."""
         self._carries = False
         self._claim: asyncio.Task[Appended] | None = None
-        """What it told others: they wait for it to leave."""
+        """What it tells others, until that is in the log."""
         self._at: Cursor | None = None
         """The entry up to which its turn has come; None while it carries nothing new."""
         self._subscribed = session.subscriptions
@@ -443,7 +444,7 @@ class Listener(Reader):
             self._settled.add(request_key(decode(event.data)["id"]))
         elif kind is Kind.MESSAGE and event.stream == STANDALONE and b'"notifications/cancelled"' in event.data:
             self._settled.add(request_key((decode(event.data).get("params") or {}).get("requestId", "")))
-        elif kind is Kind.ASKING and event.position > self._position and self._claim is not None:
+        elif kind is Kind.ASKING and event.position > self._position:
             self.session.spawn(self._answer(self._turn))
 
     async def _answer(self, turn: str) -> None:
@@ -509,8 +510,7 @@ class Listener(Reader):
         """Says in the log that this connection carries the stream from here on, and finds out where to go on."""
         self._turns.forget()
         self._place = None
-        if self._claim is None:
-            self._turn = secrets.token_hex(8)
+        self._turn = self._turn or secrets.token_hex(8)
         self._position = sys.maxsize
         body = {
             "listener": self._turn,
@@ -521,6 +521,7 @@ class Listener(Reader):
         # Its outcome must be known when this connection goes meanwhile: others wait for it to leave.
         self._claim = self.session.node.spawn(self._append(draft(Kind.LISTENING, pydantic_core.to_json(body))))
         self._position = (await asyncio.shield(self._claim)).first
+        self._claim = None
         turn_open = self._what_is_mine if self._named else self._what_is_open_before_mine
         await self._follow_while(turn_open, answers=lambda _: True)
         self._start = self._reached = self._where_to_begin()
@@ -597,8 +598,12 @@ class Listener(Reader):
     async def _carry_on(self) -> bool:
         """Carries the stream until the next turn begins (False), or it is hung up (True)."""
         with self.follow(Cursor(self._start)) as following:
-            with self.session.node.cluster.heard_by(self):
+            hearers = self.session.node.cluster.hearers
+            hearers.add(self)
+            try:
                 end = await self._carry_until_end(following)
+            finally:
+                hearers.discard(self)
             self._at = None
             if end is Kind.HANGUP:
                 return True
@@ -722,16 +727,17 @@ class Listener(Reader):
 
     async def _leave(self) -> None:
         """Says in the log up to where the client has the stream; not known if its turn never came."""
-        if self._claim is None:
+        if not self._turn:
             return
         read = heard = None
         if self._carries:
             read, heard = self._read, cursor_text(max(self.outlet.sent.heard, self._heard_before))
         body = {"listener": self._turn, "read": read, "heard": heard}
         with contextlib.suppress(StoreError):
-            await asyncio.shield(self._claim)
+            if self._claim is not None:
+                await asyncio.shield(self._claim)
             await self._append(draft(Kind.LEFT, pydantic_core.to_json(body)))
-        self._claim, self._carries, self._position = None, False, sys.maxsize
+        self._turn, self._claim, self._carries, self._position = "", None, False, sys.maxsize
 
     async def _append(self, event: Draft) -> Appended:
         batch = Batch([event], writer=secrets.token_hex(8), sequence=1)

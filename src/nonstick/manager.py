@@ -513,6 +513,8 @@ class SessionManager:
         elif request.method == "GET":
             _check_accepts_stream(request)
             session = Session.hydrate(node, session_id, key, loaded, record)
+            # A stream may be open for hours, and there are thousands.
+            del loaded, record
             await self._serve_stream(session, request, receive, send, headers)
         elif request.method == "DELETE":
             await self._delete(key, send, headers)
