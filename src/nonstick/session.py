@@ -163,35 +163,38 @@ class _Standalone:
 class Session:
     """One session on this node: its connection, the requests that run here, and its place in the log."""
 
+    # What most never change is the class's, so that a session is small: there may be thousands with an open stream.
+
+    held: Holding | None = None
+    """While this node holds the session (`placement="owner"`)."""
+    unconfirmed = False
+    """It was opened, and not used yet: it has its first, short lifetime (P10)."""
+    log_level: str | None = None
+    subscriptions: frozenset[str] = frozenset()
+    head = Cursor(0)
+    loaded_at = 0
+    """The log's head when the record was loaded that this view has."""
+    ended = False
+    _record: Record | None = None
+    _stack: _HoldingStack | None = None
+    _users = 0
+    _recent_cancels: tuple[tuple[int, str], ...] = ()
+    _attendants = 0
+    _inbox: asyncio.Task[None] | None = None
+    _holding = False
+    _before_open: list[Draft] | None = None
+
     def __init__(self, node: Node, session_id: str, key: str) -> None:
         self.node = node
         self.id = session_id
         self.key = key
         self.state = self._new_state()
-        self._record: Record | None = None
-        self._stack: _HoldingStack | None = None
         self.exchanges: dict[str, Exchange] = {}
         self.relays: set[str] = set()
         """Keys of the requests that came here and run on the session's owner."""
-        self.held: Holding | None = None
-        """While this node holds the session (`placement="owner"`)."""
         self.notices: set[asyncio.Task[Any]] = set()
         """The handlers of notifications that run here."""
-        self.unconfirmed = False
-        """It was opened, and not used yet: it has its first, short lifetime (P10)."""
-        self.log_level: str | None = None
-        self.subscriptions: frozenset[str] = frozenset()
-        self.head = Cursor(0)
-        self.loaded_at = 0
-        """The log's head when the record was loaded that this view has."""
-        self.ended = False
-        self._users = 0
         self._waiters: dict[str, _Waiter] = {}
-        self._recent_cancels: tuple[tuple[int, str], ...] = ()
-        self._attendants = 0
-        self._inbox: asyncio.Task[None] | None = None
-        self._holding = False
-        self._before_open: list[Draft] | None = None
         self.changing_state = asyncio.Lock()
         """Held while state is saved or changed in a step of its own: what is being saved must not undo that."""
         self.first_fields: dict[str, bytes] = {}
