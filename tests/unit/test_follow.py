@@ -394,6 +394,25 @@ async def test_follower_goes_on_when_the_store_is_back(store: Careless) -> None:
     subscription.close()
 
 
+async def test_silent_log_is_followed_without_a_task(store: Careless, follower: Follower) -> None:
+    """P10: thousands of streams may be open on a node."""
+    before = asyncio.all_tasks()
+    subscription = follower.subscribe(Cursor(0))
+    await append(store)
+    await collect(subscription, 1)
+    async with asyncio.timeout(DEADLINE):
+        while asyncio.all_tasks() != before:
+            await asyncio.sleep(0)
+    # Also what no wake tells is found, and by a task that ends again.
+    store.loses_wakes = True
+    await append(store)
+    await collect(subscription, 2)
+    async with asyncio.timeout(DEADLINE):
+        while asyncio.all_tasks() != before:
+            await asyncio.sleep(0)
+    subscription.close()
+
+
 async def test_nothing_is_left_behind(store: Careless, follower: Follower) -> None:
     before = asyncio.all_tasks()
     subscriptions = [follower.subscribe(Cursor(0)) for _ in range(3)]
