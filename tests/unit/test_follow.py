@@ -6,6 +6,7 @@ import asyncio
 import random
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
 
 import pytest
 
@@ -95,6 +96,13 @@ async def collect(subscription: Subscription, last: int) -> list[int]:
         while not seen or seen[-1] < last:
             seen += [event.position for event in await subscription.next()]
     return seen
+
+
+async def ended(tasks: set[asyncio.Task[Any]]) -> None:
+    """Returns once these tasks, if there are any, have ended."""
+    if tasks:
+        _, left = await asyncio.wait(tasks, timeout=DEADLINE)
+        assert not left
 
 
 def between(first: int, last: int) -> list[int]:
@@ -400,16 +408,12 @@ async def test_silent_log_is_followed_without_a_task(store: Careless, follower: 
     subscription = follower.subscribe(Cursor(0))
     await append(store)
     await collect(subscription, 1)
-    async with asyncio.timeout(DEADLINE):
-        while asyncio.all_tasks() != before:
-            await asyncio.sleep(0)
+    await ended(asyncio.all_tasks() - before)
     # Also what no wake tells is found, and by a task that ends again.
     store.loses_wakes = True
     await append(store)
     await collect(subscription, 2)
-    async with asyncio.timeout(DEADLINE):
-        while asyncio.all_tasks() != before:
-            await asyncio.sleep(0)
+    await ended(asyncio.all_tasks() - before)
     subscription.close()
 
 
