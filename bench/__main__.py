@@ -12,9 +12,11 @@ import argparse
 import json
 import os
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -41,6 +43,8 @@ KEY: Final = (
     "mcp, in memory",
     "mcp, in memory, JSON",
 )
+ECHO: Final = tuple(name for name in OPPONENTS if name != "mcp, event store")
+"""Without the one that is there for its resumes."""
 STATEFUL: Final = (
     "nonstick memory, 1 node",
     "nonstick sqlite, 3 nodes",
@@ -69,7 +73,7 @@ class Size:
         """Each with the opponents that it says something about."""
         whole = self.requests
         return [
-            (Workload("echo", 16, whole), tuple(OPPONENTS)),
+            (Workload("echo", 16, whole), ECHO),
             (Workload("echo", 1, whole), KEY),
             (Workload("echo", 64, whole), KEY),
             (Workload("progress", 16, whole // 4), STATEFUL),
@@ -94,7 +98,7 @@ class Part:
 async def _requests(size: Size, tell: Tell) -> list[dict[str, Any]]:
     tell("starting all opponents")
     lines = []
-    async with company(list(OPPONENTS.values())) as stages:
+    async with company([OPPONENTS[name] for name in ECHO]) as stages:
         for workload, names in size.workloads():
             chosen = [stage for stage in stages if stage.opponent.name in names]
             lines += await measure(chosen, workload, size.rounds, tell)
@@ -143,6 +147,7 @@ def run(name: str, size: Size, before: str = "") -> tuple[Any, dict[str, Any]]:
     return found, {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": f"python -m bench{' --full' if size is FULL else ''} --only {name}",
+        "code": _code(),
         "size": asdict(size),
         "load_before": load,
         "load_after": os.getloadavg()[0],
@@ -192,6 +197,14 @@ def _environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},
     }
+
+
+def _code() -> str:
+    """The commit, if this is a checkout."""
+    git = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--exclude=*"]
+    with suppress(OSError):
+        return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    return ""
 
 
 def _cpu_model() -> str:

@@ -276,7 +276,7 @@ async def growth(tell: Callable[[str], None]) -> list[dict[str, Any]]:
     """
     found = []
     for sessions, count in GROWTH:
-        tell(f"one echo among {sessions:,} sessions, {count} node{'s' if count > 1 else ''}")
+        tell(f"one echo among {sessions:,}, {count} node{'s' if count > 1 else ''}")
         store = MemoryStore()
         async with nodes(count, store) as callers:
             session = await callers[0].open()

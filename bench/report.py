@@ -36,10 +36,17 @@ def _environment(results: dict[str, Any]) -> str:
     here = results["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in here["versions"].items())
     rows = [
-        [name, one["date"], f"`{one['command']}`", f"{one['load_before']:.1f} / {one['load_after']:.1f}", _took(one)]
+        [
+            name,
+            one["date"],
+            one["code"],
+            f"`{one['command']}`",
+            f"{one['load_before']:.1f} / {one['load_after']:.1f}",
+            _took(one),
+        ]
         for name, one in results["parts"].items()
     ]
-    runs = _table("Parts of the run", ["", "date", "command", "load average before / after", "took"], rows)
+    runs = _table("Parts of the run", ["", "date", "commit", "command", "load average before / after", "took"], rows)
     return f"{here['cpu']}, {here['cores']} cores, {here['system']}, Python {here['python']}; {versions}.\n\n{runs}"
 
 

@@ -114,7 +114,8 @@ def _line(name: str, *cpu: float) -> dict[str, Any]:
 
 
 def _results(*lines: dict[str, Any]) -> dict[str, Any]:
-    about = {"date": "a day", "command": "a command", "load_before": 0.0, "load_after": 0.0, "seconds": 61.0}
+    about: dict[str, Any] = {"date": "a day", "code": "a commit", "command": "a command", "seconds": 61.0}
+    about |= {"load_before": 0.0, "load_after": 0.0}
     environment = {"cpu": "a CPU", "cores": 2, "system": "a system", "python": "3", "versions": {"mcp": "2"}}
     return {"environment": environment, "parts": {"requests": about}, "requests": list(lines)}
 
