@@ -12,13 +12,14 @@ import hashlib
 import hmac
 import json
 import re
-import secrets
 from enum import IntEnum
+from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 import pydantic_core
 from mcp_types import RequestId
 
+from nonstick import dice
 from nonstick.store import STANDALONE, Cursor, Draft
 
 __all__ = [
@@ -88,7 +89,7 @@ class Kind(IntEnum):
 
 def draft(kind: Kind, body: bytes = b"") -> Draft:
     """An event of this kind, ready to append, under a new random tag."""
-    return Draft(secrets.token_bytes(8), _VERSION + bytes((kind,)) + body)
+    return Draft(dice.tag(), _VERSION + bytes((kind,)) + body)
 
 
 def kind_of(data: bytes) -> Kind | None:
@@ -182,7 +183,9 @@ def _mac(text: str, session_id: str) -> str:
     return hashlib.blake2b(text.encode(), key=key, digest_size=8, person=b"nonstick-eventid").hexdigest()
 
 
+@lru_cache(maxsize=256, typed=True)
 def _pack(request: RequestId) -> str:
+    # Each event of a stream says it.
     text = json.dumps(request)
     return base64.urlsafe_b64encode(text.encode()).rstrip(b"=").decode() if len(text) <= MAX_REQUEST_ID else ""
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import random
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
@@ -31,7 +30,7 @@ from pydantic_core import PydanticSerializationError
 from starlette.requests import Request
 from starlette.types import Send
 
-from nonstick import wire
+from nonstick import dice, wire
 from nonstick.errors import (
     Diverged,
     Fenced,
@@ -119,7 +118,7 @@ class Exchange:
         self.head = head
         self.stream = 0
         # From a random number on: should the store lose this stream, another one takes its name, and is not this one.
-        self.attempt = self._first_attempt = random.getrandbits(_ATTEMPT_BITS) + 1
+        self.attempt = self._first_attempt = dice.bits(_ATTEMPT_BITS) + 1
         self._settings = session.node.settings
         self._answer: Answer = self._settings.answer
         self._principal = principal
@@ -154,7 +153,7 @@ class Exchange:
 
     @cached_property
     def _writer(self) -> str:
-        return _new_writer()
+        return dice.name()
 
     @cached_property
     def _unsent(self) -> deque[Draft]:
@@ -542,7 +541,7 @@ class Exchange:
         except Diverged:
             # Whoever reads on would not know what is missing: the request ends here, under a new name (P9).
             logger.warning("session %s: the store lost events of a request's stream", session.key[:12])
-            self._writer, self._sequence, self._in_doubt = _new_writer(), 0, None
+            self._writer, self._sequence, self._in_doubt = dice.name(), 0, None
             self.fail(wire.STREAM_LOST)
             raise
         self._in_doubt = None
@@ -733,8 +732,3 @@ class Exchange:
         if message is not None:
             params["message"] = message
         await self.notify("notifications/progress", params)
-
-
-def _new_writer() -> str:
-    # Not a secret, and one for each request: the system's random numbers would cost a call to it.
-    return f"{random.getrandbits(64):016x}"

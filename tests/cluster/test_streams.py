@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import re
 from typing import Any
 
@@ -72,6 +73,24 @@ async def test_a_handler_that_ends_soon_and_silently_is_answered_with_json_and_l
         async with posting(b, session, call("quick")) as stream:
             assert text_of(await stream.answer()) == "done"
         assert await stage.log(session) == []
+
+
+async def test_handlers_that_seed_the_random_numbers_of_the_process_lose_nothing(memory: MakeStore) -> None:
+    """P3: what names an append must not repeat, or the store takes the second stream's events for the first one's."""
+    async with staged(memory) as (stage, a, _, _):
+
+        @stage.tool
+        async def seeded(ctx: Context, arguments: dict[str, Any]) -> str:
+            random.seed(7)
+            await say(ctx, arguments["text"])
+            return "done"
+
+        session = await a.open()
+        for number in range(2):
+            async with posting(a, session, call("seeded", id=number, text=f"{number}")) as stream:
+                _, *events = await stream.events()
+            assert texts_of([event.message for event in events]) == [f"{number}", "done"]
+        assert await stage.kinds(session) == [Kind.OPENED, Kind.MESSAGE, Kind.TERMINAL] * 2
 
 
 async def test_a_handler_that_notifies_is_answered_with_a_stream(make_store: MakeStore) -> None:

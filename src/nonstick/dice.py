@@ -1,0 +1,31 @@
+"""Random names that must not repeat, and that nobody has to guess: without a system call for each.
+
+A generator of our own: handlers may seed the module's, after which every request would draw the same names.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+
+__all__ = ["bits", "name", "tag"]
+
+_dice = random.Random()  # noqa: S311
+if hasattr(os, "register_at_fork"):
+    # A server that loads the app and then forks would have all its workers draw the same.
+    os.register_at_fork(after_in_child=_dice.seed)
+
+
+def bits(count: int) -> int:
+    """A number of so many bits."""
+    return _dice.getrandbits(count)
+
+
+def name() -> str:
+    """16 hexadecimal digits: who writes to a log."""
+    return f"{_dice.getrandbits(64):016x}"
+
+
+def tag() -> bytes:
+    """8 bytes: an event's tag."""
+    return _dice.randbytes(8)

@@ -1,0 +1,42 @@
+"""Names that must not repeat do not, whatever a handler or a server does to the process."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+
+import pytest
+
+from nonstick import dice
+
+
+def test_handlers_that_seed_the_module_s_generator_repeat_nothing() -> None:
+    drawn = []
+    for _ in range(2):
+        random.seed(7)
+        drawn.append((dice.name(), dice.tag(), dice.bits(50)))
+    assert drawn[0] != drawn[1]
+
+
+def test_names_and_tags_have_their_length() -> None:
+    assert {len(dice.name()) for _ in range(200)} == {16}
+    assert {len(dice.tag()) for _ in range(200)} == {8}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no fork there")
+def test_forked_workers_draw_names_of_their_own() -> None:
+    """A server that loads the app before it forks gives its workers one generator."""
+    program = """
+import os
+from nonstick import dice
+dice.name()
+for _ in range(2):
+    if (child := os.fork()) == 0:
+        print(dice.name(), flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+print(dice.name())
+"""
+    said = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)  # noqa: S603
+    assert len(set(said.stdout.split())) == 3
