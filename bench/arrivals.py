@@ -69,12 +69,12 @@ def schedule(rate: float, seconds: float) -> Iterator[float]:
     return (number / rate for number in range(round(rate * seconds)))
 
 
-async def step(stage: Stage, rate: float, seconds: float) -> Step:
+async def step(stage: Stage, rate: float, seconds: float, connections: int = CONNECTIONS) -> Step:
     """Lets them arrive at this rate for so long, and waits for the last answer."""
     due = schedule(rate, seconds)
     took: list[float] = []
     errors = 0
-    workers = [Worker([stage.ports[number % len(stage.ports)]], "sessions") for number in range(CONNECTIONS)]
+    workers = [Worker([stage.ports[number % len(stage.ports)]], "sessions") for number in range(connections)]
     for worker in workers:
         await worker.open()
     cpu, own, begun = stage.cpu(), time.process_time(), time.perf_counter()

@@ -95,11 +95,11 @@ async def _slow_server() -> AsyncIterator[int]:
 
 @pytest.mark.anyio
 async def test_the_time_of_an_arrival_runs_from_when_it_was_due(tmp_path: Path) -> None:
-    """A server that is slower than the arrivals makes those wait that come later, and that counts."""
+    """A server that is slower than the arrivals makes those wait that come later, for a connection, and that counts."""
     stage = Stage(OPPONENTS["mcp, in memory"], "", tmp_path, "")
     async with _slow_server() as port:
         stage.ports = [port]
-        step = await arrivals.step(stage, 200, 0.2)
+        step = await arrivals.step(stage, 200, 0.2, connections=4)
     assert step.arrivals == 40
     assert not step.errors
     assert not step.sustained
