@@ -85,6 +85,10 @@ class Reader(ABC):
             self.outlet.leave()
             for task in tasks:
                 task.cancel()
+            await self.gone()
+
+    async def gone(self) -> None:  # noqa: B027 - most have nothing to do
+        """The connection has ended."""
 
     async def respond(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
         """Writes the response."""
@@ -743,12 +747,9 @@ class Listener(Reader):
         batch = Batch([event], writer=secrets.token_hex(8), sequence=1)
         return await patiently(lambda: self.session.append(batch), pause=_LIVENESS_POLL)
 
-    async def serve(self, receive: Receive, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
-        try:
-            await super().serve(receive, send, headers)
-        finally:
-            if not self.session.ended:
-                # Until it is said, others wait; but not this response, for a store that is away.
-                leaving = self.session.node.spawn(self._leave())
-                with anyio.move_on_after(_LEAVE_SECONDS, shield=True):
-                    await asyncio.wait([leaving])
+    async def gone(self) -> None:
+        if not self.session.ended:
+            # Until it is said, others wait; but not this response, for a store that is away.
+            leaving = self.session.node.spawn(self._leave())
+            with anyio.move_on_after(_LEAVE_SECONDS, shield=True):
+                await asyncio.wait([leaving])
