@@ -212,9 +212,16 @@ class Exchange:
         self._start()
 
     def _start(self) -> None:
-        self.session.exchanges[self.key] = self
+        session = self.session
+        session.exchanges[self.key] = self
+        session.__enter__()
         # Its connection holds the same place: it takes one until both have ended.
-        self.session.node.requests.held_while(self._request, self.session.spawn(self._run()))
+        session.node.requests.take(self._request)
+        session.node.spawn(self._run()).add_done_callback(self._ran)
+
+    def _ran(self, _: asyncio.Task[None]) -> None:
+        self.session.node.requests.give_back(self._request)
+        self.session.__exit__()
 
     # ---- the handler's side
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
+from itertools import chain
 from typing import Any, Final
 
 from mcp.shared.jsonrpc_dispatcher import progress_token_from_params
@@ -24,6 +25,9 @@ LONGEST_ID: Final = 1024
 
 LONGEST_METHOD: Final = 256
 """Characters of a method: it is logged, and kept with a stream."""
+
+_HEADERS: Final = "nonstick.headers"
+"""Where a scope keeps its headers, by name."""
 
 _LARGEST_NUMBER: Final = 2**63
 """Beyond any number that a client counts its requests with."""
@@ -158,12 +162,11 @@ def _too_large() -> wire.Refusal:
 
 def header(scope: Scope, name: str) -> str | None:
     """The first header of this name, which is in lower case."""
-    wanted = name.encode()
-    for key, value in scope["headers"]:
-        if key == wanted:
-            found: bytes = value
-            return found.decode("latin-1")
-    return None
+    headers: dict[bytes, bytes] | None = scope.get(_HEADERS)
+    if headers is None:
+        headers = scope[_HEADERS] = dict(reversed(scope["headers"]))
+    value = headers.get(name.encode())
+    return None if value is None else value.decode("latin-1")
 
 
 def check_headers(scope: Scope, limit: int) -> None:
@@ -172,10 +175,7 @@ def check_headers(scope: Scope, limit: int) -> None:
     Raises:
         Refusal: They are longer.
     """
-    size = 0
-    for name, value in scope["headers"]:
-        size += len(name) + len(value)
-    if size > limit:
+    if sum(map(len, chain.from_iterable(scope["headers"]))) > limit:
         raise wire.Refusal(431, f"Request Header Fields Too Large: the headers are longer than {limit} bytes")
 
 

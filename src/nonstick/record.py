@@ -94,6 +94,8 @@ class Record(NamedTuple):
         subscriptions: list[str] = []
         state: dict[str, bytes] = {}
         for name, value in fields.items():
+            if ":" not in name:
+                continue
             if name.startswith(STATE):
                 state[name[len(STATE) :]] = value
             elif name.startswith(SUBSCRIPTION):
