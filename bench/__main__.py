@@ -81,7 +81,7 @@ class Size:
         ]
 
 
-SHORT: Final = Size(rounds=24, requests=96, events=100, idle=5000, streams=500, seconds=2.0)
+SHORT: Final = Size(rounds=24, requests=64, events=100, idle=5000, streams=500, seconds=2.0)
 FULL: Final = Size(rounds=40, requests=320, events=2000, idle=100_000, streams=10_000, seconds=5.0)
 
 Tell = Callable[[str], None]
