@@ -22,6 +22,10 @@ __all__ = ["Feed"]
 _log = logging.getLogger("nonstick.stores.sqlite")
 
 _BATCH: Final = 256
+_QUIET_SECONDS: Final = 1.0
+_QUIETLY: Final = 4
+"""So many times the interval is waited between two looks, once so long nothing has come: a node that idles shall not
+use a core's hundredths for looking."""
 _RETRY_SECONDS: Final = 0.5
 
 
@@ -43,9 +47,12 @@ class Feed:
         self._last_end = 0
         self._own: set[int] = set()  # events after the last one seen that were announced here already
         self._polled_at = 0.0
+        self._news_at = time.monotonic()
 
     def watch(self, key: str, wake: Wake) -> Callable[[], None]:
         watch, stop = self._watches.add(key, wake)
+        # Whoever begins to wait mostly has asked for something.
+        self._news_at = time.monotonic()
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._poll(), name="nonstick: watch SQLite")
         else:
@@ -57,6 +64,7 @@ class Feed:
         count = len(written.events)
         if not count:
             return
+        self._news_at = time.monotonic()
         if self._db is not None:
             if written.row == self._last_event + 1:
                 self._last_event += count
@@ -108,7 +116,10 @@ class Feed:
             self._interrupt()
             return _RETRY_SECONDS
         self._polled_at = time.monotonic()
-        return 0 if more else self._interval
+        if more:
+            return 0
+        quiet = self._polled_at - self._news_at > _QUIET_SECONDS
+        return self._interval * _QUIETLY if quiet else self._interval
 
     def _begin(self, db: sqlite3.Connection) -> None:
         self._interrupt()
@@ -129,6 +140,8 @@ class Feed:
         last_event, last_end = db.execute(SQL["last_ids"]).fetchone()
         rows = db.execute(SQL["new_events"], (self._last_event, last_event, _BATCH)).fetchall()
         ends = db.execute(SQL["new_ends"], (self._last_end, last_end)).fetchall()
+        if rows or ends:
+            self._news_at = time.monotonic()
         new = (row for row in rows if row[0] not in self._own)
         for key, group in groupby(new, key=lambda row: row[1]):
             self._watches.announce(key, [Event(*row[2:]) for row in group])
