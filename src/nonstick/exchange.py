@@ -46,7 +46,7 @@ from nonstick.events import EventId, Kind, cursor_text, decode, draft
 from nonstick.limits import LONGEST_METHOD
 from nonstick.node import EVERYBODY
 from nonstick.offers import initialization
-from nonstick.record import UNCONFIRMED, opening_fields, subscription_field
+from nonstick.record import UNCONFIRMED, Record, opening_fields, subscription_field
 from nonstick.security import without_text
 from nonstick.session import Session, request_key
 from nonstick.store import NEW_STREAM, Batch, Cursor, Draft, Event
@@ -439,6 +439,7 @@ class Exchange:
             self._answer_with(_FULL if error.group == EVERYBODY else _TOO_MANY)
             return
         self._visible = True
+        session.record = Record.from_fields(fields)
         session.unconfirmed = settings.confirms
         session.node.sessions[session.key] = session
         session.state.saved(changes)

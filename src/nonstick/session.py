@@ -175,7 +175,8 @@ class Session:
     loaded_at = 0
     """The log's head when the record was loaded that this view has."""
     ended = False
-    _record: Record | None = None
+    record: Record | None = None
+    """What the store last said of it."""
     _stack: _HoldingStack | None = None
     _users = 0
     _recent_cancels: tuple[tuple[int, str], ...] = ()
@@ -240,8 +241,8 @@ class Session:
         connection = Connection(_Standalone(self), protocol_version=LATEST_HANDSHAKE_VERSION, session_id=self.id)
         connection.state = self.state
         self._stack = connection.exit_stack = _HoldingStack()
-        if self._record is not None:
-            _introduce(connection, self._record)
+        if self.record is not None:
+            _introduce(connection, self.record)
         return connection
 
     @cached_property
@@ -252,12 +253,12 @@ class Session:
     @property
     def protocol_version(self) -> str:
         """What the client speaks."""
-        return self.connection.protocol_version if self._record is None else self._record.protocol_version
+        return self.connection.protocol_version if self.record is None else self.record.protocol_version
 
     @property
     def heard(self) -> Cursor:
         """Where the session begins in the cluster log."""
-        return Cursor(0) if self._record is None else self._record.heard
+        return Cursor(0) if self.record is None else self.record.heard
 
     def _new_state(self) -> SessionState:
         return SessionState(secret=self.id, limit=self.node.settings.max_state_bytes)
@@ -275,7 +276,7 @@ class Session:
 
     def refresh(self, loaded: Loaded, record: Record) -> None:
         """Takes over what the store knows: other nodes may have changed it since."""
-        self._record = record
+        self.record = record
         if "connection" in vars(self):
             _introduce(self.connection, record)
         self.unconfirmed = record.unconfirmed

@@ -81,6 +81,36 @@ async def test_ids_have_192_random_bits_and_are_unique(memory: MakeStore) -> Non
     assert all(len(set(column)) > 1 for column in zip(*ids, strict=True))
 
 
+async def test_work_that_initialize_leaves_behind_goes_on_knowing_the_client(memory: MakeStore) -> None:
+    """P2: the view of a session that nothing uses is forgotten, but not by who is still at work for it."""
+    shared, answered = World(), asyncio.Event()
+    seen: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+    async def work() -> None:
+        await answered.wait()
+        connection = current_connection()
+        seen.set_result((connection.client_params, connection.protocol_version, connection.session_id))
+
+    async def leave_work(ctx: Any, call_next: CallNext) -> HandlerResult:
+        if ctx.method == "initialize":
+            working.append(asyncio.create_task(work()))
+        return await call_next(ctx)
+
+    def server() -> Server[Any]:
+        made = shared.server()
+        made.middleware.append(leave_work)
+        return made
+
+    working: list[asyncio.Task[None]] = []
+    async with memory() as _, Cluster(server, memory) as (a, _b, _c):
+        session = await a.open(version="2025-06-18")
+        assert node_of(a).sessions == {}
+        answered.set()
+        client, version, name = await seen
+    assert client.client_info.name
+    assert (version, name) == ("2025-06-18", session.id)
+
+
 async def test_id_that_a_client_made_up_is_neither_adopted_nor_replaced(make_store: MakeStore) -> None:
     """P1."""
     async with world(make_store) as (_, (a, _b, _c), store):
