@@ -36,7 +36,7 @@ class SQLiteStore:
 
     Args:
         path: The file, on a local file system. It is created, its directory is not.
-        poll_interval: Seconds between two looks for what other processes appended, while somebody watches. Four times
+        poll_interval: Seconds between two looks for what other processes appended, while somebody watches. Ten times
             as long once nothing has come for a second.
         clock: The store's clock, in seconds; by default the machine's time since boot, kept up over reboots.
 
