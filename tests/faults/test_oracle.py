@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from math import inf
-from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -411,7 +410,7 @@ async def test_log_without_tags_is_caught_when_the_store_loses_its_end(
 ) -> None:
     """P9: positions are given out again; only the tag tells that another event stands there now."""
     if not tags:
-        monkeypatch.setattr("nonstick.events.secrets", SimpleNamespace(token_bytes=bytes))
+        monkeypatch.setattr("nonstick.events.dice.tag", lambda: bytes(8))
     store = Forgetful()
     async with bench(store) as (made, client):
         call = client.call("count", steps=6)

@@ -24,8 +24,8 @@ _log = logging.getLogger("nonstick.stores.sqlite")
 _BATCH: Final = 256
 _QUIET_SECONDS: Final = 1.0
 _QUIETLY: Final = 10
-"""So many times the interval is waited between two looks, once so long nothing has come: a node that idles shall not
-use a core's hundredths for looking."""
+"""So many times the interval is waited between two looks, once nothing has come for so long: each look wakes the
+process, which costs more than the look."""
 _RETRY_SECONDS: Final = 0.5
 
 
