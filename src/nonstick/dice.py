@@ -1,4 +1,4 @@
-"""Random names that must not repeat, and that nobody has to guess: without a system call for each.
+"""Random names and numbers that must not repeat and may be guessed: without a system call for each.
 
 A generator of our own: handlers may seed the module's, after which every request would draw the same names.
 """

@@ -220,6 +220,13 @@ class Exchange:
         session.node.spawn(self._run()).add_done_callback(self._ran)
 
     def _ran(self, _: asyncio.Task[None]) -> None:
+        if not self._closed:
+            # Cancelled before its first step, it could not leave by itself.
+            self._closed = True
+            self._leave()
+        if not self._is_decided:
+            # Nobody shall wait for what will not come.
+            self._refuse(wire.unavailable("This node was shut down before it ran the request. Try again."))
         self.session.node.requests.give_back(self._request)
         self.session.__exit__()
 
@@ -659,6 +666,7 @@ class Exchange:
 
     def _give_up_stream(self) -> None:
         """The stream is another node's, or lost. Who holds an id of it learns more by resuming; others here."""
+        self._answer_with(None)
         if not self._gave_id:
             self._outlet.put(wire.sse_message(wire.error_body(self.message.id, wire.STREAM_LOST)))
         self._outlet.end()

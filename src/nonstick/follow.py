@@ -16,6 +16,7 @@ from typing import Final
 from nonstick.bell import Bell
 from nonstick.errors import Diverged, SessionNotFound, StoreUnavailable, Trimmed
 from nonstick.guard import GuardedStore
+from nonstick.security import without_text
 from nonstick.store import Cursor, Event
 
 __all__ = ["Follower", "Slice", "Subscription"]
@@ -226,7 +227,13 @@ class Follower:
     async def _keep_reading(self) -> None:
         while self._must_read and not self.ended:
             self._must_read = False
-            if not await self._read():
+            try:
+                done = await self._read()
+            except Exception as error:
+                # Of a store, a defect; here, nobody else would go on following.
+                logger.error("session %s: its log could not be read", self.key[:12], exc_info=without_text(error))
+                done = False
+            if not done:
                 await asyncio.sleep(_FIRST_POLL * random.uniform(0.3, 1.0))  # noqa: S311
                 self._must_read = True
         if not self.ended:

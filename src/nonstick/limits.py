@@ -27,7 +27,7 @@ LONGEST_METHOD: Final = 256
 """Characters of a method: it is logged, and kept with a stream."""
 
 _HEADERS: Final = "nonstick.headers"
-"""Where a scope keeps its headers, by name."""
+"""Where a scope keeps its headers by name, with the list that they are from."""
 
 _LARGEST_NUMBER: Final = 2**63
 """Beyond any number that a client counts its requests with."""
@@ -162,10 +162,11 @@ def _too_large() -> wire.Refusal:
 
 def header(scope: Scope, name: str) -> str | None:
     """The first header of this name, which is in lower case."""
-    headers: dict[bytes, bytes] | None = scope.get(_HEADERS)
-    if headers is None:
-        headers = scope[_HEADERS] = dict(reversed(scope["headers"]))
-    value = headers.get(name.encode())
+    headers = scope["headers"]
+    kept = scope.get(_HEADERS)
+    if kept is None or kept[0] is not headers:  # a copy of the scope may have others
+        kept = scope[_HEADERS] = headers, dict(reversed(headers))
+    value = kept[1].get(name.encode())
     return None if value is None else value.decode("latin-1")
 
 

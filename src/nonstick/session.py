@@ -327,7 +327,8 @@ class Session:
         if self._inbox is not None:
             self._inbox.cancel()
             self._inbox = None
-        self._disconnect()
+        if not self._users:  # else the end came while handlers run, and the last of them does it
+            self._disconnect()
 
     def _disconnect(self) -> None:
         """Parts what refers to each other: each request would leave it to the garbage collector."""

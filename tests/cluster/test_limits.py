@@ -12,7 +12,7 @@ import pytest
 from starlette.requests import Request
 
 from nonstick.events import Kind, decode, kind_of
-from nonstick.limits import LONGEST_ID, LONGEST_METHOD
+from nonstick.limits import LONGEST_ID, LONGEST_METHOD, header
 from nonstick.security import session_key
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing import ManualClock
@@ -377,3 +377,10 @@ async def test_refused_requests_are_forgotten(memory: MakeStore) -> None:
             return all(id(request) in before for request in requests_here())
 
         await eventually(forgotten)
+
+
+def test_header_is_the_first_of_its_name_also_in_a_changed_copy_of_the_scope() -> None:
+    scope: dict[str, Any] = {"headers": [(b"a", b"1"), (b"a", b"2")]}
+    assert (header(scope, "a"), header(scope, "b")) == ("1", None)
+    assert header({**scope, "headers": [(b"a", b"3")]}, "a") == "3"
+    assert header(scope, "a") == "1"

@@ -14,6 +14,7 @@ from mcp.server.auth.middleware.auth_context import get_access_token
 from mcp.server.auth.settings import AuthSettings
 from mcp.server.connection import Connection
 from mcp.server.mcpserver import Context as ToolContext
+from mcp_types import INTERNAL_ERROR, ErrorData
 from pydantic import AnyHttpUrl
 
 from nonstick import current_attempt, current_connection
@@ -29,6 +30,7 @@ from tests.cluster.servers import messages
 from tests.cluster.sse import getting, posting
 from tests.cluster.stage import (
     Context,
+    DownStore,
     Stage,
     accept,
     announce,
@@ -595,3 +597,54 @@ async def test_what_initialize_leaves_in_the_state_is_there_for_what_follows() -
         session = await a.open()
         assert text_of((await a.post(call("use", 1), session)).json()) == "11"
         assert text_of((await b.post(call("use", 2), session)).json()) == "12"
+
+
+async def test_handler_that_the_end_of_the_session_stops_still_finds_its_state() -> None:
+    """P6: what it holds is for its own clean-up, too."""
+    async with desk(one(MemoryStore())) as (stage, a, _, _):
+        found: list[Any] = []
+
+        @stage.tool
+        async def hold(ctx: Context, arguments: dict[str, Any]) -> str:
+            current_connection().state["page"] = page = object()
+            stage.open("holding")
+            try:
+                await stage.door("never")
+            finally:
+                found.append(current_connection().state.get("page") is page)
+                stage.open("cleaned up")
+            return "never"
+
+        session = await a.open()
+        async with posting(a, session, call("hold")):
+            await stage.reached("holding")
+            assert (await a.delete(session)).status_code == 200
+            await stage.reached("cleaned up")
+        assert found == [True]
+
+
+async def test_request_whose_session_moves_before_its_stream_could_be_opened_is_answered() -> None:
+    """P7, P9: the store is away when the request is to become a stream, and has given the session to another since."""
+    downs: list[DownStore] = []
+    make_one = one(MemoryStore())
+
+    def make_store() -> Any:
+        downs.append(DownStore(make_one(), "append", after=False))
+        return downs[-1]
+
+    async with desk(make_store, window=0.05) as (stage, a, _, _):
+        session = await a.open()
+        for down in downs:
+            down.holding = True
+        async with posting(a, session, call("wait")) as stream:
+            await stage.reached("running")
+            view = node_of(a).sessions[session_key(session.id)]
+            (exchange,) = view.exchanges.values()
+            await eventually(lambda: exchange._in_doubt is not None)
+            exchange.fence(ErrorData(code=INTERNAL_ERROR, message="moved"))
+            (answer,) = await stream.rest()
+            assert answer["id"] == 1
+            assert answer["error"]["code"] == INTERNAL_ERROR
+        await eventually(lambda: not view.is_active and not len(node_of(a).requests))
+        for down in downs:
+            down.holding = False

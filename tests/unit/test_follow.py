@@ -427,3 +427,28 @@ async def test_nothing_is_left_behind(store: Careless, follower: Follower) -> No
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     assert asyncio.all_tasks() == before
+
+
+class Defective(MemoryStore):
+    """Raises at its first read what no store may raise."""
+
+    broken = True
+
+    async def read(self, key: str, after: Cursor, *, limit: int = 256) -> list[Event]:
+        if self.broken:
+            self.broken = False
+            raise ValueError("a defect")
+        return await super().read(key, after, limit=limit)
+
+
+async def test_follower_goes_on_after_an_error_that_no_store_may_raise(caplog: pytest.LogCaptureFixture) -> None:
+    """P9: one read that fails must not make a node deaf for the session."""
+    async with Defective() as store:
+        await store.create(KEY, {}, lifetime=600)
+        follower = Follower(GuardedStore(store), KEY)
+        await append(store)
+        subscription = follower.subscribe(Cursor(0))
+        assert await collect(subscription, 1) == [1]
+        subscription.close()
+    assert not store.broken
+    assert "its log could not be read" in caplog.text

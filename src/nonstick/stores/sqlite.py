@@ -36,8 +36,8 @@ class SQLiteStore:
 
     Args:
         path: The file, on a local file system. It is created, its directory is not.
-        poll_interval: Seconds between two looks for what other processes appended, while somebody watches. Ten times
-            as long once nothing has come for a second.
+        poll_interval: Seconds between two looks for what other processes appended, while somebody watches. At
+            least 0.05 once nothing has come for a second.
         clock: The store's clock, in seconds; by default the machine's time since boot, kept up over reboots.
 
     Raises:

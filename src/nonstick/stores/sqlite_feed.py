@@ -23,14 +23,16 @@ _log = logging.getLogger("nonstick.stores.sqlite")
 
 _BATCH: Final = 256
 _QUIET_SECONDS: Final = 1.0
-_QUIETLY: Final = 10
-"""So many times the interval is waited between two looks, once nothing has come for so long: each look wakes the
-process, which costs more than the look."""
+_QUIET_INTERVAL: Final = 0.05
+"""Seconds, at least, between two looks once nothing has come for so long: each wakes the process, which costs more than
+the look."""
 _RETRY_SECONDS: Final = 0.5
 
 
 class Feed:
     """Wakes this process's watchers for its own appends at once, and for those of others within the poll interval.
+
+    After a second without any news, within 50 ms.
 
     There is one writer at a time, so the ids of events and of ends follow the order of commits, and whatever has an
     id after the last one seen is new.
@@ -119,7 +121,7 @@ class Feed:
         if more:
             return 0
         quiet = self._polled_at - self._news_at > _QUIET_SECONDS
-        return self._interval * _QUIETLY if quiet else self._interval
+        return max(self._interval, _QUIET_INTERVAL) if quiet else self._interval
 
     def _begin(self, db: sqlite3.Connection) -> None:
         self._interrupt()
