@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import random
 
-__all__ = ["bits", "name", "tag"]
+__all__ = ["attempt", "name", "tag"]
 
 _dice = random.Random()  # noqa: S311
 if hasattr(os, "register_at_fork"):
@@ -16,13 +16,13 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_dice.seed)
 
 
-def bits(count: int) -> int:
-    """A number of so many bits."""
-    return _dice.getrandbits(count)
+def attempt() -> int:
+    """1 to 2 ** 50: the first attempt at a stream. Should the store lose the stream, another one may take its name."""
+    return _dice.getrandbits(50) + 1
 
 
 def name() -> str:
-    """16 hexadecimal digits: who writes to a log."""
+    """16 hexadecimal digits: who writes to a log, or whose turn it is."""
     return f"{_dice.getrandbits(64):016x}"
 
 

@@ -70,7 +70,6 @@ _NOT_RUN: Final = ErrorData(
     data={"reason": "store_unavailable", "retrySafe": True},
 )
 
-_ATTEMPT_BITS: Final = 50
 _UNSENT: Final = 1000
 """Messages of one request that wait for a store that is away; beyond that the oldest are dropped."""
 
@@ -117,8 +116,7 @@ class Exchange:
         self._request = request
         self.head = head
         self.stream = 0
-        # From a random number on: should the store lose this stream, another one takes its name, and is not this one.
-        self.attempt = self._first_attempt = dice.bits(_ATTEMPT_BITS) + 1
+        self.attempt = self._first_attempt = dice.attempt()
         self._settings = session.node.settings
         self._answer: Answer = self._settings.answer
         self._principal = principal

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -23,7 +22,7 @@ from mcp_types import (
     RequestId,
 )
 
-from nonstick import notice, portable, wire
+from nonstick import dice, notice, portable, wire
 from nonstick.errors import Diverged, Fenced, SessionNotFound, StoreUnavailable, StreamClosed
 from nonstick.events import Kind, decode, draft, kind_of
 from nonstick.exchange import Exchange
@@ -37,7 +36,6 @@ from nonstick.store import MAX_READ, Batch, Cursor, Event
 __all__ = ["SESSION_LOST", "Failure", "Holding", "OpenStream", "Survey", "announce", "survey"]
 
 logger = logging.getLogger(__name__)
-
 
 _RETRY_PAUSE: Final = 1.0
 
@@ -361,7 +359,7 @@ async def announce(session: Session, owner: str) -> None:
 async def _end_stream(session: Session, stream: int, attempt: int, body: bytes) -> None:
     batch = Batch(
         [draft(Kind.TERMINAL, body)],
-        writer=secrets.token_hex(8),
+        writer=dice.name(),
         sequence=1,
         stream=stream,
         attempt=attempt,

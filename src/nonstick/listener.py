@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +20,7 @@ from mcp.shared.subscriptions import ResourceUpdated
 from mcp_types.version import is_version_at_least
 from starlette.types import Receive, Send
 
-from nonstick import wire
+from nonstick import dice, wire
 from nonstick.broadcast import LISTS, NOWHERE, Broadcast
 from nonstick.deadline import Deadline
 from nonstick.errors import Diverged, SessionNotFound, StoreError, StoreUnavailable
@@ -37,7 +36,6 @@ from nonstick.turns import Turn, Turns
 __all__ = ["Listener", "Resumption"]
 
 logger = logging.getLogger(__name__)
-
 
 _LEAVE_SECONDS: Final = 2.0
 
@@ -400,7 +398,7 @@ class Listener(Reader):
 
     async def _ask_for_it(self) -> bool:
         """Asks whether another connection carries the stream. Whether none does, and none asked before."""
-        self._turn = secrets.token_hex(8)
+        self._turn = dice.name()
         self._claim = self.session.node.spawn(self._ask(self._turn))
         taken = False
 
@@ -514,7 +512,7 @@ class Listener(Reader):
         """Says in the log that this connection carries the stream from here on, and finds out where to go on."""
         self._turns.forget()
         self._place = None
-        self._turn = self._turn or secrets.token_hex(8)
+        self._turn = self._turn or dice.name()
         self._position = sys.maxsize
         body = {
             "listener": self._turn,
@@ -744,7 +742,7 @@ class Listener(Reader):
         self._turn, self._claim, self._carries, self._position = "", None, False, sys.maxsize
 
     async def _append(self, event: Draft) -> Appended:
-        batch = Batch([event], writer=secrets.token_hex(8), sequence=1)
+        batch = Batch([event], writer=dice.name(), sequence=1)
         return await patiently(lambda: self.session.append(batch), pause=_LIVENESS_POLL)
 
     async def gone(self) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 from typing import Any, Final
 
 import pydantic_core
@@ -18,7 +17,7 @@ from mcp_types.version import is_version_at_least
 from starlette.requests import Request
 from starlette.types import Receive, Send
 
-from nonstick import portable, wire
+from nonstick import dice, portable, wire
 from nonstick.errors import SessionNotFound, StoreUnavailable
 from nonstick.events import EventId, Kind, body_of, draft, kind_of
 from nonstick.listener import Resumption
@@ -30,7 +29,6 @@ __all__ = ["Relay", "relay_notice"]
 
 logger = logging.getLogger(__name__)
 
-_ATTEMPTS: Final = 1 << 50
 _PATIENCE: Final = 20.0
 """Seconds for the one append; well below `WRITER_SECONDS`, within which a repeat is recognised."""
 
@@ -50,7 +48,7 @@ async def relay_notice(session: Session, message: JSONRPCNotification, request: 
     """
     notification = message.model_dump(mode="json", by_alias=True, exclude_unset=True)
     body = {"notification": notification, "http": portable.pack(request)}
-    batch = Batch([draft(Kind.NOTICE, pydantic_core.to_json(body))], writer=secrets.token_hex(8), sequence=1)
+    batch = Batch([draft(Kind.NOTICE, pydantic_core.to_json(body))], writer=dice.name(), sequence=1)
     await session.append(batch, patience=patience)
 
 
@@ -73,7 +71,7 @@ class Relay(Resumption):
         self._primes = is_version_at_least(version, "2025-11-25")
         self._message = message
         self._answer = session.node.settings.answer
-        attempt = secrets.randbelow(_ATTEMPTS) + 1
+        attempt = dice.attempt()
         body: dict[str, Any] = {
             "node": owner,
             "attempt": attempt,
@@ -100,7 +98,7 @@ class Relay(Resumption):
 
     async def _open(self, event: Draft) -> bool:
         """Writes the request into the log. False if nobody knows whether that was done."""
-        batch = Batch([event], writer=secrets.token_hex(8), sequence=1, stream=NEW_STREAM, attempt=self._attempt)
+        batch = Batch([event], writer=dice.name(), sequence=1, stream=NEW_STREAM, attempt=self._attempt)
         try:
             stream = (await self.session.append(batch, patience=_PATIENCE)).first
         except StoreUnavailable:

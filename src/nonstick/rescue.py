@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 from typing import Any
 
 from mcp.server.runner import ServerRunner
@@ -19,7 +18,7 @@ from mcp.shared.transport_context import TransportContext
 from mcp_types import INTERNAL_ERROR, ErrorData, JSONRPCRequest
 from starlette.requests import Request
 
-from nonstick import wire
+from nonstick import dice, wire
 from nonstick.errors import Fenced, StreamClosed
 from nonstick.events import Kind, decode, draft, kind_of
 from nonstick.security import without_text
@@ -149,7 +148,7 @@ class Rescue:
         terminal = draft(Kind.TERMINAL, wire.error_body(self._request.id, error))
         batch = Batch(
             [terminal],
-            writer=secrets.token_hex(8),
+            writer=dice.name(),
             sequence=1,
             stream=self._stream,
             attempt=self._attempt,

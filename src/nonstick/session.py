@@ -170,7 +170,6 @@ class Session:
     unconfirmed = False
     """It was opened, and not used yet: it has its first, short lifetime (P10)."""
     log_level: str | None = None
-    subscriptions: frozenset[str] = frozenset()
     head = Cursor(0)
     loaded_at = 0
     """The log's head when the record was loaded that this view has."""
@@ -256,6 +255,11 @@ class Session:
         return self.connection.protocol_version if self.record is None else self.record.protocol_version
 
     @property
+    def subscriptions(self) -> frozenset[str]:
+        """URIs of the resources that the client is subscribed to."""
+        return frozenset() if self.record is None else self.record.subscriptions
+
+    @property
     def heard(self) -> Cursor:
         """Where the session begins in the cluster log."""
         return Cursor(0) if self.record is None else self.record.heard
@@ -281,7 +285,6 @@ class Session:
             _introduce(self.connection, record)
         self.unconfirmed = record.unconfirmed
         self.log_level = record.log_level
-        self.subscriptions = record.subscriptions
         self.state.refresh(record.state, record.changes)
         self.head = max(self.head, loaded.head)
         self.loaded_at = loaded.head.position

@@ -15,7 +15,7 @@ def test_handlers_that_seed_the_module_s_generator_repeat_nothing() -> None:
     drawn = []
     for _ in range(2):
         random.seed(7)
-        drawn.append((dice.name(), dice.tag(), dice.bits(50)))
+        drawn.append((dice.name(), dice.tag(), dice.attempt()))
     assert drawn[0] != drawn[1]
 
 
