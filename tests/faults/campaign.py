@@ -1,6 +1,7 @@
 """Clients at work while nodes die, freeze and drain, and the store and the network to it fail; an oracle judges it all.
 
     python -m tests.faults.campaign --seconds 60 --seed 7 --store valkey
+    python -m tests.faults.campaign --requests 20000 --calm 4 --seed 7 --store postgres
 
 What is done, when and to whom follows from the seed; what that leads to also depends on the machine. Exits with 1 and
 shows the records that matter when a promise was broken.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import random
 import sys
 import tempfile
@@ -18,6 +20,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,30 +35,51 @@ from nonstick.testing.oracle import (
     Got,
     Record,
     Replayed,
+    Vanished,
     Violation,
     judge,
 )
 from nonstick.testing.processes import NodeProcess
-from tests.faults.client import Call, Patience, Session
+from tests.faults.client import Patience
 from tests.faults.grounds import GROUNDS, Ground, StoreKind
 from tests.faults.stage import Stage
+from tests.faults.work import Worker
 
 __all__ = ["Campaign", "StoreKind", "report"]
 
 NODES: Final = 3
-CLIENTS: Final = 6
+PATIENT: Final = 6
+"""Clients whose tools take their time."""
+HURRIED: Final = 6
+"""Clients that send one short request after the other."""
+VANISHING: Final = 1
+"""Clients that go away in the middle, one after the other."""
 LEASE: Final = 2.0
 GRACE: Final = 2.0
+LIFETIME: Final = 30.0
+"""Seconds without a sign of its client that a session lives."""
 CALL_SECONDS: Final = 45.0
 """A call must have ended by then: several times what a freeze, a lease and the polls take together."""
 LOST_SECONDS: Final = 75.0
 """Where a store may have lost a call's end: it is found out by asking its node, which takes half a minute."""
 STALL: Final = 5.0
+AROUND: Final = 0.05
+"""Seconds before and after a SIGTERM within which every request of every client goes to the node that gets it."""
 GONE_SECONDS: Final = GRACE + 6.0
 """The last words of what is ended after the grace period, and 2 s each for a store that is away: to say the end of what
 runs, and to give the lease back."""
+SLACK: Final = 15.0
+"""Seconds until the end of a session whose client went away has come, at most, on a busy machine."""
 SHOWN: Final = 30
 """Records of an excerpt."""
+OPTIONS: Final[dict[str, Any]] = {
+    "lease": LEASE,
+    "grace": GRACE,
+    "max_stall": STALL,
+    "reexecute": "idempotent",
+    "session_idle_timeout": LIFETIME,
+}
+"""Of `nonstick.app`, on each node."""
 
 
 @dataclass
@@ -64,6 +88,8 @@ class Campaign:
 
     Attributes:
         seconds: How long faults are injected; what is under way then is seen through.
+        requests: Until so many HTTP requests were answered instead, if that is sooner.
+        calm: Seconds between two faults of a kind, times this.
         losing: Also have the store lose what it has acknowledged. To see that through takes longer.
         violations: What the oracle found.
     """
@@ -72,10 +98,13 @@ class Campaign:
     seed: int
     seconds: float
     home: Path
+    requests: float = inf
+    calm: float = 1.0
     losing: bool = True
     violations: list[Violation] = field(default_factory=list)
     faults: Counter[str] = field(default_factory=Counter)
     records: list[Record] = field(default_factory=list)
+    took: float = 0.0
     logs: str = ""
 
     async def run(self) -> None:
@@ -85,10 +114,12 @@ class Campaign:
             self._ground: Ground = await stack.enter_async_context(ground)
             self._loses = self.losing and bool(ground.losses())
             for _ in range(NODES):
-                node = self._stage.node(lease=LEASE, grace=GRACE, max_stall=STALL, reexecute="idempotent")
+                node = self._stage.node(**OPTIONS)
                 node.store = await ground.way(node.name)
             await asyncio.gather(*(node.start() for node in self._stage.nodes))
             await self._fight()
+            await self._look_for_the_vanished()
+            self.violations += ground.found
             self.logs = "".join(node.written for node in self._stage.nodes)
             # While the store is there: nodes are killed before it is.
             await self._stage.close()
@@ -97,90 +128,64 @@ class Campaign:
 
     async def _fight(self) -> None:
         self._over = time.monotonic() + self.seconds
-        work = [asyncio.create_task(self._client(number)) for number in range(CLIENTS)]
+        makers = {"client": PATIENT, "hurried": HURRIED, "vanishing": VANISHING}
+        work = [
+            asyncio.create_task(self._work(f"{kind} {number}"))
+            for kind, count in makers.items()
+            for number in range(count)
+        ]
         locks = {node.name: asyncio.Lock() for node in self._stage.nodes}
         harm = [asyncio.create_task(self._harm_nodes(number, locks)) for number in range(2)]
         harm.append(asyncio.create_task(self._harm_store()))
         if self._ground.proxies:
             harm.append(asyncio.create_task(self._harm_network()))
+        began = time.monotonic()
         await asyncio.gather(*harm)
+        self.took = time.monotonic() - began
         await asyncio.gather(*work)
 
     @property
     def _goes_on(self) -> bool:
-        return time.monotonic() < self._over
+        return time.monotonic() < self._over and self._stage.history.requests < self.requests
 
-    @property
-    def _call_seconds(self) -> float:
-        return LOST_SECONDS if self._loses else CALL_SECONDS
+    async def _pause(self, rng: random.Random, least: float, most: float) -> None:
+        """Between two faults."""
+        until = time.monotonic() + rng.uniform(least, most) * self.calm
+        while self._goes_on and time.monotonic() < until:  # noqa: ASYNC110 - it ends in two ways
+            await asyncio.sleep(0.2)
 
     # ---- what clients do
 
-    async def _client(self, number: int) -> None:
-        rng = random.Random(f"{self.seed} client {number}")
+    async def _work(self, name: str) -> None:
+        rng = random.Random(f"{self.seed} {name}")
+        kind, _, _ = name.partition(" ")
+        call = LOST_SECONDS if self._loses else CALL_SECONDS
         while self._goes_on:
             session = self._stage.client(
-                seed=rng.randrange(2**32), cuts=0.3, patience=Patience(idle=2.5, call=self._call_seconds)
+                seed=rng.randrange(2**32),
+                cuts=0.02 if kind == "hurried" else 0.3,
+                patience=Patience(idle=2.5, call=call),
             )
             await session.open()
-            session.listen()
-            await self._use(session, rng)
+            worker = Worker(session, rng, self._stage.nodes, goes_on=lambda: self._goes_on, losing=self._loses)
+            match kind:
+                case "hurried":
+                    await worker.hurry()
+                case "vanishing":
+                    await worker.vanish(LIFETIME + SLACK)
+                    await self._pause(rng, 0.5, 2.0)
+                case _:
+                    await worker.work()
             await session.close()
 
-    async def _use(self, session: Session, rng: random.Random) -> None:
-        running: set[asyncio.Task[None]] = set()
-        for _ in range(rng.randint(3, 12)):
-            if not self._goes_on or session.gone:
-                break
-            running.add(asyncio.create_task(self._call(session, rng)))
-            if len(running) > 2:
-                _, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-        if rng.random() < 0.3:
-            await session.delete()
+    async def _look_for_the_vanished(self) -> None:
+        """Asks for the sessions whose clients went away, once they must have ended."""
+        for vanished in [one for one in self._stage.history.records if isinstance(one, Vanished)]:
+            await asyncio.sleep(max(0.0, vanished.by + 0.1 - time.monotonic()))
+            session = next(one for one in self._stage.sessions if one.name == vanished.session)
             for node in self._stage.nodes:
-                try:
+                with contextlib.suppress(httpx2.TransportError, TimeoutError):
                     await session.ping(node)
-                except (httpx2.TransportError, TimeoutError):
-                    pass  # it is down: what it says is not known
-        for task in running:
-            await task
-        if not (session.ended or session.gone):
-            await session.catch_up()
-
-    async def _call(self, session: Session, rng: random.Random) -> None:
-        match rng.randrange(8):
-            case 0 | 1:
-                call = session.call("count", steps=rng.randint(3, 20), pause=rng.uniform(0.01, 0.15))
-            case 2:
-                steps = rng.randint(3, 20)
-                call = session.call("recount", steps=steps, pause=rng.uniform(0.01, 0.15), repeatable=True)
-            case 3:
-                steps = rng.randint(2, 10)
-                call = session.call("announce", steps=steps, pause=rng.uniform(0.01, 0.15), standalone=True)
-            case 4:
-                call = session.call("ask", steps=rng.randint(1, 3), **self._patience)
-            case 5:
-                call = session.call("plain")
-            case 6:
-                call = session.call("wait", seconds=rng.uniform(0.0, 1.0))
-            case _:
-                call = await self._cancelled(session, rng)
-        await call.end()
-        if rng.random() < 0.3 and not session.ended:
-            await session.replay(call)
-
-    @property
-    def _patience(self) -> dict[str, Any]:
-        """How long a tool waits for a reply: a store that loses writes may lose it after it was accepted."""
-        return {"patience": 20.0} if self._loses else {}
-
-    async def _cancelled(self, session: Session, rng: random.Random) -> Call:
-        # Longer than anybody waits: it ends because it is cancelled.
-        # If its cancel may be lost, it ends at last.
-        call = session.call("count", steps=200 if self._loses else 10_000, pause=0.05)
-        await asyncio.sleep(rng.choice([0.0, 0.05, 0.5]))
-        await session.cancel(call)
-        return call
 
     # ---- what is done to nodes
 
@@ -188,7 +193,7 @@ class Campaign:
         rng = random.Random(f"{self.seed} nodes {number}")
         deeds = [self._kill, self._freeze, self._drain]
         while self._goes_on:
-            await asyncio.sleep(rng.uniform(0.2, 1.5))
+            await self._pause(rng, 0.2, 1.5)
             node = rng.choice(self._stage.nodes)
             deed = rng.choice(deeds)
             async with locks[node.name]:
@@ -214,11 +219,22 @@ class Campaign:
 
     async def _drain(self, node: NodeProcess, rng: random.Random) -> None:
         self._note("drain", node.name)
-        node.terminate()
+        await self._terminate_under_arrivals(node, rng)
         if not await node.wait(GONE_SECONDS):
             self.violations.append(Violation("P8", f"{node.name} was not gone {GONE_SECONDS:g} s after SIGTERM"))
             node.kill()
         await node.start()
+
+    async def _terminate_under_arrivals(self, node: NodeProcess, rng: random.Random) -> None:
+        """SIGTERM while GETs, resumes and POSTs arrive, at each await of their start."""
+        self._stage.lure = node
+        living = [session for session in self._stage.sessions if not (session.ended or session.gone)]
+        for session in rng.sample(living, min(6, len(living))):
+            session.reconnect()
+        await asyncio.sleep(rng.uniform(0.0, AROUND))
+        node.terminate()
+        await asyncio.sleep(AROUND)
+        self._stage.lure = None
 
     # ---- what is done to the store
 
@@ -226,17 +242,18 @@ class Campaign:
         rng = random.Random(f"{self.seed} store")
         deeds = self._ground.deeds() | (self._ground.losses() if self.losing else {})
         while self._goes_on:
-            await asyncio.sleep(rng.uniform(1.0, 5.0))
+            await self._pause(rng, 1.0, 5.0)
             kind = rng.choice(sorted(deeds))
-            self._note(kind, self.store)
-            await deeds[kind](rng)
+            if self._goes_on:
+                self._note(kind, self.store)
+                await deeds[kind](rng)
 
     # ---- what is done between nodes and the store
 
     async def _harm_network(self) -> None:
         rng = random.Random(f"{self.seed} network")
         while self._goes_on:
-            await asyncio.sleep(rng.uniform(0.2, 1.2))
+            await self._pause(rng, 0.2, 1.2)
             name, proxy = rng.choice(list(self._ground.proxies.items()))
             kind, deed = rng.choice(self._deeds(proxy, rng))
             self._note(kind, name)
@@ -282,12 +299,13 @@ def report(campaign: Campaign) -> str:
     results = sum("result" in message for message in terminals)
     events = sum(isinstance(record, Got) and record.place is not None for record in records)
     replays = sum(isinstance(record, Replayed) for record in records)
+    vanished = sum(isinstance(record, Vanished) for record in records)
     lines = [
-        f"{campaign.store}, seed {campaign.seed}, {campaign.seconds:g} s of faults",
+        f"{campaign.store}, seed {campaign.seed}, {campaign.took:.0f} s of faults",
         f"  faults      {sum(campaign.faults.values())}: {_counts(campaign.faults)}",
         f"  calls       {calls}: {results} results, errors: {_counts(reasons)}; no end known: {_counts(gave_up)}",
         f"  HTTP        {statuses.total()}: {_counts(statuses)}",
-        f"  events      {events}, and {replays} streams replayed",
+        f"  events      {events}, and {replays} streams replayed; {vanished} clients vanished",
         f"  violations  {len(campaign.violations)}",
     ]
     for violation in campaign.violations[:5]:
@@ -313,7 +331,9 @@ def _excerpt(violation: Violation, records: list[Record]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults.campaign", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seconds", type=float, help="how long faults are injected (60, or without end)")
+    parser.add_argument("--requests", type=int, help="until so many HTTP requests were answered")
+    parser.add_argument("--calm", type=float, default=1.0, help="seconds between faults, times this")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--store", choices=list(GROUNDS), default="valkey")
     parser.add_argument("--lossless", action="store_true", help="the store loses nothing that it acknowledged")
@@ -324,7 +344,16 @@ def main() -> int:
         home.mkdir(parents=True, exist_ok=True)
         for old in home.iterdir():
             old.unlink()
-        campaign = Campaign(arguments.store, arguments.seed, arguments.seconds, home, losing=not arguments.lossless)
+        seconds = arguments.seconds or (inf if arguments.requests else 60.0)
+        campaign = Campaign(
+            arguments.store,
+            arguments.seed,
+            seconds,
+            home,
+            requests=arguments.requests or inf,
+            calm=arguments.calm,
+            losing=not arguments.lossless,
+        )
         asyncio.run(campaign.run())
         print(report(campaign))
         if arguments.keep:

@@ -32,6 +32,7 @@ from nonstick.testing.oracle import (
     Replayed,
     Replied,
     Restarted,
+    Vanished,
     token_of,
 )
 
@@ -57,17 +58,27 @@ class Target(Protocol):
 
 @dataclass(slots=True)
 class History:
-    """What was recorded so far, and a counter that makes labels unique."""
+    """What was recorded so far, and a counter that makes labels unique.
+
+    Attributes:
+        requests: HTTP requests of sessions that were answered.
+    """
 
     records: list[Record] = field(default_factory=list)
     labels: itertools.count[int] = field(default_factory=itertools.count)
+    requests: int = 0
+    _losses: list[Lost] = field(default_factory=list)
 
     def add(self, record: Record) -> None:
         self.records.append(record)
+        if isinstance(record, Lost):
+            self._losses.append(record)
+        elif isinstance(record, Answered):
+            self.requests += 1
 
     def lost_since(self, at: float) -> bool:
         """Whether the store may have lost something that was written after this."""
-        return any(isinstance(one, Lost) and one.until >= at for one in self.records)
+        return any(one.until >= at for one in self._losses)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +119,7 @@ class Session:
         cuts: Share of the connections that the client cuts at a random byte.
         retry_unsent: Told a label whose connection broke before any byte of an answer; says whether it is certain
             that it was not taken, so that it is sent again.
+        lure: Names the target of every request, while it names one.
     """
 
     def __init__(
@@ -121,12 +133,15 @@ class Session:
         patience: Patience | None = None,
         cuts: float = 0.0,
         retry_unsent: Callable[[str], bool] = lambda _: False,
+        lure: Callable[[], Target | None] = lambda: None,
     ) -> None:
         self.name = name
         self.id = ""
         self.ended = False
         self.gone = False
         """It was answered with 404."""
+        self.deaf = False
+        """It replies to no server request."""
         self.retry: list[str] = []
         self.history = history
         self.targets = targets
@@ -135,10 +150,13 @@ class Session:
         self._patience = patience or Patience()
         self._cuts = cuts
         self._retry_unsent = retry_unsent
+        self._lure = lure
         self._ids = itertools.count(1)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._standalone = Call("", 0)
         self._listening: asyncio.Task[None] | None = None
+        self._connection: asyncio.Task[int] | None = None
+        """The one that reads the standalone stream now."""
         self._seen = asyncio.Condition()
         self._restarts = 0
 
@@ -273,6 +291,17 @@ class Session:
                     return False
         return False
 
+    def reconnect(self) -> None:
+        """Breaks the connection to the standalone stream off, and comes back at once."""
+        if self._connection is not None:
+            self._connection.cancel()
+
+    async def vanish(self, seconds: float) -> None:
+        """Goes away for ever, in the middle of what it does. Its session must have ended so many seconds later."""
+        self.history.add(Vanished(time.monotonic(), self.name, time.monotonic() + seconds))
+        self.ended = True
+        await self.close()
+
     async def close(self) -> None:
         """Stops reading and sending."""
         for task in list(self._tasks):
@@ -287,12 +316,21 @@ class Session:
                 self._restarts += 1
                 async with self._seen:
                     self._seen.notify_all()
-            status = await self.resume(self._standalone)
+            status = await self._connect()
             came = came or status == 200
             if status == 404:
                 return
             if status != 200:
                 await asyncio.sleep(PAUSE)
+
+    async def _connect(self) -> int:
+        """One connection to the standalone stream, until it ends. Its status; 0 if there was none."""
+        self._connection = self._spawn(self.resume(self._standalone))
+        try:
+            await asyncio.wait([self._connection])
+        finally:
+            self._connection.cancel()
+        return 0 if self._connection.cancelled() else self._connection.result()
 
     # ---- a call
 
@@ -318,7 +356,7 @@ class Session:
     async def _start(self, call: Call, message: dict[str, Any], on: Target | None) -> str:
         """Sends the request and reads its response. Why nothing is left to be done, "" if there may be more to come."""
         while True:
-            target = on or self._rng.choice(self.targets)
+            target = self._target(on)
             sent = time.monotonic()
             heard = False
             try:
@@ -342,7 +380,7 @@ class Session:
 
     async def resume(self, call: Call, on: Target | None = None) -> int:
         """One GET for the rest of a stream. Its status; 0 if there was none."""
-        target = on or self._rng.choice(self.targets)
+        target = self._target(on)
         sent = time.monotonic()
         status = 0
         try:
@@ -363,7 +401,7 @@ class Session:
         place = self._place(again.last or "")
         events: list[tuple[Place, dict[str, Any]]] = []
         for _ in range(REPLAYS):
-            target = on or self._rng.choice(self.targets)
+            target = self._target(on)
             ended = await self._replay(again, events, target)
             told = bool(events) and "error" in events[-1][1]
             if ended is False or (ended and (told or again.last == call.ids[-1])):
@@ -393,7 +431,7 @@ class Session:
         async with asyncio.timeout(self._patience.call):
             while not (rest and "method" not in rest[-1]):
                 with contextlib.suppress(httpx2.TransportError, TimeoutError):
-                    async with self._stream("GET", self._rng.choice(self.targets), None, last) as response:
+                    async with self._stream("GET", self._target(None), None, last) as response:
                         async for event_id, data in self._events(response, cuts=False):
                             last = event_id or last
                             if data:
@@ -423,7 +461,7 @@ class Session:
         call.messages.append(message)
         if "method" not in message:
             call.terminal = call.terminal or message
-        elif "id" in message:
+        elif "id" in message and not self.deaf:
             self._spawn(self._reply(message))
 
     async def _events(self, response: httpx2.Response, *, cuts: bool = True) -> AsyncGenerator[tuple[str, bytes], None]:
@@ -490,7 +528,7 @@ class Session:
         return await self._send("POST", message, on)
 
     async def _send(self, method: str, message: dict[str, Any] | None, on: Target | None) -> httpx2.Response:
-        target = on or self._rng.choice(self.targets)
+        target = self._target(on)
         sent = time.monotonic()
         response: httpx2.Response
         async with self._stream(method, target, message) as response:
@@ -498,6 +536,9 @@ class Session:
         if self.id:
             self._answered(sent, method, response.status_code, target)
         return response
+
+    def _target(self, on: Target | None) -> Target:
+        return on or self._lure() or self._rng.choice(self.targets)
 
     def _answered(self, sent: float, method: str, status: int, target: Target) -> None:
         self.gone = self.gone or status == 404

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import signal
 import sys
@@ -15,10 +16,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Literal, Self
 
+import asyncpg
 import redis
 
 from nonstick.testing import FaultProxy, ValkeyCluster, ValkeySentinel, ValkeyServer
-from nonstick.testing.oracle import Lost
+from nonstick.testing.oracle import Lost, Violation
+from tests.faults.forgers import Intruder, repeat_wakes
 from tests.faults.pairs import Pair, PostgresPair, ValkeyPair
 
 __all__ = ["GROUNDS", "Ground", "StoreKind"]
@@ -45,12 +48,14 @@ class Ground(ABC):
     Attributes:
         proxies: The network before each node, by the node's name, where there is one that can be harmed.
         lost: Is told what was lost.
+        found: What broke a promise, and no client can see.
     """
 
     def __init__(self, home: Path, lost: Callable[[Lost], None]) -> None:
         self.home = home
         self.lost = lost
         self.proxies: dict[str, FaultProxy] = {}
+        self.found: list[Violation] = []
         self.stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -168,18 +173,35 @@ class ServedGround(Ground):
 class PostgresGround(ServedGround):
     kind = PostgresPair
 
+    def deeds(self) -> dict[str, Deed]:
+        return super().deeds() | {"announcements forged": self._forge}
+
+    async def _forge(self, rng: random.Random) -> None:
+        """By a role that may only connect: it hears all announcements, and makes some."""
+        with contextlib.suppress(OSError, asyncpg.PostgresError, TimeoutError):
+            await Intruder.admit(self.pair.primary.url)
+        intruder = Intruder()
+        await intruder.disturb(self.pair.primary.url, rng, rng.uniform(0.5, 2.0))
+        if intruder.overheard:
+            self.found.append(
+                Violation("P14", f"whoever may connect hears what a session holds: {intruder.overheard[0]}")
+            )
+
 
 class ValkeyGround(ServedGround):
     kind = ValkeyPair
 
     def deeds(self) -> dict[str, Deed]:
-        return super().deeds() | {"memory full": self._fill}
+        return super().deeds() | {"memory full": self._fill, "wakes repeated": self._repeat}
 
     def losses(self) -> dict[str, Deed]:
         return super().losses() | {"evictions": self._evict}
 
     def _admin(self) -> redis.Redis:
         return redis.Redis(port=self.pair.primary.port, protocol=2)
+
+    async def _repeat(self, rng: random.Random) -> None:
+        await repeat_wakes(self.pair.primary.port, rng, rng.uniform(0.5, 2.0))
 
     async def _fill(self, rng: random.Random) -> None:
         with self._admin() as admin:

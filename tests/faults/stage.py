@@ -34,6 +34,8 @@ class Stage:
         self.nodes: list[NodeProcess] = []
         self.history = History()
         self.sessions: list[Session] = []
+        self.lure: NodeProcess | None = None
+        """Where all clients go, while it is set."""
         self.record = home / "record.jsonl"
         self._store = store
         self._home = home
@@ -94,6 +96,7 @@ class Stage:
             random.Random(seed),
             name=f"s{len(self.sessions)}",
             patience=options.pop("patience", Patience()),
+            lure=lambda: self.lure,
             **options,
         )
         self.sessions.append(session)

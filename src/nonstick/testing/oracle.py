@@ -35,6 +35,7 @@ __all__ = [
     "Replied",
     "Restarted",
     "Token",
+    "Vanished",
     "Violation",
     "judge",
     "token_of",
@@ -187,6 +188,15 @@ class Lost:
 
 
 @dataclass(frozen=True, slots=True)
+class Vanished:
+    """A client went away for ever, in the middle of what it did. Its session must have ended at the time `by`."""
+
+    at: float
+    session: str
+    by: float
+
+
+@dataclass(frozen=True, slots=True)
 class Fault:
     """What was done to the cluster. Not judged: shown beside what went wrong."""
 
@@ -195,7 +205,9 @@ class Fault:
     target: str
 
 
-Record = Called | Got | Replayed | GaveUp | Answered | Replied | Caught | Restarted | Ran | Opened | Lost | Fault
+Record = (
+    Called | Got | Replayed | GaveUp | Answered | Replied | Caught | Restarted | Ran | Opened | Lost | Vanished | Fault
+)
 
 
 class Token(NamedTuple):
@@ -256,6 +268,7 @@ class _Index:
     restarts: dict[str, float] = field(default_factory=dict)
     opened: dict[str, Opened] = field(default_factory=dict)
     losses: list[Lost] = field(default_factory=list)
+    vanished: dict[str, Vanished] = field(default_factory=dict)
 
     def add(self, record: Record) -> None:
         match record:
@@ -281,6 +294,8 @@ class _Index:
                 self.opened[record.session] = record
             case Lost():
                 self.losses.append(record)
+            case Vanished():
+                self.vanished[record.session] = record
             case Fault():
                 pass
 
@@ -378,7 +393,7 @@ def _a_call_ends_once(index: _Index) -> Iterator[Violation]:
             rest = events[events.index(terminal) + 1 :]
             if rest:
                 yield Violation("P7", f"{call.label!r} went on after its end", (terminal, *rest))
-        elif reason is None and not index.deletes(call.session):
+        elif reason is None and not index.deletes(call.session) and call.session not in index.vanished:
             yield Violation("P3", f"{call.label!r} never ended", (call, *events[-2:]))
         if reason is not None and reason.why == "hung":
             yield Violation("P3", f"{call.label!r} was waited for in vain", (call, *events[-2:], reason))
@@ -497,12 +512,22 @@ def _a_session_lives_until_it_is_ended(index: _Index) -> Iterator[Violation]:
     """P1, P9: no 404 for a session that nobody ended."""
     for session, answers in index.answers.items():
         ending = min((one.sent for one in answers if one.method == "DELETE"), default=inf)
+        if (vanished := index.vanished.get(session)) is not None:
+            ending = min(ending, vanished.at)
         opened = index.opened.get(session)
         for one in answers:
             if opened is not None and index.may_have_lost(opened.sent, opened.at, seen=one.at):
                 continue
             if one.status == 404 and one.at < ending:
                 yield Violation("P1", f"{session!r} was not found while it lived", (one,))
+
+
+def _a_client_that_vanished_leaves_nothing(index: _Index) -> Iterator[Violation]:
+    """P10: a session whose client is gone for ever ends, whatever waits for that client."""
+    for session, vanished in index.vanished.items():
+        for one in index.answers.get(session, []):
+            if one.sent > vanished.by and one.status not in (404, 503):
+                yield Violation("P10", f"{session!r} lived on after its client had vanished", (vanished, one))
 
 
 def _statuses_are_the_promised_ones(index: _Index) -> Iterator[Violation]:
@@ -527,5 +552,6 @@ _RULES = (
     _a_reply_counts_once,
     _an_ended_session_stays_ended,
     _a_session_lives_until_it_is_ended,
+    _a_client_that_vanished_leaves_nothing,
     _statuses_are_the_promised_ones,
 )
