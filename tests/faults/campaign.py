@@ -91,6 +91,7 @@ class Campaign:
         requests: Until so many HTTP requests were answered instead, if that is sooner.
         calm: Seconds between two faults of a kind, times this.
         losing: Also have the store lose what it has acknowledged. To see that through takes longer.
+        vanishing: Also have clients go away for ever. To see their sessions' end takes a lifetime.
         violations: What the oracle found.
     """
 
@@ -101,6 +102,7 @@ class Campaign:
     requests: float = inf
     calm: float = 1.0
     losing: bool = True
+    vanishing: bool = True
     violations: list[Violation] = field(default_factory=list)
     faults: Counter[str] = field(default_factory=Counter)
     records: list[Record] = field(default_factory=list)
@@ -128,7 +130,7 @@ class Campaign:
 
     async def _fight(self) -> None:
         self._over = time.monotonic() + self.seconds
-        makers = {"client": PATIENT, "hurried": HURRIED, "vanishing": VANISHING}
+        makers = {"client": PATIENT, "hurried": HURRIED, "vanishing": VANISHING * self.vanishing}
         work = [
             asyncio.create_task(self._work(f"{kind} {number}"))
             for kind, count in makers.items()

@@ -30,7 +30,7 @@ SLOW = [
 @pytest.mark.parametrize(("store", "losing"), [("valkey", False), *SLOW])
 async def test_no_promise_breaks_under_faults(store: StoreKind, losing: bool, tmp_path: Path) -> None:
     """The seed is new each time, and shown: `python -m tests.faults.campaign --seed` takes it."""
-    campaign = Campaign(store, random.randrange(10**6), SECONDS, tmp_path, losing=losing)
+    campaign = Campaign(store, random.randrange(10**6), SECONDS, tmp_path, losing=losing, vanishing=losing)
     print(f"seed {campaign.seed}")
     await campaign.run()
     told = report(campaign)

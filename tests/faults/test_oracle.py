@@ -37,6 +37,7 @@ from nonstick.testing.oracle import (
     Replayed,
     Replied,
     Restarted,
+    Vanished,
     judge,
 )
 from tests.faults.client import Call, History, Patience, Session, error_of
@@ -84,6 +85,7 @@ REPEATED: list[Record] = [
 
 ASKED = [Replied(1, "s", "x", 1, "yes", None), Ran(1, "x", "reply", 1, "a", 1, "yes")]
 DELETED = Answered(9, 8, "s", "DELETE", 200)
+VANISHED = Vanished(2, "s", by=20)
 
 
 LOSS = Lost(1.4, 1.1, 1.5)
@@ -187,6 +189,7 @@ async def test_loss_excuses_no_gap_and_no_repetition(history: list[Record], said
         [CALL, FIRST, DELETED, Answered(11, 10, "s", "POST", 404)],
         [NEWS, Restarted(1.5, "s"), SECOND_NEWS, NEWS_END, *NEWS_RUNS, Caught(3, "s")],
         REPEATED,
+        [CALL, FIRST, VANISHED, Answered(19, 18, "s", "POST", 200), Answered(22, 21, "s", "POST", 404)],
     ],
 )
 async def test_sound_history_passes(history: list[Record]) -> None:
@@ -229,6 +232,12 @@ async def test_sound_history_passes(history: list[Record]) -> None:
             [*SOUND, DELETED, Answered(11, 10, "s", "POST", 200)], "P6", "after 's' ended", id="alive after its end"
         ),
         pytest.param([*SOUND, Answered(4, 3, "s", "GET", 404)], "P1", "while it lived", id="gone before its end"),
+        pytest.param(
+            [CALL, FIRST, VANISHED, Answered(22, 21, "s", "POST", 200)], "P10", "had vanished", id="alive for nobody"
+        ),
+        pytest.param(
+            [*SOUND, Answered(1.6, 1.5, "s", "GET", 404), VANISHED], "P1", "while it lived", id="gone before its client"
+        ),
         pytest.param([*SOUND, Answered(4, 3, "s", "POST", 503)], "P9", "503", id="503 without an outage"),
         pytest.param([*SOUND, Answered(4, 3, "s", "POST", 500)], "P9", "500", id="500"),
         pytest.param(
