@@ -145,21 +145,34 @@ class EventId(NamedTuple):
 MAX_REQUEST_ID: Final = 128
 """Characters of a request id, as JSON, that an event id carries."""
 
+_LARGEST_NUMBER: Final = 2**63
+"""No request's id is as large (`limits.check_names`)."""
+
 _EVENT_ID: Final = re.compile(
     r"(1\.([0-9a-f]{1,15})\.([0-9a-f]{1,15})\.([0-9a-f]{16})\.([A-Za-z0-9_-]{0,700}))\.([0-9a-f]{16})"
 )
 
 
 def parse_event_id(text: str, session_id: str) -> EventId | None:
-    """The place that an SSE `id` names, or None if we never sent it in this session."""
+    """The place that an SSE `id` names, or None if we never sent it in this session.
+
+    A client has its session's id, and so can make up text whose hash is right. What such text says is held to be what
+    `seal` would have written, to the letter.
+    """
     match = _EVENT_ID.fullmatch(text)
     if match is None or not hmac.compare_digest(match[6], _mac(match[1], session_id)):
         return None
     stream, cursor = int(match[2], 16), Cursor(int(match[3], 16), bytes.fromhex(match[4]))
-    packed = _unpack(match[5]) if match[5] else None
+    try:
+        packed = _unpack(match[5]) if match[5] else None
+    except (ValueError, RecursionError):
+        return None
     if stream == STANDALONE:
-        return EventId(stream, cursor, heard=parse_cursor(packed))
-    return EventId(stream, cursor, packed)
+        found = EventId(stream, cursor, heard=parse_cursor(packed))
+    else:
+        found = EventId(stream, cursor, packed)
+    # A stream is named by its first event.
+    return found if cursor.position >= max(stream, 1) and found.seal(session_id) == text else None
 
 
 def cursor_text(cursor: Cursor | None) -> str | None:
@@ -191,5 +204,16 @@ def _pack(request: RequestId) -> str:
 
 
 def _unpack(text: str) -> RequestId:
-    request: RequestId = json.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)))
+    """The request id in this text.
+
+    Raises:
+        ValueError, RecursionError: There is none in it.
+    """
+    request = json.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)))
+    if isinstance(request, bool) or not isinstance(request, str | int):
+        raise ValueError("no request id")
+    if isinstance(request, int) and abs(request) >= _LARGEST_NUMBER:
+        raise ValueError("a number that no request is counted with")
+    if isinstance(request, str):
+        request.encode()  # not with half of a surrogate pair, which no body could hold
     return request

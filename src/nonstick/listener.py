@@ -221,6 +221,7 @@ class Resumption(Reader):
         """Reads what the log has.
 
         Raises:
+            Refusal: The entry is there, and another stream's.
             SessionNotFound, StoreUnavailable: As `Store.read`.
         """
         stream = self._place.stream
@@ -228,6 +229,8 @@ class Resumption(Reader):
         if not self._events:
             return
         first = self._events[0]
+        if first.stream != stream:
+            raise wire.unknown_event_id()
         if first.position != stream:
             first = await self._read_first() or first
         if first.position == stream and kind_of(first.data) is Kind.OPENED:

@@ -698,7 +698,7 @@ class SessionManager:
             text = request.headers.get(LAST_EVENT_ID_HEADER)
             place = parse_event_id(text, session.id) if text else None
             if text and place is None:
-                raise wire.Refusal(400, "Bad Request: Last-Event-ID is not an id that this session's streams sent")
+                raise wire.unknown_event_id()
             resumes = place is not None and place.stream != STANDALONE
             room = session.resumptions if resumes else session.listeners
             room.check()

@@ -28,6 +28,7 @@ __all__ = [
     "sse_frame",
     "sse_message",
     "sse_priming",
+    "unknown_event_id",
 ]
 
 JSON_TYPE: Final = (b"content-type", b"application/json")
@@ -76,6 +77,11 @@ class Refusal(Exception):
         else:
             body = error_body(None, ErrorData(code=self.code, message=self.message))
             await send_body(send, self.status, body, [*headers, JSON_TYPE])
+
+
+def unknown_event_id() -> Refusal:
+    """There is no such place in this session's streams."""
+    return Refusal(400, "Bad Request: Last-Event-ID is not an id that this session's streams sent")
 
 
 def missing_id() -> Refusal:

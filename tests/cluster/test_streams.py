@@ -658,6 +658,43 @@ async def test_another_sessions_forged_and_malformed_ids_are_refused(make_store:
                 assert (await refused.response()).status_code == 404
 
 
+async def test_event_id_that_a_client_makes_up_of_what_it_knows_is_400_or_lost_and_never_500(
+    make_store: MakeStore,
+) -> None:
+    """P3: its session's id is the key of the hash, and events tell it their tags."""
+    async with staged(make_store) as (stage, a, b, c):
+        counting(stage)
+        session = await a.open()
+        places = []
+        for number in (1, 2):
+            async with posting(a, session, call("count", number, count=1)) as stream:
+                place = parse_event_id((await stream.events())[1].id or "", session.id)
+                assert place is not None
+                places.append(place)
+        mine, other = places
+        requests: list[Any] = [True, 1.5, float("nan"), 10**100, "\ud800"]
+        refused = [
+            mine._replace(stream=mine.stream + 1),
+            other._replace(stream=mine.stream),
+            mine._replace(stream=other.stream),
+            other._replace(stream=other.cursor.position),
+            *(mine._replace(request=request) for request in requests),
+            EventId(0, Cursor(0, bytes(8))),
+            EventId(7, Cursor(0, bytes(8)), 7),
+        ]
+        for member, forged in [(member, forged) for member in (b, c) for forged in refused]:
+            headers = {**_stream_headers(session), b"last-event-id": forged.seal(session.id).encode()}
+            response = await member.client.get(member.url, headers=headers)
+            assert response.status_code == 400, forged
+        # Nothing tells these from places that the store has lost.
+        for lost in (Cursor(mine.cursor.position, bytes(8)), Cursor(16**15 - 1, bytes(8))):
+            async with getting(b, session, EventId(mine.stream, lost, 7).seal(session.id)) as resumed:
+                (told,) = await resumed.rest()
+                assert (told["id"], told["error"]["data"]["reason"]) == (7, "stream_lost")
+        async with getting(c, session, mine.seal(session.id)) as resumed:
+            assert texts_of(await resumed.rest()) == ["done"]
+
+
 def _stream_headers(session: Session) -> dict[bytes, bytes]:
     headers = {"accept": "application/json, text/event-stream", **session.headers}
     return {name.encode(): value.encode() for name, value in headers.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 
@@ -13,6 +14,7 @@ from nonstick.events import (
     MAX_REQUEST_ID,
     EventId,
     Kind,
+    _mac,
     body_of,
     decode,
     draft,
@@ -26,12 +28,19 @@ ID = EventId(7, Cursor(9, b"\x00\x01tagtag"), "request-1")
 
 kinds = st.sampled_from(list(Kind))
 sessions = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=16, max_size=64)
-requests = st.none() | st.integers(-(2**63), 2**63) | st.text(max_size=100)
+requests = st.none() | st.integers(1 - 2**63, 2**63 - 1) | st.text(max_size=100)
 positions = st.integers(1, 16**15 - 1)
 cursors = st.builds(Cursor, positions, st.binary(min_size=8, max_size=8))
-event_ids = st.builds(EventId, positions, cursors, requests, st.none()) | st.builds(
-    EventId, st.just(STANDALONE), cursors, st.none(), st.none() | st.just(Cursor(0)) | cursors
-)
+later = st.tuples(positions, positions).map(sorted)
+event_ids = later.flatmap(
+    lambda places: st.builds(
+        EventId,
+        st.just(places[0]),
+        st.builds(Cursor, st.just(places[1]), st.binary(min_size=8, max_size=8)),
+        requests,
+        st.none(),
+    )
+) | st.builds(EventId, st.just(STANDALONE), cursors, st.none(), st.none() | st.just(Cursor(0)) | cursors)
 
 
 def kept(event_id: EventId) -> EventId:
@@ -168,3 +177,66 @@ def test_made_up_event_id_is_refused(text: str) -> None:
 def test_malformed_event_id_is_refused(text: str) -> None:
     """`parse_event_id`: None if we never sent it in this session."""
     assert parse_event_id(text, SESSION) is None
+
+
+# ---- event ids that a client makes up: it has its session's id, which is the key of their hash
+
+
+def forged(stream: str = "7", position: str = "9", tag: str = "00" * 8, request: str = "") -> str:
+    """An event id with these parts, whose hash is right."""
+    text = f"1.{stream}.{position}.{tag}.{request}"
+    return f"{text}.{_mac(text, SESSION)}"
+
+
+def packed(text: str | bytes) -> str:
+    data = text.encode() if isinstance(text, str) else text
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def test_hash_of_what_is_forged_here_is_right() -> None:
+    """Else the tests below would show nothing."""
+    assert forged("7", "9", ID.cursor.tag.hex(), packed('"request-1"')) == ID.seal(SESSION)
+
+
+FORGED = {
+    "no base64": forged(request="A"),
+    "unused bits of base64": forged(request=packed("7")[:-1] + "x"),
+    "no UTF-8": forged(request=packed(b"\xff\xfe")),
+    "no JSON": forged(request=packed("request-1")),
+    "half a text": forged(request=packed('"')),
+    "space before it": forged(request=packed(" 7")),
+    "null": forged(request=packed("null")),
+    "true": forged(request=packed("true")),
+    "object": forged(request=packed('{"a": 1}')),
+    "list": forged(request=packed("[7]")),
+    "nested lists": forged(request=packed("[" * 525)),
+    "float": forged(request=packed("7.0")),
+    "NaN": forged(request=packed("NaN")),
+    "Infinity": forged(request=packed("-Infinity")),
+    "huge number": forged(request=packed("9" * 100)),
+    "number of 64 bits": forged(request=packed(str(2**63))),
+    "number that overflows": forged(request=packed("1e999")),
+    "half a surrogate pair": forged(request=packed('"\\ud800"')),
+    "long text": forged(request=packed(f'"{"x" * 200}"')),
+    "position 0": forged(position="0"),
+    "before its stream": forged(stream="9", position="8"),
+    "leading zero": forged(stream="07"),
+    "position 0 of the standalone stream": forged(stream="0", position="0"),
+    "no cursor in the cluster log": forged(stream="0", request=packed('"here"')),
+    "cursor that is a number": forged(stream="0", request=packed("7")),
+}
+
+
+@pytest.mark.parametrize("text", FORGED.values(), ids=FORGED)
+def test_event_id_that_a_client_made_up_is_refused(text: str) -> None:
+    """`parse_event_id`: None if it is not what `seal` writes, whatever its hash; no text raises (P3)."""
+    assert parse_event_id(text, SESSION) is None
+
+
+@given(st.text("0123456789abcdef", min_size=1, max_size=15), st.text("0123456789abcdef", min_size=1, max_size=15),
+       st.binary(max_size=300))  # fmt: skip
+def test_made_up_event_id_is_refused_or_says_what_it_was_made_of(stream: str, position: str, request: bytes) -> None:
+    """No text raises; what is accepted is what `seal` would have written (P3)."""
+    text = forged(stream, position, request=packed(request))
+    found = parse_event_id(text, SESSION)
+    assert found is None or found.seal(SESSION) == text
