@@ -40,7 +40,9 @@ from nonstick.store import (
     CANCEL_SECONDS,
     FRESH_SHARE,
     MAX_CANCELS,
+    MAX_CLIP,
     MAX_READ,
+    MAX_READ_BYTES,
     NEW_STREAM,
     STANDALONE,
     WRITER_SECONDS,
@@ -50,6 +52,7 @@ from nonstick.store import (
     Event,
     Lease,
     Loaded,
+    Skimmed,
     Wake,
 )
 
@@ -110,7 +113,8 @@ def load(session: Session, now: float) -> tuple[Loaded, bool]:
         session.renew(now)
     fields = {name: _bytes(value) for name, value in session.fields.items()}
     cancels = frozenset(request for request, at in session.cancels.items() if now - at < CANCEL_SECONDS)
-    return Loaded(fields, Cursor(session.position, _bytes(session.tag)), cancels), stale
+    head = Cursor(session.position, _bytes(session.tag))
+    return Loaded(fields, head, cancels, session.size, len(session.events)), stale
 
 
 def update(
@@ -194,7 +198,7 @@ def forget(session: Session, now: float) -> None:
     session.cancels = {request: at for request, at in session.cancels.items() if now - at < CANCEL_SECONDS}
 
 
-def read(session: Session, after: Cursor, limit: int) -> list[Event]:
+def events_after(session: Session, after: Cursor, limit: int) -> list[Event]:
     if after.position > session.position:
         raise Diverged("the cursor is beyond the end of the log")
     if after.position and after.tag:
@@ -205,6 +209,24 @@ def read(session: Session, after: Cursor, limit: int) -> list[Event]:
             raise Diverged("the entry at the cursor has another tag")
     later = [event for event in session.events if event[0] > after.position][:limit]
     return [Event(position, _bytes(tag), stream, _bytes(data)) for position, tag, stream, data in later]
+
+
+def read(session: Session, after: Cursor, limit: int, max_bytes: int) -> list[Event]:
+    """Bounded by bytes too: a thousand events may be gigabytes, and the first may be as large as a message."""
+    found: list[Event] = []
+    size = 0
+    for event in events_after(session, after, limit):
+        size += len(event.data)
+        if found and size > max_bytes:
+            break
+        found.append(event)
+    return found
+
+
+def skim(session: Session, after: Cursor, limit: int, clip: int) -> list[Skimmed]:
+    """Where a log is in rows of its own, have the database cut the data off, and not send the rest."""
+    found = events_after(session, after, limit)
+    return [Skimmed(event._replace(data=event.data[:clip]), len(event.data)) for event in found]
 
 
 def trim(session: Session, streams: Collection[int], standalone_before: int) -> None:
@@ -429,10 +451,17 @@ class DocumentStore:
     async def append(self, key: str, batch: Batch) -> Appended:
         return await self._change(key, lambda session, now: append(session, now, batch))
 
-    async def read(self, key: str, after: Cursor, *, limit: int = 256) -> list[Event]:
-        if not 1 <= limit <= MAX_READ:
-            raise ValueError(f"limit must be 1 to {MAX_READ}")
-        return await self._call(lambda database, now: read(_get(database, key, now), after, limit), write=False)
+    async def read(self, key: str, after: Cursor, *, limit: int = 256, max_bytes: int = MAX_READ_BYTES) -> list[Event]:
+        if not 1 <= limit <= MAX_READ or not 1 <= max_bytes <= MAX_READ_BYTES:
+            raise ValueError(f"limit must be 1 to {MAX_READ}, max_bytes 1 to {MAX_READ_BYTES}")
+        return await self._call(
+            lambda database, now: read(_get(database, key, now), after, limit, max_bytes), write=False
+        )
+
+    async def skim(self, key: str, after: Cursor, *, limit: int = 256, clip: int = MAX_CLIP) -> list[Skimmed]:
+        if not 1 <= limit <= MAX_READ or not 0 <= clip <= MAX_CLIP:
+            raise ValueError(f"limit must be 1 to {MAX_READ}, clip 0 to {MAX_CLIP}")
+        return await self._call(lambda database, now: skim(_get(database, key, now), after, limit, clip), write=False)
 
     async def trim(self, key: str, *, streams: Collection[int] = (), standalone_before: int = 0) -> None:
         try:

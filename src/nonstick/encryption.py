@@ -32,7 +32,22 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from nonstick.errors import ConfigurationError, StoreError, Undecryptable
-from nonstick.store import NEW_STREAM, Appended, Batch, Cursor, Draft, Event, Lease, Loaded, Store, Wake
+from nonstick.store import (
+    MAX_CLIP,
+    MAX_READ_BYTES,
+    NEW_STREAM,
+    Appended,
+    Batch,
+    Cursor,
+    Draft,
+    Event,
+    Lease,
+    Loaded,
+    Skimmed,
+    Store,
+    Wake,
+)
+from nonstick.stores.bounds import check_bounds
 
 __all__ = ["PLAINTEXT", "EncryptedStore", "KeyRing", "keys_from"]
 
@@ -301,7 +316,7 @@ class EncryptedStore:
         stale = {name: data for name, data in loaded.fields.items() if not self._ring.is_current(data)}
         if stale:
             await self._renew(key, stale, fields)
-        return loaded._replace(fields=fields)
+        return loaded._replace(fields=fields, size=self._clear_size(loaded.size, loaded.count))
 
     async def update(
         self,
@@ -347,13 +362,23 @@ class EncryptedStore:
         events = [self._seal_event(key, batch, index, draft) for index, draft in enumerate(batch.events)]
         fields = self._seal_changes(key, batch.fields)
         appended = await self.store.append(key, replace(batch, events=events, fields=fields))
-        if not self._ring.encrypts:
-            return appended
-        # Exact, but for events that were written before encryption was turned on.
-        return appended._replace(size=max(0, appended.size - appended.count * _EVENT_OVERHEAD))
+        return appended._replace(size=self._clear_size(appended.size, appended.count))
 
-    async def read(self, key: str, after: Cursor, *, limit: int = 256) -> list[Event]:
-        return self._open_events(key, await self.store.read(key, after, limit=limit))
+    def _clear_size(self, size: int, count: int) -> int:
+        """Bytes that so many events have, of what they have as ciphertext.
+
+        Exact, but for events that were written before encryption was turned on.
+        """
+        return max(0, size - count * _EVENT_OVERHEAD) if self._ring.encrypts else size
+
+    async def read(self, key: str, after: Cursor, *, limit: int = 256, max_bytes: int = MAX_READ_BYTES) -> list[Event]:
+        return self._open_events(key, await self.store.read(key, after, limit=limit, max_bytes=max_bytes))
+
+    async def skim(self, key: str, after: Cursor, *, limit: int = 256, clip: int = MAX_CLIP) -> list[Skimmed]:
+        # What is cut off cannot be authenticated: each event has to be read whole.
+        check_bounds(limit=limit, clip=clip)
+        events = await self.read(key, after, limit=limit)
+        return [Skimmed(event._replace(data=event.data[:clip]), len(event.data)) for event in events]
 
     async def trim(self, key: str, *, streams: Collection[int] = (), standalone_before: int = 0) -> None:
         await self.store.trim(key, streams=streams, standalone_before=standalone_before)

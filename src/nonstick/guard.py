@@ -7,19 +7,34 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Final, Self, TypeVar
 
 from nonstick.deadline import Deadline
 from nonstick.errors import AlreadyExists, StoreUnavailable, Undecryptable
-from nonstick.store import Appended, Batch, Cursor, Event, Lease, Loaded, Store, Wake
+from nonstick.store import (
+    MAX_CLIP,
+    MAX_READ_BYTES,
+    Appended,
+    Batch,
+    Cursor,
+    Event,
+    Lease,
+    Loaded,
+    Skimmed,
+    Store,
+    Wake,
+)
 
-__all__ = ["PATIENCE", "GuardedStore", "patiently"]
+__all__ = ["LESS", "PATIENCE", "GuardedStore", "patiently"]
 
 PATIENCE: Final = 2.0
 """Seconds that a call may take, repeats included, unless the caller grants more."""
+
+LESS: Final = 4
+"""What could not be read is tried again for this part of it."""
 
 _FIRST_PAUSE: Final = 0.02
 _LONGEST_PAUSE: Final = 0.5
@@ -96,8 +111,17 @@ class GuardedStore:
     async def append(self, key: str, batch: Batch, *, patience: float | None = None) -> Appended:
         return await self._until(lambda: self.store.append(key, batch), self.patience if patience is None else patience)
 
-    async def read(self, key: str, after: Cursor, *, limit: int = 256) -> list[Event]:
-        return await self._until(lambda: self.store.read(key, after, limit=limit), self.patience)
+    async def read(self, key: str, after: Cursor, *, limit: int = 256, max_bytes: int = MAX_READ_BYTES) -> list[Event]:
+        """As `Store.read`. What failed is repeated for less: it may have been too much to be answered in time (P10)."""
+        limits, sizes = _less(limit), _less(max_bytes)
+        return await self._until(
+            lambda: self.store.read(key, after, limit=next(limits), max_bytes=next(sizes)), self.patience
+        )
+
+    async def skim(self, key: str, after: Cursor, *, limit: int = 256, clip: int = MAX_CLIP) -> list[Skimmed]:
+        """As `Store.skim`; as `read`."""
+        limits = _less(limit)
+        return await self._until(lambda: self.store.skim(key, after, limit=next(limits), clip=clip), self.patience)
 
     async def trim(self, key: str, *, streams: Collection[int] = (), standalone_before: int = 0) -> None:
         await self._until(
@@ -133,6 +157,13 @@ class GuardedStore:
                     raise
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311
             pause = min(pause * 2, _LONGEST_PAUSE)
+
+
+def _less(most: int) -> Iterator[int]:
+    """So much, and each time a quarter of that, but one at least."""
+    while True:
+        yield most
+        most = max(1, most // LESS)
 
 
 async def patiently(call: Callable[[], Awaitable[T]], *, pause: float = 1.0) -> T:

@@ -31,7 +31,9 @@ __all__ = [
     "CANCEL_SECONDS",
     "FRESH_SHARE",
     "MAX_CANCELS",
+    "MAX_CLIP",
     "MAX_READ",
+    "MAX_READ_BYTES",
     "NEW_STREAM",
     "STANDALONE",
     "WRITER_SECONDS",
@@ -42,6 +44,7 @@ __all__ = [
     "Event",
     "Lease",
     "Loaded",
+    "Skimmed",
     "Store",
     "Wake",
 ]
@@ -62,7 +65,14 @@ WRITER_SECONDS = 120
 """How long a store remembers an idle writer at least. A writer gives up its retries well before that."""
 
 MAX_READ = 1000
-"""The largest `limit` that `read` takes."""
+"""The largest `limit` that `read` and `skim` take."""
+
+MAX_READ_BYTES = 1024 * 1024
+"""The largest `max_bytes` that `read` takes: a thousand events may be gigabytes, and whoever fetches them at once holds
+up everybody else, in the store as in the node (P10)."""
+
+MAX_CLIP = 1024
+"""The largest `clip` that `skim` takes: with `MAX_READ` events about as much as one `read` gives."""
 
 FRESH_SHARE = 0.1
 """`load` renews the expiry only when more than this share of the lifetime has passed (a write saved per request)."""
@@ -98,6 +108,18 @@ class Event(NamedTuple):
         return Cursor(self.position, self.tag)
 
 
+class Skimmed(NamedTuple):
+    """One entry of a log as `skim` shows it.
+
+    Attributes:
+        event: Its data are the first `clip` bytes alone.
+        size: Bytes of data that it has in all.
+    """
+
+    event: Event
+    size: int
+
+
 class Loaded(NamedTuple):
     """What `load` answers.
 
@@ -106,11 +128,15 @@ class Loaded(NamedTuple):
         head: Cursor of the last entry that was ever appended; `Cursor(0)` while there was none. If `trim` has dropped
             the entry since, the position is still its, and the tag may be empty.
         cancels: Request keys of the cancels that were left within the last `CANCEL_SECONDS`, the last `MAX_CANCELS`.
+        size: Bytes of event data that the session's log holds, as in `Appended`.
+        count: Events that it holds.
     """
 
     fields: dict[str, bytes]
     head: Cursor
     cancels: frozenset[str]
+    size: int = 0
+    count: int = 0  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,18 +320,33 @@ class Store(Protocol):
         """
         ...
 
-    async def read(self, key: str, after: Cursor, *, limit: int = 256) -> list[Event]:
+    async def read(self, key: str, after: Cursor, *, limit: int = 256, max_bytes: int = MAX_READ_BYTES) -> list[Event]:
         """Committed events after `after`, oldest first, without gaps but for what `trim` took out (P3).
 
         Args:
             after: Exclusive.
             limit: Events, 1 to `MAX_READ`. Fewer may come; none come only at the end of the log.
+            max_bytes: Of the events' data together, 1 to `MAX_READ_BYTES`: it ends before the event with which they
+                would be more. The first one comes however large it is.
 
         Raises:
             SessionNotFound: No live session has this key.
             Trimmed: The entry at the cursor was dropped by `trim`. Not raised for a cursor without a tag, which
                 reads on from the next entry that is left.
             Diverged: The cursor is beyond the log's end, or the entry there carries another tag.
+        """
+        ...
+
+    async def skim(self, key: str, after: Cursor, *, limit: int = 256, clip: int = MAX_CLIP) -> list[Skimmed]:
+        """As `read`, with the first `clip` bytes of each event alone: for who looks for something in a whole log.
+
+        Args:
+            after: Exclusive.
+            limit: Events, 1 to `MAX_READ`. Fewer may come; none come only at the end of the log.
+            clip: Bytes, 0 to `MAX_CLIP`.
+
+        Raises:
+            SessionNotFound, Trimmed, Diverged: As `read`.
         """
         ...
 

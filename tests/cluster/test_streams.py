@@ -12,7 +12,7 @@ import pytest
 from nonstick import current_connection
 from nonstick.events import EventId, Kind, kind_of, parse_event_id
 from nonstick.security import session_key
-from nonstick.store import Cursor, Event, Store
+from nonstick.store import MAX_READ_BYTES, Cursor, Event, Store
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing.cluster import Member, Session
 from tests.cluster.conftest import MakeStore, one
@@ -755,11 +755,13 @@ async def test_a_backlog_is_resumed_from_a_store_that_reads_slowly() -> None:
     reads: list[int] = []
 
     class Slow(MemoryStore):
-        async def read(self, key: str, after: Cursor, *, limit: int = 256) -> list[Event]:
+        async def read(
+            self, key: str, after: Cursor, *, limit: int = 256, max_bytes: int = MAX_READ_BYTES
+        ) -> list[Event]:
             if slow and after.position >= 1000:
                 reads.append(after.position)
                 await asyncio.sleep(1.7)
-            return await super().read(key, after, limit=limit)
+            return await super().read(key, after, limit=limit, max_bytes=max_bytes)
 
     slow = False
     async with staged(one(Slow())) as (stage, a, b, c):

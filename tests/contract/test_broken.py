@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from nonstick.errors import Diverged, Fenced, NotPending, SessionNotFound, StoreError, StreamClosed, Trimmed
-from nonstick.store import STANDALONE, Appended, Batch, Cursor, Event, Loaded, Wake
+from nonstick.store import MAX_CLIP, MAX_READ_BYTES, STANDALONE, Appended, Batch, Cursor, Event, Loaded, Skimmed, Wake
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing import ManualClock, StoreContract, check_programs
 from nonstick.testing.append import empty_log
@@ -179,29 +179,61 @@ class RemembersTheDeleted(MemoryStore):
 
 
 class IgnoresTags(MemoryStore):
-    async def read(self, key: str, after: Cursor, *, limit: int = 256) -> list[Event]:
-        return await super().read(key, Cursor(after.position), limit=limit)
+    async def read(self, key: str, after: Cursor, *, limit: int = 256, max_bytes: int = MAX_READ_BYTES) -> list[Event]:
+        return await super().read(key, Cursor(after.position), limit=limit, max_bytes=max_bytes)
 
 
 class ReadsOnAfterALoss(MemoryStore):
-    async def read(self, key: str, after: Cursor, *, limit: int = 256) -> list[Event]:
+    async def read(self, key: str, after: Cursor, *, limit: int = 256, max_bytes: int = MAX_READ_BYTES) -> list[Event]:
         try:
-            return await super().read(key, after, limit=limit)
+            return await super().read(key, after, limit=limit, max_bytes=max_bytes)
         except Diverged:
             return []
 
 
 class SkipsWhatWasTrimmed(MemoryStore):
-    async def read(self, key: str, after: Cursor, *, limit: int = 256) -> list[Event]:
+    async def read(self, key: str, after: Cursor, *, limit: int = 256, max_bytes: int = MAX_READ_BYTES) -> list[Event]:
         try:
-            return await super().read(key, after, limit=limit)
+            return await super().read(key, after, limit=limit, max_bytes=max_bytes)
         except Trimmed:
-            return await super().read(key, Cursor(after.position), limit=limit)
+            return await super().read(key, Cursor(after.position), limit=limit, max_bytes=max_bytes)
 
 
 class RepeatsTheEventAtTheCursor(MemoryStore):
-    async def read(self, key: str, after: Cursor, *, limit: int = 256) -> list[Event]:
-        return await super().read(key, Cursor(max(0, after.position - 1)), limit=limit)
+    async def read(self, key: str, after: Cursor, *, limit: int = 256, max_bytes: int = MAX_READ_BYTES) -> list[Event]:
+        return await super().read(key, Cursor(max(0, after.position - 1)), limit=limit, max_bytes=max_bytes)
+
+
+class ReadsByCountAlone(MemoryStore):
+    async def read(self, key: str, after: Cursor, *, limit: int = 256, max_bytes: int = MAX_READ_BYTES) -> list[Event]:
+        return [skimmed.event for skimmed in await self.skim_whole(key, after, limit)]
+
+    async def skim_whole(self, key: str, after: Cursor, limit: int) -> list[Skimmed]:
+        return [Skimmed(event, len(event.data)) for event in self._after(key, after, limit)]
+
+
+class ReadsNothingThatIsTooLarge(MemoryStore):
+    """It stops before an event that is larger than a read alone, and never comes past it."""
+
+    async def read(self, key: str, after: Cursor, *, limit: int = 256, max_bytes: int = MAX_READ_BYTES) -> list[Event]:
+        events = await super().read(key, after, limit=limit, max_bytes=max_bytes)
+        return [event for event in events if len(event.data) <= max_bytes]
+
+
+class ClipsNothing(ReadsByCountAlone):
+    async def skim(self, key: str, after: Cursor, *, limit: int = 256, clip: int = MAX_CLIP) -> list[Skimmed]:
+        return await self.skim_whole(key, after, limit)
+
+
+class SaysTheSizeOfWhatIsLeft(MemoryStore):
+    async def skim(self, key: str, after: Cursor, *, limit: int = 256, clip: int = MAX_CLIP) -> list[Skimmed]:
+        found = await super().skim(key, after, limit=limit, clip=clip)
+        return [Skimmed(event, len(event.data)) for event, _ in found]
+
+
+class ForgetsHowLargeItsLogIs(MemoryStore):
+    async def load(self, key: str) -> Loaded:
+        return (await super().load(key))._replace(size=0, count=0)
 
 
 class TrimsTooMuch(MemoryStore):
@@ -287,6 +319,17 @@ BROKEN = {
     ReadsOnAfterALoss: ["test_cursor_beyond_the_end_has_diverged", "test_empty_log_reads_as_empty"],
     SkipsWhatWasTrimmed: ["test_cursor_at_a_dropped_entry_is_told_so"],
     RepeatsTheEventAtTheCursor: ["test_read_begins_after_its_cursor"],
+    ReadsByCountAlone: [
+        "test_read_ends_before_it_has_more_than_its_bytes",
+        "test_large_events_are_not_read_at_once",
+    ],
+    ReadsNothingThatIsTooLarge: [
+        "test_read_ends_before_it_has_more_than_its_bytes",
+        "test_large_events_are_not_read_at_once",
+    ],
+    ClipsNothing: ["test_skimmed_events_are_cut_off_and_say_their_size"],
+    SaysTheSizeOfWhatIsLeft: ["test_skimmed_events_are_cut_off_and_say_their_size"],
+    ForgetsHowLargeItsLogIs: ["test_record_comes_with_the_size_of_its_log"],
     TrimsTooMuch: ["test_trim_drops_the_standalone_stream_before_a_position"],
     ExpiresLate: ["test_session_lives_its_lifetime_and_no_longer"],
     RenewsAtEveryLoad: ["test_load_of_a_fresh_session_writes_nothing"],
@@ -318,6 +361,11 @@ BY_THE_MODEL = [
     IgnoresTags,
     ReadsOnAfterALoss,
     SkipsWhatWasTrimmed,
+    ReadsByCountAlone,
+    ReadsNothingThatIsTooLarge,
+    ClipsNothing,
+    SaysTheSizeOfWhatIsLeft,
+    ForgetsHowLargeItsLogIs,
     TrimsTooMuch,
 ]
 """Those whose fault needs neither time nor concurrency nor a watcher to be seen."""
@@ -329,7 +377,7 @@ async def run(name: str, kind: type[MemoryStore]) -> None:
     key = secrets.token_hex(16)
     async with kind(clock=clock) as store:
         test = getattr(StoreContract(), name)
-        given: dict[str, object] = {"a": store, "b": store, "key": key, "clock": clock}
+        given: dict[str, object] = {"a": store, "b": store, "key": key, "clock": clock, "clip": 3}
         wanted = inspect.signature(test).parameters
         if "log" in wanted:
             given["log"] = await empty_log(store, key)

@@ -20,7 +20,7 @@ from mcp.server import MCPServer
 from mcp.server.mcpserver import Context
 
 from nonstick.errors import StoreUnavailable
-from nonstick.store import Appended, Batch, Cursor, Event, Wake
+from nonstick.store import MAX_READ_BYTES, Appended, Batch, Cursor, Event, Wake
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing.cluster import Cluster
 from nonstick.testing.oracle import (
@@ -369,8 +369,8 @@ class Shared(MemoryStore):
     def watch(self, key: str, wake: Wake) -> Callable[[], None]:
         return super().watch(key, (lambda _: None) if self._deaf else wake)
 
-    async def read(self, key: str, after: Cursor, *, limit: int = 256) -> list[Event]:
-        return [] if self._deaf else await super().read(key, after, limit=limit)
+    async def read(self, key: str, after: Cursor, *, limit: int = 256, max_bytes: int = MAX_READ_BYTES) -> list[Event]:
+        return [] if self._deaf else await super().read(key, after, limit=limit, max_bytes=max_bytes)
 
     async def append(self, key: str, batch: Batch) -> Appended:
         return await super().append(key, replace(batch, terminal=batch.terminal and self.closes))

@@ -21,7 +21,7 @@ from nonstick.doctor import as_json, as_text, diagnose, failed
 from nonstick.errors import SessionNotFound, StoreUnavailable
 from nonstick.examine import Finding
 from nonstick.shared import check_shared, check_state
-from nonstick.store import Cursor, Event, Lease, Wake
+from nonstick.store import MAX_READ_BYTES, Cursor, Event, Lease, Wake
 from nonstick.stores import open_store
 from nonstick.stores.memory import MemoryStore
 from nonstick.stores.sqlite import SQLiteStore
@@ -95,8 +95,8 @@ class Deaf(MemoryStore):
 
 
 class Torn(MemoryStore):
-    async def read(self, key: str, after: Cursor, *, limit: int = 256) -> list[Event]:
-        return (await super().read(key, after, limit=limit))[:-1]
+    async def read(self, key: str, after: Cursor, *, limit: int = 256, max_bytes: int = MAX_READ_BYTES) -> list[Event]:
+        return (await super().read(key, after, limit=limit, max_bytes=max_bytes))[:-1]
 
 
 class Immortal(MemoryStore):

@@ -13,7 +13,7 @@ import pytest
 from nonstick.errors import Diverged, SessionNotFound, StoreUnavailable, Trimmed
 from nonstick.follow import Follower, Subscription
 from nonstick.guard import GuardedStore
-from nonstick.store import Batch, Cursor, Draft, Event, Wake
+from nonstick.store import MAX_READ_BYTES, Batch, Cursor, Draft, Event, Wake
 from nonstick.stores.memory import MemoryStore
 
 pytestmark = pytest.mark.anyio
@@ -52,7 +52,7 @@ class Careless(MemoryStore):
 
         return super().watch(key, mangled)
 
-    async def read(self, key: str, after: Cursor, *, limit: int = 256) -> list[Event]:
+    async def read(self, key: str, after: Cursor, *, limit: int = 256, max_bytes: int = MAX_READ_BYTES) -> list[Event]:
         self.reads += 1
         if self.unavailable:
             raise StoreUnavailable("down")
@@ -62,7 +62,7 @@ class Careless(MemoryStore):
             after = Cursor(after.position, after.tag[::-1])
         if self.mangles:
             limit = self.random.randint(1, limit)
-        events = await super().read(key, after, limit=limit)
+        events = await super().read(key, after, limit=limit, max_bytes=max_bytes)
         events = [event._replace(tag=event.tag[::-1]) if event.tag in self.lost else event for event in events]
         if self.mangles and self.random.random() < 0.5:
             # What is appended while the answer is on its way is not in it.
@@ -434,11 +434,11 @@ class Defective(MemoryStore):
 
     broken = True
 
-    async def read(self, key: str, after: Cursor, *, limit: int = 256) -> list[Event]:
+    async def read(self, key: str, after: Cursor, *, limit: int = 256, max_bytes: int = MAX_READ_BYTES) -> list[Event]:
         if self.broken:
             self.broken = False
             raise ValueError("a defect")
-        return await super().read(key, after, limit=limit)
+        return await super().read(key, after, limit=limit, max_bytes=max_bytes)
 
 
 async def test_follower_goes_on_after_an_error_that_no_store_may_raise(caplog: pytest.LogCaptureFixture) -> None:

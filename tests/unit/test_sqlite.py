@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from nonstick.errors import AlreadyExists, ConfigurationError, SessionNotFound, StoreUnavailable, TooManySessions
-from nonstick.store import MAX_READ, NEW_STREAM, Batch, Cursor, Draft, Event
+from nonstick.store import MAX_READ, NEW_STREAM, Batch, Cursor, Draft, Event, Loaded
 from nonstick.stores import sqlite_file
 from nonstick.stores.sqlite import SQLiteStore
 from nonstick.stores.sqlite_file import DatabaseFile, checkpoints_race, network_filesystem
@@ -439,7 +439,7 @@ async def test_new_session_sees_nothing_of_one_that_had_its_key(store: SQLiteSto
     await store.append("key", Batch([Draft(TAG, b"x")] * 1000))
     await store.delete("key")
     await store.create("key", {}, lifetime=600)
-    assert await store.load("key") == ({}, Cursor(0), frozenset())
+    assert await store.load("key") == Loaded({}, Cursor(0), frozenset())
     assert await store.read("key", Cursor(0)) == []
 
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from types import TracebackType
 from typing import Self
 
@@ -27,7 +28,8 @@ from nonstick.store import (
     CANCEL_SECONDS,
     FRESH_SHARE,
     MAX_CANCELS,
-    MAX_READ,
+    MAX_CLIP,
+    MAX_READ_BYTES,
     NEW_STREAM,
     STANDALONE,
     WRITER_SECONDS,
@@ -37,8 +39,10 @@ from nonstick.store import (
     Event,
     Lease,
     Loaded,
+    Skimmed,
     Wake,
 )
+from nonstick.stores.bounds import check_bounds, fitting
 from nonstick.stores.watches import Watches
 
 __all__ = ["MemoryStore"]
@@ -142,7 +146,7 @@ class MemoryStore:
         if session.expires_at - now < (1 - FRESH_SHARE) * session.lifetime:
             session.expires_at = now + session.lifetime
         cancels = frozenset(request for request, at in session.cancels.items() if now - at < CANCEL_SECONDS)
-        return Loaded(dict(session.fields), session.head, cancels)
+        return Loaded(dict(session.fields), session.head, cancels, session.size, len(session.events))
 
     async def update(
         self,
@@ -201,9 +205,16 @@ class MemoryStore:
             self._watches.announce(key, events)
         return Appended(first, False, session.size, len(session.events))
 
-    async def read(self, key: str, after: Cursor, *, limit: int = 256) -> list[Event]:
-        if not 1 <= limit <= MAX_READ:
-            raise ValueError(f"limit must be 1 to {MAX_READ}")
+    async def read(self, key: str, after: Cursor, *, limit: int = 256, max_bytes: int = MAX_READ_BYTES) -> list[Event]:
+        check_bounds(limit=limit, max_bytes=max_bytes)
+        return list(fitting(self._after(key, after, limit), max_bytes))
+
+    async def skim(self, key: str, after: Cursor, *, limit: int = 256, clip: int = MAX_CLIP) -> list[Skimmed]:
+        check_bounds(limit=limit, clip=clip)
+        found = self._after(key, after, limit)
+        return [Skimmed(event._replace(data=event.data[:clip]), len(event.data)) for event in found]
+
+    def _after(self, key: str, after: Cursor, limit: int) -> list[Event]:
         session = self._get(key)
         if after.position > session.head.position:
             raise Diverged("the cursor is beyond the end of the log")
@@ -217,7 +228,8 @@ class MemoryStore:
         if len(session.events) == session.head.position:
             positions = range(after.position + 1, min(session.head.position, after.position + limit) + 1)
             return [session.events[position] for position in positions]
-        return [event for event in session.events.values() if event.position > after.position][:limit]
+        later = (event for event in session.events.values() if event.position > after.position)
+        return list(islice(later, limit))
 
     async def trim(self, key: str, *, streams: Collection[int] = (), standalone_before: int = 0) -> None:
         session = self._find(key)

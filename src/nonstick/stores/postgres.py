@@ -28,8 +28,22 @@ from nonstick.errors import (
 )
 from nonstick.examine import Finding
 from nonstick.migrate import Plan, Step
-from nonstick.store import MAX_READ, NEW_STREAM, Appended, Batch, Cursor, Event, Lease, Loaded, Wake
+from nonstick.store import (
+    FRESH_SHARE,
+    MAX_CLIP,
+    MAX_READ_BYTES,
+    NEW_STREAM,
+    Appended,
+    Batch,
+    Cursor,
+    Event,
+    Lease,
+    Loaded,
+    Skimmed,
+    Wake,
+)
 from nonstick.stores import postgres_examine
+from nonstick.stores.bounds import check_bounds
 from nonstick.stores.postgres_news import Announcer, Listener
 from nonstick.stores.postgres_pool import STANDBY, TROUBLE, Pool, SchemaMissing, connect, connected, refusal
 from nonstick.stores.postgres_schema import plan, prepare
@@ -58,13 +72,14 @@ _MOST: Final = 2**63 - 1
 
 _ARGUMENTS: Final = {
     "create": 6,
-    "load": 1,
+    "load": 2,
     "update": 6,
     "touch": 1,
     "delete": 1,
     "sweep": 1,
     "append": 16,
-    "read": 4,
+    "read": 5,
+    "skim": 5,
     "trim": 3,
     "live": 1,
     "ping": 0,
@@ -237,11 +252,11 @@ class PostgresStore:
         raise StoreUnavailable("the store is busy removing expired sessions")
 
     async def load(self, key: str) -> Loaded:
-        live, names, values, position, tag, cancels, *_ = (await self._call("load", key))[0]
+        live, names, values, position, tag, cancels, size, count, *_ = (await self._call("load", key, FRESH_SHARE))[0]
         if not live:
             raise _refused("gone")
         fields = dict(zip(names or (), values or (), strict=True))
-        return Loaded(fields, Cursor(position, tag), frozenset(map(_from_bytes, cancels)))
+        return Loaded(fields, Cursor(position, tag), frozenset(map(_from_bytes, cancels)), size, count)
 
     async def update(
         self,
@@ -293,16 +308,24 @@ class PostgresStore:
             raise _refused(outcome)
         return Appended(first, outcome == "duplicate", size, count)
 
-    async def read(self, key: str, after: Cursor, *, limit: int = 256) -> list[Event]:
-        if not 1 <= limit <= MAX_READ:
-            raise ValueError(f"limit must be 1 to {MAX_READ}")
-        rows = await self._call("read", key, min(after.position, _MOST), after.tag, limit)
+    async def read(self, key: str, after: Cursor, *, limit: int = 256, max_bytes: int = MAX_READ_BYTES) -> list[Event]:
+        check_bounds(limit=limit, max_bytes=max_bytes)
+        rows = await self._rows_after("read", key, after, limit, max_bytes)
+        return [Event(position, tag, stream, data) for _, position, tag, stream, data, _ in rows]
+
+    async def skim(self, key: str, after: Cursor, *, limit: int = 256, clip: int = MAX_CLIP) -> list[Skimmed]:
+        check_bounds(limit=limit, clip=clip)
+        rows = await self._rows_after("skim", key, after, limit, clip)
+        return [Skimmed(Event(position, tag, stream, data), size) for _, position, tag, stream, data, size, _ in rows]
+
+    async def _rows_after(self, name: str, key: str, after: Cursor, *bounds: int) -> list[Any]:
+        rows = await self._call(name, key, min(after.position, _MOST), after.tag, *bounds)
         outcome = rows[0][0] if rows else None
         if outcome == "trimmed":
             raise Trimmed(rows[0][1])
         if outcome is not None:
             raise _refused(outcome)
-        return [Event(position, tag, stream, data) for _, position, tag, stream, data, _ in rows]
+        return rows
 
     async def trim(self, key: str, *, streams: Collection[int] = (), standalone_before: int = 0) -> None:
         await self._call("trim", key, list(streams), standalone_before)

@@ -1,5 +1,6 @@
 -- Version 2. An append to a stream says when the store has lost earlier ones of its writer; an update may lengthen the
--- session's lifetime.
+-- session's lifetime; a record comes with its log's size; a read is bounded by bytes, and a log can be skimmed. Nodes of
+-- version 1 go on with the functions that they know.
 
 -- Lengthening it renews the expiry. Nodes of version 1 go on with the function that has one argument less.
 CREATE FUNCTION nonstick.update(
@@ -127,4 +128,102 @@ BEGIN
     END IF;
     IF cardinality(names) > 0 THEN PERFORM nonstick.change(log.id, names, vals); END IF;
     outcome := 'ok';
+END $$;
+
+
+-- As version 1's, with the log's size.
+CREATE FUNCTION nonstick.load(
+    session_key text, share float8,
+    OUT live boolean, OUT names text[], OUT vals bytea[], OUT head bigint, OUT tag bytea, OUT cancels bytea[],
+    OUT size bigint, OUT count bigint
+) LANGUAGE plpgsql AS $$
+DECLARE
+    now_at float8 := nonstick.clock();
+    sid bigint;
+    life float8;
+    expires float8;
+BEGIN
+    -- One statement, so one snapshot: what an append changed is seen whole or not at all.
+    SELECT s.id, s.lifetime, s.expires_at, s.head, s.tag, s.size, s.count, f.names, f.vals,
+            ARRAY(SELECT c.request FROM nonstick.cancel c WHERE c.session = s.id AND c.at > now_at - CANCEL_SECONDS)
+        INTO sid, life, expires, head, tag, size, count, names, vals, cancels
+        FROM nonstick.session s
+        LEFT JOIN LATERAL (
+            SELECT array_agg(v.name) AS names, array_agg(v.value) AS vals FROM nonstick.field v WHERE v.session = s.id
+        ) f ON true
+        WHERE s.key = session_key AND s.expires_at > now_at;
+    live := sid IS NOT NULL;
+    IF live AND expires - now_at < (1 - share) * life THEN
+        UPDATE nonstick.session s SET expires_at = greatest(s.expires_at, now_at + s.lifetime)
+            WHERE s.id = sid AND s.expires_at > nonstick.clock();
+        live := FOUND;
+    END IF;
+END $$;
+
+-- Whether a log goes on after a cursor: the session's id, or the reason why not. STABLE, as those that ask: all of it sees
+-- one snapshot.
+CREATE FUNCTION nonstick.place(
+    session_key text, after bigint, after_tag bytea, OUT sid bigint, OUT outcome text, OUT oldest bigint
+) LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    now_at float8 := nonstick.clock();
+    head bigint;
+    there bytea;
+BEGIN
+    SELECT s.id, s.head INTO sid, head FROM nonstick.session s WHERE s.key = session_key AND s.expires_at > now_at;
+    IF NOT FOUND THEN
+        outcome := 'gone';
+    ELSIF after > head THEN
+        outcome := 'diverged';
+    ELSIF after > 0 AND after_tag <> '' THEN
+        SELECT e.tag INTO there FROM nonstick.event e WHERE e.session = sid AND e.position = after;
+        IF NOT FOUND THEN
+            outcome := 'trimmed';
+            oldest := coalesce((SELECT min(e.position) FROM nonstick.event e WHERE e.session = sid), 0);
+        ELSIF there <> after_tag THEN
+            outcome := 'diverged';
+        END IF;
+    END IF;
+END $$;
+
+-- Answers events, at most `most`, and the first or no more than `most_bytes`; or one row with the reason why there are none.
+CREATE FUNCTION nonstick.read(session_key text, after bigint, after_tag bytea, most int, most_bytes int)
+RETURNS TABLE (outcome text, "position" bigint, tag bytea, stream bigint, data bytea) LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    sid bigint;
+    bytes bigint := 0;
+    first boolean := true;
+BEGIN
+    SELECT p.sid, p.outcome, p.oldest INTO sid, outcome, "position" FROM nonstick.place(session_key, after, after_tag) p;
+    IF outcome IS NOT NULL THEN
+        RETURN NEXT;
+        RETURN;
+    END IF;
+    -- A large value is not fetched before it is answered.
+    FOR "position", tag, stream, data IN
+        SELECT e.position, e.tag, e.stream, e.data FROM nonstick.event e
+            WHERE e.session = sid AND e.position > after ORDER BY e.position LIMIT most
+    LOOP
+        bytes := bytes + octet_length(data);
+        EXIT WHEN bytes > most_bytes AND NOT first;
+        RETURN NEXT;
+        first := false;
+    END LOOP;
+END $$;
+
+-- As `read`, with the first `clip` bytes of each event alone, and its size.
+CREATE FUNCTION nonstick.skim(session_key text, after bigint, after_tag bytea, most int, clip int)
+RETURNS TABLE (outcome text, "position" bigint, tag bytea, stream bigint, data bytea, size int)
+LANGUAGE plpgsql STABLE AS $$
+DECLARE
+    sid bigint;
+BEGIN
+    SELECT p.sid, p.outcome, p.oldest INTO sid, outcome, "position" FROM nonstick.place(session_key, after, after_tag) p;
+    IF outcome IS NOT NULL THEN
+        RETURN NEXT;
+        RETURN;
+    END IF;
+    RETURN QUERY
+        SELECT NULL::text, e.position, e.tag, e.stream, substring(e.data FROM 1 FOR clip), octet_length(e.data)
+            FROM nonstick.event e WHERE e.session = sid AND e.position > after ORDER BY e.position LIMIT most;
 END $$;

@@ -42,7 +42,8 @@ from nonstick.store import (
     CANCEL_SECONDS,
     FRESH_SHARE,
     MAX_CANCELS,
-    MAX_READ,
+    MAX_CLIP,
+    MAX_READ_BYTES,
     NEW_STREAM,
     WRITER_SECONDS,
     Appended,
@@ -51,9 +52,11 @@ from nonstick.store import (
     Event,
     Lease,
     Loaded,
+    Skimmed,
     Wake,
 )
 from nonstick.stores import redis_examine
+from nonstick.stores.bounds import check_bounds
 from nonstick.stores.redis_cluster import ClusterServers
 from nonstick.stores.redis_groups import Groups
 from nonstick.stores.redis_pubsub import Subscriber
@@ -66,6 +69,9 @@ __all__ = ["RedisStore"]
 
 INLINE_BYTES: Final = 8 * 1024
 """Up to this many bytes of event data, an append's wake carries its events."""
+
+SKIMMED_BYTES: Final = 4 * MAX_READ_BYTES
+"""About so much of a log is looked at in one `skim`. The server has to fetch events whole, but sends less of them."""
 
 LEASE_SECONDS: Final = 2.0
 """How long a renewal may take: a node that cannot renew has to find out well within its lease."""
@@ -363,13 +369,22 @@ class RedisStore:
         first, duplicate, size, count = await self._run(_APPEND, key, *args, replicated=matters)
         return Appended(first, bool(duplicate), size, count)
 
-    async def read(self, key: str, after: Cursor, *, limit: int = 256) -> list[Event]:
-        if not 1 <= limit <= MAX_READ:
-            raise ValueError(f"limit must be 1 to {MAX_READ}")
-        entries = await self._run(_READ, key, after.position, after.tag, limit)
+    async def read(self, key: str, after: Cursor, *, limit: int = 256, max_bytes: int = MAX_READ_BYTES) -> list[Event]:
+        check_bounds(limit=limit, max_bytes=max_bytes)
+        entries = await self._entries(key, after, limit, max_bytes)
+        return [Event(_position(name), pairs[1], int(pairs[3]), pairs[5]) for name, pairs in entries]
+
+    async def skim(self, key: str, after: Cursor, *, limit: int = 256, clip: int = MAX_CLIP) -> list[Skimmed]:
+        check_bounds(limit=limit, clip=clip)
+        entries = await self._entries(key, after, limit, SKIMMED_BYTES, clip)
+        return [Skimmed(Event(_position(name), pairs[1], int(pairs[3]), pairs[5]), pairs[7]) for name, pairs in entries]
+
+    async def _entries(self, key: str, after: Cursor, limit: int, max_bytes: int, *clip: int) -> list[Any]:
+        """The log's entries after the cursor, as read.lua answers them."""
+        entries: list[Any] = await self._run(_READ, key, after.position, after.tag, limit, max_bytes, *clip)
         if entries and entries[0] == b"trimmed":
             raise Trimmed(_position(entries[1]))
-        return [Event(_position(name), pairs[1], int(pairs[3]), pairs[5]) for name, pairs in entries]
+        return entries
 
     async def trim(self, key: str, *, streams: Collection[int] = (), standalone_before: int = 0) -> None:
         try:
@@ -544,17 +559,18 @@ def _position(entry: bytes) -> int:
 def _loaded(now: int, pairs: list[bytes]) -> Loaded:
     """The record as shared.lua describes it. What a newer version may have added is passed over (P12)."""
     fields: dict[str, bytes] = {}
-    head = Cursor(0)
+    head, size, count = Cursor(0), 0, 0
     cancels: list[str] = []
     for name, value in zip(pairs[::2], pairs[1::2], strict=True):
         if name[:1] == b"f":
             fields[name[1:].decode()] = value
         elif name == b"#h":
-            position, _, _, tag = value.split(b" ", 3)
+            position, *books, tag = value.split(b" ", 3)
             head = Cursor(int(position), tag)
+            size, count = map(int, books)
         elif name[:2] == b"#c" and int(value) > now:
             cancels.append(name[2:].decode())
-    return Loaded(fields, head, frozenset(cancels))
+    return Loaded(fields, head, frozenset(cancels), size, count)
 
 
 def _decode_wake(message: bytes) -> list[Event] | None:

@@ -16,9 +16,21 @@ from typing import Self, TypeVar
 from nonstick.errors import NonstickError, SessionNotFound, StoreUnavailable
 from nonstick.examine import Finding
 from nonstick.migrate import Plan, Step
-from nonstick.store import MAX_READ, Appended, Batch, Cursor, Event, Lease, Loaded, Wake
+from nonstick.store import (
+    MAX_CLIP,
+    MAX_READ_BYTES,
+    Appended,
+    Batch,
+    Cursor,
+    Event,
+    Lease,
+    Loaded,
+    Skimmed,
+    Wake,
+)
 from nonstick.stores import sqlite_examine
 from nonstick.stores import sqlite_rows as rows
+from nonstick.stores.bounds import check_bounds
 from nonstick.stores.sqlite_engine import Engine
 from nonstick.stores.sqlite_feed import Feed
 from nonstick.stores.sqlite_file import BUSY_SECONDS, SQL, DatabaseFile, transact
@@ -120,10 +132,13 @@ class SQLiteStore:
         self._feed.announce(key, written)
         return written.appended
 
-    async def read(self, key: str, after: Cursor, *, limit: int = 256) -> list[Event]:
-        if not 1 <= limit <= MAX_READ:
-            raise ValueError(f"limit must be 1 to {MAX_READ}")
-        return await self._engine.run(lambda db: rows.read(db, self._file.now(), key, after, limit))
+    async def read(self, key: str, after: Cursor, *, limit: int = 256, max_bytes: int = MAX_READ_BYTES) -> list[Event]:
+        check_bounds(limit=limit, max_bytes=max_bytes)
+        return await self._engine.run(lambda db: rows.read(db, self._file.now(), key, after, limit, max_bytes))
+
+    async def skim(self, key: str, after: Cursor, *, limit: int = 256, clip: int = MAX_CLIP) -> list[Skimmed]:
+        check_bounds(limit=limit, clip=clip)
+        return await self._engine.run(lambda db: rows.skim(db, self._file.now(), key, after, limit, clip))
 
     async def trim(self, key: str, *, streams: Collection[int] = (), standalone_before: int = 0) -> None:
         await self._engine.write(lambda db, now: rows.trim(db, now, key, streams, standalone_before))

@@ -81,11 +81,11 @@ INSERT INTO session (key, lifetime, expires_at, tidied_at) VALUES (?, ?, ?, ?);
 -- name: find
 SELECT id, expires_at FROM session WHERE key = ?;
 -- name: load
-SELECT s.expires_at, s.lifetime, s.head, s.tag, f.name, f.value
+SELECT s.expires_at, s.lifetime, s.head, s.tag, s.size, s.count, f.name, f.value
 FROM session s LEFT JOIN field f ON f.session = s.id
 WHERE s.key = ? AND s.expires_at > ?
 UNION ALL
-SELECT NULL, NULL, NULL, NULL, c.request, NULL
+SELECT NULL, NULL, NULL, NULL, NULL, NULL, c.request, NULL
 FROM session s CROSS JOIN cancel c ON c.session = s.id
 WHERE s.key = ? AND c.at > ?;
 -- name: renew
@@ -158,7 +158,13 @@ UPDATE session SET head = ?, tag = ?, size = ?, count = ? WHERE id = ?;
 -- name: set_tidied
 UPDATE session SET tidied_at = ? WHERE id = ?;
 -- name: read
-SELECT s.head, e.position, e.tag, e.stream, e.data
+SELECT s.head, e.position, e.tag, e.stream, CASE WHEN e.position > ? THEN e.data END
+FROM session s LEFT JOIN event e ON e.session = s.id AND e.position >= ?
+WHERE s.key = ? AND s.expires_at > ?
+ORDER BY e.position LIMIT ?;
+
+-- name: skim
+SELECT s.head, e.position, e.tag, e.stream, coalesce(substr(e.data, 1, ?), x''), length(e.data)
 FROM session s LEFT JOIN event e ON e.session = s.id AND e.position >= ?
 WHERE s.key = ? AND s.expires_at > ?
 ORDER BY e.position LIMIT ?;

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import sqlite3
 import time
 from collections.abc import Callable
 from itertools import groupby
-from typing import Final
+from typing import Any, Final
 
 from nonstick.errors import NonstickError
-from nonstick.store import Event, Wake
+from nonstick.store import MAX_READ_BYTES, Event, Wake
 from nonstick.stores.sqlite_engine import Engine
 from nonstick.stores.sqlite_file import SQL, is_busy
 from nonstick.stores.sqlite_rows import ENDED_SECONDS, Written
@@ -140,7 +141,7 @@ class Feed:
         if version == self._version:
             return False
         last_event, last_end = db.execute(SQL["last_ids"]).fetchone()
-        rows = db.execute(SQL["new_events"], (self._last_event, last_event, _BATCH)).fetchall()
+        rows, more = self._new_events(db, last_event)
         ends = db.execute(SQL["new_ends"], (self._last_end, last_end)).fetchall()
         if rows or ends:
             self._news_at = time.monotonic()
@@ -149,13 +150,24 @@ class Feed:
             self._watches.announce(key, [Event(*row[2:]) for row in group])
         for (key,) in ends:
             self._watches.announce(key, None)
-        more = len(rows) == _BATCH
         self._last_event, self._last_end = rows[-1][0] if more else last_event, last_end
         self._own = {row for row in self._own if row > self._last_event}
         if not more:
             # Read before the rows: what was committed since changes it again.
             self._version = version
         return more
+
+    def _new_events(self, db: sqlite3.Connection, last: int) -> tuple[list[tuple[Any, ...]], bool]:
+        """Rows of new events, and whether there may be more: as many as fit in one read of a log (P10)."""
+        found: list[tuple[Any, ...]] = []
+        size = 0
+        with contextlib.closing(db.execute(SQL["new_events"], (self._last_event, last, _BATCH))) as rows:
+            for row in rows:
+                found.append(row)
+                size += len(row[5])
+                if size >= MAX_READ_BYTES:
+                    return found, True
+        return found, len(found) == _BATCH
 
 
 def _version(db: sqlite3.Connection) -> int:

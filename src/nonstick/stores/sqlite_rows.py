@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
-from collections.abc import Collection, Mapping
-from typing import Final, NamedTuple
+from collections.abc import Collection, Generator, Mapping
+from typing import Any, Final, NamedTuple
 
 from nonstick.errors import (
     AlreadyExists,
@@ -31,10 +32,12 @@ from nonstick.store import (
     Cursor,
     Event,
     Loaded,
+    Skimmed,
 )
+from nonstick.stores.bounds import fitting
 from nonstick.stores.sqlite_file import SQL
 
-__all__ = ["ENDED_SECONDS", "Written", "append", "bury_expired", "create", "delete", "load", "read", "renew"]
+__all__ = ["ENDED_SECONDS", "Written", "append", "bury_expired", "create", "delete", "load", "read", "renew", "skim"]
 
 ENDED_SECONDS: Final = 60.0
 """How long watchers have to notice that a session ended."""
@@ -98,10 +101,10 @@ def load(db: sqlite3.Connection, now: float, key: str) -> tuple[Loaded, bool]:
     rows = db.execute(SQL["load"], (key, now, key, now - CANCEL_SECONDS)).fetchall()
     if not rows or rows[0][0] is None:
         raise SessionNotFound("no live session has this key")
-    expires_at, lifetime, head, tag, _, _ = rows[0]
-    fields = {name: value for at, _, _, _, name, value in rows if at is not None and name is not None}
-    cancels = frozenset(name for at, _, _, _, name, _ in rows if at is None)
-    return Loaded(fields, Cursor(head, tag), cancels), expires_at - now < (1 - FRESH_SHARE) * lifetime
+    expires_at, lifetime, head, tag, size, count, _, _ = rows[0]
+    fields = {row[6]: row[7] for row in rows if row[0] is not None and row[6] is not None}
+    cancels = frozenset(row[6] for row in rows if row[0] is None)
+    return Loaded(fields, Cursor(head, tag), cancels, size, count), expires_at - now < (1 - FRESH_SHARE) * lifetime
 
 
 def renew(db: sqlite3.Connection, now: float, keys: Collection[str]) -> int:
@@ -170,22 +173,40 @@ def append(db: sqlite3.Connection, now: float, key: str, batch: Batch) -> Writte
     return Written(Appended(first, False, size, log.events + len(events)), events, row)
 
 
-def read(db: sqlite3.Connection, now: float, key: str, after: Cursor, limit: int) -> list[Event]:
+def read(db: sqlite3.Connection, now: float, key: str, after: Cursor, limit: int, max_bytes: int) -> list[Event]:
+    # Row by row: what does not fit is not fetched.
+    with contextlib.closing(_rows_after(db, now, key, after, limit, SQL["read"], after.position)) as rows:
+        return list(fitting((Event(*row) for row in rows), max_bytes))
+
+
+def skim(db: sqlite3.Connection, now: float, key: str, after: Cursor, limit: int, clip: int) -> list[Skimmed]:
+    with contextlib.closing(_rows_after(db, now, key, after, limit, SQL["skim"], clip)) as rows:
+        return [Skimmed(Event(*row[:4]), row[4]) for row in rows]
+
+
+def _rows_after(
+    db: sqlite3.Connection, now: float, key: str, after: Cursor, limit: int, query: str, argument: int
+) -> Generator[tuple[Any, ...], None, None]:
+    """The rows of the events after this cursor, without the log's head that each begins with.
+
+    One statement, so one snapshot. Raises what `Store.read` raises, at its first row.
+    """
     checked = bool(after.position and after.tag)
     start = after.position if checked else after.position + 1
-    rows = db.execute(SQL["read"], (start, key, now, limit + checked)).fetchall()
-    if not rows:
-        raise SessionNotFound("no live session has this key")
-    if after.position > rows[0][0]:
-        raise Diverged("the cursor is beyond the end of the log")
-    events = [Event(*row[1:]) for row in rows] if rows[0][1] is not None else []
-    if not checked:
-        return events
-    if not events or events[0].position != after.position:
-        raise Trimmed(_oldest(db, now, key))
-    if events[0].tag != after.tag:
-        raise Diverged("the entry at the cursor has another tag")
-    return events[1:]
+    with contextlib.closing(db.execute(query, (argument, start, key, now, limit + checked))) as rows:
+        first = next(rows, None)
+        if first is None:
+            raise SessionNotFound("no live session has this key")
+        if after.position > first[0]:
+            raise Diverged("the cursor is beyond the end of the log")
+        if checked and first[1] != after.position:
+            raise Trimmed(_oldest(db, now, key))
+        if checked and first[2] != after.tag:
+            raise Diverged("the entry at the cursor has another tag")
+        if not checked and first[1] is not None:
+            yield first[1:]
+        for row in rows:
+            yield row[1:]
 
 
 def trim(db: sqlite3.Connection, now: float, key: str, streams: Collection[int], standalone_before: int) -> None:
@@ -340,5 +361,6 @@ def _remove(db: sqlite3.Connection, session: int, stream: int, *, first: int, la
 
 
 def _oldest(db: sqlite3.Connection, now: float, key: str) -> int:
-    rows = db.execute(SQL["read"], (0, key, now, 1)).fetchall()
-    return rows[0][1] or 0 if rows else 0
+    """Position of the first event that is left; 0 if none is."""
+    row = db.execute(SQL["skim"], (0, 0, key, now, 1)).fetchone()
+    return row[1] or 0 if row else 0

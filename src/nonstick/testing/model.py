@@ -25,9 +25,22 @@ from nonstick.errors import (
     StreamClosed,
     Trimmed,
 )
-from nonstick.store import NEW_STREAM, STANDALONE, Appended, Batch, Cursor, Draft, Event, Loaded, Store
+from nonstick.store import (
+    MAX_CLIP,
+    MAX_READ_BYTES,
+    NEW_STREAM,
+    STANDALONE,
+    Appended,
+    Batch,
+    Cursor,
+    Draft,
+    Event,
+    Loaded,
+    Skimmed,
+    Store,
+)
 from nonstick.testing.base import ContractFixtures
-from nonstick.testing.tools import read_all
+from nonstick.testing.tools import read_all, skim_all
 
 __all__ = ["ModelStore", "Program", "Refused", "StoreModelContract", "check_programs", "programs", "run_program"]
 
@@ -118,7 +131,8 @@ class ModelStore:
     def load(self, key: str) -> Loaded:
         session = self.session(key)
         head = session.written[-1].cursor if session.written else Cursor(0)
-        return Loaded(dict(session.fields), head, frozenset(session.cancels))
+        size = sum(len(event.data) for event in session.log)
+        return Loaded(dict(session.fields), head, frozenset(session.cancels), size, len(session.log))
 
     def update(self, key: str, changes: dict[str, bytes | None], expect: dict[str, bytes | None]) -> bool:
         session = self.session(key)
@@ -160,6 +174,9 @@ class ModelStore:
         if after.tag and session.written[after.position - 1].tag != after.tag:
             raise Refused(Diverged)
         return [event for event in log if event.position > after.position]
+
+    def skim(self, key: str, after: Cursor, clip: int) -> list[Skimmed]:
+        return [Skimmed(event._replace(data=event.data[:clip]), len(event.data)) for event in self.read(key, after)]
 
     def trim(self, key: str, streams: list[int], standalone_before: int) -> None:
         session = self.sessions.get(key)
@@ -322,11 +339,13 @@ class Repeat(Action):
 
 @dataclass(frozen=True)
 class Read(Action):
-    """`place`: which of the events ever written; `tag`: theirs, none or another."""
+    """`place`: which of the events ever written; `tag`: theirs, none or another. With `clip` they are skimmed."""
 
     place: int
     tag: str
     limit: int
+    max_bytes: int = MAX_READ_BYTES
+    clip: int | None = None
 
     async def run(self, world: World, store: Store, key: str) -> None:
         session = world.model.sessions.get(key, ModelSession({}))
@@ -336,11 +355,21 @@ class Read(Action):
         cursor = Cursor(position, tag)
 
         async def read() -> list[Event]:
-            part = await store.read(key, cursor, limit=self.limit)
+            part = await store.read(key, cursor, limit=self.limit, max_bytes=self.max_bytes)
             assert len(part) <= self.limit
+            assert len(part) <= 1 or sum(len(event.data) for event in part) <= self.max_bytes
             return part + await read_all(store, key, part[-1].cursor) if part else part
 
-        await same(lambda: world.model.read(key, cursor), read)
+        async def skim() -> list[Skimmed]:
+            clip = self.clip or 0
+            part = await store.skim(key, cursor, limit=self.limit, clip=clip)
+            assert len(part) <= self.limit
+            return part + await skim_all(store, key, part[-1].event.cursor, clip=clip) if part else part
+
+        if self.clip is None:
+            await same(lambda: world.model.read(key, cursor), read)
+        else:
+            await same(lambda: world.model.skim(key, cursor, self.clip or 0), skim)
 
 
 @dataclass(frozen=True)
@@ -461,6 +490,8 @@ _actions: st.SearchStrategy[Action] = _weighted(
                 _places,
                 st.sampled_from(["true", "true", "none", "other"]),
                 st.sampled_from([1, 2, 1000]),
+                st.sampled_from([1, 7, MAX_READ_BYTES]),
+                st.sampled_from([None, None, 0, 3, MAX_CLIP]),
             ),
         ),
         "trim": (6, st.builds(Trim, st.lists(st.integers(0, 3), max_size=4), st.none() | _places)),

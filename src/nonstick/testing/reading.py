@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from nonstick.errors import Diverged, StreamClosed, Trimmed
-from nonstick.store import MAX_READ, NEW_STREAM, Appended, Batch, Cursor, Event, Store
+from nonstick.errors import Diverged, SessionNotFound, StreamClosed, Trimmed
+from nonstick.store import MAX_CLIP, MAX_READ, MAX_READ_BYTES, NEW_STREAM, Appended, Batch, Cursor, Event, Store
 from nonstick.testing.base import ContractFixtures
 from nonstick.testing.record import LONG
-from nonstick.testing.tools import drafts, open_stream, read_all, texts
+from nonstick.testing.tools import BEGINNING, drafts, open_stream, read_all, skim_all, texts
 
 
 async def five_events(store: Store, key: str) -> list[Event]:
@@ -51,6 +51,79 @@ class ReadContract(ContractFixtures):
         part = await b.read(key, Cursor(0), limit=MAX_READ)
         assert 1 <= len(part) <= MAX_READ
         assert texts(await read_all(b, key)) == [b"%d" % n for n in range(MAX_READ + 100)]
+
+    async def test_read_ends_before_it_has_more_than_its_bytes(self, a: Store, b: Store, key: str) -> None:
+        """`read`, `max_bytes`: it ends before the event with which they would be more; the first always comes (P10)."""
+        sizes = (700, 300, 1, 5000, 10, 10, 0, 4000)
+        await a.create(key, {}, lifetime=LONG)
+        for size in sizes:
+            await a.append(key, Batch(drafts(b"x" * size)))
+        whole = await read_all(a, key)
+        assert [len(event.data) for event in whole] == list(sizes)
+        for most in (1, 20, 1000, 1001, 5000, 20_000):
+            found: list[Event] = []
+            after = BEGINNING
+            while part := await b.read(key, after, max_bytes=most):
+                assert len(part) == 1 or sum(len(event.data) for event in part) <= most
+                found += part
+                after = part[-1].cursor
+            assert found == whole
+
+    async def test_large_events_are_not_read_at_once(self, a: Store, b: Store, key: str) -> None:
+        """`MAX_READ_BYTES`: a read takes no more unless it is told, and yet gives an event that is larger (P10)."""
+        size = MAX_READ_BYTES * 2 // 5
+        await a.create(key, {}, lifetime=LONG)
+        for n in range(5):
+            await a.append(key, Batch(drafts(b"%d" % n * size)))
+        await a.append(key, Batch(drafts(b"L" * (2 * MAX_READ_BYTES), b"after")))
+        found: list[Event] = []
+        after = BEGINNING
+        while part := await b.read(key, after, limit=MAX_READ):
+            assert len(part) == 1 or sum(len(event.data) for event in part) <= MAX_READ_BYTES
+            found += part
+            after = part[-1].cursor
+        assert [len(event.data) for event in found] == [size] * 5 + [2 * MAX_READ_BYTES, 5]
+
+    # ---- skim
+
+    @pytest.mark.parametrize("clip", [0, 3, MAX_CLIP])
+    async def test_skimmed_events_are_cut_off_and_say_their_size(self, a: Store, b: Store, key: str, clip: int) -> None:
+        """`skim`: the first `clip` bytes of each event, with its size; what is no longer comes whole (P10)."""
+        data = [b"", b"abc", b"abcd", b"x" * (MAX_CLIP + 1), b"y" * (2 * MAX_READ_BYTES), b"end"]
+        await a.create(key, {}, lifetime=LONG)
+        for one in data:
+            await a.append(key, Batch(drafts(one)))
+        found = await skim_all(b, key, clip=clip)
+        assert [(entry.event.data, entry.size) for entry in found] == [(one[:clip], len(one)) for one in data]
+        assert [entry.event.cursor for entry in found] == [event.cursor for event in await read_all(a, key)]
+        assert {entry.event.stream for entry in found} == {0}
+
+    async def test_skim_begins_after_its_cursor(self, a: Store, b: Store, key: str, five: list[Event]) -> None:
+        """`skim`: as `read`, also in what it raises."""
+        for n, event in enumerate(five, start=1):
+            assert [entry.event for entry in await skim_all(b, key, event.cursor)] == five[n:]
+        part = await b.skim(key, five[0].cursor, limit=2, clip=0)
+        assert 1 <= len(part) <= 2
+        assert await b.skim(key, five[-1].cursor) == []
+        for cursor in (Cursor(6), Cursor(2, five[0].tag)):
+            with pytest.raises(Diverged):
+                await b.skim(key, cursor)
+        await a.trim(key, standalone_before=4)
+        with pytest.raises(Trimmed) as trimmed:
+            await b.skim(key, five[0].cursor)
+        assert trimmed.value.oldest == 4
+        await a.delete(key)
+        with pytest.raises(SessionNotFound):
+            await b.skim(key, Cursor(0))
+
+    async def test_record_comes_with_the_size_of_its_log(self, a: Store, b: Store, key: str, five: list[Event]) -> None:
+        """`Loaded.size`, `Loaded.count`: what the log holds now."""
+        assert (await b.load(key))[3:] == (5, 5)
+        stream = await open_stream(a, key)
+        await a.append(key, Batch(drafts(b"end"), stream=stream, terminal=True))
+        assert (await b.load(key))[3:] == (14, 7)
+        await a.trim(key, streams=[stream], standalone_before=3)
+        assert (await b.load(key))[3:] == (3, 3)
 
     async def test_empty_log_reads_as_empty(self, a: Store, b: Store, key: str) -> None:
         """`Cursor`: position 0 is the beginning, before any entry."""

@@ -10,7 +10,7 @@ import anyio.to_thread
 import pytest
 
 from nonstick.errors import AlreadyExists, NotPending, SessionNotFound, StreamClosed, TooManySessions
-from nonstick.store import CANCEL_SECONDS, FRESH_SHARE, MAX_CANCELS, Batch, Cursor, Store
+from nonstick.store import CANCEL_SECONDS, FRESH_SHARE, MAX_CANCELS, Batch, Cursor, Loaded, Store
 from nonstick.testing.base import ContractFixtures
 from nonstick.testing.tools import Clock, drafts, eventually, gone_at, open_stream, read_all, texts
 
@@ -162,7 +162,7 @@ class RecordContract(ContractFixtures):
         old = await _fill(a, key)
         await a.delete(key)
         await b.create(key, {"new": b"1"}, lifetime=LONG)
-        assert await b.load(key) == ({"new": b"1"}, Cursor(0), frozenset())
+        assert await b.load(key) == Loaded({"new": b"1"}, Cursor(0), frozenset())
         assert await b.read(key, Cursor(0)) == []
         with pytest.raises(StreamClosed):
             await a.append(key, Batch(drafts(b"x"), stream=stream))
@@ -190,7 +190,7 @@ class RecordContract(ContractFixtures):
         old = await _fill(a, key)
         await gone_at(b, key, clock)
         await b.create(key, {"new": b"1"}, lifetime=LONG)
-        assert await a.load(key) == ({"new": b"1"}, Cursor(0), frozenset())
+        assert await a.load(key) == Loaded({"new": b"1"}, Cursor(0), frozenset())
         with pytest.raises(NotPending):
             await a.append(key, Batch(drafts(b"x"), answers="pending"))
         again = await b.append(key, old)

@@ -13,7 +13,7 @@ import anyio
 import anyio.lowlevel
 
 from nonstick.errors import SessionNotFound
-from nonstick.store import MAX_READ, NEW_STREAM, Batch, Cursor, Draft, Event, Store
+from nonstick.store import MAX_CLIP, MAX_READ, NEW_STREAM, Batch, Cursor, Draft, Event, Skimmed, Store
 
 __all__ = [
     "BEGINNING",
@@ -30,6 +30,7 @@ __all__ = [
     "open_stream",
     "opening",
     "read_all",
+    "skim_all",
     "take",
     "texts",
 ]
@@ -137,6 +138,16 @@ async def read_all(store: Store, key: str, after: Cursor = BEGINNING) -> list[Ev
         events += part
         after = part[-1].cursor
     return events
+
+
+async def skim_all(store: Store, key: str, after: Cursor = BEGINNING, *, clip: int = MAX_CLIP) -> list[Skimmed]:
+    """Everything after the cursor, clipped, in as many calls as it takes."""
+    found: list[Skimmed] = []
+    while part := await store.skim(key, after, limit=MAX_READ, clip=clip):
+        assert part[0].event.position > after.position, "skim repeats what is before its cursor"
+        found += part
+        after = part[-1].event.cursor
+    return found
 
 
 async def follow(store: Store, key: str, after: Cursor = BEGINNING) -> AsyncGenerator[Event, None]:

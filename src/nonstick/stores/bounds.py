@@ -1,0 +1,36 @@
+"""The bounds of what one call of a store may be asked for, and may answer (P10)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from nonstick.store import MAX_CLIP, MAX_READ, MAX_READ_BYTES, Event
+
+__all__ = ["check_bounds", "fitting"]
+
+
+def check_bounds(*, limit: int, max_bytes: int = 1, clip: int = 0) -> None:
+    """Returns if the arguments of a `read` or a `skim` are within what `Store` says.
+
+    Raises:
+        ValueError: One is not.
+    """
+    if not 1 <= limit <= MAX_READ:
+        raise ValueError(f"limit must be 1 to {MAX_READ}")
+    if not 1 <= max_bytes <= MAX_READ_BYTES:
+        raise ValueError(f"max_bytes must be 1 to {MAX_READ_BYTES}")
+    if not 0 <= clip <= MAX_CLIP:
+        raise ValueError(f"clip must be 0 to {MAX_CLIP}")
+
+
+def fitting(events: Iterable[Event], max_bytes: int) -> Iterator[Event]:
+    """The first of these events, and those after it while they are together no more than `max_bytes`.
+
+    Takes one more than it gives, and no more than that.
+    """
+    size = 0
+    for number, event in enumerate(events):
+        size += len(event.data)
+        if number and size > max_bytes:
+            return
+        yield event
