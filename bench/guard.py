@@ -57,7 +57,7 @@ PROGRESS: Final = {
 }
 
 _ROUND_TRIPS: Final = frozenset(
-    {"create", "load", "update", "touch", "delete", "append", "read", "trim", "lapsed", "ping"}
+    {"create", "load", "update", "touch", "delete", "append", "read", "skim", "trim", "lapsed", "ping"}
 )
 _counter: ContextVar[Counter[str] | None] = ContextVar("_counter", default=None)
 
