@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
@@ -43,10 +44,11 @@ from nonstick.errors import (
     TooManySessions,
 )
 from nonstick.events import EventId, Kind, cursor_text, decode, draft
-from nonstick.limits import LONGEST_METHOD
+from nonstick.limits import LONGEST_METHOD, after_body
 from nonstick.node import EVERYBODY
 from nonstick.offers import initialization
 from nonstick.record import UNCONFIRMED, Record, opening_fields, subscription_field
+from nonstick.renewal import unattended_seconds
 from nonstick.security import without_text
 from nonstick.session import Session, request_key
 from nonstick.store import NEW_STREAM, Batch, Cursor, Draft, Event
@@ -69,6 +71,8 @@ _NOT_RUN: Final = ErrorData(
     message="The request was not run: the session store could not be reached",
     data={"reason": "store_unavailable", "retrySafe": True},
 )
+
+_NEVER_OPENED: Final = ErrorData(code=INTERNAL_ERROR, message="The session took too long to open")
 
 _UNSENT: Final = 1000
 """Messages of one request that wait for a store that is away; beyond that the oldest are dropped."""
@@ -97,6 +101,7 @@ class Exchange:
         head: The log's head when the record was loaded: what came later may concern this request.
         protocol_version: What the client speaks; decides whether it understands a priming event.
         opens: This is the `initialize` that the session begins with.
+        connection: What the client waits at for the answer: `request`, unless that was made of one.
     """
 
     def __init__(
@@ -109,17 +114,19 @@ class Exchange:
         protocol_version: str,
         principal: bytes = b"",
         opens: bool = False,
+        connection: Request | None = None,
     ) -> None:
         self.session = session
         self.message = message
         self.key = request_key(message.id)
         self._request = request
+        self._connection = connection
         self.head = head
         self.stream = 0
         self.attempt = self._first_attempt = dice.attempt()
         self._settings = session.node.settings
         self._answer: Answer = self._settings.answer
-        self._principal = principal
+        self._principal = principal or session.principal
         self._opens = opens
         self._visible = not opens
         self._held: list[Draft] = []
@@ -141,6 +148,12 @@ class Exchange:
         self._decided: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._is_decided = False
         self._attending = False
+        self.began = math.inf
+        """When, in the loop's time, as far as that matters: not while the window lasts."""
+        self._is_awaited = False
+        """The client waits at its connection."""
+        self._watching: asyncio.Task[None] | None = None
+        self._limit: asyncio.TimerHandle | None = None
 
     # Most requests end before they need these.
 
@@ -165,12 +178,14 @@ class Exchange:
 
     async def serve(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
         """Runs the request and writes its response. `headers` go out with every response of the session."""
+        self._is_awaited = True
         self._start()
         try:
             # A caller that is cancelled leaves the handler alone.
             await self._decided
             await self._respond(send, headers)
         finally:
+            self._is_awaited = False
             if self._outcome is None:
                 # It streams, or will: to nobody.
                 self._outlet.leave()
@@ -186,6 +201,27 @@ class Exchange:
             if self._opens and not self._visible:
                 headers = []
             await wire.send_body(send, 200, outcome, [*headers, wire.JSON_TYPE])
+
+    def shows_client(self, now: float) -> bool:
+        """Whether the client is there, as far as its connection tells."""
+        return self._is_awaited and now - self.began < self._settings.connection_lifetime
+
+    def hand_over(self) -> None:
+        """Closes the client's connection, if it can come back for the rest."""
+        if self._gave_id:
+            self._outlet.put(wire.sse_retry(self._settings.retry_interval))
+            self._outlet.end()
+
+    async def _watch(self, connection: Request) -> None:
+        """Waits until the client goes. Nothing stops for that, but it is not seen here any more (P10)."""
+        receive = after_body(connection.receive)
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._is_awaited = False
+        if self._opens:
+            # Nobody else was told of the session.
+            self.end()
+        self._outlet.leave()
 
     async def take_over(self, stream: int, attempt: int, *, first: int) -> bool:
         """Makes the stream of a request that another node opened this node's, as the next attempt at it.
@@ -214,7 +250,7 @@ class Exchange:
         session.exchanges[self.key] = self
         session.__enter__()
         # Its connection holds the same place: it takes one until both have ended.
-        session.node.requests.take(self._request)
+        session.node.requests.take(self._request, self._principal)
         session.node.spawn(self._run()).add_done_callback(self._ran)
 
     def _ran(self, _: asyncio.Task[None]) -> None:
@@ -277,6 +313,10 @@ class Exchange:
         if self.session.exchanges.get(self.key) is self:
             del self.session.exchanges[self.key]
         self.session.node.left()
+        if self._watching is not None:
+            self._watching.cancel()
+        if self._limit is not None:
+            self._limit.cancel()
         if self._attending:
             self._attending = False
             self.session.leave()
@@ -462,7 +502,15 @@ class Exchange:
 
     def _window_passed(self) -> None:
         """From here on the node follows the log, so that cancels and ends from elsewhere reach the request (P5, P6)."""
-        if self._opens or self._closed:
+        if self._closed:
+            return
+        loop = asyncio.get_running_loop()
+        self.began = loop.time()
+        if self._connection is not None and self._is_awaited:
+            self._watching = self.session.node.spawn(self._watch(self._connection))
+        if self._opens:
+            # It has no session yet whose expiry would end it.
+            self._limit = loop.call_later(unattended_seconds(self._settings), self.fail, _NEVER_OPENED)
             return
         self._attending = True
         self.session.attend()

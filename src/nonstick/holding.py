@@ -21,6 +21,7 @@ from mcp_types import (
     JSONRPCRequest,
     RequestId,
 )
+from starlette.requests import Request
 
 from nonstick import dice, notice, portable, wire
 from nonstick.errors import Diverged, Fenced, SessionNotFound, StoreUnavailable, StreamClosed
@@ -275,6 +276,7 @@ class Holding:
         if self._node.is_closing:
             # The next owner's.
             return
+        request = portable.unpack(body["relay"]["http"], session.id)
         if (refusal := self._refusal(key)) is not None:
             await patiently(
                 lambda: _end_stream(session, event.position, body["attempt"], wire.error_body(message.id, refusal))
@@ -282,7 +284,8 @@ class Holding:
             return
         self._taking.add(key)
         try:
-            await self._take_over(event, body, message)
+            with self._node.requests.held(request, session.principal):
+                await self._take_over(event, body, message, request)
         except SessionNotFound:
             self._node.spawn(session.end())
         except Diverged:
@@ -301,11 +304,14 @@ class Holding:
             return ErrorData(
                 code=INVALID_REQUEST, message="Too many requests of this session are running; wait for some"
             )
+        try:
+            self._node.requests.check(session.principal)
+        except wire.Refusal as refusal:
+            return ErrorData(code=refusal.code, message=refusal.message)
         return None
 
-    async def _take_over(self, event: Event, body: dict[str, Any], message: JSONRPCRequest) -> None:
+    async def _take_over(self, event: Event, body: dict[str, Any], message: JSONRPCRequest, request: Request) -> None:
         session, relay, attempt = self.session, body["relay"], body["attempt"]
-        request = portable.unpack(relay["http"], session.id)
         exchange = Exchange(session, message, request, head=Cursor(relay["since"]), protocol_version=relay["version"])
         if not await patiently(lambda: exchange.take_over(event.position, attempt, first=attempt + 1)):
             return

@@ -18,7 +18,17 @@ from starlette.types import Message, Receive, Scope
 from nonstick import wire
 from nonstick.deadline import Deadline
 
-__all__ = ["LONGEST_ID", "LONGEST_METHOD", "Place", "Room", "arrived", "check_headers", "check_names", "header"]
+__all__ = [
+    "LONGEST_ID",
+    "LONGEST_METHOD",
+    "Place",
+    "Room",
+    "after_body",
+    "arrived",
+    "check_headers",
+    "check_names",
+    "header",
+]
 
 LONGEST_ID: Final = 1024
 """Characters of a request id or a progress token: the log and each of a stream's messages repeat them."""
@@ -40,61 +50,91 @@ class Room:
         places: How many there are.
         status: HTTP status of the refusal where none is left: 429 if the client has them, 503 if all clients have.
         message: What to tell the client.
+        share: The share of the places that may be one principal's. Clients without one, who cannot be told apart, are
+            not limited by it.
+        share_message: What to tell the client where its principal has that many.
     """
 
-    def __init__(self, places: int, status: int, message: str) -> None:
+    def __init__(self, places: int, status: int, message: str, *, share: float = 1.0, share_message: str = "") -> None:
         self._places = places
+        self._share = max(1, int(places * share))
         self._status = status
         self._code = INVALID_REQUEST if status < 500 else INTERNAL_ERROR
         self._message = message
+        self._share_message = share_message
         self._held: dict[object, int] = {}
+        self._whose: dict[object, bytes] = {}
+        """The principal that has a place, if there is one."""
+        self._taken: dict[bytes, int] = {}
+        """Places of each principal."""
 
     def __len__(self) -> int:
         """Places that are taken."""
         return len(self._held)
 
-    def check(self) -> None:
-        """Returns if there is a place.
+    def check(self, principal: bytes = b"") -> None:
+        """Returns if there is a place for this principal, b"" for none.
 
         Raises:
-            Refusal: There is none.
+            Refusal: There is none, or the principal has its share.
         """
+        if principal:
+            self.check_share(principal)
         if len(self._held) >= self._places:
             raise wire.Refusal(self._status, self._message, self._code, retry_after=1)
 
-    def held(self, name: object) -> Place:
-        """Takes a place meanwhile, also where there is none left: see `check`."""
-        return Place(self, name)
+    def check_share(self, principal: bytes) -> None:
+        """Returns if this principal may have one more place, if there is one.
 
-    def held_while(self, name: object, task: asyncio.Task[Any]) -> None:
+        Raises:
+            Refusal: It has its share.
+        """
+        if self._taken.get(principal, 0) >= self._share:
+            raise wire.Refusal(429, self._share_message, INVALID_REQUEST, retry_after=1)
+
+    def held(self, name: object, principal: bytes = b"") -> Place:
+        """Takes a place meanwhile, also where there is none left: see `check`."""
+        return Place(self, name, principal)
+
+    def held_while(self, name: object, task: asyncio.Task[Any], principal: bytes = b"") -> None:
         """Takes a place until the task has ended."""
-        self.take(name)
+        self.take(name, principal)
         task.add_done_callback(lambda _: self.give_back(name))
 
-    def take(self, name: object) -> None:
+    def take(self, name: object, principal: bytes = b"") -> None:
         """As on entering `held`."""
-        self._held[name] = self._held.get(name, 0) + 1
+        held = self._held.get(name, 0)
+        self._held[name] = held + 1
+        if principal and not held:
+            self._whose[name] = principal
+            self._taken[principal] = self._taken.get(principal, 0) + 1
 
     def give_back(self, name: object) -> None:
         """As on leaving `held`."""
         left = self._held[name] - 1
         if left:
             self._held[name] = left
-        else:
-            del self._held[name]
+            return
+        del self._held[name]
+        if name in self._whose:
+            principal = self._whose.pop(name)
+            self._taken[principal] -= 1
+            if not self._taken[principal]:
+                del self._taken[principal]
 
 
 class Place:
     """A place in a room that is taken from entering to leaving."""
 
-    __slots__ = ("_name", "_room")
+    __slots__ = ("_name", "_principal", "_room")
 
-    def __init__(self, room: Room, name: object) -> None:
+    def __init__(self, room: Room, name: object, principal: bytes) -> None:
         self._room = room
         self._name = name
+        self._principal = principal
 
     def __enter__(self) -> None:
-        self._room.take(self._name)
+        self._room.take(self._name, self._principal)
 
     def __exit__(self, *_: object) -> None:
         self._room.give_back(self._name)
@@ -128,15 +168,20 @@ async def arrived(scope: Scope, receive: Receive, *, limit: int, seconds: float)
 class _Again:
     """Gives a body that has arrived, once, and then what comes after it."""
 
-    __slots__ = ("_body", "_receive")
+    __slots__ = ("_body", "connection")
 
     def __init__(self, body: bytes, receive: Receive) -> None:
         self._body: bytes | None = body
-        self._receive = receive
+        self.connection = receive
 
     def __call__(self) -> Awaitable[Message]:
         body, self._body = self._body, None
-        return self._receive() if body is None else _whole(body)
+        return self.connection() if body is None else _whole(body)
+
+
+def after_body(receive: Receive) -> Receive:
+    """What gives only what comes after the body, which somebody else may still want."""
+    return receive.connection if isinstance(receive, _Again) else receive
 
 
 async def _whole(body: bytes) -> Message:

@@ -66,6 +66,8 @@ class Reader(ABC):
         self.outlet = wire.Outlet(patience=settings.send_timeout, ping=settings.ping_interval)
         self.stays = False
         """Its client could not come back, so that a drain waits for its end."""
+        self.began = asyncio.get_running_loop().time()
+        """In the loop's time."""
 
     async def serve(self, receive: Receive, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
         """Sends the stream until it ends, the session ends, or the client goes."""
@@ -84,6 +86,10 @@ class Reader(ABC):
             for task in tasks:
                 task.cancel()
             await self.gone()
+
+    def shows_client(self, now: float) -> bool:
+        """Whether the client is there, as far as its connection tells."""
+        return not self.outlet.gone and now - self.began < self.session.node.settings.connection_lifetime
 
     async def gone(self) -> None:  # noqa: B027 - most have nothing to do
         """The connection has ended."""

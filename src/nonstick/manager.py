@@ -99,7 +99,8 @@ _LONGEST_URI: Final = 2048
 """Characters of a resource's URI that a record keeps."""
 
 _MAY_BE_ZERO: Final = ("window", "grace")
-_MAY_BE_NONE: Final = ("max_sessions_per_principal", "unconfirmed_lifetime")
+_MAY_BE_NONE: Final = ("max_sessions_per_principal", "unconfirmed_lifetime", "unattended_timeout")
+_SHARES: Final = ("max_principal_share",)
 
 _HOW_TO_RUN: Final = (
     "nonstick is not running in this process: its lifespan was not entered. Run the app itself with an ASGI server, "
@@ -116,6 +117,10 @@ class Options(TypedDict, total=False):
     window: float
     max_sessions_per_principal: int | None
     unconfirmed_lifetime: float | None
+    unattended_timeout: float | None
+    server_request_timeout: float
+    connection_lifetime: float
+    max_principal_share: float
     max_streams: int
     max_streams_per_node: int
     max_listeners: int
@@ -407,9 +412,10 @@ class SessionManager:
     async def _serve_sessionless(self, node: Node, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         """Newer clients have no session: the SDK's own manager serves them."""
         room = node.listeners if listens(scope) else node.requests
-        room.check()
+        principal = principal_of(scope)
+        room.check(principal)
         try:
-            with room.held(object()):
+            with room.held(object(), principal):
                 await node.sessionless.serve(self._modern.handle_request, scope, body, receive, send)
         finally:
             node.left()
@@ -446,7 +452,8 @@ class SessionManager:
             message = self._parse(request.scope, body)
             if not (isinstance(message, JSONRPCRequest) and message.method == "initialize"):
                 raise wire.missing_id()
-            node.requests.check()
+            principal = principal_of(request.scope)
+            node.requests.check(principal)
             self._check_initialize(message)
             routed = request.scope.get(TRANSPORT)
             session_id = new_session_id() if routed is None else routed.open()
@@ -460,10 +467,11 @@ class SessionManager:
                 request,
                 head=session.head,
                 protocol_version=str((message.params or {}).get("protocolVersion", DEFAULT_NEGOTIATED_VERSION)),
-                principal=principal_of(request.scope),
+                principal=principal,
                 opens=True,
+                connection=request,
             )
-            with node.requests.held(request):
+            with node.requests.held(request, principal):
                 await exchange.serve(send, [_session_header(session_id)])
         elif request.method == "GET":
             _check_accepts_stream(request)
@@ -493,15 +501,16 @@ class SessionManager:
             except wire.Refusal as refusal:
                 # Whether there is such a session is said first, as the SDK does.
                 problem = refusal
+        principal = principal_of(request.scope)
         if isinstance(message, JSONRPCRequest):
-            node.requests.check()
+            node.requests.check(principal)
         elif request.method == "GET":
-            node.listeners.check()
+            node.listeners.check(principal)
         key = self.key(session_id)
         sent_once = isinstance(message, JSONRPCNotification | JSONRPCResponse | JSONRPCError)
         loaded = await node.store.load(key, patience=_NOTICE_PATIENCE if sent_once else None)
         record = Record.from_fields(loaded.fields)
-        if record.principal != principal_of(request.scope):
+        if record.principal != principal:
             logger.warning("session %s: refused a request of another principal", key[:12])
             raise SessionNotFound
         headers.append(_session_header(session_id))
@@ -593,6 +602,8 @@ class SessionManager:
             raise wire.Refusal(
                 429, "Too many notifications of this session are being handled; wait for some", retry_after=1
             )
+        if session.principal:
+            session.node.requests.check_share(session.principal)
         with _as_relayed(session, request) as request:
             # In the background: the client waits for no handler of a notification (as the SDK).
             session.spawn_notice(notice.handle(session, message, request), request)
@@ -630,11 +641,14 @@ class SessionManager:
             version = session.protocol_version
         if elsewhere is not None:
             relay = Relay(session, message, request, owner=elsewhere, since=loaded.head, version=version)
-            with session.node.requests.held(request):
+            with session.node.requests.held(request, session.principal):
                 await relay.serve(request.receive, send, headers)
             return
-        with _as_relayed(session, request) as request, session.node.requests.held(request):
-            exchange = Exchange(session, message, request, head=loaded.head, protocol_version=version)
+        connection = request
+        with _as_relayed(session, request) as request, session.node.requests.held(request, session.principal):
+            exchange = Exchange(
+                session, message, request, head=loaded.head, protocol_version=version, connection=connection
+            )
             await exchange.serve(send, headers)
 
     def _check_initialize(self, message: JSONRPCRequest) -> None:
@@ -702,7 +716,7 @@ class SessionManager:
             resumes = place is not None and place.stream != STANDALONE
             room = session.resumptions if resumes else session.listeners
             room.check()
-            with room.held(request), session.node.listeners.held(request):
+            with room.held(request), session.node.listeners.held(request, session.principal):
                 reader = await self._reader(session, place)
                 await reader.serve(receive, send, headers)
 
@@ -825,3 +839,5 @@ def _check_number(name: str, value: object) -> None:
         raise ConfigurationError(f"{name} must be a finite number, not {value!r}")
     if value < 0 or (value == 0 and name not in _MAY_BE_ZERO):
         raise ConfigurationError(f"{name} must be {'zero or ' if name in _MAY_BE_ZERO else ''}a positive number")
+    if name in _SHARES and value > 1:
+        raise ConfigurationError(f"{name} must be a share, at most 1, not {value!r}")

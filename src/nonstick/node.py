@@ -24,6 +24,7 @@ from nonstick.errors import SessionNotFound, StoreError, StoreUnavailable
 from nonstick.guard import GuardedStore
 from nonstick.limits import Room
 from nonstick.placement import Placement, Rehydrate
+from nonstick.renewal import Renewal
 from nonstick.security import principal_group, without_text
 from nonstick.sessionless import Sessionless
 
@@ -74,6 +75,16 @@ class Settings:
     unconfirmed_lifetime: float | None = 60.0
     """How long a session lives that was opened and not used yet: until `notifications/initialized` or its first
     successful request. None for as long as any other."""
+    unattended_timeout: float | None = None
+    """How long a handler that works on after its client left keeps the session, from the client's last sign. None, and
+    whatever is less, for as long as an idle session lives."""
+    server_request_timeout: float = 3600.0
+    """How long a handler waits for the client's reply to a server request, if it does not say so itself."""
+    connection_lifetime: float = 86_400.0
+    """After so long a stream's connection is closed, with a hint to come back, and no longer shows that its client is
+    there: a client that does not read never comes back."""
+    max_principal_share: float = 0.5
+    """The share of this node's places that one authenticated principal may have."""
     max_streams: int = 128
     """Requests of one session that run on this node at once; and of its GETs, those that resume a request's stream."""
     max_streams_per_node: int = 4096
@@ -167,12 +178,20 @@ class Node:
         self.sessions: dict[str, Session] = {}
         self.readers: set[Reader] = set()
         self.requests = Room(
-            settings.max_streams_per_node, 503, "This node is running as many requests as it may; try again"
+            settings.max_streams_per_node,
+            503,
+            "This node is running as many requests as it may; try again",
+            share=settings.max_principal_share,
+            share_message="This node is running as many requests of yours as of one principal it may; wait for some",
         )
         self.listeners = Room(
-            settings.max_listeners_per_node, 503, "As many streams are open on this node as it may keep; try again"
+            settings.max_listeners_per_node,
+            503,
+            "As many streams are open on this node as it may keep; try again",
+            share=settings.max_principal_share,
+            share_message="As many streams of yours are open on this node as one principal may have; close one",
         )
-        self.sessionless = Sessionless(SHUT_DOWN)
+        self.sessionless = Sessionless(SHUT_DOWN, lifetime=settings.connection_lifetime)
         self.draining = False
         """Other nodes are to take what comes."""
         self._left = asyncio.Event()
@@ -181,6 +200,7 @@ class Node:
         self._stack = AsyncExitStack()
         self._keeper = _LeaseKeeper(self)
         self.placement = Placement(self)
+        self._renewal = Renewal(self)
 
     async def __aenter__(self) -> Self:
         self._keeper.start()
@@ -224,11 +244,10 @@ class Node:
                 logger.error("a background task failed", exc_info=without_text(error))
 
     async def _touch(self, period: float, *, unconfirmed: bool = False) -> None:
-        """Sessions with open streams or running handlers do not expire, nor do those that are `unconfirmed` yet."""
+        """Sessions whose client is seen here do not expire; those that are `unconfirmed` are looked at more often."""
         while True:
             await asyncio.sleep(period)
-            sessions = self.sessions.items()
-            keys = [key for key, session in sessions if session.is_active and session.unconfirmed >= unconfirmed]
+            keys = self._renewal.due(unconfirmed=unconfirmed)
             late = False
             try:
                 if not unconfirmed:

@@ -39,7 +39,7 @@ from nonstick.shared import check_shared
 from nonstick.store import Store
 from nonstick.stores import open_store
 
-__all__ = ["DEFAULT_STORE", "Settings", "serve", "worker_app"]
+__all__ = ["DEFAULT_STORE", "Settings", "bound", "serve", "worker_app"]
 
 DEFAULT_STORE: Final = "sqlite:///.nonstick/sessions.db"
 """In the working directory: shared by what is started there."""
@@ -49,6 +49,11 @@ PING_SECONDS: Final = 5.0
 
 _AFTER_GRACE: Final = 2
 """Seconds that uvicorn waits longer than the node, which has to tell its clients how their requests ended."""
+
+_KEEPALIVE_SECONDS: Final = 15
+"""Between two probes of a silent connection whose client has not answered the first."""
+_LONGEST_KEEPALIVE: Final = 32_767
+"""Seconds, as the kernel allows."""
 
 _VARIABLE: Final = "NONSTICK_SERVE"
 _STARTUP_FAILURE: Final = 3
@@ -96,7 +101,7 @@ def serve(settings: Settings) -> int:
     _configure_logs(settings)
     _stop_at_once_on(signal.SIGTERM)
     found = loading.find(settings.target)
-    with _bound(settings) as listener:
+    with bound(settings) as listener:
         _prepare_store(settings)
         settings = dataclasses.replace(settings, port=listener.getsockname()[1])
         if settings.workers > 1 or settings.reload:
@@ -300,7 +305,7 @@ def _serve_in_children(settings: Settings, listener: socket.socket) -> int:
     return 1 if any(process.exitcode == _STARTUP_FAILURE for process in supervisor.processes) else 0
 
 
-def _bound(settings: Settings) -> socket.socket:
+def bound(settings: Settings) -> socket.socket:
     """A socket bound there, not listening yet.
 
     Raises:
@@ -332,7 +337,12 @@ def _cut_off_the_unreachable(listener: socket.socket, settings: Settings) -> Non
     option = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux has it
     patience = settings.options.get("send_timeout", SEND_TIMEOUT)
     if option is not None and isinstance(patience, int | float):
-        listener.setsockopt(socket.IPPROTO_TCP, option, math.ceil(2000 * min(patience, 86_400)))
+        seconds = math.ceil(2 * min(patience, 86_400))
+        listener.setsockopt(socket.IPPROTO_TCP, option, 1000 * seconds)
+        # A client that waits for a plain answer is sent nothing that it could leave unacknowledged.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, min(seconds, _LONGEST_KEEPALIVE))
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, min(seconds, _KEEPALIVE_SECONDS))
 
 
 def _bind_failed(error: OSError, host: str, port: int) -> str:

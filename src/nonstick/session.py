@@ -176,6 +176,10 @@ class Session:
     ended = False
     record: Record | None = None
     """What the store last said of it."""
+    was_heard = False
+    """A message of its client came in since that was last looked at."""
+    heard_at = 0.0
+    """When its client was last seen or heard at this node, in the loop's time, as far as that was looked at."""
     _stack: _HoldingStack | None = None
     _users = 0
     _recent_cancels: tuple[tuple[int, str], ...] = ()
@@ -255,6 +259,11 @@ class Session:
         return self.connection.protocol_version if self.record is None else self.record.protocol_version
 
     @property
+    def principal(self) -> bytes:
+        """Who opened it; b"" without authentication."""
+        return b"" if self.record is None else self.record.principal
+
+    @property
     def subscriptions(self) -> frozenset[str]:
         """URIs of the resources that the client is subscribed to."""
         return frozenset() if self.record is None else self.record.subscriptions
@@ -281,6 +290,7 @@ class Session:
     def refresh(self, loaded: Loaded, record: Record) -> None:
         """Takes over what the store knows: other nodes may have changed it since."""
         self.record = record
+        self.was_heard = True
         if "connection" in vars(self):
             _introduce(self.connection, record)
         self.unconfirmed = record.unconfirmed
@@ -319,7 +329,7 @@ class Session:
     def spawn_notice(self, work: Coroutine[Any, Any, Any], request: Request) -> None:
         """As `spawn`, for the handler of a notification: the session's end cancels it (P6)."""
         task = self.spawn(work)
-        self.node.requests.held_while(request, task)
+        self.node.requests.held_while(request, task, self.principal)
         self.notices.add(task)
         task.add_done_callback(self.notices.discard)
 
@@ -342,7 +352,7 @@ class Session:
 
     @property
     def is_active(self) -> bool:
-        """Whether something runs for it here, so that the session must not expire."""
+        """Whether something runs for it here."""
         return self._users > 0
 
     async def end(self) -> None:
@@ -500,13 +510,16 @@ class Session:
         waiter = _Waiter(asyncio.get_running_loop().create_future(), on_progress)
         self._waiters[key] = waiter
         timeout = opts.get("timeout")
+        if timeout is None:
+            # A client that never replies, or is gone, must not hold its handler for ever (P10).
+            timeout = self.node.settings.server_request_timeout
         with self, self.attending():
             try:
                 await emit(draft(Kind.MESSAGE, wire.request_body(request_id, method, sent)), (key,))
                 async with asyncio.timeout(timeout):
                     return await waiter.reply
             except TimeoutError:
-                await self._withdraw(emit, request_id, opts, f"timed out after {timeout}s")
+                await self._withdraw(emit, request_id, opts, f"timed out after {timeout:g} s")
                 raise MCPError(code=REQUEST_TIMEOUT, message=f"Request {method!r} timed out") from None
             except asyncio.CancelledError:
                 await self._withdraw(emit, request_id, opts, "caller cancelled")

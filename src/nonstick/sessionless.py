@@ -33,10 +33,12 @@ class Sessionless:
 
     Args:
         shut_down: The error of requests that did not.
+        lifetime: Seconds after which a stream that listens ends: a client that reads asks anew.
     """
 
-    def __init__(self, shut_down: ErrorData) -> None:
+    def __init__(self, shut_down: ErrorData, *, lifetime: float) -> None:
         self._shut_down = shut_down
+        self._lifetime = lifetime
         self._listening: set[anyio.CancelScope] = set()
         self._working: set[anyio.CancelScope] = set()
         self._closed = False
@@ -56,6 +58,8 @@ class Sessionless:
             raise wire.unavailable(_CLOSING)
         response = _Response(send)
         with _held(self._listening if listening else self._working) as until:
+            if listening:
+                until.deadline = anyio.current_time() + self._lifetime
             await app(scope, receive, response.send)
         if until.cancelled_caught:
             await response.finish(b"" if listening else wire.error_body(_id_in(body), self._shut_down))

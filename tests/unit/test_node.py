@@ -49,6 +49,7 @@ async def running(store: Store, *, open_sessions: int = 0, **settings: Any) -> A
         for number in range(open_sessions):
             session = node.sessions[str(number)] = Session(node, f"id {number}", str(number))
             session.__enter__()
+            session.was_heard = True
         async with node:
             yield node
 
@@ -56,7 +57,7 @@ async def running(store: Store, *, open_sessions: int = 0, **settings: Any) -> A
 async def test_part_of_the_store_that_is_away_lets_no_session_of_the_others_expire() -> None:
     """P9: what is open is renewed as far as it can be, however much is open."""
     store, count = PartlyAway(), 1000
-    async with running(store, open_sessions=count, lifetime=1.0, unconfirmed_lifetime=None):
+    async with running(store, open_sessions=count, lifetime=1.0, unconfirmed_lifetime=None, unattended_timeout=60.0):
         while str(count - 1) not in store.touched:
             store.changed.clear()
             await store.changed.wait()
