@@ -232,6 +232,7 @@ class _Later:
             async with theirs.app.lifespan(theirs.app) as state, self.manager.serving(state):
                 if self.place.owner is not None:
                     await fastmcp_server.check_state(self.place.owner)
+                    self.manager.has_tasks = fastmcp_server.has_tasks(self.place.owner)
                 fastmcp_server.listen(theirs.app, self.manager.cluster.subscription_bus)
                 self.place.asgi.session_manager = self.manager
                 yield

@@ -48,7 +48,7 @@ from nonstick.events import Kind, decode, draft, kind_of
 from nonstick.follow import Follower
 from nonstick.guard import PATIENCE, GuardedStore
 from nonstick.sender import Sender
-from nonstick.state_store import StateStore
+from nonstick.state_store import Room, StateStore
 from nonstick.store import MAX_READ, Appended, Batch, Cursor, Event, Store
 from nonstick.stores import open_store
 from nonstick.wire import STORE_AWAY
@@ -119,6 +119,7 @@ class Cluster:
         self._security = RequestStateSecurity(codec=self._codec, ttl=request_state_ttl)
         self._taken: set[str] = set()
         self._state = StateStore()
+        self._room = Room()
         self.broadcasts = Broadcasts(_LOG_EVENTS)
         self.hearers: set[Hearer] = set()
         """Connections that are told when there is something new."""
@@ -240,11 +241,12 @@ class Cluster:
         return self._on.url == store.url and not store.url.startswith("memory:")
 
     @asynccontextmanager
-    async def taking_part(self, store: GuardedStore) -> AsyncIterator[None]:
-        """Follows the cluster log meanwhile. `store` is open."""
+    async def taking_part(self, store: GuardedStore, room: Room | None = None) -> AsyncIterator[None]:
+        """Follows the cluster log meanwhile. `store` is open, and has this room for FastMCP's state."""
         if not self.nodes:
             # It belongs to one event loop.
             self._following = asyncio.Lock()
+            self._room = room or Room()
         self.nodes += 1
         self._on = store.store
         joined = self._bus.joined = self._bus.joined or asyncio.Event()
@@ -295,7 +297,7 @@ class Cluster:
         """
         async with self._following:
             self._codec.use([])
-            self._state.use(store)
+            self._state.use(store, self._room)
             try:
                 await self._keep(store, joined)
             finally:

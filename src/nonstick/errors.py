@@ -16,6 +16,7 @@ __all__ = [
     "NotPending",
     "NotRunning",
     "SessionNotFound",
+    "StateFull",
     "StateNotJSON",
     "StateTooLarge",
     "StoreError",
@@ -49,6 +50,10 @@ class StateNotJSON(NonstickError, TypeError):
 
 class StateTooLarge(NonstickError, ValueError):
     """A session's record has no room for this value (P10)."""
+
+
+class StateFull(NonstickError):
+    """The store keeps as many values outside of sessions as it may (P10). The message names the limit."""
 
 
 class StoreError(NonstickError):

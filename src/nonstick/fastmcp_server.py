@@ -19,7 +19,7 @@ from nonstick.state_store import PROBE, probed
 if TYPE_CHECKING:
     from fastmcp import FastMCP
 
-__all__ = ["check_state", "http_app", "is_endpoint", "is_server", "keep_levels", "listen"]
+__all__ = ["check_state", "has_tasks", "http_app", "is_endpoint", "is_server", "keep_levels", "listen"]
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +106,12 @@ def listen(server: Server[Any], bus: SubscriptionBus) -> None:
 
 
 # ---- session state
+
+
+def has_tasks(app: Starlette) -> bool:
+    """Whether the server in this app, which runs, has background tasks, which run on any node."""
+    server = getattr(app.state, "fastmcp_server", None)
+    return is_server(server) and server.docket is not None
 
 
 async def check_state(app: Starlette) -> None:

@@ -71,7 +71,8 @@ from nonstick.record import CONFIRMED, Record
 from nonstick.relay import Relay, relay_notice
 from nonstick.security import json_depth_exceeds, new_session_id, principal_of, session_key, valid_session_id
 from nonstick.session import Session, as_number, request_key
-from nonstick.sessionless import listens
+from nonstick.sessionless import forget_session, listens
+from nonstick.state_store import Room, within_request
 from nonstick.store import STANDALONE, Batch, Loaded, Store
 from nonstick.stores import open_store
 from nonstick.transport import TRANSPORT
@@ -99,7 +100,13 @@ _LONGEST_URI: Final = 2048
 """Characters of a resource's URI that a record keeps."""
 
 _MAY_BE_ZERO: Final = ("window", "grace")
-_MAY_BE_NONE: Final = ("max_sessions_per_principal", "unconfirmed_lifetime", "unattended_timeout")
+_MAY_BE_NONE: Final = (
+    "max_sessions_per_principal",
+    "max_state_records",
+    "max_state_records_per_principal",
+    "unattended_timeout",
+    "unconfirmed_lifetime",
+)
 _SHARES: Final = ("max_principal_share",)
 
 _HOW_TO_RUN: Final = (
@@ -131,6 +138,8 @@ class Options(TypedDict, total=False):
     max_header_bytes: int
     max_subscriptions: int
     max_state_bytes: int
+    max_state_records: int | None
+    max_state_records_per_principal: int | None
     max_initialize_bytes: int
     send_timeout: float
     receive_timeout: float
@@ -252,6 +261,8 @@ class SessionManager:
         self._node_name = node_name
         self.cluster = cluster or Cluster.only() or Cluster.apart()
         """What is told to every client goes through this: `await manager.cluster.notify_tools_changed()`."""
+        self.has_tasks = False
+        """Whether requests begin tasks that other nodes run: FastMCP's."""
         self._endpoint = endpoint
         self._node: Node | None = None
         self._started = False
@@ -288,7 +299,9 @@ class SessionManager:
             self.cluster = Cluster.apart()
         if not self.stateless:
             offer(self.app)
-        async with GuardedStore(self.store) as store, self.cluster.taking_part(store):
+        settings = self.settings
+        room = Room(settings.max_state_records, settings.max_state_records_per_principal)
+        async with GuardedStore(self.store) as store, self.cluster.taking_part(store, room):
             yield store
 
     @asynccontextmanager
@@ -404,6 +417,8 @@ class SessionManager:
                 await self._handle(scope, body, receive, send)
         except ClientDisconnect:
             logger.debug("a client went before its request was whole")
+        except SessionNotFound:
+            await wire.Refusal(404, "Session not found").send(send, [])
         except wire.Refusal as refusal:
             # What is still to come of the request is not waited for; but who is in the middle of a large body would not
             # read the answer of a connection that closes.
@@ -411,11 +426,14 @@ class SessionManager:
 
     async def _serve_sessionless(self, node: Node, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         """Newer clients have no session: the SDK's own manager serves them."""
+        if (routed := scope.get(TRANSPORT)) is not None:
+            routed.check(header(scope, MCP_SESSION_ID_HEADER))
+        forget_session(scope)
         room = node.listeners if listens(scope) else node.requests
         principal = principal_of(scope)
         room.check(principal)
         try:
-            with room.held(object(), principal):
+            with room.held(object(), principal), within_request(travels=self.has_tasks):
                 await node.sessionless.serve(self._modern.handle_request, scope, body, receive, send)
         finally:
             node.left()

@@ -103,6 +103,10 @@ class Settings:
     """Resources that one session is subscribed to."""
     max_state_bytes: int = 1024 * 1024
     """Session state of one session, names and values: every request of the session loads it."""
+    max_state_records: int | None = 100_000
+    """Values that FastMCP keeps outside of sessions, in the store: of `UserSession`, say. Each has its record."""
+    max_state_records_per_principal: int | None = 1000
+    """Such values of one authenticated principal."""
     max_initialize_bytes: int = 64 * 1024
     """What a client says of itself when it opens a session, which the record keeps."""
     send_timeout: float = SEND_TIMEOUT

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import anyio
 import pydantic_core
+from mcp.server.streamable_http import MCP_SESSION_ID_HEADER
 from mcp.shared.inbound import MCP_METHOD_HEADER
 from mcp_types import ErrorData
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from nonstick import wire
 from nonstick.limits import header
 
-__all__ = ["Sessionless", "listens"]
+__all__ = ["Sessionless", "forget_session", "listens"]
 
 _CLOSING: Final = "This node is shutting down. Try again."
 
@@ -23,6 +24,21 @@ _CLOSING: Final = "This node is shutting down. Try again."
 def listens(scope: Scope) -> bool:
     """Whether the answer is a stream without an end: `subscriptions/listen`, or a GET."""
     return scope["method"] == "GET" or header(scope, MCP_METHOD_HEADER) == "subscriptions/listen"
+
+
+def forget_session(scope: Scope) -> None:
+    """Takes out of a request without a session the session id that it names nonetheless.
+
+    Nobody has checked whose session that is. FastMCP would keep state under it: in the session's own record.
+    """
+    headers = scope["headers"]
+    if header(scope, MCP_SESSION_ID_HEADER) is None:
+        return
+    left = [(name, value) for name, value in headers if name.lower() != MCP_SESSION_ID_HEADER.encode()]
+    if isinstance(headers, list):
+        # In place: what stands around the endpoint may have made a `Request` of the same list.
+        headers[:] = left
+    scope["headers"] = left
 
 
 class Sessionless:

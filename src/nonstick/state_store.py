@@ -1,8 +1,10 @@
 """FastMCP's session state, in the session records: what `ctx.set_state()` keeps is there on the next node.
 
 FastMCP keeps this state under text keys in a key-value store (the `AsyncKeyValue` protocol of py-key-value-aio), which
-this is. A key that begins with a session's id goes into that session's record, and so ends with the session. Any other
-(per-user sessions, sessions of clients of 2026-07-28) gets a record of its own.
+this is. A session's record is reached only through the session that a request was admitted to: a key that begins with
+its id goes there, and ends with the session. What a request without a session keeps under the name that FastMCP gives
+it ends with the request. Any other key (per-user sessions, sessions of clients of 2026-07-28) has a record of its own,
+of which there may be so many (P10).
 """
 
 from __future__ import annotations
@@ -10,20 +12,33 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Final, SupportsFloat
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol, SupportsFloat
 
-from nonstick.errors import AlreadyExists, SessionNotFound, StateNotJSON, StateTooLarge, StoreUnavailable
+from mcp.server.auth.middleware.auth_context import get_access_token
+from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser
+
+from nonstick.errors import (
+    AlreadyExists,
+    SessionNotFound,
+    StateFull,
+    StateNotJSON,
+    StateTooLarge,
+    StoreUnavailable,
+    TooManySessions,
+)
 from nonstick.guard import GuardedStore
-from nonstick.security import session_key, valid_session_id
+from nonstick.security import principal_of
 from nonstick.session import Session, current_session
 from nonstick.stores.memory import MemoryStore
 from nonstick.wire import STORE_AWAY
 
-__all__ = ["MAX_STATE", "PROBE", "StateStore", "probed"]
+__all__ = ["MAX_STATE", "PROBE", "Room", "StateStore", "probed", "within_request"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +59,9 @@ _LIFETIME: Final = 30 * 86_400.0
 
 _TRIES: Final = 5
 
+_EVERYBODY: Final = "state"
+"""The group that every value in a record of its own is counted in."""
+
 _asked: ContextVar[list[str] | None] = ContextVar("nonstick_state_asked", default=None)
 
 
@@ -58,6 +76,53 @@ def probed() -> Iterator[Callable[[], bool]]:
         _asked.reset(token)
 
 
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How many values may have records of their own, in the whole store; None for any number (P10).
+
+    Attributes:
+        records: In all.
+        per_principal: Of one authenticated principal.
+    """
+
+    records: int | None = 100_000
+    per_principal: int | None = 1000
+
+    def limits(self, principal: bytes) -> dict[str, int]:
+        """The groups that such a record of this principal is counted in, and how many each may hold."""
+        limits: dict[str, int] = {}
+        if principal and self.per_principal is not None:
+            limits[f"{_EVERYBODY}:{hashlib.sha256(principal).hexdigest()[:32]}"] = self.per_principal
+        if self.records is not None:
+            limits[_EVERYBODY] = self.records
+        return limits
+
+
+@dataclass(slots=True)
+class _Request:
+    """What one request without a session keeps.
+
+    Attributes:
+        travels: A background task that it begins may look for this, on any node: it is kept in the store as well.
+    """
+
+    travels: bool
+    values: dict[str, bytes] = field(default_factory=dict[str, bytes])
+
+
+_request: ContextVar[_Request | None] = ContextVar("nonstick_request_state", default=None)
+
+
+@contextmanager
+def within_request(*, travels: bool) -> Iterator[None]:
+    """What runs in here is one request that has no session."""
+    token = _request.set(_Request(travels))
+    try:
+        yield
+    finally:
+        _request.reset(token)
+
+
 class StateStore:
     """An `AsyncKeyValue` store, for `FastMCP(session_state_store=...)`. Values are JSON objects.
 
@@ -70,10 +135,12 @@ class StateStore:
 
     def __init__(self) -> None:
         self._store = GuardedStore(MemoryStore())
+        self._room = Room()
 
-    def use(self, store: GuardedStore) -> None:
+    def use(self, store: GuardedStore, room: Room) -> None:
         """Keeps everything there from now on."""
         self._store = store
+        self._room = room
 
     # ---- AsyncKeyValue
 
@@ -86,11 +153,8 @@ class StateStore:
         if (asked := _asked.get()) is not None:
             asked.append(key)
         with _discreet():
-            for place in self._places(key, collection):
-                fields = await place.load()
-                if fields is not None:
-                    return _unpack(fields.get(place.field))
-        return None, None
+            place = self._place(key, collection)
+            return _unpack((await place.load() or {}).get(place.field))
 
     async def put(
         self, key: str, value: Mapping[str, Any], *, collection: str | None = None, ttl: SupportsFloat | None = None
@@ -100,38 +164,17 @@ class StateStore:
         Raises:
             StateNotJSON: JSON cannot hold it.
             StateTooLarge: Its record would hold too much: a session's more than `max_state_bytes`.
+            StateFull: There are as many records of values as there may be.
+            SessionNotFound: The session has ended.
         """
         seconds = None if ttl is None else float(ttl)
-        lifetime = seconds or _LIFETIME
-        data = _pack(value, seconds)
         with _discreet():
-            *in_session, own = self._places(key, collection)
-            for place in in_session:
-                if await place.put(data):
-                    return
-            for _ in range(_TRIES):
-                try:
-                    own.check_size(data, {})
-                    first = {own.field: data, LIFETIME: str(lifetime).encode()}
-                    await own.store.create(own.key, first, lifetime=lifetime)
-                except AlreadyExists:
-                    if await own.put(data, lifetime=lifetime):
-                        return
-                else:
-                    return
-            raise StoreUnavailable("a value's record kept ending while it was written")
+            await self._place(key, collection).put(_pack(value, seconds), lifetime=seconds or _LIFETIME)
 
     async def delete(self, key: str, *, collection: str | None = None) -> bool:
         """Removes the value; whether there was one."""
         with _discreet():
-            *in_session, own = self._places(key, collection)
-            for place in in_session:
-                fields = await place.load()
-                if fields is not None:
-                    if there := place.field in fields:
-                        await place.drop()
-                    return there
-            return await own.store.delete(own.key)
+            return await self._place(key, collection).drop()
 
     async def get_many(self, keys: Sequence[str], *, collection: str | None = None) -> list[dict[str, Any] | None]:
         """As `get`, of each."""
@@ -161,94 +204,193 @@ class StateStore:
 
     # ---- where a value is
 
-    def _places(self, key: str, collection: str | None) -> list[_Place]:
-        """Where to look for it, the first that there is counts; the last one is a record of its own."""
+    def _place(self, key: str, collection: str | None) -> _Place:
         name = hashlib.sha256(json.dumps([collection, key]).encode()).hexdigest()
         field = FIELD + name[:32]
-        places = [_Place(self._store, FIELD + name[:40], field)]
-        session_id, colon, _ = key.partition(":")
-        if colon and valid_session_id(session_id):
-            current = current_session()
-            if current is None or current.id != session_id:
-                places.insert(0, _Place(self._store, session_key(session_id), field))
-            elif current.is_opening:
-                places.insert(0, _InOpening(current, field))
-            else:
-                limit = current.node.settings.max_state_bytes
-                places.insert(0, _Place(current.node.store, current.key, field, limit))
-        return places
+        whose, colon, _ = key.partition(":")
+        session, request = current_session(), _request.get()
+        if colon and session is not None and whose == session.id:
+            return _InOpening(session, field) if session.is_opening else _InSession(session, field)
+        own = _Own(self._store, FIELD + name[:40], field, self._room)
+        if colon and request is not None and whose == _name_of_request():
+            return _InRequest(request, field, own)
+        return own
 
 
-class _Place:
+def _name_of_request() -> str | None:
+    """The name under which FastMCP keeps what belongs to the request that is served here."""
+    fastmcp = sys.modules.get("fastmcp.server.dependencies")
+    if fastmcp is None:
+        return None
+    try:
+        name: str = fastmcp.get_context().session_id
+    except RuntimeError:
+        return None
+    return name
+
+
+def _principal() -> bytes:
+    """Whose work this is. FastMCP knows it also of a background task."""
+    fastmcp = sys.modules.get("fastmcp.server.dependencies")
+    token = get_access_token() if fastmcp is None else fastmcp.get_access_token()
+    return b"" if token is None else principal_of({"user": AuthenticatedUser(token)})
+
+
+class _Place(Protocol):
     """A field of a record."""
 
-    def __init__(self, store: GuardedStore, key: str, field: str, limit: int = MAX_STATE) -> None:
-        self.store = store
-        self.key = key
-        self.field = field
-        self._limit = limit
+    field: str
 
     async def load(self) -> Mapping[str, bytes] | None:
         """The record; None if there is none."""
+        ...
+
+    async def put(self, data: bytes, *, lifetime: float) -> None:
+        """Gives the field this value, and a record of its own that lifetime at least."""
+        ...
+
+    async def drop(self) -> bool:
+        """Removes the field; whether it was there."""
+        ...
+
+
+class _InSession:
+    """A field of the record of the session that the request was admitted to."""
+
+    def __init__(self, session: Session, field: str) -> None:
+        self.field = field
+        self._store = session.node.store
+        self._key = session.key
+        self._limit = session.node.settings.max_state_bytes
+
+    async def load(self) -> Mapping[str, bytes] | None:
         try:
-            return (await self.store.load(self.key)).fields
+            return (await self._store.load(self._key)).fields
         except SessionNotFound:
             return None
 
-    async def put(self, data: bytes, *, lifetime: float | None = None) -> bool:
-        """Whether the record is there; then the field has this value, and the record that lifetime at least."""
+    async def put(self, data: bytes, *, lifetime: float) -> None:
+        _check_size(self.field, data, (await self._store.load(self._key)).fields, self._limit)
+        await self._store.update(self._key, {self.field: data})
+
+    async def drop(self) -> bool:
         fields = await self.load()
-        if fields is None:
+        if fields is None or self.field not in fields:
             return False
-        self.check_size(data, fields)
-        changes = {self.field: data}
-        if lifetime is not None:
-            lifetime = max(lifetime, float(fields.get(LIFETIME, b"0")))
-            changes[LIFETIME] = str(lifetime).encode()
         try:
-            await self.store.update(self.key, changes, lifetime=lifetime)
-        except SessionNotFound:
-            return False
-        return True
-
-    def check_size(self, data: bytes, fields: Mapping[str, bytes]) -> None:
-        """Returns if a record with these fields has room for this value.
-
-        Raises:
-            StateTooLarge: It has none.
-        """
-        others = sum(len(v) for k, v in fields.items() if k.startswith(FIELD) and k != self.field)
-        if others + len(data) > self._limit:
-            raise StateTooLarge(
-                f"a session keeps at most {self._limit} bytes of state (max_state_bytes), and this value would make it "
-                f"{others + len(data)}. Keep large things elsewhere, and their names here."
-            )
-
-    async def drop(self) -> None:
-        """Removes the field."""
-        try:
-            await self.store.update(self.key, {self.field: None})
+            await self._store.update(self._key, {self.field: None})
         except SessionNotFound:
             pass
+        return True
 
 
-class _InOpening(_Place):
+class _InOpening:
     """A field of the record that a session which is being opened will have: a failed one leaves nothing (P2)."""
 
     def __init__(self, session: Session, field: str) -> None:
-        super().__init__(session.node.store, session.key, field, session.node.settings.max_state_bytes)
-        self._session = session
+        self.field = field
+        self._fields = session.first_fields
+        self._limit = session.node.settings.max_state_bytes
 
     async def load(self) -> Mapping[str, bytes] | None:
-        return self._session.first_fields
+        return self._fields
 
-    async def put(self, data: bytes, *, lifetime: float | None = None) -> bool:
-        self.check_size(data, self._session.first_fields)
-        self._session.first_fields[self.field] = data
-        return True
+    async def put(self, data: bytes, *, lifetime: float) -> None:
+        _check_size(self.field, data, self._fields, self._limit)
+        self._fields[self.field] = data
 
-    async def drop(self) -> None:
-        self._session.first_fields.pop(self.field, None)
+    async def drop(self) -> bool:
+        return self._fields.pop(self.field, None) is not None
+
+
+class _Own:
+    """The field of a record that a value has for itself."""
+
+    def __init__(self, store: GuardedStore, key: str, field: str, room: Room) -> None:
+        self.field = field
+        self._store = store
+        self._key = key
+        self._room = room
+
+    async def load(self) -> Mapping[str, bytes] | None:
+        try:
+            return (await self._store.load(self._key)).fields
+        except SessionNotFound:
+            return None
+
+    async def put(self, data: bytes, *, lifetime: float) -> None:
+        _check_size(self.field, data, {}, MAX_STATE)
+        for _ in range(_TRIES):
+            fields = await self.load()
+            try:
+                if fields is None:
+                    await self._create(data, lifetime)
+                else:
+                    await self._replace(data, max(lifetime, float(fields.get(LIFETIME, b"0"))))
+            except (AlreadyExists, SessionNotFound):
+                continue
+            return
+        raise StoreUnavailable("a value's record kept ending while it was written")
+
+    async def _create(self, data: bytes, lifetime: float) -> None:
+        fields = {self.field: data, LIFETIME: str(lifetime).encode()}
+        try:
+            await self._store.create(self._key, fields, lifetime=lifetime, limits=self._room.limits(_principal()))
+        except TooManySessions as error:
+            whose = "the store keeps" if error.group == _EVERYBODY else "of this user the store keeps"
+            setting = "max_state_records" if error.group == _EVERYBODY else "max_state_records_per_principal"
+            raise StateFull(
+                f"{whose} as many values as it may ({setting}): end sessions that are not needed any more, or wait "
+                "until some have expired"
+            ) from None
+
+    async def _replace(self, data: bytes, lifetime: float) -> None:
+        changes = {self.field: data, LIFETIME: str(lifetime).encode()}
+        await self._store.update(self._key, changes, lifetime=lifetime)
+
+    async def drop(self) -> bool:
+        return await self._store.delete(self._key)
+
+
+class _InRequest:
+    """What a request without a session keeps for itself: nobody else asks for it but a task that it begins."""
+
+    def __init__(self, request: _Request, field: str, own: _Own) -> None:
+        self.field = field
+        self._request = request
+        self._own = own
+
+    async def load(self) -> Mapping[str, bytes] | None:
+        return self._request.values
+
+    async def put(self, data: bytes, *, lifetime: float) -> None:
+        _check_size(self.field, data, self._request.values, MAX_STATE)
+        self._request.values[self.field] = data
+        if not self._request.travels:
+            return
+        try:
+            await self._own.put(data, lifetime=lifetime)
+        except StateFull as error:
+            logger.warning("what a request keeps is not there for the tasks that it begins: %s", error)
+
+    async def drop(self) -> bool:
+        if self._request.travels:
+            await self._own.drop()
+        return self._request.values.pop(self.field, None) is not None
+
+
+def _check_size(name: str, data: bytes, fields: Mapping[str, bytes], limit: int) -> None:
+    """Returns if a record with these fields has room for this value.
+
+    Raises:
+        StateTooLarge: It has none.
+    """
+    others = sum(len(v) for k, v in fields.items() if k.startswith(FIELD) and k != name)
+    if others + len(data) > limit:
+        raise StateTooLarge(
+            f"a session keeps at most {limit} bytes of state (max_state_bytes), and this value would make it "
+            f"{others + len(data)}. Keep large things elsewhere, and their names here."
+        )
 
 
 @contextmanager

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 from fastmcp import Context, FastMCP
+from fastmcp.server.auth import StaticTokenVerifier
 from fastmcp.server.middleware import Middleware
+from fastmcp.server.sessions import SessionProvider, UserSession
 from mcp.shared.exceptions import MCPError
 
 import nonstick
@@ -32,9 +34,16 @@ class OnOpening(Middleware):
         return await call_next(context)
 
 
-def make(cluster: nonstick.Cluster) -> FastMCP[Any]:
+USERS = StaticTokenVerifier(
+    {name: {"client_id": "app", "sub": name, "subject": name, "scopes": []} for name in ("ada", "bob", "eve")}
+)
+MODERN = "2026-07-28"
+
+
+def make(cluster: nonstick.Cluster, auth: Any = None) -> FastMCP[Any]:
     server = FastMCP[Any](
         "kept",
+        auth=auth,
         session_state_store=cluster.session_state_store,
         request_state_security=cluster.request_state_security,
         middleware=[OnOpening()],
@@ -49,16 +58,34 @@ def make(cluster: nonstick.Cluster) -> FastMCP[Any]:
     async def get(key: str, ctx: Context) -> Any:
         return {"value": await ctx.get_state(key)}
 
+    @server.tool
+    async def put_and_get(key: str, value: Any, ctx: Context) -> Any:
+        before = await ctx.get_state(key)
+        await ctx.set_state(key, value)
+        return {"value": [before, await ctx.get_state(key)]}
+
+    @server.tool
+    async def forget(key: str, ctx: Context) -> str:
+        await ctx.delete_state(key)
+        return "done"
+
+    @server.tool
+    async def remember(value: str, session: UserSession) -> Any:
+        before = await session.get("value")
+        await session.set("value", value)
+        return {"value": before}
+
+    server.add_provider(SessionProvider())
     return server
 
 
 @asynccontextmanager
-async def nodes(store: MemoryStore, **options: Any) -> AsyncIterator[list[Member]]:
+async def nodes(store: MemoryStore, auth: Any = None, **options: Any) -> AsyncIterator[list[Member]]:
     members = []
     try:
         for name in ("a", "b", "c"):
             cluster = nonstick.Cluster()
-            app = nonstick.app(make(cluster), store=store, cluster=cluster, node_name=name, grace=2.0, **options)
+            app = nonstick.app(make(cluster, auth), store=store, cluster=cluster, node_name=name, grace=2.0, **options)
             members.append(Member(name, app))
             await members[-1].start()
         yield members
@@ -117,3 +144,105 @@ async def test_session_state_is_encrypted_where_the_store_is() -> None:
         assert value(await c.post(call("get", key="pin"), session)) == "secret words"
         fields = (await store.load(session_key(session.id))).fields
         assert not any(b"secret words" in data for data in fields.values())
+
+
+# ---- requests without a session
+
+
+class Counted(MemoryStore):
+    """Notes which records were made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[str] = []
+
+    async def create(self, key: str, *args: Any, **kwargs: Any) -> None:
+        await super().create(key, *args, **kwargs)
+        self.made.append(key)
+
+
+async def without_session(member: Member, tool: str, /, *, headers: dict[str, str], **arguments: Any) -> Any:
+    """A call as a client of 2026-07-28 makes it."""
+    meta = {
+        "io.modelcontextprotocol/protocolVersion": MODERN,
+        "io.modelcontextprotocol/clientInfo": {"name": "test", "version": "1"},
+        "io.modelcontextprotocol/clientCapabilities": {},
+    }
+    message = request("tools/call", {"name": tool, "arguments": arguments, "_meta": meta})
+    standard = {"mcp-protocol-version": MODERN, "mcp-method": "tools/call", "mcp-name": tool}
+    response = await member.post(message, None, **standard, **headers)
+    assert response.status_code == 200, response.text
+    assert "mcp-session-id" not in response.headers
+    return messages(response)[-1]["result"]
+
+
+async def test_request_without_a_session_reaches_no_record_of_one_that_it_names() -> None:
+    """P1: neither somebody else's nor its own, on any node, with a token or without."""
+    for auth in (USERS, None):
+        store = Counted()
+        async with nodes(store, auth) as (a, b, c):
+
+            def as_(name: str, auth: Any = auth) -> dict[str, Any]:
+                return {} if auth is None else {"authorization": f"Bearer {name}"}
+
+            session = await a.open(**as_("ada"))
+            await b.post(call("put", key="pin", value="1234"), session)
+            before = (await store.load(session_key(session.id))).fields
+            for member, name in ((b, "eve"), (c, "ada")):
+                named = as_(name) | {"mcp-session-id": session.id}
+                got = await without_session(member, "get", headers=named, key="pin")
+                assert got["structuredContent"]["value"] is None
+                said = await without_session(member, "put", headers=named, key="pin", value="mine")
+                assert said["structuredContent"]["result"] != session.id
+                await without_session(member, "forget", headers=named, key="pin")
+            assert (await store.load(session_key(session.id))).fields == before
+            assert value(await c.post(call("get", key="pin"), session)) == "1234"
+
+
+async def test_stateless_server_reaches_no_record_of_a_session_that_a_request_names() -> None:
+    """P1: its requests have no session either, of whichever version."""
+    store = Counted()
+    async with nodes(store) as (a, _, _):
+        session = await a.open()
+        await a.post(call("put", key="pin", value="1234"), session)
+        async with nodes(store, stateless_http=True) as (d, e, _):
+            for member in (d, e):
+                assert value(await member.post(call("get", key="pin"), session)) is None
+                await member.post(call("put", key="pin", value="other"), session)
+        assert value(await a.post(call("get", key="pin"), session)) == "1234"
+
+
+async def test_request_without_a_session_leaves_nothing_of_what_it_kept_for_itself() -> None:
+    """P10: FastMCP gives each a name of its own, under which nobody asks again. Made-up session ids leave nothing."""
+    store = Counted()
+    async with nodes(store, max_state_records=1) as (a, b, _):
+        made = list(store.made)
+        for number in range(20):
+            headers = {"mcp-session-id": secrets.token_urlsafe(24)} if number % 2 else {}
+            kept = await without_session(a if number % 3 else b, "put_and_get", headers=headers, key="x", value=number)
+            assert kept["structuredContent"]["value"] == [None, number]
+        assert store.made == made
+
+
+async def test_values_outside_of_sessions_are_limited_in_all_and_for_each_user() -> None:
+    """P10: with an error that says which limit it was; what is there stays, and goes on."""
+    store = Counted()
+    async with nodes(store, USERS, max_state_records=4, max_state_records_per_principal=2) as members:
+        a, b, c = members
+
+        async def mint(member: Member, name: str) -> Any:
+            return await without_session(member, "create_session", headers={"authorization": f"Bearer {name}"})
+
+        for member in (a, b):
+            assert not (await mint(member, "ada")).get("isError")
+        refused = await mint(c, "ada")
+        assert refused["isError"]
+        assert "max_state_records_per_principal" in refused["content"][0]["text"]
+        for member in (c, a):
+            headers = {"authorization": "Bearer bob"}
+            kept = await without_session(member, "remember", headers=headers, value="x")
+            assert not kept.get("isError")
+        assert kept["structuredContent"]["value"] == "x"
+        assert not (await mint(b, "bob")).get("isError")
+        refused = await mint(b, "eve")
+        assert "(max_state_records)" in refused["content"][0]["text"]

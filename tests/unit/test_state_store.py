@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 from key_value.aio.protocols import AsyncKeyValue
+from mcp.server import Server
+from mcp.server.auth.middleware.auth_context import auth_context_var
+from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser
+from mcp.server.auth.provider import AccessToken
 
 import nonstick
-from nonstick.errors import StateNotJSON, StateTooLarge, StoreUnavailable
+from nonstick.errors import SessionNotFound, StateFull, StateNotJSON, StateTooLarge, StoreUnavailable
 from nonstick.guard import GuardedStore
+from nonstick.node import Node, Settings
 from nonstick.security import new_session_id, session_key
-from nonstick.state_store import MAX_STATE, StateStore
+from nonstick.session import Session
+from nonstick.state_store import MAX_STATE, Room, StateStore
 from nonstick.store import Loaded
 from nonstick.stores.memory import MemoryStore
 from nonstick.wire import STORE_AWAY
@@ -30,7 +37,7 @@ def kept() -> MemoryStore:
 @pytest.fixture
 def state(kept: MemoryStore) -> StateStore:
     state = StateStore()
-    state.use(GuardedStore(kept))
+    state.use(GuardedStore(kept), Room())
     return state
 
 
@@ -43,8 +50,16 @@ def keys() -> list[Any]:
     ]
 
 
-async def opened(kept: MemoryStore) -> None:
-    await kept.create(session_key(SESSION), {"v": b"1"}, lifetime=60)
+def work_for(kept: MemoryStore, session_id: str) -> None:
+    """What is done in this task from here on is the work of this session."""
+    node = Node(Server(""), None, GuardedStore(kept), Settings(), name="n", cluster=nonstick.Cluster.apart())
+    Session(node, session_id, session_key(session_id)).make_current()
+
+
+async def opened(kept: MemoryStore, session_id: str = SESSION) -> None:
+    """As `work_for`, of a session that is opened here."""
+    await kept.create(session_key(session_id), {"v": b"1"}, lifetime=60)
+    work_for(kept, session_id)
 
 
 def test_it_is_what_fastmcp_takes() -> None:
@@ -119,6 +134,68 @@ async def test_value_of_a_session_ends_with_it(kept: MemoryStore, state: StateSt
     assert not any(SESSION in name or SESSION.encode() in value for name, value in fields.items())
     await kept.delete(session_key(SESSION))
     assert await state.get(f"{SESSION}:cart") is None
+    assert not await state.delete(f"{SESSION}:cart")
+    with pytest.raises(SessionNotFound):
+        await state.put(f"{SESSION}:cart", {"value": 1})
+
+
+async def test_record_of_a_session_is_reached_only_by_what_was_admitted_to_it(
+    kept: MemoryStore, state: StateStore
+) -> None:
+    """P1: neither by work of no session nor by another session's, whatever the key that is asked for."""
+    key, other = f"{SESSION}:cart", new_session_id()
+
+    async def meddle(by: str | None) -> None:
+        if by is not None:
+            await opened(kept, by)
+        assert await state.get(key) is None
+        await state.put(key, {"value": by})
+        assert await state.get(key) == {"value": by}
+        assert await state.delete(key)
+
+    async def keep() -> None:
+        await opened(kept)
+        await state.put(key, {"value": "mine"})
+
+    async def look() -> None:
+        work_for(kept, SESSION)
+        assert await state.get(key) == {"value": "mine"}
+
+    await asyncio.create_task(keep())
+    before = (await kept.load(session_key(SESSION))).fields
+    await asyncio.create_task(meddle(None))
+    await asyncio.create_task(meddle(other))
+    assert (await kept.load(session_key(SESSION))).fields == before
+    await asyncio.create_task(look())
+
+
+async def test_there_is_room_for_so_many_values_outside_of_sessions(kept: MemoryStore, state: StateStore) -> None:
+    """P10: one that is replaced takes no further place, one that is deleted gives its place back."""
+    state.use(GuardedStore(kept), Room(records=3))
+    for number in (0, 1, 2, 0, 1):
+        await state.put(f"session:anon:{number}", {"value": number})
+    with pytest.raises(StateFull, match=r"max_state_records\)"):
+        await state.put("session:anon:3", {"value": 3})
+    assert await state.get("session:anon:3") is None
+    await state.delete("session:anon:0")
+    await state.put("session:anon:3", {"value": 3})
+    await opened(kept)
+    await state.put(f"{SESSION}:cart", {"value": "in the session's record"})
+
+
+async def test_each_principal_has_room_for_so_many(kept: MemoryStore, state: StateStore) -> None:
+    """P10."""
+    state.use(GuardedStore(kept), Room(per_principal=1))
+
+    async def put(who: str, key: str) -> None:
+        token = AccessToken(token=f"token of {who}", client_id="app", subject=who, scopes=[])
+        auth_context_var.set(AuthenticatedUser(token))
+        await state.put(key, {"value": who})
+
+    await asyncio.create_task(put("ada", "session:a:1"))
+    with pytest.raises(StateFull, match=r"max_state_records_per_principal\)"):
+        await asyncio.create_task(put("ada", "session:a:2"))
+    await asyncio.create_task(put("bob", "session:b:1"))
 
 
 async def test_many_are_as_each(state: StateStore) -> None:
@@ -158,7 +235,7 @@ async def test_store_that_is_away_is_said_without_its_name() -> None:
             raise StoreUnavailable("cache.internal:6379 refused")
 
     state = StateStore()
-    state.use(GuardedStore(Away(), patience=0.01))
+    state.use(GuardedStore(Away(), patience=0.01), Room())
     with pytest.raises(StoreUnavailable) as caught:
         await state.get("a")
     assert str(caught.value) == STORE_AWAY
