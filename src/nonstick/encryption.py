@@ -290,6 +290,11 @@ class EncryptedStore:
         return self._ring.names
 
     @property
+    def encrypts(self) -> bool:
+        """Whether what is written is encrypted."""
+        return self._ring.encrypts
+
+    @property
     def url(self) -> str:
         return self.store.url
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import AsyncIterator, Iterator, Sequence
+import re
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import fields
 from functools import lru_cache
@@ -68,7 +69,7 @@ from nonstick.node import Node, Settings
 from nonstick.offers import offer
 from nonstick.placement import Rehydrate
 from nonstick.record import CONFIRMED, Record
-from nonstick.relay import Relay, relay_notice
+from nonstick.relay import Relay, packed, relay_notice
 from nonstick.security import json_depth_exceeds, new_session_id, principal_of, session_key, valid_session_id
 from nonstick.session import Session, as_number, request_key
 from nonstick.sessionless import forget_session, listens
@@ -108,6 +109,8 @@ _MAY_BE_NONE: Final = (
     "unconfirmed_lifetime",
 )
 _SHARES: Final = ("max_principal_share",)
+
+_HEADER_NAME: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 
 _HOW_TO_RUN: Final = (
     "nonstick is not running in this process: its lifespan was not entered. Run the app itself with an ASGI server, "
@@ -149,6 +152,8 @@ class Options(TypedDict, total=False):
     max_stall: float
     placement: Literal["any", "stateless", "owner"]
     rehydrate: Rehydrate | None
+    relay_headers: Sequence[str]
+    relay_query: bool
     second_listener: Literal["takeover", "reject"]
     reexecute: Literal["never", "idempotent"]
     node_name: str | None
@@ -243,6 +248,7 @@ class SessionManager:
             )
         self.app = app
         self.store = open_store(store) if keys is None else EncryptedStore(open_store(store), keys)
+        _check_relayed(self.settings, self.store)
         self.json_response = self.settings.answer == "json"
         self.stateless = stateless
         self.security_settings = security_settings
@@ -764,7 +770,7 @@ def _as_relayed(session: Session, request: Request) -> AbstractContextManager[Re
 
 @contextmanager
 def _portable(session: Session, request: Request) -> Iterator[Request]:
-    request = portable.unpack(portable.pack(request), session.id)
+    request = portable.unpack(packed(session, request), session.id)
     with portable.acting_for(request):
         yield request
 
@@ -817,6 +823,11 @@ def _settings(options: Options, **more: Any) -> Settings:
             raise ConfigurationError(f"unknown option {name!r}; there are: {known}")
         if name == "rehydrate":
             _check_rehydrate(value)
+        elif name == "relay_headers":
+            options["relay_headers"] = _header_names(value)
+        elif isinstance(defaults[name], bool):
+            if not isinstance(value, bool):
+                raise ConfigurationError(f"{name} must be True or False, not {value!r}")
         elif not isinstance(defaults[name], str) and not (value is None and name in _MAY_BE_NONE):
             _check_number(name, value)
     if options.get("rehydrate") is not None and options.get("placement") != "owner":
@@ -839,6 +850,27 @@ def _check_rehydrate(value: object) -> None:
     plain = inspect.isfunction(value) and not inspect.iscoroutinefunction(value)
     if value is not None and (plain or not callable(value)):
         raise ConfigurationError("rehydrate must be an async function that takes a Connection")
+
+
+def _header_names(value: object) -> tuple[str, ...]:
+    """These names, in lower case."""
+    names = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else []
+    if not names or not all(isinstance(name, str) and _HEADER_NAME.fullmatch(name) for name in names):
+        raise ConfigurationError(f'relay_headers must be names of headers, as in ["x-api-key"], not {value!r}')
+    lower = tuple(name.lower() for name in names)
+    if MCP_SESSION_ID_HEADER in lower:
+        raise ConfigurationError(f"relay_headers: handlers see {MCP_SESSION_ID_HEADER} anyway, and no log has it")
+    return lower
+
+
+def _check_relayed(settings: Settings, store: Store) -> None:
+    """Whether what is asked to be written of requests is written encrypted (P13)."""
+    for name in ("relay_headers", "relay_query"):
+        if getattr(settings, name) and not getattr(store, "encrypts", False):
+            raise ConfigurationError(
+                f"{name} has parts of requests written into the store, which may be credentials: give encryption_keys= "
+                "too, the first of them no plaintext"
+            )
 
 
 def is_stateless(stateless: bool, placement: object) -> bool:

@@ -10,7 +10,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Collection, Coroutine, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from types import FrameType, TracebackType
@@ -125,6 +125,11 @@ class Settings:
     """Which nodes serve a session: any; there are none; or the one that opened it, which others relay to."""
     rehydrate: Rehydrate | None = None
     """Builds what an owner holds of a session anew, on the node that takes its place."""
+    relay_headers: Collection[str] = ()
+    """Headers, by their names in lower case, that handlers of a session see which one node holds, beside harmless ones:
+    they are written into the log, which has to be encrypted for it."""
+    relay_query: bool = False
+    """Whether these handlers see the query string: as for `relay_headers`."""
     second_listener: Literal["takeover", "reject"] = "takeover"
     reexecute: Literal["never", "idempotent"] = "never"
 

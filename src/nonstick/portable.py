@@ -1,13 +1,14 @@
 """An HTTP request as another node can see it. Pure: no clock, no I/O.
 
-The owner of a session sees requests that came to it and those that were relayed to it alike, without what opens doors:
-neither the bearer token, nor cookies, nor the session id are written into a log (P13).
+The owner of a session sees requests that came to it and those that were relayed to it alike, without what opens doors.
+Proxies and gateways put credentials into headers of any name, and clients into the query: so headers are written into a
+log only if they are known to hold none, or asked for by name; the query only if asked for (P13).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Final
 
 from mcp.server.auth.middleware.auth_context import auth_context_var
@@ -17,10 +18,34 @@ from mcp.server.streamable_http import MCP_SESSION_ID_HEADER
 from starlette.authentication import AuthCredentials
 from starlette.requests import Request
 
-__all__ = ["acting_for", "pack", "unpack"]
+__all__ = ["HARMLESS", "acting_for", "pack", "unpack"]
 
-_SECRET: Final = frozenset({"authorization", "proxy-authorization", "cookie", MCP_SESSION_ID_HEADER.lower()})
-"""Headers that stay on the node that received them."""
+HARMLESS: Final = frozenset(
+    {
+        "accept",
+        "accept-encoding",
+        "accept-language",
+        "baggage",
+        "content-type",
+        "host",
+        "mcp-method",
+        "mcp-name",
+        "mcp-protocol-version",
+        "origin",
+        "traceparent",
+        "tracestate",
+        "user-agent",
+        "x-correlation-id",
+        "x-forwarded-for",
+        "x-forwarded-host",
+        "x-forwarded-port",
+        "x-forwarded-prefix",
+        "x-forwarded-proto",
+        "x-real-ip",
+        "x-request-id",
+    }
+)
+"""Headers that hold no credentials, and tell a handler what the client is and how it came."""
 
 _LATIN: Final = "latin-1"
 
@@ -28,8 +53,13 @@ _ID: Final = "\0session\0"
 """Stands for the session's id, which routes of one's own may have in the path, and proxies in headers."""
 
 
-def pack(request: Request) -> dict[str, Any]:
-    """The request without its body, as JSON: what a handler may see of it on another node."""
+def pack(request: Request, *, more: Collection[str] = (), query: bool = False) -> dict[str, Any]:
+    """The request without its body, as JSON: what a handler may see of it on another node.
+
+    Args:
+        more: Names, in lower case, of headers that it is to have beside the `HARMLESS` ones.
+        query: Whether it is to have the query string.
+    """
     scope = request.scope
     user = scope.get("user")
     session_id = request.headers.get(MCP_SESSION_ID_HEADER)
@@ -38,17 +68,17 @@ def pack(request: Request) -> dict[str, Any]:
         return text.replace(session_id, _ID) if session_id else text
 
     params = {name: value for name, value in request.path_params.items() if isinstance(value, str | int | float)}
-    headers = [(name.decode(_LATIN), hidden(value.decode(_LATIN))) for name, value in scope["headers"]]
+    headers = [(name.decode(_LATIN).lower(), hidden(value.decode(_LATIN))) for name, value in scope["headers"]]
     return {
         "method": scope["method"],
         "path": hidden(scope["path"]),
         "params": {name: hidden(value) if isinstance(value, str) else value for name, value in params.items()},
-        "query": hidden(scope.get("query_string", b"").decode(_LATIN)),
+        "query": hidden(scope.get("query_string", b"").decode(_LATIN)) if query else "",
         "scheme": scope.get("scheme", "http"),
         "root": hidden(scope.get("root_path", "")),
         "client": scope.get("client"),
         "server": scope.get("server"),
-        "headers": [(name, value) for name, value in headers if name.lower() not in _SECRET],
+        "headers": [(name, value) for name, value in headers if name in HARMLESS or name in more],
         "user": user.access_token.model_dump(mode="json", exclude={"token"})
         if isinstance(user, AuthenticatedUser)
         else None,

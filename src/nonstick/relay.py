@@ -25,7 +25,7 @@ from nonstick.node import SHUT_DOWN
 from nonstick.session import Session, request_key
 from nonstick.store import NEW_STREAM, Batch, Cursor, Draft, Event
 
-__all__ = ["Relay", "relay_notice"]
+__all__ = ["Relay", "packed", "relay_notice"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,14 @@ _IN_DOUBT: Final = ErrorData(
 _ENDED: Final = ErrorData(code=INTERNAL_ERROR, message="The session ended before the request did")
 
 
+def packed(session: Session, request: Request) -> dict[str, Any]:
+    """The request as the handlers of a session see it that one node holds: what may be written into its log."""
+    node = session.node
+    if not getattr(node.store.store, "encrypts", False):
+        return portable.pack(request)
+    return portable.pack(request, more=node.settings.relay_headers, query=node.settings.relay_query)
+
+
 async def relay_notice(session: Session, message: JSONRPCNotification, request: Request, *, patience: float) -> None:
     """Has the session's owner run its handler for this notification, at most once.
 
@@ -47,7 +55,7 @@ async def relay_notice(session: Session, message: JSONRPCNotification, request: 
         SessionNotFound, StoreUnavailable: As `Store.append`.
     """
     notification = message.model_dump(mode="json", by_alias=True, exclude_unset=True)
-    body = {"notification": notification, "http": portable.pack(request)}
+    body = {"notification": notification, "http": packed(session, request)}
     batch = Batch([draft(Kind.NOTICE, pydantic_core.to_json(body))], writer=dice.name(), sequence=1)
     await session.append(batch, patience=patience)
 
@@ -76,7 +84,7 @@ class Relay(Resumption):
             "node": owner,
             "attempt": attempt,
             "request": message.model_dump(mode="json", by_alias=True, exclude_unset=True),
-            "relay": {"http": portable.pack(request), "since": since.position, "version": version},
+            "relay": {"http": packed(session, request), "since": since.position, "version": version},
         }
         self._event = draft(Kind.OPENED, pydantic_core.to_json(body))
         self._attempt = attempt

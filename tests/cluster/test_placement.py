@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import mcp_types as types
@@ -17,13 +20,18 @@ from mcp.server.mcpserver import Context as ToolContext
 from mcp_types import INTERNAL_ERROR, ErrorData
 from pydantic import AnyHttpUrl
 
+import nonstick
 from nonstick import current_attempt, current_connection
+from nonstick.encryption import EncryptedStore
+from nonstick.errors import ConfigurationError
 from nonstick.events import Kind
+from nonstick.manager import Options
 from nonstick.record import LOST, OWNER
 from nonstick.security import session_key
 from nonstick.serving import Settings, _application, adopted_in
 from nonstick.store import MAX_READ, Cursor
 from nonstick.stores.memory import MemoryStore
+from nonstick.stores.sqlite import SQLiteStore
 from nonstick.testing.cluster import Cluster, Member, Session
 from tests.cluster.conftest import MakeStore, one
 from tests.cluster.servers import messages
@@ -517,8 +525,15 @@ def secured() -> MCPServer[Any]:
         token, request = get_access_token(), ctx.request_context.request
         assert token is not None
         assert request is not None
-        headers = {name for name in ("authorization", "cookie", "x-team", "mcp-session-id") if name in request.headers}
+        names = ("authorization", "cookie", "x-api-key", "accept-language", "mcp-session-id")
+        headers = {name for name in names if name in request.headers}
         return [token.client_id, token.subject, token.token, request.user.display_name, sorted(headers)]
+
+    @server.tool()
+    def what(name: str, ctx: ToolContext) -> list[Any]:
+        request = ctx.request_context.request
+        assert request is not None
+        return [request.headers.get(name), request.url.query]
 
     return server
 
@@ -527,16 +542,84 @@ async def test_handler_sees_the_sender_of_a_relayed_request_without_the_secrets(
     """P13: on every node alike, and no token or session id is in the log."""
     async with Cluster(secured, memory, placement="owner") as cluster:
         session = await cluster[0].open(authorization=ADA)
-        more = {"cookie": "c=crumbs", "x-team": "blue"}
+        more = {"cookie": "c=crumbs", "x-api-key": "key", "accept-language": "tlh"}
         seen = []
         for member in cluster:
             answer = (await member.post(call("who"), as_(session, "Bearer ada-2"), **more)).json()
             seen.append(answer["result"]["structuredContent"]["result"])
-        assert seen == [["app", "ada", "", "app", ["mcp-session-id", "x-team"]]] * 3
+        assert seen == [["app", "ada", "", "app", ["accept-language", "mcp-session-id"]]] * 3
         assert (await cluster[1].post(call("who"), as_(session, "Bearer bob"))).status_code == 404
         log = b"".join(event.data for event in await memory().read(session_key(session.id), Cursor(0), limit=MAX_READ))
-        assert b"blue" in log
+        assert b"tlh" in log
         assert not [secret for secret in (b"ada-2", b"crumbs", session.id.encode()) if secret in log]
+
+
+SECRETS = {
+    name: f"secret-of-{name}"
+    for name in ("x-api-key", "x-amzn-oidc-data", "x-forwarded-access-token", "cookie", "mcp-token", "forwarded")
+}
+QUERY = "secret-of-the-query"
+
+
+async def tell_secrets(cluster: Cluster) -> list[Any]:
+    """A request to each node, and a notification, with credentials in all places; what the handlers saw."""
+    session = await cluster[0].open(authorization=ADA)
+    seen = []
+    for member in cluster:
+        member.url += f"?token={QUERY}"
+        answer = await member.post(call("what", name="x-api-key"), as_(session, "Bearer ada-2"), **SECRETS)
+        seen.append(answer.json()["result"]["structuredContent"]["result"])
+        notice = notification("notifications/roots/list_changed")
+        assert (await member.post(notice, as_(session, "Bearer ada-2"), **SECRETS)).status_code == 202
+    return seen
+
+
+def on_disk(home: Path) -> bytes:
+    return b"".join(file.read_bytes() for file in home.iterdir())
+
+
+async def test_no_credential_of_a_request_is_in_the_store(tmp_path: Path) -> None:
+    """P13: whatever header it is in, or the query; and on the owner handlers see no more than elsewhere."""
+    async with Cluster(secured, lambda: SQLiteStore(tmp_path / "s.db"), nodes=2, placement="owner") as cluster:
+        assert await tell_secrets(cluster) == [[None, ""]] * 2
+        stored = on_disk(tmp_path)
+    assert b"root/list_changed" in stored.replace(b"roots", b"root")
+    assert not [secret for secret in (*SECRETS.values(), QUERY, "ada-2") if secret.encode() in stored]
+
+
+async def test_credentials_that_handlers_are_to_see_are_in_the_store_encrypted(tmp_path: Path) -> None:
+    """P13: by the names that were asked for, in any case; the others are not there."""
+    options: Options = {
+        "relay_headers": ["X-Api-Key"],
+        "relay_query": True,
+        "encryption_keys": [secrets.token_bytes(32)],
+        "placement": "owner",
+    }
+    make = functools.partial(SQLiteStore, tmp_path / "s.db")
+    async with Cluster(secured, make, nodes=2, **options) as cluster:
+        assert await tell_secrets(cluster) == [[SECRETS["x-api-key"], f"token={QUERY}"]] * 2
+        stored = on_disk(tmp_path)
+    assert not [secret for secret in (*SECRETS.values(), QUERY, "ada-2") if secret.encode() in stored]
+
+
+@pytest.mark.parametrize("asked", [{"relay_headers": ["x-api-key"]}, {"relay_query": True}])
+def test_credentials_are_written_into_no_store_that_does_not_encrypt(asked: Any) -> None:
+    """P13: that is refused where the app is made."""
+    key = secrets.token_bytes(32)
+    unencrypted: list[Any] = [None, ["plaintext", key]]
+    for keys in unencrypted:
+        with pytest.raises(ConfigurationError, match="give encryption_keys= too"):
+            nonstick.app(secured(), store="memory:", encryption_keys=keys, **asked)
+    nonstick.app(secured(), store="memory:", encryption_keys=[key, "plaintext"], **asked)
+    nonstick.app(secured(), store=EncryptedStore(MemoryStore(), [key]), **asked)
+
+
+@pytest.mark.parametrize("names", ["x-api-key", [], [1], ["x key"], ["Mcp-Session-Id"], None])
+def test_what_is_no_list_of_headers_is_refused(names: Any) -> None:
+    with pytest.raises(ConfigurationError, match="relay_headers"):
+        nonstick.app(secured(), store="memory:", relay_headers=names)
+    with pytest.raises(ConfigurationError, match="True or False"):
+        nonstick.app(secured(), store="memory:", relay_query=names)
 
 
 # ---- which placement

@@ -8,7 +8,7 @@ from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser
 from mcp.server.auth.provider import AccessToken
 from starlette.requests import Request
 
-from nonstick.portable import pack, unpack
+from nonstick.portable import HARMLESS, pack, unpack
 from nonstick.security import new_session_id
 
 
@@ -28,18 +28,39 @@ def test_a_request_is_the_same_on_another_node_and_no_secret_is_written_down() -
                 (b"authorization", b"Bearer t0ken"),
                 (b"cookie", b"c00kie"),
                 (b"x-original-uri", f"/tenants/7/sessions/{session_id}".encode()),
+                (b"x-api-key", b"ap1key"),
+                (b"accept-language", b"de"),
             ],
             "client": ("10.0.0.1", 1234),
             "user": AuthenticatedUser(token),
         }
     )
-    text = json.dumps(pack(request))
-    for secret in (session_id, "t0ken", "c00kie"):
+    text = json.dumps(pack(request, more=["x-original-uri"], query=True))
+    for secret in (session_id, "t0ken", "c00kie", "ap1key"):
         assert secret not in text
     there = unpack(json.loads(text), session_id)
     assert (there.method, there.url.path, there.url.query) == ("POST", request.url.path, request.url.query)
     assert there.path_params == request.path_params
     assert there.headers["x-original-uri"] == request.url.path
+    assert there.headers["accept-language"] == "de"
     assert there.headers["mcp-session-id"] == session_id
     assert there.client == request.client
     assert there.user.access_token == token.model_copy(update={"token": ""})
+
+
+def test_of_what_a_request_says_only_what_is_known_to_hold_no_credentials_travels() -> None:
+    """P13: by its name, whatever the name of what does; and no query."""
+    said = [*HARMLESS, "authorization", "x-api-key", "x-amzn-oidc-data", "x-forwarded-access-token", "mcp-token"]
+    request = Request(
+        {
+            "type": "http",
+            "method": "POST",
+            "path": "/mcp",
+            "query_string": b"token=secret",
+            "headers": [(name.title().encode(), b"x") for name in said],
+        }
+    )
+    session_id = new_session_id()
+    there = unpack(json.loads(json.dumps(pack(request))), session_id)
+    assert set(there.headers) == HARMLESS | {"mcp-session-id"}
+    assert there.url.query == ""
