@@ -19,7 +19,7 @@ from typing import Any, Final, NamedTuple
 import pydantic_core
 from mcp_types import RequestId
 
-from nonstick import dice
+from nonstick import dice, places
 from nonstick.store import STANDALONE, Cursor, Draft
 
 __all__ = [
@@ -126,20 +126,34 @@ class EventId(NamedTuple):
             None on the standalone stream, and for an id of more than `MAX_REQUEST_ID` characters.
         heard: On the standalone stream, up to where the client has heard the cluster log. None if that is not known,
             as to version 0.1.
+        told: On the standalone stream, while a client that may have missed anything is told of everything: what was
+            last, of all there was at `heard`. "" if it is told of nothing, or has been.
+        before: On the standalone stream, the messages before this place, the latest ones, oldest first: should the
+            store lose this place, they tell up to where it still has what the client has. Their tags are cut short.
     """
 
     stream: int
     cursor: Cursor
     request: RequestId | None = None
     heard: Cursor | None = None
+    told: str = ""
+    before: tuple[Cursor, ...] = ()
 
     def seal(self, session_id: str) -> str:
         """The SSE `id` for this place in this session."""
         # In the field that streams of requests have their request's id in: 0.1 reads both, and gives both back (P12).
-        packed = cursor_text(self.heard) if self.stream == STANDALONE else self.request
-        request = "" if packed is None else _pack(packed)
+        request = _pack_text(self._text()) if self.stream == STANDALONE else _pack(self.request)
         text = f"1.{self.stream:x}.{self.cursor.position:x}.{self.cursor.tag.hex()}.{request}"
         return f"{text}.{_mac(text, session_id)}"
+
+    def _text(self) -> str:
+        """What the id of a place on the standalone stream says beside the place: `heard!told~before`."""
+        heard = cursor_text(self.heard) or ""
+        if self.told:
+            heard += f"!{self.told}"
+        room = MAX_REQUEST_ID - len('""~') - len(heard)
+        before = places.pack(self.before, self.cursor.position, room)
+        return f"{heard}~{before}" if before else heard
 
 
 MAX_REQUEST_ID: Final = 128
@@ -165,14 +179,23 @@ def parse_event_id(text: str, session_id: str) -> EventId | None:
     stream, cursor = int(match[2], 16), Cursor(int(match[3], 16), bytes.fromhex(match[4]))
     try:
         packed = _unpack(match[5]) if match[5] else None
+        found = _standalone(cursor, packed) if stream == STANDALONE else EventId(stream, cursor, packed)
     except (ValueError, RecursionError):
         return None
-    if stream == STANDALONE:
-        found = EventId(stream, cursor, heard=parse_cursor(packed))
-    else:
-        found = EventId(stream, cursor, packed)
     # A stream is named by its first event.
     return found if cursor.position >= max(stream, 1) and found.seal(session_id) == text else None
+
+
+def _standalone(cursor: Cursor, packed: object) -> EventId:
+    """The place on the standalone stream of which this is said beside.
+
+    Raises:
+        ValueError: It cannot be.
+    """
+    heard, _, before = packed.partition("~") if isinstance(packed, str) else ("", "", "")
+    heard, _, told = heard.partition("!")
+    before_it = places.unpack(before, cursor.position)
+    return EventId(STANDALONE, cursor, heard=parse_cursor(heard), told=told, before=before_it)
 
 
 def cursor_text(cursor: Cursor | None) -> str | None:
@@ -197,10 +220,18 @@ def _mac(text: str, session_id: str) -> str:
 
 
 @lru_cache(maxsize=256, typed=True)
-def _pack(request: RequestId) -> str:
+def _pack(request: RequestId | None) -> str:
     # Each event of a stream says it.
-    text = json.dumps(request)
-    return base64.urlsafe_b64encode(text.encode()).rstrip(b"=").decode() if len(text) <= MAX_REQUEST_ID else ""
+    text = "" if request is None else json.dumps(request)
+    return _base64(text) if len(text) <= MAX_REQUEST_ID else ""
+
+
+def _pack_text(text: str) -> str:
+    return _base64(f'"{text}"') if text else ""
+
+
+def _base64(text: str) -> str:
+    return base64.urlsafe_b64encode(text.encode()).rstrip(b"=").decode()
 
 
 def _unpack(text: str) -> RequestId:

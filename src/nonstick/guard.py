@@ -1,11 +1,14 @@
 """Every call to the store has a deadline, and a failed call is repeated until then (P9).
 
-All of a store's writes may be repeated as they were (`store.py`), which makes this the one place that retries.
+All of a store's writes may be repeated as they were (`store.py`), which makes this the one place that retries. It is
+also the one place that holds a store to the errors that each method may raise: what comes through are answers that the
+callers know, or `StoreUnavailable`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import AsyncExitStack
@@ -13,10 +16,23 @@ from types import TracebackType
 from typing import Final, Self, TypeVar
 
 from nonstick.deadline import Deadline
-from nonstick.errors import AlreadyExists, StoreUnavailable, Undecryptable
+from nonstick.errors import (
+    AlreadyExists,
+    Diverged,
+    Fenced,
+    NotPending,
+    SessionNotFound,
+    StoreError,
+    StoreUnavailable,
+    StreamClosed,
+    TooManySessions,
+    Trimmed,
+    Undecryptable,
+)
 from nonstick.store import (
     MAX_CLIP,
     MAX_READ_BYTES,
+    STANDALONE,
     Appended,
     Batch,
     Cursor,
@@ -30,6 +46,8 @@ from nonstick.store import (
 
 __all__ = ["LESS", "PATIENCE", "GuardedStore", "patiently"]
 
+logger = logging.getLogger(__name__)
+
 PATIENCE: Final = 2.0
 """Seconds that a call may take, repeats included, unless the caller grants more."""
 
@@ -39,11 +57,22 @@ LESS: Final = 4
 _FIRST_PAUSE: Final = 0.02
 _LONGEST_PAUSE: Final = 0.5
 
+_Answers = tuple[type[StoreError], ...]
+"""Errors that a method may answer with; that the store cannot be reached, each may say."""
+
+_NONE: Final[_Answers] = ()
+_GONE: Final[_Answers] = (SessionNotFound,)
+_READ_ON: Final[_Answers] = (SessionNotFound, Diverged)
+_READ: Final[_Answers] = (*_READ_ON, Trimmed)
+
 T = TypeVar("T")
 
 
 class GuardedStore:
     """A store whose calls end: with an answer, or with `StoreUnavailable` after `patience` seconds.
+
+    An error that a method may not raise, by the protocol, is a defect of the store. It is logged, and is
+    `StoreUnavailable` for the caller: nobody can rely on what such a store says of a session (P9).
 
     Has the methods of `Store`, those of the hot path with `patience` as a further argument.
     """
@@ -83,10 +112,11 @@ class GuardedStore:
                 repeated = True
                 raise
 
-        await self._until(create, self.patience)
+        await self._until(create, self.patience, (AlreadyExists, TooManySessions) if limits else (AlreadyExists,))
 
     async def load(self, key: str, *, patience: float | None = None) -> Loaded:
-        return await self._until(lambda: self.store.load(key), self.patience if patience is None else patience)
+        patience = self.patience if patience is None else patience
+        return await self._until(lambda: self.store.load(key), patience, _GONE)
 
     async def update(
         self,
@@ -100,47 +130,75 @@ class GuardedStore:
         return await self._until(
             lambda: self.store.update(key, changes, expect=expect, lifetime=lifetime),
             self.patience if patience is None else patience,
+            _GONE,
         )
 
     async def touch(self, keys: Collection[str]) -> None:
-        await self._until(lambda: self.store.touch(keys), self.patience)
+        await self._until(lambda: self.store.touch(keys), self.patience, _NONE)
 
     async def delete(self, key: str) -> bool:
-        return await self._until(lambda: self.store.delete(key), self.patience)
+        return await self._until(lambda: self.store.delete(key), self.patience, _NONE)
 
     async def append(self, key: str, batch: Batch, *, patience: float | None = None) -> Appended:
-        return await self._until(lambda: self.store.append(key, batch), self.patience if patience is None else patience)
+        patience = self.patience if patience is None else patience
+        return await self._until(lambda: self.store.append(key, batch), patience, batch)
 
     async def read(self, key: str, after: Cursor, *, limit: int = 256, max_bytes: int = MAX_READ_BYTES) -> list[Event]:
         """As `Store.read`. What failed is repeated for less: it may have been too much to be answered in time (P10)."""
         limits, sizes = _less(limit), _less(max_bytes)
         return await self._until(
-            lambda: self.store.read(key, after, limit=next(limits), max_bytes=next(sizes)), self.patience
+            lambda: self.store.read(key, after, limit=next(limits), max_bytes=next(sizes)),
+            self.patience,
+            _READ if after.tag else _READ_ON,
         )
+
+    async def read_on(
+        self, key: str, after: Cursor, *, limit: int = 256, max_bytes: int = MAX_READ_BYTES
+    ) -> list[Event]:
+        """As `read`, but goes on with what is left where the entry at the cursor was trimmed.
+
+        Raises:
+            SessionNotFound, Diverged, StoreUnavailable: As `read`.
+        """
+        try:
+            return await self.read(key, after, limit=limit, max_bytes=max_bytes)
+        except Trimmed:
+            return await self.read(key, Cursor(after.position), limit=limit, max_bytes=max_bytes)
 
     async def skim(self, key: str, after: Cursor, *, limit: int = 256, clip: int = MAX_CLIP) -> list[Skimmed]:
         """As `Store.skim`; as `read`."""
         limits = _less(limit)
-        return await self._until(lambda: self.store.skim(key, after, limit=next(limits), clip=clip), self.patience)
+        return await self._until(
+            lambda: self.store.skim(key, after, limit=next(limits), clip=clip),
+            self.patience,
+            _READ if after.tag else _READ_ON,
+        )
 
     async def trim(self, key: str, *, streams: Collection[int] = (), standalone_before: int = 0) -> None:
         await self._until(
-            lambda: self.store.trim(key, streams=streams, standalone_before=standalone_before), self.patience
+            lambda: self.store.trim(key, streams=streams, standalone_before=standalone_before),
+            self.patience,
+            _NONE,
         )
 
     def watch(self, key: str, wake: Wake) -> Callable[[], None]:
-        return self.store.watch(key, wake)
+        try:
+            return self.store.watch(key, wake)
+        except StoreError as error:
+            # Who follows the log looks for itself as well, if not as soon.
+            _report(error)
+            return _nothing
 
     def lease(self, node: str) -> Lease:
         return self.store.lease(node)
 
     async def lapsed(self, nodes: Collection[str]) -> set[str]:
-        return await self._until(lambda: self.store.lapsed(nodes), self.patience)
+        return await self._until(lambda: self.store.lapsed(nodes), self.patience, _NONE)
 
     async def ping(self) -> None:
-        await self._until(self.store.ping, self.patience)
+        await self._until(self.store.ping, self.patience, _NONE)
 
-    async def _until(self, call: Callable[[], Awaitable[T]], patience: float) -> T:
+    async def _until(self, call: Callable[[], Awaitable[T]], patience: float, answers: _Answers | Batch) -> T:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + patience
         pause = _FIRST_PAUSE
@@ -155,6 +213,11 @@ class GuardedStore:
             except StoreUnavailable:
                 if loop.time() + pause >= deadline:
                     raise
+            except StoreError as error:
+                if isinstance(error, _answers_to(answers) if isinstance(answers, Batch) else answers):
+                    raise
+                _report(error)
+                raise StoreUnavailable(f"the store raised {type(error).__name__}, which it may not here") from None
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311
             pause = min(pause * 2, _LONGEST_PAUSE)
 
@@ -164,6 +227,26 @@ def _less(most: int) -> Iterator[int]:
     while True:
         yield most
         most = max(1, most // LESS)
+
+
+def _answers_to(batch: Batch) -> _Answers:
+    """The errors that `Store.append` may answer this batch with."""
+    answers: _Answers = _GONE
+    if batch.stream > STANDALONE:
+        answers += (StreamClosed, Fenced)
+        if batch.writer and batch.sequence > 1:
+            answers += (Diverged,)
+    if batch.answers is not None or batch.settle is not None:
+        answers += (NotPending,)
+    return answers
+
+
+def _report(error: StoreError) -> None:
+    logger.error("the store has a defect: it raised %s where it may not", type(error).__name__)
+
+
+def _nothing() -> None:
+    """Stops a watch that never began."""
 
 
 async def patiently(call: Callable[[], Awaitable[T]], *, pause: float = 1.0) -> T:

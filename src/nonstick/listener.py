@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import anyio
@@ -27,6 +29,7 @@ from nonstick.errors import Diverged, SessionNotFound, StoreError, StoreUnavaila
 from nonstick.events import EventId, Kind, body_of, cursor_text, decode, draft, kind_of, parse_cursor
 from nonstick.follow import Slice, Subscription
 from nonstick.guard import patiently
+from nonstick.places import MAX_PLACES, Search
 from nonstick.rescue import Rescue
 from nonstick.security import without_text
 from nonstick.session import Session, request_key
@@ -48,8 +51,8 @@ _SILENCE: Final = 60.0
 _ANSWER_SECONDS: Final = 3.0
 """A connection that lives answers what it reads in the log within so long, once its client has taken what it had."""
 
-_TRAIL: Final = 500
-"""Entries of the log that a connection knows again after a failover."""
+_READINGS: Final = 5
+"""How often a log is read anew that loses entries while it is read."""
 
 _EXISTENCE_POLL: Final = 4.0
 """Seconds, at least, between two looks whether a silent stream is still there."""
@@ -343,8 +346,12 @@ class Listener(Reader):
         self._settled: set[str] = set()
         self._seen = Cursor(0)
         """Up to where the log is taken into account."""
-        self._trail: list[Cursor] = []
-        """The last entries that are taken into account."""
+        self._given: deque[Cursor] = deque(maxlen=MAX_PLACES)
+        """The last entries of the stream that the client has."""
+        self._last: Cursor | None = None
+        """The place that the last event id names which it was given here."""
+        self._lost: str | None = None
+        """The place that it came with, or was given, if the store has lost that."""
         self._losses = 0
         """How often the store lost entries of the log."""
         self._start = 0
@@ -365,7 +372,9 @@ class Listener(Reader):
         """The entry up to which the log is in `_subscribed`."""
         self._heard = NOWHERE if place is None else place.heard or session.heard
         """Up to where the cluster log was put into the outlet."""
-        self._heard_before = self._heard
+        self._told = "" if place is None else place.told
+        """While the client is told of everything: what it was told last, of all there was at `_heard`."""
+        self._heard_before = NOWHERE if self._told else self._heard
         """Up to where the client had heard it when its turn began."""
         self._hears_later: asyncio.Task[None] | None = None
         """Waits for room for what was broadcast."""
@@ -378,9 +387,7 @@ class Listener(Reader):
         Raises:
             SessionNotFound, StoreUnavailable: As `Store.read`.
         """
-        if self._place is not None:
-            await self._find(self._place)
-        await self._scan(Cursor(self._start))
+        await self._find_out()
         if not reject or self._named:
             return True
         try:
@@ -392,18 +399,58 @@ class Listener(Reader):
             self.session.spawn(self._leave())
         return first
 
+    async def _find_out(self) -> None:
+        """Takes the log into account, from where the client wants to go on."""
+        for _ in range(_READINGS):
+            try:
+                await (self._scan(Cursor(0)) if self._place is None else self._find(self._place))
+            except Diverged:
+                # The store lost entries while they were read.
+                continue
+            return
+        raise StoreUnavailable("the session's log lost entries each time that it was read")
+
     async def _find(self, place: EventId) -> None:
         """Finds out where to go on for a client that has everything up to here."""
         cursor = place.cursor
-        with contextlib.suppress(Diverged):
+        self._given = deque([*place.before, cursor], maxlen=MAX_PLACES)
+        if await self._has(cursor):
+            self._start = self._reached = cursor.position
+            await self._scan(Cursor(cursor.position))
+            return
+        self._start = self._reached = await self._go_on(list(self._given), own=cursor)
+        if self._lost is not None:
+            # It is not given this id again.
+            self._place = None
+
+    async def _has(self, cursor: Cursor) -> bool:
+        """Whether the log has this entry."""
+        try:
             found = await self.session.node.store.read(self.session.key, Cursor(cursor.position - 1), limit=1)
-            if not found or found[0].position > cursor.position or found[0].cursor == cursor:
-                self._start = self._reached = cursor.position
-                self._trail.append(cursor)
-                return
-        logger.warning("session %s: events of its standalone stream are lost", self.session.key[:12])
-        # It is not given this id again.
-        self._place = None
+        except Diverged:
+            return False
+        return bool(found) and found[0].cursor == cursor
+
+    async def _go_on(self, places: Sequence[Cursor], *, own: Cursor | None) -> int:
+        """Takes the whole log into account, in which the store has lost entries. Up to where the client has it (P9).
+
+        Args:
+            places: What the client had, or this connection has seen.
+            own: The one among them that the client will name.
+        """
+        session, search = self.session, Search(places)
+        head = (await session.node.store.load(session.key)).head.position
+        await self._scan(Cursor(0), search)
+        start = search.latest(head)
+        if own is not None and (start is None or start < own.position):
+            self._lost = cursor_text(own)
+        known = self._turns.found_again(self._lost)
+        if self._lost is not None and known is None:
+            logger.warning("session %s: events of its standalone stream are lost", session.key[:12])
+        if start is None:
+            start = search.new_after(head) if known is None else known
+        self._given = deque((place for place in self._given if place.position <= start), maxlen=MAX_PLACES)
+        return start
 
     async def _ask_for_it(self) -> bool:
         """Asks whether another connection carries the stream. Whether none does, and none asked before."""
@@ -429,26 +476,22 @@ class Listener(Reader):
 
     # ---- what the log has
 
-    async def _scan(self, after: Cursor, known: Mapping[int, bytes] | None = None) -> int:
-        """Takes the log into account. Position of the last entry that is `known`, by its tag; 0 if none is."""
-        last = 0
-        self._seen = after
+    async def _scan(self, after: Cursor, search: Search | None = None) -> None:
+        """Takes the log into account, all of it from this place on."""
+        self._seen, self._turns = after, Turns()
         part = Slice(MAX_READ)
-        while events := await self.session.node.store.read(self.session.key, self._seen, limit=part.limit):
+        while events := await self.session.node.store.read_on(self.session.key, self._seen, limit=part.limit):
             part.took(events)
             for event in events:
-                if known and known.get(event.position) == event.tag:
-                    last = event.position
+                if search is not None:
+                    search.note(event)
                 self._note(event)
-        return last
 
     def _note(self, event: Event) -> None:
         """Keeps account of whose turn it is and which server requests are settled."""
         if event.position <= self._seen.position:
             return
         self._seen = event.cursor
-        self._trail.append(event.cursor)
-        del self._trail[:-_TRAIL]
         self._turns.note(event)
         kind = kind_of(event.data)
         if kind is Kind.REPLY:
@@ -486,19 +529,16 @@ class Listener(Reader):
         """The store lost entries: goes on after the last one that is still there (P9)."""
         self._at = None
         await self.outlet.flushed()
-        known = {cursor.position: cursor.tag for cursor in self._trail}
-
-        async def scan() -> int:
-            self._turns = Turns()
-            return await self._scan(Cursor(0), known)
-
+        # Of those that were given only the beginning of the tag may be known.
+        seen = [*self._given, *self._turns.trail, *([] if self._last is None else [self._last])]
+        places = sorted({place.position: place for place in seen}.values())
         while True:
             try:
-                left = await patiently(scan, pause=_LIVENESS_POLL)
+                left = await patiently(lambda: self._go_on(places, own=self._last), pause=_LIVENESS_POLL)
                 break
             except Diverged:
                 await asyncio.sleep(_LIVENESS_POLL)
-        logger.warning("session %s: its standalone stream goes on after %d", self.session.key[:12], left)
+        logger.info("session %s: its standalone stream goes on after %d", self.session.key[:12], left)
         self._start = min(self._read, left)
         self._reached = min(self._reached, left)
         self._known = min(self._known, left)
@@ -527,8 +567,11 @@ class Listener(Reader):
             "listener": self._turn,
             "node": self.session.node.id,
             "since": self._where_to_begin(),
-            "heard": cursor_text(self._where_to_hear_on()),
+            # Who is being told of everything has not heard it all.
+            "heard": None if self._told else cursor_text(self._where_to_hear_on()),
         }
+        if self._lost is not None:
+            body["lost"] = self._lost
         # Its outcome must be known when this connection goes meanwhile: others wait for it to leave.
         self._claim = self.session.node.spawn(self._append(draft(Kind.LISTENING, pydantic_core.to_json(body))))
         self._position = (await asyncio.shield(self._claim)).first
@@ -536,16 +579,24 @@ class Listener(Reader):
         turn_open = self._what_is_mine if self._named else self._what_is_open_before_mine
         await self._follow_while(turn_open, answers=lambda _: True)
         self._start = self._reached = self._where_to_begin()
+        self._lost = None
+        if not self._given:
+            self._given.extend(place for place in self._turns.trail if place.position <= self._start)
         heard = self._where_to_hear_on()
-        self._heard = self._heard_before = await patiently(
-            lambda: self.session.node.cluster.settle(heard), pause=_LIVENESS_POLL
-        )
+        self._heard = await patiently(lambda: self.session.node.cluster.settle(heard), pause=_LIVENESS_POLL)
+        if self._heard != heard:
+            self._told = ""
+        self._heard_before = NOWHERE if self._told else self._heard
         self._carries = True
 
     def _where_to_begin(self) -> int:
         """Up to where the client has the stream, as far as is known."""
-        # What others carried, a client that names an event need not have had.
-        return self._reached if self._named else max(self._reached, self._turns.read_before(self._position))
+        if not self._named:
+            return max(self._reached, self._turns.read_before(self._position))
+        # What others carried, a client that names an event need not have had. But one that came with the same lost
+        # place to another node went on first.
+        found = self._turns.found_again(self._lost)
+        return self._reached if found is None else min(self._reached, found)
 
     def _where_to_hear_on(self) -> Cursor:
         """Up to where the client has heard the cluster log, as far as is known."""
@@ -644,21 +695,32 @@ class Listener(Reader):
         elif kind is Kind.MESSAGE:
             if not self._is_settled(event):
                 await self.outlet.room()
-                self._put(body_of(event.data), event.cursor, self._heard)
+                self._put(body_of(event.data), event.cursor, self._heard, self._told)
             self._reached = event.position
-        elif kind is Kind.LISTENING and event.position == self._position and self._primes:
-            self.put_priming(EventId(STANDALONE, event.cursor, heard=self._heard))
+            self._given.append(event.cursor)
+        elif kind is Kind.LISTENING and event.position == self._position:
+            if self._primes:
+                self.put_priming(self._place_at(event.cursor, self._heard, self._told))
+            self._given.append(event.cursor)
 
-    def _put(self, body: bytes, at: Cursor, heard: Cursor) -> None:
-        event_id = EventId(STANDALONE, at, heard=heard)
-        self.outlet.put(wire.sse_frame(event_id.seal(self.session.id), body), self.mark(at.position, heard))
+    def _put(self, body: bytes, at: Cursor, heard: Cursor, told: str = "") -> None:
+        event_id = self._place_at(at, heard, told)
+        mark = self.mark(at.position, NOWHERE if told else heard)
+        self.outlet.put(wire.sse_frame(event_id.seal(self.session.id), body), mark)
+
+    def _place_at(self, at: Cursor, heard: Cursor, told: str) -> EventId:
+        """What the client is to come back with."""
+        self._last = at
+        return EventId(STANDALONE, at, heard=heard, told=told, before=tuple(self._given))
 
     # ---- what is broadcast to everyone
 
     def hear(self) -> None:
         """Puts what was broadcast since, each thing once, if the stream has come to its live end and there is room."""
         broadcasts = self.session.node.cluster.broadcasts
-        if self._at is None or self._heard == broadcasts.head or self._heard.position > broadcasts.head.position:
+        if self._at is None or self._heard.position > broadcasts.head.position:
+            return
+        if self._heard == broadcasts.head and not self._told:
             return
         if not self.outlet.has_room:
             if self._hears_later is None:
@@ -666,9 +728,11 @@ class Listener(Reader):
             return
         news = broadcasts.since(self._heard)
         if news is None:
-            self._heard_before = NOWHERE
+            self._told = ""
             self._put_everything(self._at, broadcasts.head)
         else:
+            if self._told:
+                self._put_everything(self._at, self._heard)
             for broadcast in news:
                 if broadcast.uri is None or broadcast.uri in self._subscribed:
                     self._put(broadcast.body, self._at, broadcast.cursor)
@@ -683,18 +747,25 @@ class Listener(Reader):
     def hear_anew(self) -> None:
         """The store lost entries of the cluster log, and what there is now is known."""
         if self._at is not None and self._heard.position > self.session.node.cluster.broadcasts.head.position:
-            self._heard = NOWHERE
+            self._heard, self._told = NOWHERE, ""
         self.hear()
 
     def _put_everything(self, at: Cursor, head: Cursor) -> None:
-        """Nobody knows any more what the client has missed: it is told once that anything may have changed."""
+        """Nobody knows any more what the client has missed: it is told once that anything may have changed.
+
+        Each event id says what was told last, so that one who comes back with it is told of the rest.
+        """
         server = self.session.node.server
         changed = [what for request, what in LISTS.items() if server.get_request_handler(request) is not None]
         everything = [*changed, *map(ResourceUpdated, sorted(self._subscribed))]
-        for number, what in enumerate(everything, 1):
-            # Only with the last does the client have it all: before that it keeps the place that it had.
-            heard = head if number == len(everything) else self._heard
-            self._put(Broadcast.of(what, head).body, at, heard)
+        bodies = {_name_of(what.body): what.body for what in (Broadcast.of(what, head) for what in everything)}
+        names = list(bodies)
+        rest = names[names.index(self._told) + 1 :] if self._told in bodies else names
+        self._heard_before = NOWHERE
+        for name in rest:
+            # Only with the last does the client have it all.
+            self._put(bodies[name], at, head, "" if name == names[-1] else name)
+        self._told = ""
 
     async def _take_change(self, event: Event) -> None:
         """The client subscribed or unsubscribed, on whichever node.
@@ -712,7 +783,7 @@ class Listener(Reader):
         said = self.session.node.cluster.broadcasts.said_of(uri, since)
         if said is not None and said.position <= self._heard.position and uri in self._subscribed:
             await self.outlet.room()
-            self._put(Broadcast.of(ResourceUpdated(uri), said).body, event.cursor, self._heard)
+            self._put(Broadcast.of(ResourceUpdated(uri), said).body, event.cursor, self._heard, self._told)
 
     def _is_settled(self, event: Event) -> bool:
         """Whether this is a server request that was answered or given up meanwhile."""
@@ -728,7 +799,9 @@ class Listener(Reader):
     # ---- leaving
 
     def mark(self, position: int, heard: Cursor | None = None) -> wire.Mark:
-        return wire.Mark(position, heard or self._heard, self._losses)
+        if heard is None:
+            heard = NOWHERE if self._told else self._heard
+        return wire.Mark(position, heard, self._losses)
 
     @property
     def _read(self) -> int:
@@ -744,6 +817,9 @@ class Listener(Reader):
         if self._carries:
             read, heard = self._read, cursor_text(max(self.outlet.sent.heard, self._heard_before))
         body = {"listener": self._turn, "read": read, "heard": heard}
+        if read is not None and (tag := self._turns.tag_at(read)) is not None:
+            # Should the store have lost that entry, this connection may not know it yet.
+            body["tag"] = tag.hex()
         with contextlib.suppress(StoreError):
             if self._claim is not None:
                 await asyncio.shield(self._claim)
@@ -760,3 +836,8 @@ class Listener(Reader):
             leaving = self.session.node.spawn(self._leave())
             with anyio.move_on_after(_LEAVE_SECONDS, shield=True):
                 await asyncio.wait([leaving])
+
+
+def _name_of(body: bytes) -> str:
+    """Names what a broadcast tells, in an event id."""
+    return hashlib.blake2b(body, digest_size=4).hexdigest()

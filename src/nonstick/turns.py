@@ -4,17 +4,28 @@ Each connection that is to carry the stream says so with a `listening` event, wh
 ends it. With `left` it says up to where its client has the stream. The one whose turn is next begins there (P3).
 
 One that shall not take the stream from another asks first: with `asking`, which the one that carries it answers.
+
+A client whose event id the store has lost is told so once, and goes on somewhere. The `listening` of that turn says
+both, so that the same id leads to the same place on every node from then on (P9).
 """
 
 from __future__ import annotations
 
 import sys
+from collections import deque
 from dataclasses import dataclass
+from typing import Final
 
 from nonstick.events import Kind, decode, kind_of, parse_cursor
 from nonstick.store import Cursor, Event
 
 __all__ = ["Turn", "Turns"]
+
+_TRAIL: Final = 500
+"""Entries of the log that are known again after a failover."""
+
+_FOUND: Final = 64
+"""Lost places of which it is kept where to go on."""
 
 
 @dataclass(slots=True)
@@ -53,6 +64,10 @@ class Turns:
         self._turns: list[Turn] = []
         self._asking: list[Turn] = []
         """Those that may yet begin."""
+        self._found: dict[str, int] = {}
+        """Of places that the store has lost, as text, after which position their clients went on."""
+        self.trail: deque[Cursor] = deque(maxlen=_TRAIL)
+        """The last entries that are taken into account."""
 
     @property
     def latest(self) -> Turn | None:
@@ -60,6 +75,7 @@ class Turns:
 
     def note(self, event: Event) -> None:
         """Takes the next event of the log into account."""
+        self.trail.append(event.cursor)
         kind = kind_of(event.data)
         if kind is Kind.LISTENING:
             body = decode(event.data)
@@ -69,6 +85,10 @@ class Turns:
             heard = parse_cursor(body.get("heard")) or self.heard_before(event.position)
             turn = Turn(name, body["node"], event.position, body["since"], shown=event.position, heard=heard)
             self._turns.append(turn)
+            if (lost := body.get("lost")) is not None:
+                self._found.setdefault(lost, body["since"])
+                if len(self._found) > _FOUND:
+                    del self._found[next(iter(self._found))]
         elif kind is Kind.ASKING:
             body = decode(event.data)
             if body["listener"] is not None:
@@ -80,14 +100,31 @@ class Turns:
                     turn.shown = event.position
         elif kind is Kind.LEFT:
             body = decode(event.data)
-            self._leave(body["listener"], body["read"], parse_cursor(body.get("heard")), event.position)
+            read = body["read"]
+            believed = read is None or self._can_have_read(read, body.get("tag"), event.position)
+            self._leave(body["listener"], read, parse_cursor(body.get("heard")), believed=believed)
 
     def _forget_asking(self, name: str) -> bool:
         before = len(self._asking)
         self._asking = [turn for turn in self._asking if turn.name != name]
         return len(self._asking) < before
 
-    def _leave(self, name: str, read: int | None, heard: Cursor | None, position: int) -> None:
+    def _can_have_read(self, read: int, tag: str | None, position: int) -> bool:
+        """Whether one that left at `position` can have read this log up to there: it may not have known yet that the
+        store had lost entries, whose positions are given out again (P9).
+        """
+        known = self.tag_at(read)
+        return read <= position and (tag is None or known is None or known.hex() == tag)
+
+    def tag_at(self, position: int) -> bytes | None:
+        """The tag of this entry; None if it is not among the last."""
+        return next((cursor.tag for cursor in reversed(self.trail) if cursor.position == position), None)
+
+    def found_again(self, lost: str | None) -> int | None:
+        """After which position a client went on whose place the store had lost; None if none came with it yet."""
+        return None if lost is None else self._found.get(lost)
+
+    def _leave(self, name: str, read: int | None, heard: Cursor | None, *, believed: bool) -> None:
         if self._forget_asking(name):
             return
         turn = next((turn for turn in reversed(self._turns) if turn.name == name), None)
@@ -95,10 +132,7 @@ class Turns:
             # Its beginning was trimmed, so it is older than all that are known.
             turn = Turn(name, "", 0, 0)
             self._turns.insert(0, turn)
-        if read is not None and read > position:
-            # It did not know yet that the store had lost entries, whose positions are given out again.
-            read = turn.since
-        turn.left, turn.read = True, read
+        turn.left, turn.read = True, read if believed else turn.since
         turn.heard = heard or turn.heard
 
     def open_before(self, position: int) -> Turn | None:

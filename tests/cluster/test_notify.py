@@ -413,6 +413,60 @@ async def test_when_the_store_lost_the_cluster_log_everyone_is_told_of_everythin
             await heard_in_all(stream, TOOLS)
 
 
+async def test_each_thing_that_is_told_after_the_cluster_log_was_lost_has_an_event_id_of_its_own() -> None:
+    """P3, P9: an id names one event. From each of them, on any node, exactly the rest follows, and what came since."""
+    store = Forgetful()
+    async with gathered(one(store)) as (stage, a, b, c):
+        session = await a.open()
+        await subscribe(a, session, "x://1", "x://2")
+        everything = [TOOLS, PROMPTS, RESOURCES, "x://1", "x://2"]
+        async with getting(c, session) as stream:
+            await stream.event()
+            await a.app.cluster.notify_tools_changed()
+            await heard(stream, TOOLS)
+            store.lose(CLUSTER_KEY, 0)
+            told = [await stream.event() for _ in everything]
+        assert [said(event.message) for event in told] == everything
+        assert len({event.id for event in told}) == len(told)
+        await has_left(stage, session)
+        await a.app.cluster.notify_resource_updated("x://2")
+        end = "notifications/message"
+        for number, event in enumerate(told):
+            async with getting((a, b, c)[number % 3], session, event.id) as again:
+                await heard_in_all(again, *[end] * 2 * number, *everything[number + 1 :], "x://2")
+                await a.post(call("tell", "t", text="end"), session)
+                await heard_in_all(again, end)
+                last = again.last_id
+            await has_left(stage, session, 2 + 2 * number)
+            async with getting(b, session, last) as again:
+                await a.post(call("tell", "t", text="end"), session)
+                await heard_in_all(again, end)
+            await has_left(stage, session, 3 + 2 * number)
+
+
+async def test_who_goes_while_it_is_told_of_everything_is_told_the_rest_by_whoever_comes_without_an_id() -> None:
+    """P9, P11: a connection that has taken a part of it has not heard it all."""
+    store = Forgetful()
+    async with gathered(one(store)) as (stage, a, b, c):
+        session = await a.open()
+        async with getting(c, session) as stream:
+            await stream.event()
+            await a.app.cluster.notify_tools_changed()
+            await heard(stream, TOOLS)
+            store.lose(CLUSTER_KEY, 0)
+            told = await stream.event()
+            await heard(stream, PROMPTS, RESOURCES)
+        await has_left(stage, session)
+        async with getting(b, session, told.id) as stream:
+            await heard_in_all(stream, PROMPTS, RESOURCES)
+            await a.post(call("tell", "t", text="end"), session)
+            await heard_in_all(stream, "notifications/message")
+        await has_left(stage, session, 2)
+        async with getting(a, session) as stream:
+            await a.post(call("tell", "t", text="end"), session)
+            await heard_in_all(stream, "notifications/message")
+
+
 async def test_the_cluster_log_begins_anew_after_it_was_lost_whole(memory: MakeStore) -> None:
     """P9: a broadcast that finds no cluster log makes one."""
     async with gathered(memory) as (stage, a, b, c):

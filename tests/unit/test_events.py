@@ -31,6 +31,8 @@ sessions = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=
 requests = st.none() | st.integers(1 - 2**63, 2**63 - 1) | st.text(max_size=100)
 positions = st.integers(1, 16**15 - 1)
 cursors = st.builds(Cursor, positions, st.binary(min_size=8, max_size=8))
+heards = st.none() | st.just(Cursor(0)) | cursors
+tolds = st.just("") | st.from_regex(r"[0-9a-f]{8}", fullmatch=True)
 later = st.tuples(positions, positions).map(sorted)
 event_ids = later.flatmap(
     lambda places: st.builds(
@@ -39,8 +41,23 @@ event_ids = later.flatmap(
         st.builds(Cursor, st.just(places[1]), st.binary(min_size=8, max_size=8)),
         requests,
         st.none(),
+        st.just(""),
+        st.just(()),
     )
-) | st.builds(EventId, st.just(STANDALONE), cursors, st.none(), st.none() | st.just(Cursor(0)) | cursors)
+) | st.builds(EventId, st.just(STANDALONE), cursors, st.none(), heards, tolds, st.just(()))
+
+
+@st.composite
+def trailing(draw: st.DrawFn) -> EventId:
+    """An event id of the standalone stream that names messages before it."""
+    position = draw(positions)
+    found: list[Cursor] = []
+    for distance in draw(st.lists(st.integers(1, 300) | st.integers(1, 100_000), max_size=20)):
+        position = (found[0].position if found else position) - distance
+        if position > 0:
+            found.insert(0, Cursor(position, draw(st.binary(min_size=8, max_size=8))))
+    last = Cursor(found[-1].position + 1 if found else 9, b"8 bytes.")
+    return EventId(STANDALONE, last, None, draw(heards), draw(tolds), tuple(found))
 
 
 def kept(event_id: EventId) -> EventId:
@@ -110,6 +127,29 @@ def test_kinds_are_told_apart_by_one_visible_byte() -> None:
 def test_event_id_comes_back_as_it_was_sent(event_id: EventId, session: str) -> None:
     """What `seal` writes, `parse_event_id` reads, in the same session (P3)."""
     assert parse_event_id(event_id.seal(session), session) == kept(event_id)
+
+
+@given(trailing(), sessions)
+def test_event_id_names_the_latest_messages_before_it(event_id: EventId, session: str) -> None:
+    """P9: as many as there is room for, which is for most of the last, each by the beginning of its tag."""
+    parsed = parse_event_id(event_id.seal(session), session)
+    assert parsed is not None
+    assert parsed._replace(before=()) == event_id._replace(before=())
+    count = len(parsed.before)
+    assert [place.position for place in parsed.before] == [place.position for place in event_id.before][-count or 99 :]
+    assert all(long.tag.startswith(short.tag) for long, short in zip(event_id.before[::-1], parsed.before[::-1]))  # noqa: B905
+    near = [place for place in event_id.before if event_id.cursor.position - place.position < 0xFFFF]
+    assert count >= min(len(near), 8)
+    assert all(len(place.tag) >= 3 for place in parsed.before)
+
+
+@given(trailing(), sessions)
+def test_event_id_with_all_it_can_name_is_read_by_the_last_release(event_id: EventId, session: str) -> None:
+    """P12: 0.1.0 takes the part for a request's id, and gives it back, up to 128 characters of JSON."""
+    part = event_id.seal(session).split(".")[4]
+    text = base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)).decode()
+    assert len(text) <= MAX_REQUEST_ID
+    assert not text or isinstance(json.loads(text), str)
 
 
 @given(event_ids, sessions)
