@@ -20,7 +20,7 @@ import pydantic_core
 from mcp_types import RequestId
 
 from nonstick import dice, places
-from nonstick.store import STANDALONE, Cursor, Draft
+from nonstick.store import MAX_CLIP, STANDALONE, Cursor, Draft
 
 __all__ = [
     "EventId",
@@ -29,6 +29,7 @@ __all__ = [
     "cursor_text",
     "decode",
     "draft",
+    "glimpse",
     "kind_of",
     "parse_cursor",
     "parse_event_id",
@@ -113,6 +114,16 @@ def decode(data: bytes) -> dict[str, Any]:
     return body
 
 
+def glimpse(data: bytes) -> dict[str, Any]:
+    """The JSON object in these event bytes as far as their beginning tells it, also if they were cut off there.
+
+    For large events, of which only what stands first is wanted. What was cut is not there, or is the beginning of a
+    number.
+    """
+    body: dict[str, Any] = pydantic_core.from_json(data[2 : 2 + MAX_CLIP], allow_partial=True)
+    return body
+
+
 class EventId(NamedTuple):
     """A stream and a place in the log: what an SSE `id` says, opaque to clients.
 
@@ -142,7 +153,12 @@ class EventId(NamedTuple):
     def seal(self, session_id: str) -> str:
         """The SSE `id` for this place in this session."""
         # In the field that streams of requests have their request's id in: 0.1 reads both, and gives both back (P12).
-        request = _pack_text(self._text()) if self.stream == STANDALONE else _pack(self.request)
+        if self.stream == STANDALONE:
+            request = _pack_text(self._text())
+        else:
+            # What is too long is not kept here either (P10).
+            long = type(self.request) is str and len(self.request) > MAX_REQUEST_ID
+            request = "" if long else _pack(self.request)
         text = f"1.{self.stream:x}.{self.cursor.position:x}.{self.cursor.tag.hex()}.{request}"
         return f"{text}.{_mac(text, session_id)}"
 

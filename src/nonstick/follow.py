@@ -8,25 +8,25 @@ because wakes may be lost.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from nonstick.bell import Bell
 from nonstick.errors import Diverged, SessionNotFound, StoreUnavailable, Trimmed
-from nonstick.guard import GuardedStore
+from nonstick.guard import LESS, GuardedStore
 from nonstick.security import without_text
-from nonstick.store import Cursor, Event
+from nonstick.store import MAX_CLIP, Cursor, Event, Skimmed
 
-__all__ = ["Follower", "Slice", "Subscription"]
+__all__ = ["Follower", "Slice", "Subscription", "whole"]
 
 logger = logging.getLogger(__name__)
 
 _FIRST_POLL: Final = 1.0
 _SLOWEST_POLL: Final = 5.0
 _BATCH: Final = 256
-_FIRST_SLICE: Final = 16
 _SLICE_BYTES: Final = 256 * 1024
 """About so much is read at once (P10): a node may do it for thousands of slow clients."""
 _BUFFER: Final = 1024
@@ -35,23 +35,51 @@ _BUFFER_BYTES: Final = 128 * 1024
 
 
 class Slice:
-    """How many events to read next, so that they are neither many round trips nor many bytes.
+    """How much of a log is read at once. What failed is tried again for less, until something is read (P10).
 
     Args:
-        most: Events, at most.
+        events: At most.
+        size: Bytes of their data, at most.
     """
 
-    def __init__(self, most: int = _BATCH) -> None:
-        self.limit = min(_FIRST_SLICE, most)
-        self._most = most
+    def __init__(self, events: int = _BATCH, size: int = _SLICE_BYTES) -> None:
+        self._events = self._most_events = events
+        self._size = self._most_size = size
 
-    def took(self, events: Sequence[Event]) -> None:
-        """Learns from what the last read brought."""
-        size = sum(len(event.data) for event in events)
-        if size > _SLICE_BYTES:
-            self.limit = max(1, self.limit * _SLICE_BYTES // size)
-        elif len(events) == self.limit and size < _SLICE_BYTES / 4:
-            self.limit = min(self._most, self.limit * 4)
+    async def read(self, store: GuardedStore, key: str, after: Cursor) -> list[Event]:
+        """As `Store.read`, but goes on with what is left where the entry at the cursor was trimmed."""
+        with self._learning():
+            return await store.read_on(key, after, limit=self._events, max_bytes=self._size)
+
+    async def skim(self, store: GuardedStore, key: str, after: Cursor, *, clip: int = MAX_CLIP) -> list[Skimmed]:
+        """As `Store.skim`, but goes on as `read` does."""
+        with self._learning():
+            try:
+                return await store.skim(key, after, limit=self._events, clip=clip)
+            except Trimmed:
+                return await store.skim(key, Cursor(after.position), limit=self._events, clip=clip)
+
+    @contextlib.contextmanager
+    def _learning(self) -> Iterator[None]:
+        try:
+            yield
+        except StoreUnavailable:
+            self._events, self._size = max(1, self._events // LESS), max(1, self._size // LESS)
+            raise
+        self._events = min(self._most_events, self._events * LESS)
+        self._size = min(self._most_size, self._size * LESS)
+
+
+async def whole(store: GuardedStore, key: str, entry: Skimmed) -> Event | None:
+    """The event of which this was skimmed; None if it was dropped, or lost, since."""
+    event, size = entry
+    if len(event.data) == size:
+        return event
+    try:
+        found = await store.read(key, Cursor(event.position - 1), limit=1)
+    except Diverged:
+        return None
+    return found[0] if found and found[0].cursor == event.cursor else None
 
 
 class Subscription:
@@ -114,11 +142,7 @@ class Subscription:
 
     async def _catch_up(self) -> list[Event]:
         store, key = self._follower.store, self._follower.key
-        try:
-            events = await store.read(key, self.cursor, limit=self._slice.limit)
-        except Trimmed:
-            events = await store.read(key, Cursor(self.cursor.position), limit=self._slice.limit)
-        self._slice.took(events)
+        events = await self._slice.read(store, key, self.cursor)
         if events:
             self.cursor = events[-1].cursor
         else:
@@ -271,11 +295,7 @@ class Follower:
         try:
             while True:
                 before = self.cursor
-                try:
-                    events = await self.store.read(self.key, before, limit=self._slice.limit)
-                except Trimmed:
-                    events = await self.store.read(self.key, Cursor(before.position), limit=self._slice.limit)
-                self._slice.took(events)
+                events = await self._slice.read(self.store, self.key, before)
                 # A wake may have brought the same events while the read was under way.
                 events = [event for event in events if event.position > self.cursor.position]
                 if not events:

@@ -27,12 +27,13 @@ from nonstick import dice, notice, portable, wire
 from nonstick.errors import Diverged, Fenced, SessionNotFound, StoreUnavailable, StreamClosed
 from nonstick.events import Kind, decode, draft, kind_of
 from nonstick.exchange import Exchange
+from nonstick.follow import Slice, whole
 from nonstick.guard import patiently
 from nonstick.node import SHUT_DOWN
 from nonstick.record import OWNER, RELEASED, Record
 from nonstick.security import without_text
 from nonstick.session import Session, request_key
-from nonstick.store import MAX_READ, Batch, Cursor, Event
+from nonstick.store import MAX_READ, Batch, Cursor, Event, Skimmed
 
 __all__ = ["SESSION_LOST", "Failure", "Holding", "OpenStream", "Survey", "announce", "survey"]
 
@@ -69,11 +70,11 @@ class OpenStream:
     """A stream without its end, as the log tells it.
 
     Attributes:
-        opened: Its first event.
+        opened: Its first event, of which its data may be cut off.
         relayed: Its request was relayed, and no node took it yet.
     """
 
-    opened: Event
+    opened: Skimmed
     request: RequestId
     node: str
     attempt: int
@@ -82,7 +83,7 @@ class OpenStream:
     async def end(self, session: Session, failure: Failure) -> None:
         """Writes its end, unless it has one, or another attempt began."""
         body = wire.error_body(self.request, failure.error(ran=not self.relayed))
-        await _end_stream(session, self.opened.position, self.attempt, body)
+        await _end_stream(session, self.opened.event.position, self.attempt, body)
 
 
 @dataclass(slots=True)
@@ -94,31 +95,42 @@ class Survey:
 
 
 async def survey(session: Session) -> Survey:
-    """Reads the whole log for streams that have not ended.
+    """Looks through the whole log for streams that have not ended.
 
     Raises:
         SessionNotFound, StoreUnavailable: As `Store.read`.
     """
-    found: dict[int, OpenStream] = {}
+    store, key, part = session.node.store, session.key, Slice(MAX_READ)
+    opened: dict[int, Skimmed] = {}
+    taken: dict[int, Skimmed] = {}
     head = Cursor(0)
-    while events := await session.node.store.read(session.key, head, limit=MAX_READ):
-        for event in events:
-            _note(found, event)
-        head = events[-1].cursor
-    return Survey(head, list(found.values()))
+    # Without its tag: what was dropped meanwhile is no stream that is open.
+    while entries := await part.skim(store, key, Cursor(head.position)):
+        for entry in entries:
+            match kind_of(entry.event.data):
+                case Kind.OPENED:
+                    opened[entry.event.position] = entry
+                case Kind.TAKEN:
+                    taken[entry.event.stream] = entry
+                case Kind.TERMINAL:
+                    opened.pop(entry.event.stream, None)
+        head = entries[-1].event.cursor
+    # One after the other: a relayed request may be as long as any.
+    found = [await _open_stream(session, entry, taken.get(stream)) for stream, entry in opened.items()]
+    return Survey(head, [stream for stream in found if stream is not None])
 
 
-def _note(found: dict[int, OpenStream], event: Event) -> None:
-    kind = kind_of(event.data)
-    if kind is Kind.OPENED:
-        body = decode(event.data)
-        request = body["request"]["id"]
-        found[event.position] = OpenStream(event, request, body["node"], body["attempt"], "relay" in body)
-    elif kind is Kind.TAKEN and (stream := found.get(event.stream)) is not None:
-        body = decode(event.data)
+async def _open_stream(session: Session, opened: Skimmed, taken: Skimmed | None) -> OpenStream | None:
+    """What the log tells of a stream; None if it was dropped meanwhile."""
+    first = await whole(session.node.store, session.key, opened)
+    if first is None:
+        return None
+    body = decode(first.data)
+    stream = OpenStream(opened, body["request"]["id"], body["node"], body["attempt"], "relay" in body)
+    if taken is not None and (last := await whole(session.node.store, session.key, taken)) is not None:
+        body = decode(last.data)
         stream.node, stream.attempt, stream.relayed = body["node"], body["attempt"], False
-    elif kind is Kind.TERMINAL:
-        found.pop(event.stream, None)
+    return stream
 
 
 class Holding:
@@ -165,7 +177,7 @@ class Holding:
             self._following = self._node.spawn(self._follow(found.head))
             for stream in found.open:
                 if stream.relayed:
-                    self._accept(stream.opened)
+                    await patiently(lambda: self._accept_opened(stream))  # noqa: B023
         except SessionNotFound:
             await session.end()
 
@@ -205,9 +217,11 @@ class Holding:
                     subscription.close()
                     found = await patiently(lambda: survey(self.session))
                     subscription = self.session.follower.subscribe(found.head)
-                    events = [stream.opened for stream in found.open]
                     if await patiently(self.look):
                         return
+                    for stream in found.open:
+                        await patiently(lambda: self._accept_opened(stream))  # noqa: B023
+                    continue
                 if any(self._names_another(event) for event in events) and await patiently(self.look):
                     return
                 for event in events:
@@ -235,6 +249,10 @@ class Holding:
         # Not in this task: what is dropped may be what runs it.
         self._node.spawn(self.clean_up(_MOVED))
         return True
+
+    async def _accept_opened(self, stream: OpenStream) -> None:
+        if (opened := await whole(self._node.store, self.session.key, stream.opened)) is not None:
+            self._accept_contained(opened)
 
     def _accept_contained(self, event: Event) -> None:
         """One event that this node makes nothing of must not keep the next from being run."""

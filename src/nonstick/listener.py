@@ -19,6 +19,7 @@ from typing import Final
 import anyio
 import pydantic_core
 from mcp.shared.subscriptions import ResourceUpdated
+from mcp_types import RequestId
 from mcp_types.version import is_version_at_least
 from starlette.types import Receive, Send
 
@@ -26,14 +27,14 @@ from nonstick import dice, wire
 from nonstick.broadcast import LISTS, NOWHERE, Broadcast
 from nonstick.deadline import Deadline
 from nonstick.errors import Diverged, SessionNotFound, StoreError, StoreUnavailable
-from nonstick.events import EventId, Kind, body_of, cursor_text, decode, draft, kind_of, parse_cursor
+from nonstick.events import EventId, Kind, body_of, cursor_text, decode, draft, glimpse, kind_of, parse_cursor
 from nonstick.follow import Slice, Subscription
 from nonstick.guard import patiently
 from nonstick.places import MAX_PLACES, Search
 from nonstick.rescue import Rescue
 from nonstick.security import without_text
 from nonstick.session import Session, request_key
-from nonstick.store import MAX_READ, STANDALONE, Appended, Batch, Cursor, Draft, Event
+from nonstick.store import MAX_CLIP, MAX_READ, STANDALONE, Appended, Batch, Cursor, Draft, Event
 from nonstick.turns import Turn, Turns
 
 __all__ = ["Listener", "Resumption"]
@@ -53,6 +54,14 @@ _ANSWER_SECONDS: Final = 3.0
 
 _READINGS: Final = 5
 """How often a log is read anew that loses entries while it is read."""
+
+_SETTLED: Final = 1000
+"""Server requests that a connection knows to be settled. One beyond them is sent, and its answer dropped."""
+
+_CANCELLED: Final = b'"notifications/cancelled"'
+
+_FIRST_SLICE: Final = 16
+"""Events of what a client missed that are read before its response begins."""
 
 _EXISTENCE_POLL: Final = 4.0
 """Seconds, at least, between two looks whether a silent stream is still there."""
@@ -207,7 +216,7 @@ def _look_at(task: asyncio.Task[list[Event]]) -> None:
 async def _entry(session: Session, cursor: Cursor) -> list[Event]:
     """The entry that a client's event id names, and what follows it; empty if the store no longer has it."""
     try:
-        events = await session.node.store.read(session.key, Cursor(cursor.position - 1), limit=Slice().limit)
+        events = await Slice(_FIRST_SLICE).read(session.node.store, session.key, Cursor(cursor.position - 1))
     except Diverged:
         return []
     return events if events and events[0].cursor == cursor else []
@@ -282,6 +291,17 @@ class Resumption(Reader):
             return None
         return found[0] if found else None
 
+    async def _is_there(self) -> bool:
+        """Whether the store still has the stream's first event."""
+        assert self._opened is not None
+        try:
+            found = await self.session.node.store.skim(
+                self.session.key, Cursor(self._opened.position - 1), limit=1, clip=0
+            )
+        except Diverged:
+            return False
+        return bool(found) and found[0].event.cursor == self._opened.cursor
+
     async def _is_missing(self) -> bool:
         """Whether the stream has ended and been trimmed, so that nothing more comes of it (P9).
 
@@ -290,7 +310,7 @@ class Resumption(Reader):
         now = asyncio.get_running_loop().time()
         if now < self._looks_at:
             return False
-        before, self._missed = self._missed, await self._read_first() != self._opened
+        before, self._missed = self._missed, not await self._is_there()
         self._looks_at = now if self._missed else now + _EXISTENCE_POLL
         return before and self._missed
 
@@ -343,7 +363,9 @@ class Listener(Reader):
         super().__init__(session, place, primes=primes)
         self._named = place is not None
         self._turns = Turns()
-        self._settled: set[str] = set()
+        self._settled: dict[str, None] = {}
+        """Keys of server requests that nobody waits for any more, of those that are not carried yet."""
+        self._scanned = Slice(MAX_READ)
         self._seen = Cursor(0)
         """Up to where the log is taken into account."""
         self._given: deque[Cursor] = deque(maxlen=MAX_PLACES)
@@ -426,10 +448,11 @@ class Listener(Reader):
     async def _has(self, cursor: Cursor) -> bool:
         """Whether the log has this entry."""
         try:
-            found = await self.session.node.store.read(self.session.key, Cursor(cursor.position - 1), limit=1)
+            before = Cursor(cursor.position - 1)
+            found = await self.session.node.store.skim(self.session.key, before, limit=1, clip=0)
         except Diverged:
             return False
-        return bool(found) and found[0].cursor == cursor
+        return bool(found) and found[0].event.cursor == cursor
 
     async def _go_on(self, places: Sequence[Cursor], *, own: Cursor | None) -> int:
         """Takes the whole log into account, in which the store has lost entries. Up to where the client has it (P9).
@@ -479,27 +502,33 @@ class Listener(Reader):
     async def _scan(self, after: Cursor, search: Search | None = None) -> None:
         """Takes the log into account, all of it from this place on."""
         self._seen, self._turns = after, Turns()
-        part = Slice(MAX_READ)
-        while events := await self.session.node.store.read_on(self.session.key, self._seen, limit=part.limit):
-            part.took(events)
-            for event in events:
+        while entries := await self._scanned.skim(self.session.node.store, self.session.key, self._seen):
+            for event, _ in entries:
                 if search is not None:
                     search.note(event)
                 self._note(event)
 
     def _note(self, event: Event) -> None:
-        """Keeps account of whose turn it is and which server requests are settled."""
+        """Keeps account of whose turn it is and which server requests are settled. Large events may be cut off."""
         if event.position <= self._seen.position:
             return
         self._seen = event.cursor
         self._turns.note(event)
         kind = kind_of(event.data)
         if kind is Kind.REPLY:
-            self._settled.add(request_key(decode(event.data)["id"]))
-        elif kind is Kind.MESSAGE and event.stream == STANDALONE and b'"notifications/cancelled"' in event.data:
-            self._settled.add(request_key((decode(event.data).get("params") or {}).get("requestId", "")))
+            self._settle(glimpse(event.data).get("id"))
+        elif kind is Kind.MESSAGE and event.stream == STANDALONE and _CANCELLED in event.data[:MAX_CLIP]:
+            self._settle((glimpse(event.data).get("params") or {}).get("requestId"))
         elif kind is Kind.ASKING and event.position > self._position:
             self.session.spawn(self._answer(self._turn))
+
+    def _settle(self, request_id: RequestId | None) -> None:
+        """A server request was answered, or given up. The latest are kept, while it may still have to be carried."""
+        if request_id is None:
+            return
+        self._settled[request_key(request_id)] = None
+        if len(self._settled) > _SETTLED:
+            del self._settled[next(iter(self._settled))]
 
     async def _answer(self, turn: str) -> None:
         """Somebody asks whether this connection carries the stream: it does."""
@@ -685,6 +714,9 @@ class Listener(Reader):
                 await self._carry(kind, event)
                 if event.position >= self._position:
                     self._at = event.cursor
+                if event.position >= self._seen.position:
+                    # Replies come after their requests.
+                    self._settled.clear()
             self.hear()
 
     async def _carry(self, kind: Kind | None, event: Event) -> None:

@@ -21,6 +21,7 @@ from starlette.requests import Request
 from nonstick import dice, wire
 from nonstick.errors import Fenced, StreamClosed
 from nonstick.events import Kind, decode, draft, kind_of
+from nonstick.follow import Slice, whole
 from nonstick.security import without_text
 from nonstick.session import Session, request_key
 from nonstick.store import MAX_READ, Batch, Cursor, Event
@@ -114,8 +115,8 @@ class Rescue:
                 # It has ended, or moved: the log will bring it.
                 self._quiet_since = now
             return False
-        events = await self._session.node.store.read(self._session.key, Cursor(self._probe), limit=MAX_READ)
-        if any(event.stream == self._stream and kind_of(event.data) is not Kind.PROBE for event in events):
+        entries = await self._session.node.store.skim(self._session.key, Cursor(self._probe), limit=MAX_READ, clip=2)
+        if any(event.stream == self._stream and kind_of(event.data) is not Kind.PROBE for event, _ in entries):
             self._quiet_since, self._probe = now, None
             return False
         # A node whose loop hangs answers late; one that hung for longer has lost its lease.
@@ -163,16 +164,18 @@ class Rescue:
 
     async def _catch_up(self) -> None:
         """Finds out what came before the place where this client began to read: who took over, and cancels (P5)."""
-        key = request_key(self._request.id)
-        after = Cursor(self._stream)
-        while events := await self._session.node.store.read(self._session.key, after, limit=MAX_READ):
-            for event in events:
-                kind = kind_of(event.data)
-                if event.stream == self._stream and kind is Kind.TAKEN:
-                    self.taken(event)
-                elif kind is Kind.CANCEL and request_key(decode(event.data)["requestId"]) == key:
-                    self._cancelled = True
-            after = Cursor(events[-1].position)
+        store, log, after, part = self._session.node.store, self._session.key, Cursor(self._stream), Slice(MAX_READ)
+        while entries := await part.skim(store, log, after):
+            for entry in entries:
+                if kind_of(entry.event.data) in (Kind.TAKEN, Kind.CANCEL) and (event := await whole(store, log, entry)):
+                    self._note(event)
+            after = Cursor(entries[-1].event.position)
+
+    def _note(self, event: Event) -> None:
+        if kind_of(event.data) is Kind.CANCEL:
+            self._cancelled |= request_key(decode(event.data)["requestId"]) == request_key(self._request.id)
+        elif event.stream == self._stream:
+            self.taken(event)
 
     async def _run_again(self) -> bool:
         # Imported here: an exchange knows its session, and a session's streams are rescued from its readers.

@@ -29,6 +29,7 @@ from mcp_types.version import LATEST_HANDSHAKE_VERSION
 from starlette.requests import Request
 
 from nonstick import wire
+from nonstick.aside import cancel_params, progress_params
 from nonstick.errors import Diverged, NotPending, SessionNotFound, StoreUnavailable
 from nonstick.events import Kind, body_of, decode, draft, kind_of
 from nonstick.follow import Follower
@@ -558,6 +559,7 @@ class Session:
     async def take_progress(self, token: RequestId, params: Mapping[str, Any], *, patience: float) -> None:
         """The client reports progress on a server request."""
         key = request_key(token)
+        params = progress_params(token, key, params)
         if key in self._waiters:
             self._deliver_progress(params)
             return
@@ -571,7 +573,8 @@ class Session:
         if (exchange := self.exchanges.get(key)) is not None:
             exchange.cancel()
             return
-        batch = Batch([draft(Kind.CANCEL, pydantic_core.to_json(params))], cancel=key)
+        kept = pydantic_core.to_json(cancel_params(request_id, key, params))
+        batch = Batch([draft(Kind.CANCEL, kept)], cancel=key)
         await self.append(batch, patience=patience)
 
     def _deliver_reply(self, body: bytes) -> None:
