@@ -27,6 +27,7 @@ from nonstick.placement import Placement, Rehydrate
 from nonstick.renewal import Renewal
 from nonstick.security import principal_group, without_text
 from nonstick.sessionless import Sessionless
+from nonstick.trim import Looks
 
 if TYPE_CHECKING:
     from nonstick.exchange import Answer, Exchange
@@ -184,6 +185,8 @@ class Node:
         self.settings = settings
         self.cluster = cluster
         self.counters = Counters()
+        self.looks = Looks()
+        """At logs that are over their bounds, or were."""
         self.sessions: dict[str, Session] = {}
         self.readers: set[Reader] = set()
         self.requests = Room(

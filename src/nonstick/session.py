@@ -34,10 +34,11 @@ from nonstick.errors import Diverged, NotPending, SessionNotFound, StoreUnavaila
 from nonstick.events import Kind, body_of, decode, draft, kind_of
 from nonstick.follow import Follower
 from nonstick.limits import Room
+from nonstick.outline import Amount
 from nonstick.record import CONFIRMED, Record, SessionState
 from nonstick.security import without_text
 from nonstick.sender import Sender
-from nonstick.store import Appended, Batch, Cursor, Draft, Event, Loaded
+from nonstick.store import NEW_STREAM, Appended, Batch, Cursor, Draft, Event, Loaded
 from nonstick.trim import Trimmer
 
 if TYPE_CHECKING:
@@ -174,6 +175,8 @@ class Session:
     head = Cursor(0)
     loaded_at = 0
     """The log's head when the record was loaded that this view has."""
+    _log = Amount()
+    """How large its log was when its record was loaded."""
     ended = False
     record: Record | None = None
     """What the store last said of it."""
@@ -215,7 +218,7 @@ class Session:
     @cached_property
     def trimmer(self) -> Trimmer:
         """Of the session's log."""
-        return Trimmer(self.node, self.key)
+        return Trimmer(self.node, self.key, self._log)
 
     @cached_property
     def listeners(self) -> Room:
@@ -297,7 +300,11 @@ class Session:
         self.unconfirmed = record.unconfirmed
         self.log_level = record.log_level
         self.state.refresh(record.state, record.changes)
-        self.head = max(self.head, loaded.head)
+        if loaded.head >= self.head:
+            # What was loaded before may come later.
+            self.head, self._log = loaded.head, Amount(loaded.size, loaded.count)
+            if "trimmer" in vars(self):
+                self.trimmer.refresh(self._log)
         self.loaded_at = loaded.head.position
 
     def make_current(self) -> None:
@@ -484,7 +491,7 @@ class Session:
             logger.warning("session %s: %s", self.key[:12], error)
             # Handlers pass on to their clients what they get, and what the store said may name its host.
             raise StoreUnavailable(wire.STORE_AWAY) from None
-        self.trimmer.note(appended, ended=batch.terminal)
+        self.trimmer.note(appended, ended=_stream_of(batch, appended) if batch.terminal else None)
         return appended
 
     # ---- server requests and their replies
@@ -691,6 +698,10 @@ class Session:
         """Whether a cancel for this request came after its record was loaded and before it was registered here."""
         cancels = self._recent_cancels
         return bool(cancels) and any(position > head.position and cancelled == key for position, cancelled in cancels)
+
+
+def _stream_of(batch: Batch, appended: Appended) -> int:
+    return appended.first if batch.stream == NEW_STREAM else batch.stream
 
 
 def _introduce(connection: Connection, record: Record) -> None:

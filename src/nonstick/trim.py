@@ -1,54 +1,131 @@
-"""Keeping a session's log within its bounds (P10).
+"""Keeping a session's log within its bounds (P10), in the background.
 
-Finished streams go first, the oldest first, those within the replay window last; then the oldest events of the
-standalone stream. A stream that is not finished is never touched.
+What of it goes is said in `outline.py`. A log that is over its bounds, and of which little can go, is not looked
+through again before there is something to gain: the node remembers that for a while, also when nothing of the session
+is left here.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from nonstick.errors import StoreError
-from nonstick.events import Kind, kind_of
-from nonstick.store import MAX_READ, STANDALONE, Appended, Cursor, Event
+from nonstick.follow import Slice
+from nonstick.outline import Amount, Outline, Waste
+from nonstick.store import MAX_READ, Appended, Cursor
 
 if TYPE_CHECKING:
     from nonstick.node import Node
 
-__all__ = ["Trimmer"]
+__all__ = ["Looks", "Trimmer"]
 
 logger = logging.getLogger(__name__)
 
 _AIM: Final = 0.5
 """Trim down to this share of the bounds, so that it is not due again at once."""
 _AGAIN: Final = 0.25
-"""By this share of the bounds the log must grow before it is looked through again, if little could be trimmed."""
+"""By this share of the bounds the log must grow, or streams end, before it is looked through again."""
+_FULL: Final = 2.0
+"""At so many times its bounds a log that cannot be trimmed takes no more."""
+
+_SOON: Final = 1.0
+"""Seconds, at least, between two looks for one who waits for room: other nodes may have ended streams meanwhile."""
+
+_REMEMBERED: Final = 256
+_REMEMBERED_SECONDS: Final = 300.0
+
+_NOTHING: Final = Amount()
+
+
+@dataclass(slots=True)
+class Look:
+    """What a node saw when it looked through a log last.
+
+    Attributes:
+        left: Of the log, after it was trimmed.
+        open: Streams that had not ended, and what they held.
+        freed: What those of them held that have ended since.
+    """
+
+    at: float
+    left: Amount
+    open: dict[int, Amount] = field(default_factory=dict[int, Amount])
+    freed: Amount = _NOTHING
+
+    def note(self, amount: Amount, ended: int | None) -> None:
+        """The log is this large now; a stream of it `ended`."""
+        if ended is not None:
+            self.freed = self.freed.plus(self.open.pop(ended, _NOTHING))
+        # It may have been trimmed elsewhere.
+        self.left = Amount(min(self.left.size, amount.size), min(self.left.events, amount.events))
+
+    def gain(self, amount: Amount) -> Amount:
+        """What may go of a log that is this large now: what came since, and what ended."""
+        return amount.minus(self.left).plus(self.freed)
+
+
+class Looks:
+    """The latest looks at logs that this node had, for some minutes.
+
+    Args:
+        clock: Seconds.
+
+    Attributes:
+        kept: By the session's key, the oldest first.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self.kept: dict[str, Look] = {}
+
+    def get(self, key: str, seconds: float = _REMEMBERED_SECONDS) -> Look | None:
+        """The latest look at this log, if it is no older."""
+        look = self.kept.get(key)
+        return None if look is None or self._clock() - look.at >= seconds else look
+
+    def put(self, key: str, left: Amount, unfinished: dict[int, Amount]) -> None:
+        """This node has just looked."""
+        self.kept.pop(key, None)
+        self.kept[key] = Look(self._clock(), left, unfinished)
+        for old in [old for old in self.kept if self.get(old) is None] or list(self.kept)[:-_REMEMBERED]:
+            del self.kept[old]
 
 
 class Trimmer:
-    """Watches the size that appends report, and trims in the background when it passes the bounds."""
+    """Watches the size that appends report, and trims in the background when it passes the bounds.
 
-    def __init__(self, node: Node, key: str) -> None:
+    Args:
+        amount: Of the log when its record was loaded.
+    """
+
+    def __init__(self, node: Node, key: str, amount: Amount) -> None:
         self._node = node
         self._key = key
+        self._size, self._events = amount
+        """As the last append or trim left it, as far as this node knows."""
+        self._held: dict[str, int] = {}
+        """Bytes that are about to be appended."""
         self._trimming: asyncio.Task[None] | None = None
-        self._size = self._count = 0
-        """As the last append or trim left it, on this node."""
-        self._kept_size = self._kept_count = 0
-        """What the last trim could not take."""
 
-    def note(self, appended: Appended, *, ended: bool) -> None:
-        """An append reported this much in the log; or it `ended` a stream, which may go now."""
-        if ended:
-            self._kept_size = self._kept_count = 0
-        self._size, self._count = appended.size, appended.count
+    def note(self, appended: Appended, *, ended: int | None) -> None:
+        """An append left this much in the log. It may have `ended` a stream, which may go now."""
+        self._size, self._events = appended.size, appended.count
+        if (look := self._node.looks.kept.get(self._key)) is not None:
+            look.note(Amount(self._size, self._events), ended)
         settings = self._node.settings
-        size = max(settings.max_log_bytes, self._kept_size + settings.max_log_bytes * _AGAIN)
-        count = max(settings.max_log_events, self._kept_count + settings.max_log_events * _AGAIN)
-        if self._trimming is None and (self._size > size or self._count > count):
-            self._trimming = self._node.spawn(self._trim())
+        if self._size > settings.max_log_bytes or self._events > settings.max_log_events:
+            self._trim_if_due()
+
+    def refresh(self, amount: Amount) -> None:
+        """The log is this large, by its record."""
+        self._size, self._events = amount
+
+    # ---- no room
 
     async def full(self) -> bool:
         """Whether the log is far over its bounds, and trimming does not help: a stream that has not ended fills it."""
@@ -59,62 +136,75 @@ class Trimmer:
     @property
     def _is_full(self) -> bool:
         settings = self._node.settings
-        return self._size > 2 * settings.max_log_bytes or self._count > 2 * settings.max_log_events
+        return self._size > _FULL * settings.max_log_bytes or self._events > _FULL * settings.max_log_events
 
-    async def _trim(self) -> None:
+    async def hold(self, name: str, size: int) -> bool:
+        """Holds so many bytes of the log for what is appended under this name soon; False if there is no room.
+
+        Trims first if that may help. What is held counts until `release`.
+        """
+        if not self._has_room(size) and self._node.looks.get(self._key, _SOON) is None:
+            self._begin(size)
+        while not self._has_room(size) and self._trimming is not None:
+            await asyncio.wait([self._trimming])
+        if not self._has_room(size):
+            return False
+        self._held[name] = size
+        return True
+
+    def release(self, name: str) -> None:
+        """What was held is in the log, or will not be."""
+        self._held.pop(name, None)
+
+    def _has_room(self, size: int) -> bool:
+        held = sum(self._held.values())
+        # An empty log takes anything.
+        return not self._size + held or self._size + held + size <= self._node.settings.max_log_bytes
+
+    # ---- trimming
+
+    def _trim_if_due(self) -> None:
+        look = self._node.looks.get(self._key)
+        if look is None or look.gain(Amount(self._size, self._events)).exceeds(self._bounds(), _AGAIN):
+            self._begin()
+
+    def _begin(self, room: int = 0) -> None:
+        if self._trimming is None:
+            self._trimming = self._node.spawn(self._trim(self._bounds(room)))
+
+    def _bounds(self, room: int = 0) -> Amount:
+        settings = self._node.settings
+        return Amount(max(0, settings.max_log_bytes - room), settings.max_log_events)
+
+    async def _trim(self, bounds: Amount) -> None:
         try:
-            events = await self._read_all()
-            streams, before = self._plan(events)
-            await self._node.store.trim(self._key, streams=streams, standalone_before=before)
+            outline = await self._outline()
+            waste = outline.waste(bounds, _AIM)
+            for streams, before in waste.portions:
+                await self._node.store.trim(self._key, streams=streams, standalone_before=before)
+                await asyncio.sleep(0)
         except StoreError as error:
             logger.debug("session %s: could not trim its log: %s", self._key[:12], error)
         else:
-            gone = [e for e in events if e.stream in streams or (e.stream == STANDALONE and e.position < before)]
-            self._account(events, gone)
+            self._account(outline, waste)
         finally:
             self._trimming = None
 
-    def _account(self, events: list[Event], gone: list[Event]) -> None:
-        self._count = self._kept_count = len(events) - len(gone)
-        self._size = self._kept_size = sum(len(e.data) for e in events) - sum(len(e.data) for e in gone)
-        dropped = sum(e.stream == STANDALONE and kind_of(e.data) is Kind.MESSAGE for e in gone)
-        if dropped:
-            self._node.counters.standalone_dropped += dropped
+    def _account(self, outline: Outline, waste: Waste) -> None:
+        left = outline.amount.minus(waste.amount)
+        self._size, self._events = left
+        self._node.looks.put(self._key, left, outline.unfinished())
+        if waste.messages:
+            self._node.counters.standalone_dropped += waste.messages
             logger.warning(
-                "session %s: dropped the oldest %d messages of its standalone stream", self._key[:12], dropped
+                "session %s: dropped the oldest %d messages of its standalone stream", self._key[:12], waste.messages
             )
 
-    async def _read_all(self) -> list[Event]:
-        events: list[Event] = []
-        after = Cursor(0)
-        while batch := await self._node.store.read(self._key, after, limit=MAX_READ):
-            events += batch
-            after = Cursor(batch[-1].position)
-        return events
-
-    def _plan(self, events: list[Event]) -> tuple[list[int], int]:
-        """Which finished streams go, and before which position the standalone stream goes."""
-        settings = self._node.settings
-        size, count = sum(len(e.data) for e in events), len(events)
-
-        def too_much() -> bool:
-            return size > settings.max_log_bytes * _AIM or count > settings.max_log_events * _AIM
-
-        finished = [e.stream for e in events if kind_of(e.data) is Kind.TERMINAL and e.stream != STANDALONE]
-        going: list[int] = []
-        for stream in finished:
-            if not too_much():
-                return going, 0
-            own = [e for e in events if e.stream == stream]
-            size, count = size - sum(len(e.data) for e in own), count - len(own)
-            going.append(stream)
-        # Only what is over the bounds even so is taken from those who have not read it yet.
-        if size <= settings.max_log_bytes and count <= settings.max_log_events:
-            return going, 0
-        before = 0
-        for event in (e for e in events if e.stream == STANDALONE):
-            if not too_much():
-                break
-            before = event.position + 1
-            size, count = size - len(event.data), count - 1
-        return going, before
+    async def _outline(self) -> Outline:
+        """The log as it is. Others get their turn of the event loop between its pages."""
+        outline, part, after = Outline(), Slice(MAX_READ), 0
+        while entries := await part.skim(self._node.store, self._key, Cursor(after), clip=2):
+            outline.add(entries)
+            after = entries[-1].event.position
+            await asyncio.sleep(0)
+        return outline

@@ -24,6 +24,7 @@ from nonstick.store import (
     CANCEL_SECONDS,
     FRESH_SHARE,
     MAX_CANCELS,
+    MAX_READ_BYTES,
     NEW_STREAM,
     STANDALONE,
     WRITER_SECONDS,
@@ -41,6 +42,9 @@ __all__ = ["ENDED_SECONDS", "Written", "append", "bury_expired", "create", "dele
 
 ENDED_SECONDS: Final = 60.0
 """How long watchers have to notice that a session ended."""
+
+_SKIMMED_BYTES: Final = 4 * MAX_READ_BYTES
+"""About so much of a log is looked at in one `skim`."""
 
 _SWEEP_ROWS: Final = 200
 """Rows of ended sessions that one transaction removes, so that none takes long."""
@@ -181,7 +185,15 @@ def read(db: sqlite3.Connection, now: float, key: str, after: Cursor, limit: int
 
 def skim(db: sqlite3.Connection, now: float, key: str, after: Cursor, limit: int, clip: int) -> list[Skimmed]:
     with contextlib.closing(_rows_after(db, now, key, after, limit, SQL["skim"], clip)) as rows:
-        return [Skimmed(Event(*row[:4]), row[4]) for row in rows]
+        found: list[Skimmed] = []
+        looked_at = 0
+        for row in rows:
+            found.append(Skimmed(Event(*row[:4]), row[4]))
+            # What is cut off is fetched from the file all the same, in the event loop.
+            looked_at += row[4]
+            if looked_at >= _SKIMMED_BYTES:
+                break
+        return found
 
 
 def _rows_after(

@@ -3,6 +3,7 @@ local known = redis.call('HMGET', record, '#x', '#h')
 if not known[1] then return refuse('gone') end
 local position, size, count, tag = head(known[2])
 local before = tonumber(ARGV[1])
+local PAGE = 16
 
 -- Where the entries to drop may lie: a stream begins at the position that is its name and ends at its terminal.
 local closed, from, to = {}, position + 1, 0
@@ -15,8 +16,9 @@ for i = 2, #ARGV do
   end
 end
 
+-- In pages of a few: an entry may be as large as a message, and is in memory here meanwhile.
 while from <= to do
-  local page = redis.call('XRANGE', log, '0-' .. from, '0-' .. to, 'COUNT', 100)
+  local page = redis.call('XRANGE', log, '0-' .. from, '0-' .. to, 'COUNT', PAGE)
   local ids = {}
   for _, entry in ipairs(page) do
     from = tonumber(string.sub(entry[1], 3)) + 1
@@ -27,12 +29,11 @@ while from <= to do
     end
   end
   if #ids > 0 then count = count - redis.call('XDEL', log, unpack(ids)) end
-  if #page < 100 then break end
+  if #page < PAGE then break end
 end
 
 -- An empty stream still holds kilobytes; positions go on from the head, not from this key.
 if count == 0 then redis.call('DEL', log) end
 if position > 0 then set_head(position, size, count, tag) end
 for stream in pairs(closed) do redis.call('HDEL', books, 's' .. stream) end
-if next(closed) then forget_writers(clock()) end
 return 'ok'
