@@ -68,6 +68,9 @@ _NONCE_BYTES: Final = 12
 _TAG_BYTES: Final = 16
 _HEAD: Final = len(_MAGIC) + _ID_BYTES + _NONCE_BYTES
 
+_MOST_TOLD: Final = 100
+"""Keys that a node logs the lack of."""
+
 _PLACE: Final = struct.Struct(">B8sQI")
 _OPENS: Final = 1
 _HAS_WRITER: Final = 2
@@ -467,7 +470,8 @@ class EncryptedStore:
         """The error, with what it is about; logged, once for each key: an operator has to know, whoever asked."""
         explained = Undecryptable(f"{what} {error}")
         name = (_key_of(data) or b"").hex()
-        if name not in self._told:
+        # Whoever writes to the store can make up any number of keys.
+        if name not in self._told and len(self._told) < _MOST_TOLD:
             self._told.add(name)
             logger.error("%s; this node has %s", explained, ", ".join(self._ring.names) or "no key")
         return explained

@@ -52,6 +52,7 @@ from nonstick.renewal import unattended_seconds
 from nonstick.security import without_text
 from nonstick.session import Session, request_key
 from nonstick.store import NEW_STREAM, Batch, Cursor, Draft, Event
+from nonstick.trim import Hold
 
 __all__ = ["Answer", "Exchange", "current_attempt"]
 
@@ -75,6 +76,7 @@ _NOT_RUN: Final = ErrorData(
 _NEVER_OPENED: Final = ErrorData(code=INTERNAL_ERROR, message="The session took too long to open")
 
 _UNSENT: Final = 1000
+_UNSENT_BYTES: Final = 1024 * 1024
 """Messages of one request that wait for a store that is away; beyond that the oldest are dropped."""
 
 _FULL: Final = wire.Refusal(503, "Too many open sessions", INTERNAL_ERROR, retry_after=10)
@@ -101,6 +103,7 @@ class Exchange:
         head: The log's head when the record was loaded: what came later may concern this request.
         protocol_version: What the client speaks; decides whether it understands a priming event.
         opens: This is the `initialize` that the session begins with.
+        hold: Room in the log for the request, which is kept there whole.
         connection: What the client waits at for the answer: `request`, unless that was made of one.
     """
 
@@ -115,12 +118,14 @@ class Exchange:
         principal: bytes = b"",
         opens: bool = False,
         connection: Request | None = None,
+        hold: Hold | None = None,
     ) -> None:
         self.session = session
         self.message = message
         self.key = request_key(message.id)
         self._request = request
         self._connection = connection
+        self._hold = hold
         self.head = head
         self.stream = 0
         self.attempt = self._first_attempt = dice.attempt()
@@ -313,6 +318,8 @@ class Exchange:
         if self.session.exchanges.get(self.key) is self:
             del self.session.exchanges[self.key]
         self.session.node.left()
+        if self._hold is not None:
+            self._hold.release()
         if self._watching is not None:
             self._watching.cancel()
         if self._limit is not None:
@@ -571,7 +578,7 @@ class Exchange:
                 await self._write(doubted)
             except StoreUnavailable:
                 if not expect and not terminal:
-                    self._unsent.extend(drafts)
+                    self._keep(drafts)
                 raise
             if doubted.terminal:
                 return
@@ -594,6 +601,13 @@ class Exchange:
             )
         )
 
+    def _keep(self, drafts: Sequence[Draft]) -> None:
+        """Keeps these until the store is back, and of all that are kept the latest."""
+        self._unsent.extend(drafts)
+        size = sum(len(draft.data) for draft in self._unsent)
+        while size > _UNSENT_BYTES:
+            size -= len(self._unsent.popleft().data)
+
     async def _write(self, batch: Batch) -> None:
         session = self.session
         self._in_doubt = batch
@@ -610,6 +624,8 @@ class Exchange:
         if opens:
             self.stream = appended.first
             self._answer_with(None)
+            if self._hold is not None:
+                self._hold.release()
         for offset, event in enumerate(batch.events):
             event_id = self._event_id(Cursor(appended.first + offset, event.tag))
             if event.data[1] in (Kind.MESSAGE, Kind.TERMINAL):

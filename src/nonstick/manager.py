@@ -77,6 +77,7 @@ from nonstick.state_store import Room, within_request
 from nonstick.store import STANDALONE, Batch, Loaded, Store
 from nonstick.stores import open_store
 from nonstick.transport import TRANSPORT
+from nonstick.trim import Hold
 
 __all__ = ["Options", "SessionManager", "is_stateless"]
 
@@ -566,7 +567,8 @@ class SessionManager:
                 raise wire.Refusal(406, "Not Acceptable: Client must accept application/json")
         elif not (has_json and has_sse):
             raise wire.Refusal(406, "Not Acceptable: Client must accept both application/json and text/event-stream")
-        if not _is_json(header(scope, "content-type") or ""):
+        content_type = header(scope, "content-type") or ""
+        if not (_is_json(content_type) if len(content_type) <= _KEPT_HEADER else _read_is_json(content_type)):
             raise wire.Refusal(415, "Unsupported Media Type: Content-Type must be application/json")
         if body.lstrip()[:1] == b"[":
             # Before it is parsed: a body full of empty lists takes twenty times its size.
@@ -668,12 +670,32 @@ class SessionManager:
             with session.node.requests.held(request, session.principal):
                 await relay.serve(request.receive, send, headers)
             return
+        hold = await self._room_in_log(session, message)
+        if hold is not None and key in session.exchanges:
+            hold.release()
+            raise wire.Refusal(409, "Conflict: a request with this id is still running in this session")
         connection = request
         with _as_relayed(session, request) as request, session.node.requests.held(request, session.principal):
             exchange = Exchange(
-                session, message, request, head=loaded.head, protocol_version=version, connection=connection
+                session,
+                message,
+                request,
+                head=loaded.head,
+                protocol_version=version,
+                connection=connection,
+                hold=hold,
             )
             await exchange.serve(send, headers)
+
+    async def _room_in_log(self, session: Session, message: JSONRPCRequest) -> Hold | None:
+        """Room for a request that the log is to keep whole once it streams, so that another node may run it again.
+
+        Raises:
+            Refusal: There is none.
+        """
+        if self.settings.reexecute == "never" or message.method == "initialize":
+            return None
+        return await session.trimmer.hold(len(pydantic_core.to_json(message.params)))
 
     def _check_initialize(self, message: JSONRPCRequest) -> None:
         limit = self.settings.max_initialize_bytes
@@ -781,18 +803,23 @@ def _no_such_method() -> wire.Refusal:
 
 def _accepts(scope: Scope) -> tuple[bool, bool]:
     """Whether JSON, and whether an event stream, may be the answer."""
-    return _accepted(header(scope, "accept") or "")
+    accept = header(scope, "accept") or ""
+    return _accepted(accept) if len(accept) <= _KEPT_HEADER else _read_accept(accept)
 
 
-@lru_cache(maxsize=64)
-def _accepted(accept: str) -> tuple[bool, bool]:
-    """As the SDK reads it. Clients say few things."""
+def _read_accept(accept: str) -> tuple[bool, bool]:
+    """As the SDK reads it."""
     return check_accept_headers(Request({"type": "http", "headers": [(b"accept", accept.encode("latin-1"))]}))
 
 
-@lru_cache(maxsize=64)
-def _is_json(content_type: str) -> bool:
+def _read_is_json(content_type: str) -> bool:
     return "application/json" in (part.strip() for part in content_type.split(";")[0].split(","))
+
+
+# Clients say few things. One may fill a head with them, which is not kept (P10).
+_KEPT_HEADER: Final = 256
+_accepted: Final = lru_cache(maxsize=64)(_read_accept)
+_is_json: Final = lru_cache(maxsize=64)(_read_is_json)
 
 
 def _check_accepts_stream(request: Request) -> None:

@@ -22,6 +22,7 @@ from mcp_types import INTERNAL_ERROR, ErrorData
 from nonstick.cluster import CLUSTER_KEY, Cluster
 from nonstick.errors import SessionNotFound, StoreError, StoreUnavailable
 from nonstick.guard import GuardedStore
+from nonstick.introductions import INTRODUCTIONS
 from nonstick.limits import Room
 from nonstick.placement import Placement, Rehydrate
 from nonstick.renewal import Renewal
@@ -259,6 +260,8 @@ class Node:
         """Sessions whose client is seen here do not expire; those that are `unconfirmed` are looked at more often."""
         while True:
             await asyncio.sleep(period)
+            if not unconfirmed:
+                INTRODUCTIONS.age()
             keys = self._renewal.due(unconfirmed=unconfirmed)
             late = False
             try:

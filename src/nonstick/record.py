@@ -13,13 +13,13 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any, Final, NamedTuple, SupportsIndex
 
 from mcp_types import InitializeRequestParams
 
 from nonstick.errors import StateNotJSON, StateTooLarge, StoreUnavailable
 from nonstick.events import parse_cursor
+from nonstick.introductions import INTRODUCTIONS
 from nonstick.store import Cursor
 
 __all__ = [
@@ -90,7 +90,7 @@ class Record(NamedTuple):
                 "the session's record is encrypted, or of another version of nonstick: this node needs the encryption "
                 "keys, or the newer version, of the node that wrote it"
             )
-        level, owner = fields.get("level"), fields.get(OWNER)
+        level, owner, client = fields.get("level"), fields.get(OWNER), fields["client"]
         subscriptions: list[str] = []
         state: dict[str, bytes] = {}
         for name, value in fields.items():
@@ -102,7 +102,7 @@ class Record(NamedTuple):
                 subscriptions.append(value.decode())
         return cls(
             protocol_version=fields["protocol"].decode(),
-            client_params=_client_params(fields["client"]),
+            client_params=INTRODUCTIONS.recent.get(client) or INTRODUCTIONS.parse(client),
             principal=fields.get("principal", b""),
             initialized="initialized" in fields,
             unconfirmed="unconfirmed" in fields,
@@ -136,12 +136,6 @@ def parse_changed(data: bytes | None) -> tuple[int, list[bytes]]:
 def subscription_field(uri: str) -> str:
     """The name of the field that keeps a subscription to this resource; its value is the URI."""
     return SUBSCRIPTION + hashlib.sha256(uri.encode()).hexdigest()[:32]
-
-
-@lru_cache(maxsize=512)
-def _client_params(data: bytes) -> InitializeRequestParams:
-    # Most clients of a server introduce themselves in the same words.
-    return InitializeRequestParams.model_validate_json(data, by_name=False)
 
 
 class SessionState(dict[str, Any]):

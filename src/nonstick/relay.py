@@ -52,12 +52,14 @@ async def relay_notice(session: Session, message: JSONRPCNotification, request: 
     """Has the session's owner run its handler for this notification, at most once.
 
     Raises:
+        Refusal: The session's log has no room for it.
         SessionNotFound, StoreUnavailable: As `Store.append`.
     """
     notification = message.model_dump(mode="json", by_alias=True, exclude_unset=True)
     body = {"notification": notification, "http": packed(session, request)}
-    batch = Batch([draft(Kind.NOTICE, pydantic_core.to_json(body))], writer=dice.name(), sequence=1)
-    await session.append(batch, patience=patience)
+    event = draft(Kind.NOTICE, pydantic_core.to_json(body))
+    with await session.trimmer.hold(len(event.data)):
+        await session.append(Batch([event], writer=dice.name(), sequence=1), patience=patience)
 
 
 class Relay(Resumption):
@@ -105,7 +107,15 @@ class Relay(Resumption):
             self.session.node.left()
 
     async def _open(self, event: Draft) -> bool:
-        """Writes the request into the log. False if nobody knows whether that was done."""
+        """Writes the request into the log. False if nobody knows whether that was done.
+
+        Raises:
+            Refusal: The log has no room for it.
+        """
+        with await self.session.trimmer.hold(len(event.data)):
+            return await self._write(event)
+
+    async def _write(self, event: Draft) -> bool:
         batch = Batch([event], writer=dice.name(), sequence=1, stream=NEW_STREAM, attempt=self._attempt)
         try:
             stream = (await self.session.append(batch, patience=_PATIENCE)).first

@@ -7,6 +7,7 @@ itself should it wake up, one writes the terminal event.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import Any
 
@@ -19,12 +20,12 @@ from mcp_types import INTERNAL_ERROR, ErrorData, JSONRPCRequest
 from starlette.requests import Request
 
 from nonstick import dice, wire
-from nonstick.errors import Fenced, StreamClosed
-from nonstick.events import Kind, decode, draft, kind_of
+from nonstick.errors import Fenced, NotPending, StreamClosed
+from nonstick.events import Kind, decode, draft, glimpse, kind_of
 from nonstick.follow import Slice, whole
 from nonstick.security import without_text
 from nonstick.session import Session, request_key
-from nonstick.store import MAX_READ, Batch, Cursor, Event
+from nonstick.store import MAX_CLIP, MAX_READ, Batch, Cursor, Event
 
 __all__ = ["Rescue"]
 
@@ -40,6 +41,8 @@ _PROBE_AFTER = 30.0
 """Seconds of silence after which the request is asked whether it still runs."""
 
 _LIST_PAGES = 100
+
+_METHOD = b'"method"'
 
 
 class Rescue:
@@ -63,6 +66,8 @@ class Rescue:
         self._is_whole = not body.get("partial")
         self._suspected = False
         self._cancelled = False
+        self._asked: set[str] = set()
+        """Keys of server requests of the lost node that nobody answered."""
         self._loop = asyncio.get_running_loop()
         self._looked_at = self._loop.time()
         self._quiet_since = self._looked_at
@@ -161,6 +166,7 @@ class Rescue:
             return
         self._session.node.counters.rescued += 1
         logger.warning("session %s: ended a request whose node was lost", self._session.key[:12])
+        await self._withdraw()
 
     async def _catch_up(self) -> None:
         """Finds out what came before the place where this client began to read: who took over, and cancels (P5)."""
@@ -169,6 +175,7 @@ class Rescue:
             for entry in entries:
                 if kind_of(entry.event.data) in (Kind.TAKEN, Kind.CANCEL) and (event := await whole(store, log, entry)):
                     self._note(event)
+                self._note_question(entry.event)
             after = Cursor(entries[-1].event.position)
 
     def _note(self, event: Event) -> None:
@@ -176,6 +183,22 @@ class Rescue:
             self._cancelled |= request_key(decode(event.data)["requestId"]) == request_key(self._request.id)
         elif event.stream == self._stream:
             self.taken(event)
+
+    def _note_question(self, event: Event) -> None:
+        """Keeps account of the server requests that the lost node waits for. Large events may be cut off."""
+        kind = kind_of(event.data)
+        if kind is Kind.MESSAGE and event.stream == self._stream and _METHOD in event.data[:MAX_CLIP]:
+            body = glimpse(event.data)
+            if "method" in body and "id" in body:
+                self._asked.add(request_key(body["id"]))
+        elif kind is Kind.REPLY and self._asked:
+            self._asked.discard(request_key(glimpse(event.data).get("id", "")))
+
+    async def _withdraw(self) -> None:
+        """Nobody waits any more for what the lost node asked: the pending set is not to grow with each that is lost."""
+        while self._asked:
+            with contextlib.suppress(NotPending):
+                await self._session.append(Batch([], settle=self._asked.pop()))
 
     async def _run_again(self) -> bool:
         # Imported here: an exchange knows its session, and a session's streams are rescued from its readers.
@@ -195,6 +218,7 @@ class Rescue:
         if taken:
             exchange.start()
             session.node.counters.reexecuted += 1
+            await self._withdraw()
         return taken
 
     async def _may_repeat(self) -> bool:

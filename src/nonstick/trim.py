@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from nonstick import wire
 from nonstick.errors import StoreError
 from nonstick.follow import Slice
 from nonstick.outline import Amount, Outline, Waste
@@ -22,7 +23,7 @@ from nonstick.store import MAX_READ, Appended, Cursor
 if TYPE_CHECKING:
     from nonstick.node import Node
 
-__all__ = ["Looks", "Trimmer"]
+__all__ = ["Hold", "Looks", "Trimmer"]
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +97,25 @@ class Looks:
             del self.kept[old]
 
 
+class Hold:
+    """Bytes of a log that are held for what is to be appended soon, until `release`, or meanwhile."""
+
+    def __init__(self, trimmer: Trimmer, size: int) -> None:
+        self._trimmer = trimmer
+        self._size = size
+
+    def release(self) -> None:
+        """What they were held for is in the log, or will not be. May be called more than once."""
+        self._trimmer.give_back(self._size)
+        self._size = 0
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
 class Trimmer:
     """Watches the size that appends report, and trims in the background when it passes the bounds.
 
@@ -108,7 +128,7 @@ class Trimmer:
         self._key = key
         self._size, self._events = amount
         """As the last append or trim left it, as far as this node knows."""
-        self._held: dict[str, int] = {}
+        self._held = 0
         """Bytes that are about to be appended."""
         self._trimming: asyncio.Task[None] | None = None
 
@@ -138,28 +158,33 @@ class Trimmer:
         settings = self._node.settings
         return self._size > _FULL * settings.max_log_bytes or self._events > _FULL * settings.max_log_events
 
-    async def hold(self, name: str, size: int) -> bool:
-        """Holds so many bytes of the log for what is appended under this name soon; False if there is no room.
+    async def hold(self, size: int) -> Hold:
+        """Holds so many bytes of the log for what is to be appended soon. Trims first if that may help.
 
-        Trims first if that may help. What is held counts until `release`.
+        Raises:
+            Refusal: There is no room, because requests that have not ended fill the log.
         """
         if not self._has_room(size) and self._node.looks.get(self._key, _SOON) is None:
             self._begin(size)
         while not self._has_room(size) and self._trimming is not None:
             await asyncio.wait([self._trimming])
         if not self._has_room(size):
-            return False
-        self._held[name] = size
-        return True
+            raise wire.Refusal(
+                429,
+                "The log of this session is full of requests that have not ended (max_log_bytes); wait for some to end",
+                retry_after=1,
+            )
+        self._held += size
+        return Hold(self, size)
 
-    def release(self, name: str) -> None:
-        """What was held is in the log, or will not be."""
-        self._held.pop(name, None)
+    def give_back(self, size: int) -> None:
+        """So many of the bytes that were held are in the log, or will not be."""
+        self._held -= size
 
     def _has_room(self, size: int) -> bool:
-        held = sum(self._held.values())
+        taken = self._size + self._held
         # An empty log takes anything.
-        return not self._size + held or self._size + held + size <= self._node.settings.max_log_bytes
+        return not taken or taken + size <= self._node.settings.max_log_bytes
 
     # ---- trimming
 
