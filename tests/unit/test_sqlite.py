@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import sqlite3
 import sys
 import threading
@@ -107,6 +108,55 @@ def content(path: Path) -> bytes | None:
 
 def wal_size(path: Path) -> int:
     return path.with_name(path.name + "-wal").stat().st_size
+
+
+# ---- who may read it
+
+
+def modes(path: Path) -> dict[str, str]:
+    """Of the file and all that is beside it."""
+    return {one.name: oct(one.stat().st_mode & 0o777) for one in path.parent.iterdir()}
+
+
+@pytest.fixture
+def open_umask() -> Iterator[None]:
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+PRIVATE = {"sessions.db": "0o600", "sessions.db-shm": "0o600", "sessions.db-wal": "0o600"}
+
+
+@pytest.mark.usefixtures("open_umask")
+async def test_file_and_its_companions_are_for_this_user_only(path: Path) -> None:
+    """P13: whatever the umask is, no other user of the machine reads what clients sent."""
+    async with SQLiteStore(path) as store:
+        await store.create("key", {"x": b"1"}, lifetime=60)
+        assert modes(path) == PRIVATE
+    assert modes(path) == {"sessions.db": "0o600"}
+
+
+@pytest.mark.usefixtures("open_umask")
+async def test_file_that_others_could_read_is_closed_to_them(path: Path) -> None:
+    """P13: one that an earlier release made, and its companions that a process of that has open."""
+    async with SQLiteStore(path) as store:
+        await store.create("key", {"x": b"1"}, lifetime=60)
+        for name in PRIVATE:
+            path.with_name(name).chmod(0o644)
+        async with SQLiteStore(path) as other:
+            assert (await other.load("key")).fields == {"x": b"1"}
+            assert modes(path) == PRIVATE
+
+
+async def test_mode_of_a_file_of_another_application_is_left_alone(path: Path) -> None:
+    with connected(path) as db:
+        db.execute("CREATE TABLE theirs (x)")
+    path.chmod(0o644)
+    with pytest.raises(ConfigurationError, match="another application"):
+        async with SQLiteStore(path):
+            pass
+    assert modes(path) == {"sessions.db": "0o644"}
 
 
 # ---- several processes

@@ -9,6 +9,8 @@ import logging
 import os
 import re
 import sqlite3
+import stat
+import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -52,6 +54,14 @@ _NETWORK: Final = re.compile(
 )
 _BUSY: Final = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL)
 _DAMAGED: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+_MODE: Final = 0o600
+"""Of the file: what clients sent is nobody else's (P13)."""
+
+_COMPANIONS: Final = ("-wal", "-shm", "-journal")
+"""What SQLite puts beside a file, with the file's own mode."""
+
+_making = threading.Lock()
 
 _warned = False
 
@@ -112,6 +122,7 @@ class DatabaseFile:
         """
         self.check_place()
         _warn_of_old_sqlite()
+        _make_private(self.path)
         # Handed from the thread that opens it to the one that uses it; never used by two at a time.
         db = sqlite3.connect(
             self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, cached_statements=256
@@ -146,6 +157,7 @@ class DatabaseFile:
 
     def _prepare(self, db: sqlite3.Connection) -> None:
         version = self._schema_version(db)
+        _keep_private(self.path)  # not before it is known to be ours
         self._use_wal(db)
         db.execute("PRAGMA synchronous = NORMAL")
         # A checkpoint syncs the disk, so it must not happen inside somebody's append: see sqlite_keeper.
@@ -206,6 +218,27 @@ class DatabaseFile:
         shift = max(time.time(), latest) - clock
         db.execute(SQL["set_clock"], (self._boot, shift))
         return shift
+
+
+def _make_private(path: Path) -> None:
+    """Makes the file for this user only, if it is not there. Whether it can be used, SQLite says."""
+    # Not by the umask, which is the whole process's. Closing any file handle drops the locks that SQLite holds in this
+    # process, so nobody here may have the new file open yet.
+    with _making:
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, _MODE))
+        except OSError:
+            pass
+
+
+def _keep_private(path: Path) -> None:
+    """Lets no other user read or write a file that was there before, and what is beside it (P13)."""
+    for one in (path, *(path.with_name(path.name + end) for end in _COMPANIONS)):
+        try:
+            if stat.S_IMODE(one.stat().st_mode) & ~_MODE:
+                one.chmod(_MODE)
+        except OSError:
+            pass  # another user's, who let this one in
 
 
 def transact(db: sqlite3.Connection, clock: Callable[[], float], work: Callable[[sqlite3.Connection, float], T]) -> T:
