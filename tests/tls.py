@@ -41,10 +41,17 @@ def self_signed(folder: Path) -> Path:
 
 
 @asynccontextmanager
-async def tls_in_front_of(server: ValkeyServer, certificate: Path) -> AsyncIterator[int]:
-    """Takes TLS connections and passes them on in the clear: the server's binary has no TLS."""
+async def tls_in_front_of(server: ValkeyServer, certificate: Path, *, of_clients: bool = False) -> AsyncIterator[int]:
+    """Takes TLS connections and passes them on in the clear: the server's binary has no TLS.
+
+    Args:
+        of_clients: Clients have to show this certificate too.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
+    if of_clients:
+        context.load_verify_locations(certificate)
+        context.verify_mode = ssl.CERT_REQUIRED
     tasks: set[asyncio.Task[None]] = set()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -132,7 +132,7 @@ def _serve(options: argparse.Namespace) -> int:
 
     fields = {name: value for name, value in vars(options).items() if name in serving.Settings.__dataclass_fields__}
     fields["options"] = dict(options.options)
-    fields["store"] = options.store or os.environ.get("NONSTICK_STORE") or serving.DEFAULT_STORE
+    fields["store"] = _named_store(options) or serving.DEFAULT_STORE
     return serving.serve(serving.Settings(**fields))
 
 
@@ -161,9 +161,23 @@ def _migrate(options: argparse.Namespace) -> int:
 
 
 def _store_url(options: argparse.Namespace) -> str:
-    url: str | None = options.store or os.environ.get("NONSTICK_STORE")
-    if not url:
+    url = _named_store(options)
+    if url is None:
         raise ConfigurationError("name the store with --store URL, or in NONSTICK_STORE.")
+    return url
+
+
+def _named_store(options: argparse.Namespace) -> str | None:
+    """The store that was named; None if none was.
+
+    Raises:
+        ConfigurationError: It is named, and empty: a secret that was not filled in must not become a file of its own.
+    """
+    given: str | None = options.store
+    url = os.environ.get("NONSTICK_STORE") if given is None else given
+    if url is not None and not url.strip():
+        where = "NONSTICK_STORE is set" if given is None else "--store is given"
+        raise ConfigurationError(f"{where}, and empty: name a store there, or leave it out.")
     return url
 
 

@@ -41,6 +41,7 @@ from nonstick.errors import (
     SessionNotFound,
     StoreError,
     StoreUnavailable,
+    StoreUnusable,
     Trimmed,
     Undecryptable,
 )
@@ -129,6 +130,9 @@ class Cluster:
         self._on: Store | None = None
         self._store: GuardedStore | None = None
         self._rotating = asyncio.Lock()
+        self.misfit: StoreUnavailable | None = None
+        """Why the store will not do until somebody changes something; None while it does, or cannot be reached."""
+        self._tried = asyncio.Event()
 
     @property
     def subscription_bus(self) -> SubscriptionBus:
@@ -245,7 +249,7 @@ class Cluster:
         """Follows the cluster log meanwhile. `store` is open, and has this room for FastMCP's state."""
         if not self.nodes:
             # It belongs to one event loop.
-            self._following = asyncio.Lock()
+            self._following, self._tried = asyncio.Lock(), asyncio.Event()
             self._room = room or Room()
         self.nodes += 1
         self._on = store.store
@@ -256,7 +260,9 @@ class Cluster:
             try:
                 # A store that is down must not keep the node from starting; until it is up, what needs it fails.
                 async with asyncio.timeout(store.patience):
-                    await joined.wait()
+                    while not joined.is_set() and self.misfit is None:
+                        self._tried.clear()
+                        await self._tried.wait()
             except TimeoutError:
                 logger.warning("the cluster log could not be joined yet: the store cannot be reached")
             yield
@@ -303,6 +309,7 @@ class Cluster:
             finally:
                 joined.clear()
                 self._store = self._bus.sender = None
+                self.misfit = None
 
     async def _keep(self, store: GuardedStore, joined: asyncio.Event) -> None:
         lost = False
@@ -312,6 +319,7 @@ class Cluster:
                 if not joined.is_set():
                     await self._catch_up(store)
                     joined.set()
+                self._settle(None)
                 if lost:
                     await self._tell_everything()
                     lost = False
@@ -321,8 +329,16 @@ class Cluster:
                 self.broadcasts = Broadcasts(_LOG_EVENTS)
                 lost = True
                 joined.clear()
-            except StoreUnavailable:
+            except StoreUnavailable as error:
+                self._settle(error if isinstance(error, StoreUnusable | Undecryptable) else None)
                 await asyncio.sleep(_PAUSE)
+
+    def _settle(self, misfit: StoreUnavailable | None) -> None:
+        """Notes how the last try to use the store went, and says it where that is news."""
+        if misfit is not None and str(misfit) != str(self.misfit):
+            logger.error("the store at %s cannot be used: %s", self._on.url if self._on else "", misfit)
+        self.misfit = misfit
+        self._tried.set()
 
     async def rotate_request_state_key(self) -> None:
         """Seals with a new key from now on. What older keys sealed is still accepted, up to the last two of them.

@@ -22,7 +22,14 @@ from starlette.applications import Starlette
 from nonstick import loading
 from nonstick.adopt import take_over
 from nonstick.app import app
-from nonstick.errors import ConfigurationError, NonstickError, SessionNotFound, StoreError, StoreUnavailable
+from nonstick.errors import (
+    ConfigurationError,
+    NonstickError,
+    SessionNotFound,
+    StoreError,
+    StoreUnavailable,
+    StoreUnusable,
+)
 from nonstick.examine import Examinable, Finding
 from nonstick.shared import check_shared, check_state
 from nonstick.store import NEW_STREAM, Batch, Cursor, Draft, Event, Store
@@ -48,6 +55,14 @@ SLOW_SECONDS: Final = 0.05
 SESSION_SECONDS: Final = 120.0
 """Lifetime of the session that is written, should it not be removed."""
 
+_ALONE: Final = Finding(
+    "warning",
+    "sharing",
+    "nobody shares this store: its sessions are in one process, end with that, and are unknown (404) to every other "
+    "worker and node",
+    "Name a store that all processes reach: sqlite:///FILE on one machine, redis:// or postgresql:// on several.",
+)
+
 _MARKS: Final = {"ok": "ok     ", "warning": "warning", "error": "ERROR  "}
 
 
@@ -55,7 +70,7 @@ async def diagnose(make: Callable[[], Store], *, alone: bool = False) -> list[Fi
     """What there is to know about the store that `make` makes: a new instance on the same data each time.
 
     Args:
-        alone: Two instances would not share anything (a store in memory): one acts as both nodes.
+        alone: Two instances would not share anything (a store in memory): one acts as both nodes, which is said.
     """
     store = make()
     findings: list[Finding] = []
@@ -75,7 +90,8 @@ async def diagnose(make: Callable[[], Store], *, alone: bool = False) -> list[Fi
             b = a if alone else await stack.enter_async_context(make())
             await a.ping()
             findings.append(Finding("ok", "reach", f"{store.url} answers and takes writes"))
-            findings += await _try_session(a, b)
+            tried = await _try_session(a, b)
+            findings += [_ALONE if alone and one.subject == "sharing" and one.level == "ok" else one for one in tried]
             findings.append(await _try_lease(a, b))
     except (StoreUnavailable, ConfigurationError) as error:
         if not any(finding.subject == "reach" for finding in findings):
@@ -105,7 +121,10 @@ def failed(findings: Sequence[Finding]) -> bool:
 
 
 def _unreachable(store: Store, error: NonstickError) -> Finding:
+    unusable = isinstance(error, StoreUnusable | ConfigurationError)
     advice = "See whether it runs, can be reached from here, and takes this user and password."
+    if unusable:
+        advice = "Put that right, then run this again."
     return Finding("error", "reach", f"{store.url} cannot be used: {error}", advice, blocks=True)
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "StateTooLarge",
     "StoreError",
     "StoreUnavailable",
+    "StoreUnusable",
     "StreamClosed",
     "TooManySessions",
     "Trimmed",
@@ -62,6 +63,15 @@ class StoreError(NonstickError):
 
 class StoreUnavailable(StoreError):
     """The store could not be reached or did not answer in time; the outcome of a write is unknown (P9)."""
+
+
+class StoreUnusable(StoreUnavailable):
+    """The store will not do until somebody changes something: its URL, a login, a permission, or its server.
+
+    A node that starts ends with this; for one that runs it is as if the store could not be reached, and clients get
+    503 (P9). The message names the cause and what to do, and may be shown to anybody: it says neither where the store
+    is nor what its URL holds (P13).
+    """
 
 
 class Undecryptable(StoreUnavailable):

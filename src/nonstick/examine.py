@@ -23,6 +23,7 @@ class Finding:
         text: What was found.
         advice: What to do, as a sentence; "" where there is nothing to do.
         blocks: Nothing can be tried on the store before this is put right.
+        lasts: No failover or restart puts it right either: the URL names the wrong thing.
     """
 
     level: Level
@@ -30,6 +31,7 @@ class Finding:
     text: str
     advice: str = ""
     blocks: bool = False
+    lasts: bool = False
 
 
 @runtime_checkable

@@ -18,12 +18,14 @@ from typing import Final, Self, TypeVar
 from nonstick.deadline import Deadline
 from nonstick.errors import (
     AlreadyExists,
+    ConfigurationError,
     Diverged,
     Fenced,
     NotPending,
     SessionNotFound,
     StoreError,
     StoreUnavailable,
+    StoreUnusable,
     StreamClosed,
     TooManySessions,
     Trimmed,
@@ -208,8 +210,10 @@ class GuardedStore:
                     return await call()
             except TimeoutError:
                 raise StoreUnavailable(f"the store did not answer within {patience:g} s") from None
-            except Undecryptable:
+            except (StoreUnusable, Undecryptable):
                 raise  # it would be so again
+            except ConfigurationError as error:
+                raise StoreUnusable(str(error)) from error
             except StoreUnavailable:
                 if loop.time() + pause >= deadline:
                     raise

@@ -368,11 +368,14 @@ class SessionManager:
             NotRunning: Outside of `run()`.
             NonstickError: It drains.
             StoreUnavailable: The store cannot be reached or written to.
+            StoreUnusable, Undecryptable: It can, and will not do like this.
         """
         node = self._running()
         if node.draining:
             raise NonstickError("this node is draining")
         await node.store.ping()
+        if (misfit := self.cluster.misfit) is not None:
+            raise misfit
 
     def key(self, session_id: str) -> str:
         """The name of this session, of this endpoint, in the store."""

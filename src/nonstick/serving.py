@@ -32,7 +32,7 @@ from nonstick import loading, logs
 from nonstick.adopt import Adopted, take_over
 from nonstick.app import app as make_app
 from nonstick.encryption import keys_from
-from nonstick.errors import ConfigurationError, NonstickError, StoreUnavailable
+from nonstick.errors import ConfigurationError, NonstickError, StoreUnavailable, StoreUnusable, Undecryptable
 from nonstick.manager import Options
 from nonstick.node import SEND_TIMEOUT
 from nonstick.shared import check_shared
@@ -96,7 +96,7 @@ def serve(settings: Settings) -> int:
     """Serves until told to stop; returns the exit status.
 
     Raises:
-        TargetError, ConfigurationError, StoreUnavailable: It cannot work; nothing was started.
+        TargetError, ConfigurationError, StoreUnusable: It cannot work; nothing was started.
     """
     _configure_logs(settings)
     _stop_at_once_on(signal.SIGTERM)
@@ -120,7 +120,7 @@ def worker_app() -> _Deferred:
     settings = Settings.handed_over()
     _configure_logs(settings)
     try:
-        return _Deferred(settings, loading.find(settings.target))
+        return _Deferred(settings, loading.find(settings.target), is_worker=True)
     except loading.TargetError as error:
         _complain(error)
         sys.exit(_STARTUP_FAILURE)
@@ -137,9 +137,12 @@ def _complain(error: NonstickError) -> None:
 class _Deferred:
     """The application, made at start-up in the event loop that will run it: a factory may be async."""
 
-    def __init__(self, settings: Settings, found: loading.Found) -> None:
+    def __init__(self, settings: Settings, found: loading.Found, *, is_worker: bool = False) -> None:
+        self.failure: NonstickError | None = None
+        """Why it could not start."""
         self._settings = settings
         self._found = found
+        self._is_worker = is_worker
         self._app: Starlette | None = None
 
     async def prepare(self) -> None:
@@ -168,12 +171,29 @@ class _Deferred:
         try:
             await self.prepare()
         except NonstickError as error:
-            _complain(error)
+            self._refuse(error)
             await receive()
             await send({"type": "lifespan.startup.failed", "message": ""})
             return
         assert self._app is not None
-        await self._app(scope, receive, self._announcing(adopted_in(self._app), send))
+        try:
+            await self._app(scope, self._stopping(receive), self._announcing(adopted_in(self._app), send))
+        except BaseException:
+            if self.failure is None:
+                raise
+
+    def _refuse(self, error: NonstickError) -> None:
+        self.failure = error
+        if self._is_worker:
+            _complain(error)
+
+    def _stopping(self, receive: Receive) -> Receive:
+        """Has the application stop at once if it cannot work."""
+
+        async def stop() -> Message:
+            return await receive() if self.failure is None else {"type": "lifespan.shutdown"}
+
+        return stop
 
     def _say_what_is_not_shared(self, adopted: Adopted) -> None:
         if self._settings.store.lower().startswith("memory:"):
@@ -183,10 +203,18 @@ class _Deferred:
                 logger.warning("clients of %s: %s. %s", finding.subject, finding.text, finding.advice)
 
     def _announcing(self, adopted: Adopted, send: Send) -> Send:
-        """Says where this node serves once it has started."""
+        """Says where this node serves once it has started, or that it will not."""
         host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
 
         async def announce(message: Message) -> None:
+            if message["type"] == "lifespan.startup.failed" and (error := _mistake(sys.exception())) is not None:
+                self._refuse(error)
+            if message["type"] == "lifespan.startup.complete" and (misfit := _misfit(adopted)) is not None:
+                self._refuse(ConfigurationError(f"the store cannot be used: {misfit}"))
+                return
+            if self.failure is not None:
+                await send({"type": "lifespan.startup.failed", "message": ""})
+                return
             if message["type"] == "lifespan.startup.complete":
                 logs.set_node(adopted.managers[0].node)
                 self._say_what_is_not_shared(adopted)
@@ -196,6 +224,19 @@ class _Deferred:
             await send(message)
 
         return announce
+
+
+def _mistake(error: BaseException | None) -> ConfigurationError | None:
+    """The first mistake of configuration in this; task groups put what is raised in them into groups."""
+    if isinstance(error, BaseExceptionGroup):
+        return next((found for one in error.exceptions if (found := _mistake(one)) is not None), None)
+    return error if isinstance(error, ConfigurationError) else None
+
+
+def _misfit(adopted: Adopted) -> StoreUnusable | None:
+    """Why a store will not do until somebody changes something."""
+    misfits = (manager.cluster.misfit for manager in adopted.managers)
+    return next((misfit for misfit in misfits if isinstance(misfit, StoreUnusable)), None)
 
 
 def _application(server: loading.AnyServer, settings: Settings) -> Starlette:
@@ -239,6 +280,11 @@ class _Ready:
         try:
             async with asyncio.timeout(PING_SECONDS):
                 await self._adopted.check_ready()
+        except Undecryptable as error:
+            logger.warning("not ready: %s", error)
+            return _not_ready("what the session store keeps is encrypted under keys that this node was not given")
+        except StoreUnusable as error:
+            return _not_ready(f"the session store cannot be used: {error}")
         except (TimeoutError, StoreUnavailable) as error:
             # The address of the store is for the log: who asks here may be anybody.
             logger.warning("not ready: %s", str(error) or f"the store did not answer within {PING_SECONDS:.0f} s")
@@ -281,6 +327,8 @@ async def _serve_here(app: _Deferred, server: uvicorn.Server, listener: socket.s
     try:
         await server.serve(sockets=[listener])
     except SystemExit as stop:  # by `_stop_at_once`, once uvicorn is done, or by uvicorn
+        if app.failure is not None:
+            raise app.failure from None
         return stop.code if isinstance(stop.code, int) else 1
     return 0
 
@@ -377,12 +425,12 @@ def _configure_logs(settings: Settings) -> None:
 
 
 def _prepare_store(settings: Settings) -> None:
-    """Sees that the store can be used.
+    """Sees that nothing has to be changed before the store can be used. That it cannot be reached is no reason to stop.
 
     Raises:
         ConfigurationError: The URL names no store, or one that cannot serve several processes; or an encryption key is
             none.
-        StoreUnavailable: It did not answer in time. The message says where it is and how to look.
+        StoreUnusable: It will not do like this. The message says where it is and what to do.
     """
     keys_from(os.environ)
     if settings.store == DEFAULT_STORE:
@@ -401,16 +449,16 @@ async def _ping(store: Store) -> None:
     try:
         async with asyncio.timeout(PING_SECONDS), store:
             await store.ping()
+    except StoreUnusable as error:
+        raise StoreUnusable(f"the store at {store.url} cannot be used: {error}") from error
     except (TimeoutError, StoreUnavailable) as error:
-        timed_out = isinstance(error, TimeoutError)
-        what = f"no answer from {store.url} within {PING_SECONDS:.0f} s" if timed_out else str(error)
-        raise StoreUnavailable(f"the store cannot be used: {what}. {_how_to_look(store.url)}") from error
-
-
-def _how_to_look(url: str) -> str:
-    if url.startswith("sqlite:"):
-        return "Its directory must exist, on a local disk, and be writable for this user."
-    return "See whether it runs and can be reached from here. `nonstick doctor --store URL` says more, once it can."
+        what = str(error) or f"no answer within {PING_SECONDS:.0f} s"
+        logger.warning(
+            "the store at %s cannot be reached yet: %s. This node starts all the same, and is ready (/readyz) once the "
+            "store is there. `nonstick doctor --store URL` says more, once it can",
+            store.url,
+            what,
+        )
 
 
 def _make_home(home: Path) -> None:

@@ -23,7 +23,9 @@ import pytest
 
 from nonstick import cli
 from nonstick.cli import main
+from nonstick.testing import PostgresServer
 from nonstick.testing.servers import ValkeyServer
+from nonstick.testing.valkey_cluster import ask as administer
 
 DEADLINE = 40.0
 
@@ -140,15 +142,19 @@ def root(url: str) -> str:
 HEADERS = {"accept": "application/json, text/event-stream"}
 
 
-def initialize(url: str) -> dict[str, str]:
-    """Opens a session; returns the headers of its later requests."""
+def open_session(url: str) -> httpx2.Response:
     params = {
         "protocolVersion": "2025-11-25",
         "capabilities": {},
         "clientInfo": {"name": "test", "version": "1"},
     }
     message = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": params}
-    answer = httpx2.post(url, json=message, headers=HEADERS)
+    return httpx2.post(url, json=message, headers=HEADERS, timeout=DEADLINE)
+
+
+def initialize(url: str) -> dict[str, str]:
+    """Opens a session; returns the headers of its later requests."""
+    answer = open_session(url)
     assert answer.status_code == 200, answer.text
     return {**HEADERS, "mcp-session-id": answer.headers["mcp-session-id"], "mcp-protocol-version": "2025-11-25"}
 
@@ -387,10 +393,11 @@ def test_setting_that_cannot_be_given_is_refused(wrong: str, said: str, capsys: 
 
 
 @pytest.mark.slow
-def test_default_store_lies_in_the_working_directory(home: Path) -> None:
+def test_default_store_lies_in_the_working_directory(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found by the ping before the server: the target's failure comes after."""
-    nonstick(home, "serve", "server.py:broken", "--port", "0", NONSTICK_STORE="")
-    assert (home / ".nonstick" / "sessions.db").is_file()
+    monkeypatch.delenv("NONSTICK_STORE", raising=False)
+    nonstick(home, "serve", "server.py:broken", "--port", "0")
+    assert (home / ".nonstick" / "sessions.db").stat().st_mode & 0o777 == 0o600
     assert (home / ".nonstick").stat().st_mode & 0o077 == 0
     assert (home / ".nonstick" / ".gitignore").read_text() == "*\n"
 
@@ -406,7 +413,14 @@ def test_default_store_lies_in_the_working_directory(home: Path) -> None:
         (["server.py:mpc"], "server.py has no 'mpc'. Try server.py:mcp."),
         (["server.py:other"], "server.py:other is of type int, not an MCP server. Name an MCPServer"),
         (["server.py", "--store", "mysql://x"], "scheme"),
-        (["server.py", "--store", "sqlite:///absent/x.db"], "the store cannot be used: "),
+        (
+            ["server.py", "--store", "postgresql://x/y?poolsize=3"],
+            "'poolsize' that is not known. Did you mean pool_size?",
+        ),
+        (
+            ["server.py", "--store", "sqlite:///absent/x.db"],
+            "x.db cannot be used: the directory of the store's file does not exist",
+        ),
         (["server.py", "--store", "memory:", "--workers", "2"], "several --workers cannot share memory:"),
         (["server.py", "--host", "192.0.2.1"], "192.0.2.1 is no address of this machine."),
     ],
@@ -420,29 +434,119 @@ def test_what_cannot_work_is_told_in_one_paragraph(home: Path, arguments: list[s
     assert ended.stdout == ""
 
 
-def test_unreachable_store_is_named_without_its_password(home: Path) -> None:
-    """P13."""
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))  # bound and not listening: refuses, and nobody else can take it
-        port = closed.getsockname()[1]
-        url = f"redis://user:secret@127.0.0.1:{port}/3"
-        ended = nonstick(home, "serve", "server.py", "--port", "0", NONSTICK_STORE=url)
-    assert ended.returncode == 2
-    assert f"redis://127.0.0.1:{port}/3" in ended.stderr
-    assert "nonstick doctor --store URL" in ended.stderr
-    assert "secret" not in ended.stderr
-    assert "Traceback" not in ended.stderr
+@pytest.mark.parametrize("command", ["serve server.py", "doctor", "migrate"])
+def test_store_that_is_named_and_empty_is_refused(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A secret that was not filled in must not become a file that nobody shares."""
+    for empty in ("", " \n"):
+        monkeypatch.setenv("NONSTICK_STORE", empty)
+        assert cli.main(command.split()) == 2
+        assert "NONSTICK_STORE is set, and empty: name a store there, or leave it out." in capsys.readouterr().err
+
+
+# ---- a store that is away, or not what it should be, when a node starts
+
+
+def answers(url: str, status: int) -> dict[str, Any]:
+    """Waits until /readyz has this status; returns its answer."""
+    limit = time.monotonic() + DEADLINE
+    while (answer := httpx2.get(f"{root(url)}/readyz", timeout=DEADLINE)).status_code != status:
+        assert time.monotonic() < limit, answer.text
+    body: dict[str, Any] = answer.json()
+    return body
+
+
+def test_node_that_starts_during_an_outage_serves_once_the_store_is_there(start: Start) -> None:
+    """P9: it listens, is not ready, keeps trying; and the log names the store, without its password (P13)."""
+    with ValkeyServer() as valkey:
+        valkey.kill()
+        served = start("server.py", store=valkey.url.replace("//", "//:secret@") + "/3")
+        url = served.url()
+        assert answers(url, 503)["reason"] == "the session store cannot be reached"
+        said = next(one["message"] for one in served.seen if "cannot be reached yet" in one["message"])
+        assert f"{valkey.url}/3" in said
+        assert "secret" not in json.dumps(served.seen)
+        assert open_session(url).status_code == 503
+        valkey.start()
+        # A login is refused by a server that has none: that shows only now, and is told like any other mistake.
+        assert "check user and password in its URL" in answers(url, 503)["reason"]
+        administer(valkey, "CONFIG", "SET", "requirepass", "secret")
+        answers(url, 200)
+        assert list_tools(url, initialize(url)) == 200
+        assert served.stop() == 0
 
 
 @pytest.mark.slow
-def test_silent_store_is_given_up_on(home: Path) -> None:
+@pytest.mark.parametrize("kind", ["valkey", "postgres"])
+def test_workers_that_start_during_an_outage_serve_once_the_store_is_there(start: Start, kind: str) -> None:
+    with ValkeyServer() if kind == "valkey" else PostgresServer() as server:
+        server.kill()
+        served = start("server.py", "--workers", "2", store=server.url)
+        url = served.url()
+        served.url()
+        answers(url, 503)
+        server.start()
+        limit = time.monotonic() + DEADLINE
+        headers: dict[str, str] | None = None
+        while headers is None:
+            assert time.monotonic() < limit
+            if open_session(url).status_code == 200:
+                headers = initialize(url)
+        # Two workers, each of which finds the store by itself.
+        row = 0
+        while row < 20:
+            assert time.monotonic() < limit
+            row = row + 1 if list_tools(url, headers) == 200 else 0
+        assert served.stop() == 0
+
+
+@pytest.mark.slow
+def test_silent_store_is_waited_for(start: Start) -> None:
     """It accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        port = silent.getsockname()[1]
-        ended = nonstick(home, "serve", "server.py", "--port", "0", "--store", f"redis://127.0.0.1:{port}")
-    assert ended.returncode == 2
-    assert f"redis://127.0.0.1:{port}" in ended.stderr
+        served = start("server.py", store=f"redis://127.0.0.1:{silent.getsockname()[1]}")
+        assert answers(served.url(), 503)["reason"] == "the session store cannot be reached"
+        assert served.stop() == 0
+
+
+def test_mistake_that_only_the_server_can_see_ends_the_command(home: Path) -> None:
+    """In one paragraph, with what to do and without the password (P13)."""
+    with ValkeyServer() as valkey:
+        for store, said in (
+            (valkey.url.replace("//", "//user:secret@"), "check user and password in its URL"),
+            (valkey.url.replace("redis", "redis+cluster"), "write redis:// instead of redis+cluster://"),
+        ):
+            ended = nonstick(home, "serve", "server.py", "--port", "0", "--log-level", "error", NONSTICK_STORE=store)
+            assert ended.returncode == 2
+            (line,) = ended.stderr.splitlines()
+            assert said in line
+            assert "secret" not in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_mistake_that_shows_when_the_node_joins_ends_the_command(home: Path, workers: str) -> None:
+    """The first look is a mere write; what a node needs besides, it tries when it starts."""
+    with ValkeyServer() as valkey:
+        administer(valkey, "ACL", "SETUSER", "weak", "on", ">secret", "~*", "&*", "+@all", "-eval", "-evalsha")
+        store = valkey.url.replace("//", "//weak:secret@")
+        ended = nonstick(home, "serve", "server.py", "--port", "0", "--workers", workers, NONSTICK_STORE=store)
+    assert ended.returncode == (2 if workers == "1" else 1)
+    assert "lacks a permission: docs/stores.md has the ACL line that it needs" in ended.stderr
     assert "Traceback" not in ended.stderr
+    assert "secret" not in ended.stderr
+
+
+@pytest.mark.slow
+def test_many_nodes_start_at_once_on_a_file_that_is_not_there_yet(start: Start) -> None:
+    """One of them makes it; the others wait for that, however busy the machine is, and all share it (P1)."""
+    nodes = [start("server.py") for _ in range(16)]
+    urls = [node.url() for node in nodes]
+    headers = initialize(urls[0])
+    for url in urls:
+        answers(url, 200)
+        assert list_tools(url, headers) == 200
 
 
 @pytest.mark.slow

@@ -43,10 +43,12 @@ async def test_sqlite_url_names_a_relative_or_an_absolute_file(tmp_path: Path, m
         assert (tmp_path / path).exists()
 
 
-@pytest.mark.parametrize("name", ["redis", "rediss"])
+@pytest.mark.parametrize("name", ["redis", "rediss", "valkey", "valkeys"])
 def test_redis_url_makes_a_redis_store(name: str) -> None:
     """`open_store`: Redis or Valkey, without connecting yet."""
-    assert isinstance(open_store(f"{name}://cache.example:6379/2"), RedisStore)
+    store = open_store(f"\n{name}://cache.example:6379/2\n")
+    assert isinstance(store, RedisStore)
+    assert store.url == f"{'rediss' if name in ('rediss', 'valkeys') else 'redis'}://cache.example:6379/2"
 
 
 def test_unix_url_makes_a_redis_store() -> None:
@@ -71,6 +73,16 @@ async def test_prefix_in_the_url_separates_two_applications(valkey: ValkeyServer
         ("cache:6379", "redis://"),
         ("sessions.db", "sqlite:///"),
         ("", "memory:"),
+        (" \n", "is empty"),
+        ("'redis://secret@host'", "leave that out"),
+        ("redis://secret@host/\x000", "control character"),
+        ("postgresql+asyncpg://secret@host/db", "did you mean postgresql://?"),
+        ("postgress://secret@host/db", "did you mean postgres"),
+        ("rediss+clutser://secret@host", "did you mean rediss+cluster://?"),
+        ("redis:/secret", "write redis://host"),
+        ("redis:secret:6379", "write redis://host"),
+        ("postgresql:/secret", "write postgresql://host"),
+        ("redis+cluster:/secret", "write redis+cluster://host"),
         ("sqlite:", "sqlite:///"),
         ("sqlite://", "sqlite:///"),
         ("sqlite:///", "sqlite:///"),

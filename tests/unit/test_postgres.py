@@ -151,10 +151,93 @@ def test_url_that_cannot_work_is_refused_without_being_quoted(url: str) -> None:
     assert "hunter2" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("printed", "kept", "own"),
+    [
+        ("sslmode=require&channel_binding=prefer", "sslmode=require", {}),  # Neon, but for its channel binding
+        ("pgbouncer=true&connection_limit=1", "", {"prepared": False, "pool_size": 1}),  # Supabase, Prisma
+        ("pgbouncer=true&prepared=true&connection_limit=3&pool_size=7", "", {"prepared": True, "pool_size": 7}),
+        ("sslmode=require&supa=base-pooler.x", "sslmode=require", {}),  # Supabase by way of Vercel
+        ("pgbouncer=true&connect_timeout=15&sslmode=require", "sslmode=require", {"prepared": False}),  # Vercel
+        ("schema=public&connect_timeout=0", "", {"schema": "public", "connect_timeout": None}),  # Prisma
+        ("statement_cache_size=0", "", {"prepared": False}),
+        ("prepared_statement_cache_size=0", "", {"prepared": False}),  # SQLAlchemy
+        ("gssencmode=disable&keepalives=1&keepalives_idle=30&keepalives_interval=10&keepalives_count=3", "", {}),
+        ("tcp_user_timeout=3000&sslsni=1&sslcompression=0&load_balance_hosts=disable&client_encoding=utf8", "", {}),
+        (
+            "application_name=shop&target_session_attrs=read-write",
+            "application_name=shop&target_session_attrs=read-write",
+            {},
+        ),
+        ("fallback_application_name=shop", "application_name=shop", {}),
+        ("options=--cluster%3Dshop-12", "options=--cluster%3Dshop-12", {}),  # CockroachDB, and Neon for old clients
+        ("options=endpoint%3Dcool-sun-1", "options=endpoint%3Dcool-sun-1", {}),
+        (
+            "statement_timeout=5000&search_path=x&pg_stat_statements.track=all",
+            "statement_timeout=5000&search_path=x&pg_stat_statements.track=all",
+            {},
+        ),
+        ("sslmode=verify-full&sslrootcert=system", "", {"system_authorities": True}),
+        ("sslnegotiation=direct&sslmode=require", "sslnegotiation=direct&sslmode=require", {}),
+    ],
+)
+def test_options_as_hosts_print_them_are_taken(printed: str, kept: str, own: dict[str, object]) -> None:
+    """With their meaning: what the driver does not know is turned into what does the same, or is so anyway."""
+    address = Address.parse(f"postgresql://u:{QUOTED}@host/db?{printed}")
+    assert address.dsn == f"postgresql://u:{QUOTED}@host/db" + (f"?{kept}" if kept else "")
+    assert {name: getattr(address, name) for name in own} == own
+
+
+@pytest.mark.parametrize(
+    ("printed", "said"),
+    [
+        ("channel_binding=require", "channel_binding in the store URL cannot be as it is: .*sslmode=verify-full"),
+        ("gssencmode=require", "gssencmode .* use TLS, with sslmode"),
+        ("ssl=true", "ssl in the store URL .* write sslmode=require"),
+        ("sslmode=no-verify", "write sslmode=require"),
+        ("sslmode=required", "sslmode in the store URL .* prefer, require"),
+        ("sslrootcert=/hunter2/ca.pem", "sslrootcert .* no file of that name"),
+        ("sslrootcert=system&sslmode=require", "system goes with sslmode=verify-full only"),
+        ("require_auth=scram-sha-256", "require_auth .* pg_hba"),
+        ("load_balance_hosts=random", "load_balance_hosts .* order of the URL"),
+        ("keepalives=hunter2", "keepalives .* a number"),
+        ("pool_timeout=20", "pool_timeout .* leave it out"),
+        ("sslaccept=strict", "sslaccept .* sslmode=verify-full"),
+        ("hostaddr=10.0.0.1", "hostaddr .* in the host's place"),
+        ("connect_timeout=soon", "connect_timeout .* whole seconds"),
+        ("connection_limit=0", "connection_limit .* a number from 1"),
+        ("pgbouncer=perhaps", "pgbouncer in the store URL must be true or false"),
+        ("poolsize=3", "'poolsize' that is not known. Did you mean pool_size?"),
+        ("sslmod=require", "'sslmod' that is not known. Did you mean sslmode?"),
+        ("target_session_attr=read-write", "Did you mean target_session_attrs?"),
+        ("enable_seqscan=off", "options=-c%20NAME%3DVALUE"),
+        ("hunter2=1", "has an option that is not known"),
+        ("sslmode", "sslmode in the store URL has no value"),
+        ("listen_dsn=postgresql%3A%2F%2Fhost%2Fdb%3Fschema%3Dhunter2", "schema belongs into the store URL"),
+        ("listen_dsn=postgresql%3A%2F%2Fhost%2Fdb%3Fchannel_binding%3Drequire", "channel_binding"),
+    ],
+)
+def test_option_that_cannot_be_had_is_refused_by_its_name(printed: str, said: str) -> None:
+    """When the store is made, before anything is connected; the value is never shown (P13)."""
+    with pytest.raises(ConfigurationError, match=said) as refused:
+        PostgresStore(f"postgresql://u:hunter2@host/db?{printed}")
+    assert "hunter2" not in str(refused.value)
+
+
+async def test_options_as_hosts_print_them_work_on_a_server(server: PostgresServer, schema: str) -> None:
+    """Together, as a long URL has them."""
+    options = (
+        "pgbouncer=true&connection_limit=2&connect_timeout=15&gssencmode=prefer&keepalives=1&channel_binding=prefer"
+    )
+    async with PostgresStore(f"{server.url}?{options}&options=-c%20work_mem%3D8MB", schema=schema) as store:
+        await store.create("key", {"x": b"1"}, lifetime=60)
+        assert (await store.load("key")).fields == {"x": b"1"}
+
+
 async def test_option_that_the_driver_refuses_is_refused_on_entering(server: PostgresServer) -> None:
     """ConfigurationError: the store URL has options that cannot work."""
-    with pytest.raises(ConfigurationError, match="asyncpg"):
-        async with PostgresStore(f"{server.url}?sslmode=nonsense"):
+    with pytest.raises(ConfigurationError, match=r"sslrootcert=FILE, or .* sslrootcert=system"):
+        async with PostgresStore(f"{server.url}?sslmode=verify-full"):
             pass
 
 

@@ -7,6 +7,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from nonstick.errors import ConfigurationError
 from nonstick.store import Store
+from nonstick.stores.options import close_to
 
 __all__ = ["open_store"]
 
@@ -18,13 +19,30 @@ _POSSIBLE: Final = (
 )
 
 
+_SCHEMES: Final = (
+    "memory",
+    "sqlite",
+    "redis",
+    "rediss",
+    "unix",
+    "redis+cluster",
+    "rediss+cluster",
+    "redis+sentinel",
+    "rediss+sentinel",
+    "valkey",
+    "valkeys",
+    "postgresql",
+    "postgres",
+)
+
+
 def open_store(store: str | Store) -> Store:
     """The store that a URL names, not yet entered; a store is passed through.
 
     * `memory:`: in this process only. Two calls make two stores.
     * `sqlite:///relative.db`, `sqlite:////absolute.db`: a file on a local disk. The path is taken as it stands.
-    * `redis://`, `rediss://`, `unix://`: Redis or Valkey. `?prefix=name` puts the store's keys under that name;
-      `?durability=replicated` is described at `RedisStore`.
+    * `redis://`, `rediss://`, `unix://`: Redis or Valkey (`valkey://` and `valkeys://` are the same as the first two).
+      `?prefix=name` puts the store's keys under that name; `?durability=replicated` is described at `RedisStore`.
     * `redis+cluster://host:port,host:port`, `redis+sentinel://host:port,host:port/service/db`, with `rediss+` for TLS:
       a Cluster, or the primary that Sentinels name.
     * `postgresql://`, `postgres://`: PostgreSQL. `?schema=name` puts everything under that schema; `listen_dsn`,
@@ -38,7 +56,10 @@ def open_store(store: str | Store) -> Store:
     """
     if not isinstance(store, str):
         return store
+    store = _cleaned(store)
     scheme = store.partition(":")[0].lower() if ":" in store else ""
+    if scheme not in ("memory", "sqlite") and scheme in _SCHEMES and not store[len(scheme) :].startswith("://"):
+        raise ConfigurationError(f"the store URL lacks a slash or two: write {scheme}://host")
     match scheme:
         case "memory":
             return _memory(store)
@@ -46,10 +67,32 @@ def open_store(store: str | Store) -> Store:
             return _sqlite(store)
         case "redis" | "rediss" | "unix" | "redis+cluster" | "rediss+cluster" | "redis+sentinel" | "rediss+sentinel":
             return _redis(store)
+        case "valkey" | "valkeys":
+            return _redis(store.replace("valkey", "redis", 1))
         case "postgresql" | "postgres":
             return _postgres(store)
         case _:
-            raise ConfigurationError(f"the store URL's scheme is none that is known; possible are {_POSSIBLE}")
+            raise ConfigurationError(
+                f"the store URL's scheme is none that is known{_hint(scheme)}; possible are {_POSSIBLE}"
+            )
+
+
+def _cleaned(url: str) -> str:
+    """The URL without the white space that files and environments put around it."""
+    url = url.strip()
+    if not url:
+        raise ConfigurationError(f"the store URL is empty; possible are {_POSSIBLE}")
+    if url[0] in "\"'":
+        raise ConfigurationError("the store URL begins with a quotation mark: leave that out, on both sides")
+    if not url.isprintable():
+        raise ConfigurationError("the store URL has a line break or another control character in it")
+    return url
+
+
+def _hint(scheme: str) -> str:
+    base = scheme.partition("+")[0]  # "postgresql+asyncpg", as SQLAlchemy has it
+    meant = close_to(scheme, _SCHEMES) or (base if base in _SCHEMES else None)
+    return f" (did you mean {meant}:{'' if meant == 'memory' else '//'}?)" if meant else ""
 
 
 def _memory(url: str) -> Store:

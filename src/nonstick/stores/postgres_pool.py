@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
+import socket
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
-from nonstick.errors import ConfigurationError, StoreUnavailable
+from nonstick.errors import ConfigurationError, StoreUnavailable, StoreUnusable
+from nonstick.stores import probe
 from nonstick.stores.postgres_url import Address
 
 try:
@@ -39,8 +43,15 @@ _IDLE_SECONDS: Final = 60.0
 STANDBY: Final = "standby"
 """Name of the column by which an answer tells that a hot standby gave it."""
 
-TROUBLE: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError)
-"""What the driver raises when it cannot do what it was told."""
+TROUBLE: Final = (
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    OSError,
+    TimeoutError,
+    StoreUnusable,
+)
+"""What the driver raises when it cannot do what it was told; and `connect`, where it is known why."""
 
 _ADVICE: Final = {
     "08": "the connection to the store was lost",
@@ -68,6 +79,9 @@ _ADVICE: Final = {
 }
 """By SQLSTATE, or by its class."""
 
+_UNUSABLE: Final = ("28", "3D000", "42501")
+"""Those of them that remain until somebody changes something."""
+
 _MISSING: Final = ("3F000", "42P01", "42883")
 _WRONG_SERVER: Final = ("25006", "57P01", "57P02", "57P03")
 
@@ -78,13 +92,17 @@ class SchemaMissing(StoreUnavailable):
 
 def refusal(error: BaseException) -> StoreUnavailable:
     """What to raise for the driver's error. Says what to do; quotes nothing of what was sent, nor the URL (P13)."""
+    if isinstance(error, StoreUnavailable):
+        return error
+    if isinstance(error, ConfigurationError):
+        return StoreUnusable(str(error))
     code = getattr(error, "sqlstate", None)
     if isinstance(error, TimeoutError):
         return StoreUnavailable("the store did not answer in time")
     if code in _MISSING:
         return SchemaMissing("the store's tables or functions are not there")
     if isinstance(code, str) and (advice := _ADVICE.get(code) or _ADVICE.get(code[:2])):
-        return StoreUnavailable(advice)
+        return StoreUnusable(advice) if code.startswith(_UNUSABLE) else StoreUnavailable(advice)
     if isinstance(code, str):
         # Neither message nor detail: they may quote a payload.
         return StoreUnavailable(f"the store answered with an error: {type(error).__name__} ({code})")
@@ -105,18 +123,64 @@ async def connect(address: Address, *, timeout: float) -> Connection:
         ConfigurationError: The driver cannot make sense of the URL.
         One of TROUBLE: It cannot be reached, or refuses.
     """
-    # A setting of the URL's own goes before ours.
-    settings = {} if "application_name=" in address.dsn else {"application_name": address.schema}
+    patience = timeout if address.connect_timeout is None else min(timeout, address.connect_timeout)
     try:
         return await asyncpg.connect(
             address.dsn,
-            timeout=timeout,
+            # What is left is for finding out what answers there, if nothing does in time.
+            timeout=patience * _CONNECT_SHARE,
+            ssl=ssl.create_default_context() if address.system_authorities else None,
             statement_cache_size=_STATEMENTS if address.prepared else 0,
             max_cached_statement_lifetime=0,
-            server_settings=settings,
+            server_settings={} if address.names_application else {"application_name": address.schema},
         )
-    except asyncpg.exceptions.ClientConfigurationError:
-        raise ConfigurationError("the store URL has options that cannot work: see the driver's, asyncpg's") from None
+    except asyncpg.exceptions.ClientConfigurationError as error:
+        raise ConfigurationError(f"the store URL has options that cannot work: {_first_sentence(error)}") from None
+    except (asyncpg.UndefinedObjectError, asyncpg.InvalidParameterValueError) as error:
+        # The value may be anything, and the message quotes that too.
+        name = re.search(r'parameter "([\w.]+)"', str(error))
+        which = name[1] if name else "it is named in the server's log"
+        raise StoreUnusable(f"the store's server refuses a setting in the URL, or in its options: {which}") from None
+    except (OSError, TimeoutError) as error:
+        if (why := await _mistake(error, address, patience)) is not None:
+            raise StoreUnusable(why) from None
+        raise
+
+
+_CONNECT_SHARE: Final = 0.75
+
+
+def _first_sentence(error: asyncpg.exceptions.ClientConfigurationError) -> str:
+    """Of the driver's message: it names the option, and what that may be. What stands in quotes may be the URL's."""
+    if "root certificate" in str(error):
+        return (
+            "to check the server's certificate, name its authority with sslrootcert=FILE, or all that this machine "
+            "trusts with sslrootcert=system"
+        )
+    return re.sub(r"(?<!`)(['\"]).*?\1", "…", str(error).partition("\n")[0])
+
+
+async def _mistake(error: OSError, address: Address, timeout: float) -> str | None:
+    """What is wrong with the URL or the server, if that is why there is no connection; None for mere trouble."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return probe.distrust(error, "name its authority with sslrootcert=FILE in the URL")
+    if address.server is None or isinstance(error, ConnectionRefusedError | socket.gaierror):
+        return None
+    spoken = await probe.spoken_at(*address.server, seconds=timeout * (1 - _CONNECT_SHARE))
+    if spoken == "postgres" and "rejected SSL upgrade" in str(error):
+        return (
+            "the store's server has no TLS, which sslmode in the URL demands: turn TLS on there (ssl = on), "
+            "or write sslmode=prefer or sslmode=disable"
+        )
+    return _SPOKEN.get(spoken)
+
+
+_SPOKEN: Final[dict[probe.Protocol | None, str]] = {
+    "redis": "what answers there is a Redis or Valkey server: write redis:// in the store's URL, or another port",
+    "http": "what answers there is a web server, no PostgreSQL: correct host and port in the store's URL",
+    "tls": "what answers there speaks TLS and is no PostgreSQL: correct host and port in the store's URL; if it is a "
+    "PostgreSQL behind a TLS proxy, add sslnegotiation=direct and sslmode=require",
+}
 
 
 @asynccontextmanager
@@ -229,7 +293,7 @@ class Pool:
             if not connection.is_closed():
                 return connection
         if self._loop.time() < self._retry_at:
-            raise StoreUnavailable(*self._refused.args)
+            raise type(self._refused)(*self._refused.args)
         self._failures += 1
         try:
             connection = await connect(self._address, timeout=self._timeout)

@@ -3,41 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Self
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from nonstick.errors import ConfigurationError
+from nonstick.stores.postgres_options import OWN, read
 
 __all__ = ["Address"]
 
 _FORM: Final = "postgresql://[user[:password]@]host[:port]/database"
 _HOST: Final = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^:@/\[\]]*)(:\d+)?")
 _SCHEMA: Final = re.compile(r"(?!pg_)[a-z_][a-z0-9_]{0,47}")
-_YES: Final = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-
-
-def _text(value: str) -> str:
-    return value
-
-
-def _number(value: str) -> int:
-    return int(value) if value.isascii() and value.isdigit() else 0
-
-
-def _flag(value: str) -> bool | None:
-    return _YES.get(value.lower())
-
-
-_OWN: Final[dict[str, Callable[[str], Any]]] = {
-    "schema": _text,
-    "listen_dsn": _text,
-    "unlogged": _flag,
-    "prepared": _flag,
-    "pool_size": _number,
-    "migrate": _flag,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +24,8 @@ class Address:
     Attributes:
         dsn: What the driver connects to: the URL without the store's own options.
         url: The place alone, without credentials and options: fit for logs.
+        connect_timeout: Seconds that connecting may take, if less than a call may.
+        system_authorities: The server's certificate has to be of an authority that this machine trusts.
     """
 
     dsn: str = field(repr=False)
@@ -57,12 +36,12 @@ class Address:
     prepared: bool = True
     pool_size: int = 10
     migrate: bool = True
+    connect_timeout: float | None = None
+    system_authorities: bool = False
 
     def __post_init__(self) -> None:
         if not _SCHEMA.fullmatch(self.schema):
             raise ConfigurationError("the store's schema must be a name of a-z, 0-9 and _, at most 48 characters")
-        if self.listen_dsn is not None:
-            _place(self.listen_dsn)
         for name in ("unlogged", "prepared", "migrate"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigurationError(f"{name} in the store URL must be true or false")
@@ -76,13 +55,27 @@ class Address:
         Raises:
             ConfigurationError: The URL or an option cannot work. The message never quotes the URL (P13).
         """
-        place = _place(url)
-        parts = urlsplit(url)
-        query = parse_qsl(parts.query, keep_blank_values=True)
-        options = {name: _OWN[name](value) for name, value in query if name in _OWN}
-        options |= {name: value for name, value in given.items() if value is not None}
-        rest = urlencode([(name, value) for name, value in query if name not in _OWN])
-        return cls(parts._replace(query=rest).geturl(), place, **options)
+        place, dsn, own = _taken_apart(url)
+        own |= {name: value for name, value in given.items() if value is not None}
+        if (listen := own.get("listen_dsn")) is not None:
+            _, own["listen_dsn"], others = _taken_apart(listen)
+            if misplaced := [name for name in others if name in OWN]:
+                raise ConfigurationError(f"{misplaced[0]} belongs into the store URL, not into its listen_dsn")
+        return cls(dsn, place, **own)
+
+    @property
+    def server(self) -> tuple[str, int] | None:
+        """Host and port, where there is one server, named in front of the database."""
+        parts = urlsplit(self.dsn)
+        hosts = parts.netloc.rpartition("@")[2]
+        if not hosts or "," in hosts or "host" in dict(parse_qsl(parts.query)):
+            return None
+        return parts.hostname or "localhost", parts.port or 5432
+
+    @property
+    def names_application(self) -> bool:
+        """The URL says what the connections are called on the server."""
+        return "application_name" in dict(parse_qsl(urlsplit(self.dsn).query))
 
     def direct(self) -> Self:
         """The address for what needs a connection of its own: past a pooler, if there is one."""
@@ -95,7 +88,7 @@ def _place(url: str) -> str:
         parts = urlsplit(url)
     except ValueError:
         raise ConfigurationError(f"the store URL is malformed; it must look like {_FORM}") from None
-    if parts.scheme not in ("postgresql", "postgres"):
+    if "://" not in url or parts.scheme not in ("postgresql", "postgres"):
         raise ConfigurationError(f"the store URL must look like {_FORM}")
     hosts = parts.netloc.rpartition("@")[2]
     # Typically a password with an unescaped '/', '#' or '?': what follows it is taken for a path.
@@ -104,3 +97,11 @@ def _place(url: str) -> str:
             "the store URL has no valid host and port; percent-encode special characters in the password"
         )
     return f"postgresql://{hosts}{parts.path}"
+
+
+def _taken_apart(url: str) -> tuple[str, str, dict[str, Any]]:
+    """The URL without credentials and options, what the driver is told, and the store's own options."""
+    place = _place(url)
+    parts = urlsplit(url)
+    options = read(parse_qsl(parts.query, keep_blank_values=True))
+    return place, parts._replace(query=urlencode(options.rest)).geturl(), options.own

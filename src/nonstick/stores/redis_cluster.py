@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from typing import Any, Final
 
-from nonstick.errors import StoreUnavailable
+from nonstick.errors import StoreUnavailable, StoreUnusable
 from nonstick.stores.redis_servers import Limits, Server
 from nonstick.stores.redis_url import Address, Deployment
 from nonstick.stores.resp import Arg, Redirected, ScriptMissing, TryAgain, Wire, backoff, open_wire
@@ -58,6 +58,7 @@ class ClusterServers:
         self._owners: list[Address | None] = []
         self._refreshing: asyncio.Task[None] | None = None
         self._refreshed = -math.inf
+        self._unusable = ""
         self._closed = False
 
     async def call(self, key: str, *args: Arg, replicated: bool = False) -> Any:
@@ -142,7 +143,7 @@ class ClusterServers:
         address = self._owners[slot] if self._owners else None
         if address is None:
             self._refresh()
-            raise StoreUnavailable(f"no member of {self._deployment.url} tells who has the keys")
+            raise self._untold("tells who has the keys")
         return address
 
     async def _members(self) -> list[Address]:
@@ -151,8 +152,13 @@ class ClusterServers:
             await self._told()
         members = list(dict.fromkeys(owner for owner in self._owners if owner is not None))
         if not members:
-            raise StoreUnavailable(f"no member of {self._deployment.url} answers")
+            raise self._untold("answers")
         return members
+
+    def _untold(self, what: str) -> StoreUnavailable:
+        if self._unusable:
+            return StoreUnusable(self._unusable)
+        return StoreUnavailable(f"no member of {self._deployment.url} {what}")
 
     def _followed(self, slot: int, at: Address, to: Redirected) -> Address:
         """Where a redirection leads. One that is for good says that the table is out of date."""
@@ -182,15 +188,20 @@ class ClusterServers:
             known = [address for address in dict.fromkeys(self._owners) if address is not None]
             asked = list(dict.fromkeys([*known, *self._deployment.seeds]))
             random.shuffle(asked)
+            unusable = ""
             for address in asked:
                 try:
                     reply = await self._server(address).call(("CLUSTER", "SLOTS"), timeout=self._patience())
                 except StoreUnavailable as error:
+                    if isinstance(error, StoreUnusable):
+                        unusable = str(error)
                     logger.debug("%s does not tell who has which slots: %s", address.url, error)
                     continue
                 if reply:
+                    unusable = ""
                     await self._adopt(reply, address)
-                    return
+                    break
+            self._unusable = unusable
         finally:
             self._refreshing = None
 

@@ -165,14 +165,17 @@ def _mode(info: dict[str, str]) -> str:
 def _role(info: dict[str, str], *, cluster: bool) -> Finding:
     if _mode(info) == "cluster" and not cluster:
         advice = "Write redis+cluster:// instead of redis:// in the URL."
-        return Finding("error", "role", "a member of a Cluster, which has only a part of the keys", advice, blocks=True)
+        return Finding(
+            "error", "role", "a member of a Cluster, which has only a part of the keys", advice, blocks=True, lasts=True
+        )
     if _mode(info) == "sentinel":
         return Finding(
             "error",
             "role",
-            "this is a Sentinel, which keeps no data",
+            "a Sentinel, which keeps no data",
             "Name the Sentinels and their service with a redis+sentinel:// URL.",
             blocks=True,
+            lasts=True,
         )
     if info.get("role") == "slave":
         away = "" if info.get("master_link_status") == "up" else ", which has lost its primary"

@@ -9,11 +9,11 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Final
 
-from nonstick.errors import StoreUnavailable
+from nonstick.errors import StoreUnavailable, StoreUnusable
 from nonstick.stores.redis_pubsub import Subscriber
 from nonstick.stores.redis_servers import Limits, Server, examine_briefly
 from nonstick.stores.redis_url import Address, Deployment
-from nonstick.stores.resp import Arg, Wire, ask, discard, open_wire
+from nonstick.stores.resp import Arg, UnknownCommand, Wire, ask, discard, open_wire
 
 __all__ = ["SentinelServers"]
 
@@ -106,13 +106,13 @@ class SentinelServers:
         seeds = self._deployment.seeds
         asked = [asyncio.ensure_future(self._named_by(seed)) for seed in seeds]
         votes: Counter[tuple[str, int]] = Counter()
-        problems: list[str] = []
+        problems: list[StoreUnavailable] = []
         try:
             for answer in asyncio.as_completed(asked):
                 try:
                     named = await answer
                 except StoreUnavailable as error:
-                    problems.append(str(error))
+                    problems.append(error)
                     continue
                 votes[named] += 1
                 if votes[named] > len(seeds) // 2:
@@ -122,7 +122,7 @@ class SentinelServers:
                 one.cancel()
             await asyncio.gather(*asked, return_exceptions=True)
         if not votes:
-            raise StoreUnavailable(f"no Sentinel names the primary: {problems[0]}")
+            raise _nobody(problems)
         (host, port), _ = votes.most_common(1)[0]
         return self._deployment.address.at(host, port)
 
@@ -133,13 +133,24 @@ class SentinelServers:
         async def check(wire: Wire) -> None:
             named.append(await self._ask(wire, seed))
 
-        await discard(await open_wire(seed, timeout=self._limits.connect_timeout / 2, check=check))
+        try:
+            await discard(await open_wire(seed, timeout=self._limits.connect_timeout / 2, check=check))
+        except StoreUnusable as error:
+            raise StoreUnusable(f"a Sentinel was asked for the primary: {error}") from None
         return named[0]
 
     async def _ask(self, wire: Wire, seed: Address) -> tuple[str, int]:
-        answer = await ask(wire, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._deployment.service)
+        try:
+            answer = await ask(wire, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._deployment.service)
+        except UnknownCommand:
+            raise StoreUnusable(
+                "what answers there is no Sentinel: name the Sentinels, which mostly have port 26379; or write "
+                "redis://host:port for one server, and redis+cluster:// for a Cluster"
+            ) from None
         if answer is None:
-            raise StoreUnavailable(f"the Sentinel at {seed.place} does not know the service in the store's URL")
+            raise StoreUnusable(
+                "the service in the store's URL is not known there: `SENTINEL MASTERS` lists those that are"
+            )
         return answer[0].decode(), int(answer[1])
 
     # ---- hearing of another
@@ -169,3 +180,11 @@ class SentinelServers:
             self._current = None
             self._server.reopen("another server is the primary now")
             self.on_switch()
+
+
+def _nobody(problems: list[StoreUnavailable]) -> StoreUnavailable:
+    """What to raise where no Sentinel named a primary. One that was just set up knows nothing: most have to agree."""
+    unusable = [problem for problem in problems if isinstance(problem, StoreUnusable)]
+    if len(unusable) > len(problems) // 2:
+        return unusable[0]
+    return StoreUnavailable(f"no Sentinel names the primary: {(unusable or problems)[0]}")

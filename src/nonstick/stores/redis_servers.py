@@ -15,10 +15,10 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from nonstick.errors import StoreUnavailable
+from nonstick.errors import StoreUnavailable, StoreUnusable
 from nonstick.stores.redis_examine import check_server
 from nonstick.stores.redis_url import Address
-from nonstick.stores.resp import Arg, Connection, Wire, ask, open_wire
+from nonstick.stores.resp import Arg, Connection, Redirected, Wire, ask, open_wire
 
 __all__ = ["Limits", "Server", "Servers", "SingleServer"]
 
@@ -138,8 +138,8 @@ class Server:
 
     async def _check(self, wire: Wire) -> None:
         if not self._examined:
-            self._examined = True
             await examine_briefly(wire, self.address, cluster=self._limits.cluster)
+            self._examined = True
 
 
 class SingleServer:
@@ -152,7 +152,10 @@ class SingleServer:
         self._server = Server(address, limits)
 
     async def call(self, key: str, *args: Arg, replicated: bool = False) -> Any:
-        return await self._server.call(args, replicated=replicated)
+        try:
+            return await self._server.call(args, replicated=replicated)
+        except Redirected as error:
+            raise StoreUnusable(str(error)) from None
 
     async def open_subscription(self) -> Wire:
         return await open_wire(self._address, name=self._limits.name, timeout=self._limits.connect_timeout)
@@ -168,13 +171,19 @@ class SingleServer:
 
 
 async def examine_briefly(wire: Wire, address: Address, *, cluster: bool = False) -> None:
-    """Logs what is wrong with the version, role or eviction policy of a server. Whatever it permits, it is no error."""
+    """Logs what is wrong with the version, role or eviction policy of a server. Whatever it permits, it is no error.
+
+    Raises:
+        StoreUnusable: The URL names the wrong kind of server.
+    """
     try:
         findings = await check_server(lambda *args: ask(wire, *args), cluster=cluster)
     except StoreUnavailable as error:
         logger.debug("%s was not examined: %s", address.url, error)
         return
     for finding in findings:
+        if finding.lasts:
+            raise StoreUnusable(f"what answers there is {finding.text}. {finding.advice}")
         if finding.level != "ok" and finding.subject in _LOGGED and not (cluster and finding.subject == "role"):
             logger.warning("%s: %s. %s", address.url, finding.text, finding.advice)
 

@@ -8,6 +8,7 @@ from typing import Any, Final, Literal
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
 
 from nonstick.errors import ConfigurationError
+from nonstick.stores.options import unknown_option
 
 __all__ = ["Address", "Deployment", "Durability"]
 
@@ -63,8 +64,10 @@ class Address:
             ) from None
         if parts.scheme not in ("redis", "rediss", "unix"):
             raise ConfigurationError(f"the store URL must look like {_FORMS}; or {_GROUP_FORMS}")
-        if parts.fragment:
-            raise ConfigurationError("the store URL has a '#'; percent-encode special characters in the password")
+        if parts.fragment or "@" in parts.query:
+            raise ConfigurationError(
+                "the store URL has a '#' or a late '@'; percent-encode special characters in the password"
+            )
         options = _options(parts)
         tls_options = _tls_options(parts, options)
         unix = parts.scheme == "unix"
@@ -210,7 +213,7 @@ def _options(parts: SplitResult) -> dict[str, str]:
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
     for name in options:
         if name not in _OPTIONS:
-            raise ConfigurationError(f"the store URL has an unknown option; known are {', '.join(_OPTIONS)}")
+            raise unknown_option(name, ("prefix", *_DEPLOYMENT_OPTIONS, *_OPTIONS))
     return options
 
 

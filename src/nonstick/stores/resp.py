@@ -20,11 +20,13 @@ import logging
 import random
 import re
 import socket
+import ssl
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, NoReturn, cast
 
-from nonstick.errors import ConfigurationError, StoreUnavailable
+from nonstick.errors import ConfigurationError, StoreUnavailable, StoreUnusable
+from nonstick.stores import probe
 from nonstick.stores.redis_url import Address
 
 try:
@@ -38,6 +40,7 @@ __all__ = [
     "Redirected",
     "ScriptMissing",
     "TryAgain",
+    "UnknownCommand",
     "Wire",
     "ask",
     "backoff",
@@ -56,6 +59,7 @@ pack = cast("Callable[[tuple[Arg, ...]], bytes]", hiredis.pack_command)
 """The bytes of one command."""
 
 _NOTHING: Final = object()
+_GARBAGE: Final = "what answers there does not speak the Redis protocol"
 _ASKING: Final = pack(("ASKING",))
 _SWEEP_SECONDS: Final = 0.05
 _BACKOFF_SECONDS: Final = 0.05
@@ -67,11 +71,12 @@ _ADVICE: Final = {
     "MASTERDOWN": "the store is a replica that has lost its primary",
     "TRYAGAIN": "the store is moving these keys: try again",
     "CLUSTERDOWN": "the store's cluster is down",
-    "MOVED": "the store is a cluster: write redis+cluster:// in its URL",
+    "MOVED": "the store is a member of a Cluster: write redis+cluster:// instead of redis:// in its URL",
     "BUSY": "the store is busy with a slow script",
     "NOREPLICAS": "the store has too few replicas to accept writes",
     "OOM": "the store is out of memory: raise its maxmemory",
     "MISCONF": "the store refuses writes because it cannot save to disk: see the server's log",
+    "DENIED": "the store's server is in protected mode, for its own machine only: give it and the URL a password",
     "NOAUTH": "the store wants a login: put user and password into its URL",
     "WRONGPASS": "the store refused the login: check user and password in its URL",
     "NOPERM": "the store's user lacks a permission: docs/stores.md has the ACL line that it needs",
@@ -115,7 +120,37 @@ class Demoted(StoreUnavailable):
     """The command has not run: this server is a replica."""
 
 
-_KINDS: Final = {"TRYAGAIN": TryAgain, "READONLY": Demoted}
+class UnknownCommand(StoreUnusable):
+    """The server has no such command, or has renamed it."""
+
+
+_KINDS: Final[dict[str, type[StoreUnavailable]]] = {
+    "TRYAGAIN": TryAgain,
+    "READONLY": Demoted,
+    **dict.fromkeys(("DENIED", "NOAUTH", "WRONGPASS", "NOPERM"), StoreUnusable),
+}
+
+_UNUSABLE: Final = {
+    "ERR ACL failure in script": _ADVICE["NOPERM"],
+    "ERR AUTH": "the store has no password for this user: check user and password in its URL",
+    "ERR Client sent AUTH": "the store has no password: leave it out of the URL",
+    "ERR DB index": "the store has no database of that number: correct it in the URL, or see `databases` in the "
+    "server's configuration",
+    "ERR invalid DB index": "the database in the store's URL is no number that the server takes",
+    "ERR SELECT is not allowed in cluster mode": _ADVICE["MOVED"],
+    "ERR This instance has cluster support disabled": "the store is one server, no Cluster: write redis:// instead of "
+    "redis+cluster:// in its URL",
+}
+"""By how the server's error begins."""
+
+_UNKNOWN: Final = re.compile(r"ERR unknown (?:sub)?command '?`?([A-Za-z|]{1,40})")
+
+_SPOKEN: Final[dict[probe.Protocol, str]] = {
+    "redis": "the store has no TLS on this port: write redis instead of rediss in its URL, or name the port with it",
+    "tls": "the store wants TLS on this port: write rediss instead of redis in its URL, or name the port without it",
+    "postgres": "what answers there is a PostgreSQL server: write postgresql:// in the store's URL, or another port",
+    "http": "what answers there is a web server, no Redis or Valkey: correct host and port in the store's URL",
+}
 
 
 def is_alive(reply: ServerError) -> bool:
@@ -132,8 +167,11 @@ def refusal(message: str) -> StoreUnavailable:
         return Redirected(_ADVICE["MOVED"], to[2].removeprefix("?"), int(to[3]), asking=to[1] == "ASK")
     if (code := _CODE.search(message)) is not None:
         return _KINDS.get(code[1], StoreUnavailable)(_ADVICE[code[1]])
-    if message.startswith("ERR AUTH"):
-        return StoreUnavailable("the store has no password for this user: check user and password in its URL")
+    for start, advice in _UNUSABLE.items():
+        if message.startswith(start):
+            return StoreUnusable(advice)
+    if (unknown := _UNKNOWN.match(message)) is not None:
+        return UnknownCommand(f"the store's server does not know {unknown[1].upper()}, or has it renamed")
     # "ERR unknown command 'X', with args beginning with: …" would quote a payload.
     return StoreUnavailable(f"the store answered: {message.split(', with args', 1)[0][:200]}")
 
@@ -204,7 +242,7 @@ class Wire(asyncio.Protocol):
             while (reply := reader.gets()) is not _NOTHING:
                 self.on_reply(reply)
         except hiredis.ProtocolError:
-            self.abort("what answers there does not speak the Redis protocol")
+            self.abort(_GARBAGE)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.on_lost(self._reason or (str(exc) if exc else "the store closed the connection"))
@@ -226,7 +264,7 @@ async def open_wire(
     wire = Wire(asyncio.get_running_loop())
     try:
         async with asyncio.timeout(timeout):
-            await _connect(wire, address)
+            await _connect(wire, address, timeout)
             await _log_in(wire, address, name)
             if check is not None:
                 await check(wire)
@@ -240,8 +278,31 @@ async def open_wire(
         # Mostly an OSError; a host name that cannot be one is a UnicodeError. Nothing else may leave here: those who
         # connect in the background would not try again.
         await discard(wire)
+        if (why := await _mistake(error, address, timeout)) is not None:
+            raise StoreUnusable(why) from error
         raise StoreUnavailable(f"cannot connect to {address.url}: {error}") from error
     return wire
+
+
+async def _mistake(error: Exception, address: Address, timeout: float) -> str | None:
+    """What is wrong with the URL or the server, if that is why there is no connection; None for mere trouble."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return probe.distrust(error, "name its authority with ssl_ca_certs=FILE in the URL")
+    if address.path or not isinstance(error, ConnectionError | ssl.SSLError) or isinstance(error, _DOWN):
+        return None
+    spoken = await _spoken_at(address, timeout / 2)
+    if spoken == "tls" and address.tls is not None:
+        wanted = await probe.wants_certificate(address.host, address.port, seconds=timeout / 2)
+        return _CERTIFICATE if wanted and "ssl_certfile" not in address.tls_options else None
+    if spoken is None or (spoken == "redis" and address.tls is None):
+        return f"{_GARBAGE}: correct host and port in the store's URL" if str(error) == _GARBAGE else None
+    return _SPOKEN[spoken]
+
+
+_CERTIFICATE: Final = (
+    "the store wants a certificate of its clients: name one with ssl_certfile= and its key with ssl_keyfile= in the URL"
+)
+_DOWN: Final = (ConnectionRefusedError, ConnectionAbortedError)
 
 
 async def discard(wire: Wire) -> None:
@@ -251,12 +312,27 @@ async def discard(wire: Wire) -> None:
     await asyncio.shield(wire.closed)
 
 
-async def _connect(wire: Wire, address: Address) -> None:
+async def _connect(wire: Wire, address: Address, timeout: float) -> None:
     loop = asyncio.get_running_loop()
     if address.path:
         await loop.create_unix_connection(lambda: wire, address.path)
+    elif address.tls is None:
+        await loop.create_connection(lambda: wire, address.host, address.port)
     else:
-        await loop.create_connection(lambda: wire, address.host, address.port, ssl=address.tls)
+        opening = loop.create_task(loop.create_connection(lambda: wire, address.host, address.port, ssl=address.tls))
+        try:
+            await asyncio.wait([opening], timeout=timeout / 4)
+            # A server without TLS may wait for the end of what it takes for a line.
+            if not opening.done() and await _spoken_at(address, timeout / 4) == "redis":
+                raise StoreUnusable(_SPOKEN["redis"])
+            await opening
+        finally:
+            opening.cancel()
+            await asyncio.wait([opening])
+
+
+async def _spoken_at(address: Address, seconds: float) -> probe.Protocol | None:
+    return await probe.spoken_at(address.host, address.port, seconds=seconds)
 
 
 async def _log_in(wire: Wire, address: Address, name: str) -> None:
@@ -296,7 +372,9 @@ async def _exchange(wire: Wire, commands: Sequence[tuple[Arg, ...]]) -> list[Any
 
     def on_lost(reason: str) -> None:
         if not done.done():
-            done.set_exception(ConnectionError(reason))
+            # One that lets nobody in says why before it closes.
+            refused = next((reply for reply in replies if isinstance(reply, ServerError)), None)
+            done.set_exception(ConnectionError(reason) if refused is None else refusal(str(refused)))
 
     if wire.closed.done():
         raise ConnectionError("the store closed the connection")
@@ -448,7 +526,8 @@ class Connection:
             except StoreUnavailable as error:
                 self._failures += 1
                 self._failed_at = self._loop.time()
-                self._fail(str(error), known)
+                kind = StoreUnusable if isinstance(error, StoreUnusable) else StoreUnavailable
+                self._fail(str(error), known, kind=kind)
         self._connecting = None
         if wire is not None:
             self._failures = 0
@@ -499,14 +578,14 @@ class Connection:
             logger.warning("lost the connection to %s: %s", self._address.url, reason)
         self._fail(f"lost the connection to {self._address.url}: {reason}")
 
-    def _fail(self, reason: str, count: int | None = None) -> None:
+    def _fail(self, reason: str, count: int | None = None, *, kind: type[StoreUnavailable] = StoreUnavailable) -> None:
         """Ends the wait of the oldest `count` commands, or of all."""
         del self._backlog[:count]
         for _ in range(len(self._waiting) if count is None else count):
             future, _, size, _ = self._waiting.popleft()
             self._bytes -= size
             if not future.done():
-                future.set_exception(StoreUnavailable(reason))
+                future.set_exception(kind(reason))
 
     def _sweep(self) -> None:
         """Fails what is past its deadline, and tears a black hole down. One timer for all, only while some wait."""

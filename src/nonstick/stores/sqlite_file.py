@@ -18,7 +18,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Final, TypeVar
 
-from nonstick.errors import ConfigurationError, StoreUnavailable
+from nonstick.errors import ConfigurationError, StoreUnavailable, StoreUnusable
 from nonstick.migrate import Plan, Step
 
 __all__ = [
@@ -60,6 +60,8 @@ _MODE: Final = 0o600
 
 _COMPANIONS: Final = ("-wal", "-shm", "-journal")
 """What SQLite puts beside a file, with the file's own mode."""
+
+_FORBIDDEN: Final = "this user may not write the store's file, or not in its directory: see `nonstick doctor`"
 
 _making = threading.Lock()
 
@@ -153,7 +155,24 @@ class DatabaseFile:
         """What to raise for an SQLite error; logs a damaged file."""
         if _code(error) in _DAMAGED:
             _log.error("%s is damaged: %s", self.path, error)
+        if (why := self._mistake(_code(error))) is not None:
+            return StoreUnusable(why)
         return StoreUnavailable(f"{self.path}: {error}")
+
+    def _mistake(self, code: int) -> str | None:
+        """What somebody has to change before the file can be used; None where another try may find it in order."""
+        if code in _DAMAGED:
+            return "the store's file is damaged, or no SQLite database: put a sound one in its place, or name another"
+        if code not in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM):
+            return None
+        folder = self.path.parent
+        if not folder.is_dir():
+            return "the directory of the store's file does not exist: make it, or correct the URL"
+        if self.path.is_dir():
+            return "the store's URL names a directory: add a file's name"
+        # SQLite makes files beside the database.
+        refused = [one for one in (folder, self.path) if one.exists() and not os.access(one, os.R_OK | os.W_OK)]
+        return _FORBIDDEN if refused else None
 
     def _prepare(self, db: sqlite3.Connection) -> None:
         version = self._schema_version(db)

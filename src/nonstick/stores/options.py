@@ -1,0 +1,29 @@
+"""What every store's URL has in common: how a mistake in it is told without quoting it, for it may hold a password."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from typing import Final
+
+from nonstick.errors import ConfigurationError
+
+__all__ = ["close_to", "unknown_option"]
+
+_NAME: Final = re.compile(r"[A-Za-z][A-Za-z_.]{0,39}")
+"""What is taken for an option's name; other things may be a part of a password with an unescaped '?' or '&'."""
+
+
+def unknown_option(name: str, known: Iterable[str], advice: str = "") -> ConfigurationError:
+    """What to raise for an option that there is none of."""
+    names = list(known)
+    close = close_to(name, names)
+    shown = f" {name!r}" if _NAME.fullmatch(name) else ""
+    hint = f"Did you mean {close}?" if close else advice or f"Known are {', '.join(names)}."
+    return ConfigurationError(f"the store URL has an option{shown} that is not known. {hint}")
+
+
+def close_to(word: str, known: Iterable[str]) -> str | None:
+    """Which of these was probably meant."""
+    return next(iter(difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.75)), None)
