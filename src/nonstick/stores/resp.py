@@ -321,7 +321,7 @@ async def _connect(wire: Wire, address: Address, timeout: float) -> None:
     else:
         opening = loop.create_task(loop.create_connection(lambda: wire, address.host, address.port, ssl=address.tls))
         try:
-            await asyncio.wait([opening], timeout=timeout / 4)
+            await asyncio.wait([opening], timeout=timeout / 10)
             # A server without TLS may wait for the end of what it takes for a line.
             if not opening.done() and await _spoken_at(address, timeout / 4) == "redis":
                 raise StoreUnusable(_SPOKEN["redis"])
@@ -432,6 +432,7 @@ class Connection:
         self._asked = 0.0
         self._failures = 0
         self._failed_at = 0.0
+        self._unusable = ""
         self._closed = False
 
     @property
@@ -526,11 +527,12 @@ class Connection:
             except StoreUnavailable as error:
                 self._failures += 1
                 self._failed_at = self._loop.time()
-                kind = StoreUnusable if isinstance(error, StoreUnusable) else StoreUnavailable
-                self._fail(str(error), known, kind=kind)
+                self._unusable = str(error) if isinstance(error, StoreUnusable) else ""
+                self._fail(str(error), known, kind=StoreUnusable if self._unusable else StoreUnavailable)
         self._connecting = None
         if wire is not None:
             self._failures = 0
+            self._unusable = ""
             self._adopt(wire)
 
     def _adopt(self, wire: Wire) -> None:
@@ -587,6 +589,12 @@ class Connection:
             if not future.done():
                 future.set_exception(kind(reason))
 
+    def _late(self) -> StoreUnavailable:
+        """What to raise after a deadline. It may be shorter than an attempt to connect: then how the last one ended."""
+        if self._unusable:
+            return StoreUnusable(self._unusable)
+        return StoreUnavailable(f"{self._address.url} did not answer in time")
+
     def _sweep(self) -> None:
         """Fails what is past its deadline, and tears a black hole down. One timer for all, only while some wait."""
         self._timer = None
@@ -598,5 +606,5 @@ class Connection:
             wire.abort(f"nothing was heard for {self._timeout:g} s")
         for future, deadline, _, _ in self._waiting:
             if now >= deadline and not future.done():
-                future.set_exception(StoreUnavailable(f"{self._address.url} did not answer in time"))
+                future.set_exception(self._late())
         self._timer = self._loop.call_later(_SWEEP_SECONDS, self._sweep)
