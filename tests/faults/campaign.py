@@ -50,7 +50,7 @@ __all__ = ["Campaign", "StoreKind", "report"]
 NODES: Final = 3
 PATIENT: Final = 6
 """Clients whose tools take their time."""
-HURRIED: Final = 6
+HURRIED: Final = 8
 """Clients that send one short request after the other."""
 VANISHING: Final = 1
 """Clients that go away in the middle, one after the other."""
