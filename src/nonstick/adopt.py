@@ -7,9 +7,10 @@ and because the server's lifespan is entered by it: once, as ever. Ours runs ins
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar, Unpack
 
 from mcp.server import Server
@@ -68,7 +69,8 @@ def adopt(app: AppT, *, store: str | Store, cluster: Cluster | None = None, **op
 
     Args:
         app: What `streamable_http_app()` of the SDK or `http_app()` of FastMCP returned, or a Starlette or FastAPI app
-            in which such apps are mounted. With several, each has its own sessions.
+            in which such apps are mounted. With several, each has its own sessions: a session is of the server that
+            opened it, by the server's name (or `namespace`) and the path.
         store: Where sessions live, the same for every replica; as for `nonstick.app`.
         cluster: The `Cluster` that the server was built with. Need not be said if it is the only one in the process.
         options: nonstick's own settings; see `Settings`.
@@ -144,19 +146,24 @@ def take_over(
         )
     cluster = cluster or Cluster.only() or Cluster.apart()
     endpoints: list[_Endpoint] = []
-    for place in places:
+    for place, name in zip(places, _names(places, options.get("namespace")), strict=True):
 
-        def make(theirs: StreamableHTTPSessionManager | None, place: _Place = place) -> SessionManager:
+        def make(
+            theirs: StreamableHTTPSessionManager | None, place: _Place = place, name: str = name
+        ) -> SessionManager:
             kept = {} if theirs is None else {name: getattr(theirs, name) for name in _KEPT}
+            own = options.copy()
+            if not own.get("namespace") and fastmcp_server.is_nameless(place.owner):
+                own["namespace"] = _server_name(place)
             return SessionManager(
                 # What its server is, FastMCP says when it starts. Until then there is nothing to serve.
-                Server("") if theirs is None else theirs.app,
+                Server(_server_name(place) or "") if theirs is None else theirs.app,
                 **{**kept, **given},
                 store=store,
                 cluster=cluster,
                 modern=theirs,
-                endpoint=place.path if len(places) > 1 else "",
-                **options.copy(),
+                endpoint=name,
+                **own,
             )
 
         if fastmcp_server.is_endpoint(place.asgi):
@@ -183,12 +190,16 @@ class _Place:
 
     Attributes:
         asgi: The endpoint, the SDK's or FastMCP's: an object with an assignable `session_manager`.
+        way: The mounts and host names on the way to it, and its path, as the routes have them.
         path: Under which it is reached.
-        owner: The app that it was made in.
+        own_path: Under which the app has it that it was made in.
+        owner: That app.
     """
 
     asgi: Any
+    way: tuple[str, ...]
     path: str
+    own_path: str
     owner: Starlette | None
 
 
@@ -287,25 +298,51 @@ def _layers(app: Any) -> Iterator[Any]:
         app = getattr(app, "app", None)
 
 
-def _places(app: Any, path: str = "", owner: Starlette | None = None) -> Iterator[_Place]:
+def _places(app: Any, begun: _Place | None = None) -> Iterator[_Place]:
+    place = begun or _Place(None, (), "", "", None)
     for layer in _layers(app):
         if isinstance(layer, StreamableHTTPASGIApp) or fastmcp_server.is_endpoint(layer):
-            yield _Place(layer, path, owner)
+            yield replace(place, asgi=layer)
             return
         if isinstance(layer, Starlette):
-            yield from _in_routes(layer.router.routes, path, layer)
+            yield from _in_routes(layer.router.routes, replace(place, own_path="", owner=layer))
         elif isinstance(layer, Router):
-            yield from _in_routes(layer.routes, path, owner)
+            yield from _in_routes(layer.routes, place)
 
 
-def _in_routes(routes: list[BaseRoute], path: str, owner: Starlette | None) -> Iterator[_Place]:
+def _in_routes(routes: list[BaseRoute], place: _Place) -> Iterator[_Place]:
     for route in routes:
         if isinstance(route, Route):
-            yield from _places(route.endpoint, path + route.path, owner)
+            yield from _places(route.endpoint, _further(place, route.path))
         elif isinstance(route, Mount):
-            yield from _places(route.app, path + route.path, owner)
+            yield from _places(route.app, _further(place, route.path))
         elif isinstance(route, Host):
-            yield from _places(route.app, f"{route.host}{path}", owner)
+            way = (*place.way, f"host {route.host}")
+            yield from _places(route.app, replace(place, way=way, path=f"{route.host}{place.path}"))
+
+
+def _further(place: _Place, path: str) -> _Place:
+    return replace(place, way=(*place.way, path), path=place.path + path, own_path=place.own_path + path)
+
+
+def _server_name(place: _Place) -> str | None:
+    if fastmcp_server.is_endpoint(place.asgi):
+        return fastmcp_server.name_of(place.owner)
+    name: str = place.asgi.session_manager.app.name
+    return name or None
+
+
+def _names(places: list[_Place], namespace: str | None) -> list[str]:
+    """What tells each endpoint from others of its server, or of the namespace.
+
+    The path that a server's own app has, wherever that is mounted: so replicas agree that stand behind different
+    prefixes. Where two in one app could be taken for each other, the whole way to them.
+    """
+    short = [(namespace or _server_name(place), place.own_path) for place in places]
+    return [
+        place.own_path if short.count(name) == 1 else json.dumps(place.way)
+        for place, name in zip(places, short, strict=True)
+    ]
 
 
 def _hint(app: Any) -> str:

@@ -2,12 +2,16 @@
 
 Both live in one record and one log for the whole cluster, the *cluster log*: the same primitives, in the same store,
 under a key that no session can have. Each node reads that log once, for all who listen there.
+
+Different servers on one store share that log, as long as nodes of version 0.1 do (P12): so an entry says whose it is,
+and others' are passed over.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import hmac
 import json
 import logging
 import secrets
@@ -48,6 +52,7 @@ from nonstick.errors import (
 from nonstick.events import Kind, decode, draft, kind_of
 from nonstick.follow import Follower
 from nonstick.guard import PATIENCE, GuardedStore
+from nonstick.security import identity
 from nonstick.sender import Sender
 from nonstick.state_store import Room, StateStore
 from nonstick.store import MAX_READ, Appended, Batch, Cursor, Event, Store
@@ -100,6 +105,9 @@ class Cluster:
     Nothing is connected until the app's lifespan runs; that lifespan may already use it. Where no app of nonstick runs
     (on stdio, say) all work within the process, as the SDK's own do. A process that serves nobody uses `connect`.
 
+    Apps that share one of these share all of it: what is told tells the clients of all. Servers that are to have
+    nothing to do with each other get one each, and their apps are told which, by `cluster=`.
+
     Args:
         request_state_ttl: Seconds for which a client may come back with a `requestState`.
 
@@ -115,7 +123,9 @@ class Cluster:
 
     def __init__(self, *, request_state_ttl: float = 600.0) -> None:
         self._made.add(self)
-        self._bus = _Bus()
+        self._servers: list[str] = []
+        """Identities of the servers whose clients are told here; nobody's in a process that serves nobody."""
+        self._bus = _Bus(self._servers)
         self._codec = _Codec()
         self._security = RequestStateSecurity(codec=self._codec, ttl=request_state_ttl)
         self._taken: set[str] = set()
@@ -167,10 +177,26 @@ class Cluster:
         made = list(cls._made)
         return made[0] if len(made) == 1 else None
 
+    def serve(self, name: str, *, sealed_apart: bool = False) -> None:
+        """Takes part for the server of this name, or in this namespace, beside those that it takes part for already.
+
+        Args:
+            sealed_apart: `requestState` is to be sealed for this namespace alone. Else the server's name, which the SDK
+                puts into it, tells it from others'.
+        """
+        server = identity(name)
+        if server not in self._servers:
+            self._servers.append(server)
+            self._codec.bind(name if sealed_apart else "")
+
     @classmethod
     @asynccontextmanager
     async def connect(
-        cls, store: str | Store, *, encryption_keys: Sequence[str | bytes] | None = None
+        cls,
+        store: str | Store,
+        *,
+        encryption_keys: Sequence[str | bytes] | None = None,
+        namespace: str | None = None,
     ) -> AsyncIterator[Cluster]:
         """The cluster whose nodes use this store, for a process that is none of them, such as a script:
 
@@ -179,6 +205,8 @@ class Cluster:
 
         Args:
             encryption_keys: Those of the nodes, if they have any.
+            namespace: The servers' name, or the namespace that they were given. Without it the clients of all servers
+                on this store are told.
 
         Raises:
             ConfigurationError: No other process could use this store, or a key is none.
@@ -187,6 +215,8 @@ class Cluster:
         if isinstance(store, str) and store.lower().startswith("memory:"):
             raise ConfigurationError("no other process can use memory:; give the URL of the store that the nodes use")
         cluster, opened = cls.apart(), open_store(store)
+        if namespace:
+            cluster.serve(namespace)
         if encryption_keys is not None:
             opened = EncryptedStore(opened, encryption_keys)
         async with GuardedStore(opened) as guarded:
@@ -303,7 +333,7 @@ class Cluster:
         """
         async with self._following:
             self._codec.use([])
-            self._state.use(store, self._room)
+            self._state.use(store, self._room, self._servers[0] if self._servers else "")
             try:
                 await self._keep(store, joined)
             finally:
@@ -373,7 +403,7 @@ class Cluster:
         try:
             while events := await store.read(CLUSTER_KEY, Cursor(self.broadcasts.head.position), limit=MAX_READ):
                 for event in events:
-                    self.broadcasts.take(event, _what(event))
+                    self.broadcasts.take(event, self._what(event))
         except Undecryptable:
             # The record is read, so this node has the keys of today. What is there under older ones counts as trimmed,
             # for else no node could take part until it is.
@@ -400,12 +430,22 @@ class Cluster:
             subscription.close()
 
     async def _take(self, store: GuardedStore, event: Event) -> None:
-        what = _what(event)
+        what = self._what(event)
         self.broadcasts.take(event, what)
         if what is not None:
             await self._bus.local.publish(what)
         elif kind_of(event.data) is Kind.KEYS:
             await self._renew_keys(store)
+
+    def _what(self, event: Event) -> ServerEvent | None:
+        """What this entry of the cluster log says that changed, for clients that are told here."""
+        if kind_of(event.data) is not Kind.PUBLISHED:
+            return None
+        body = decode(event.data)
+        servers = body.get("servers")  # version 0.1 does not say whose it is
+        if servers is not None and self._servers and not set(servers) & set(self._servers):
+            return None
+        return event_from_wire(body["method"], body)
 
     async def _tell(self) -> None:
         for count, hearer in enumerate(list(self.hearers), 1):
@@ -444,7 +484,8 @@ class Cluster:
 class _Bus:
     """The SDK's `SubscriptionBus` over the cluster log."""
 
-    def __init__(self) -> None:
+    def __init__(self, servers: Sequence[str]) -> None:
+        self._servers = servers
         self.local = InMemorySubscriptionBus()
         self.sender: Sender | None = None
         self.joined: asyncio.Event | None = None
@@ -467,6 +508,8 @@ class _Bus:
             await self.local.publish(event)
             return
         body = {"method": METHODS[type(event)], "uri": getattr(event, "uri", None)}
+        if self._servers:
+            body["servers"] = list(self._servers)
         await self.sender.send(draft(Kind.PUBLISHED, pydantic_core.to_json(body)))
         await anyio.lowlevel.checkpoint()
 
@@ -479,11 +522,22 @@ class _Codec:
     """The SDK's own sealing, under the cluster's keys, or one of this process's own where no cluster is joined."""
 
     def __init__(self) -> None:
-        self._keyed: AESGCMRequestStateCodec | None = AESGCMRequestStateCodec([secrets.token_bytes(32)])
+        self._keys = [secrets.token_bytes(32)]
+        self._namespaces: list[str] = []
+        self._keyed: AESGCMRequestStateCodec | None
+        self.use(self._keys)
 
     def use(self, keys: list[bytes]) -> None:
         """Seals with the first of these keys and accepts all of them; with none, neither until there are some."""
-        self._keyed = AESGCMRequestStateCodec(keys) if keys else None
+        self._keys = keys
+        ring = [_key_for(namespace, key) for namespace in self._namespaces or [""] for key in keys]
+        self._keyed = AESGCMRequestStateCodec(ring) if ring else None
+
+    def bind(self, namespace: str) -> None:
+        """Seals for this namespace, or the first, and accepts what was sealed for it; "" for what belongs to none."""
+        if namespace not in self._namespaces:
+            self._namespaces.append(namespace)
+            self.use(self._keys)
 
     def seal(self, payload: bytes) -> str:
         if self._keyed is None:
@@ -494,6 +548,10 @@ class _Codec:
         if self._keyed is None:
             raise InvalidRequestState("keys not loaded")
         return self._keyed.unseal(token)
+
+
+def _key_for(namespace: str, key: bytes) -> bytes:
+    return hmac.digest(key, f"nonstick namespace {namespace}".encode(), "sha256") if namespace else key
 
 
 def _pack(keys: list[bytes]) -> bytes:
@@ -508,14 +566,6 @@ def _unpack(data: bytes) -> list[bytes]:
             "what the nodes share is encrypted, or of another version of nonstick: give the encryption keys of the "
             "nodes that wrote it"
         ) from None
-
-
-def _what(event: Event) -> ServerEvent | None:
-    """What this entry of the cluster log says that changed."""
-    if kind_of(event.data) is not Kind.PUBLISHED:
-        return None
-    body = decode(event.data)
-    return event_from_wire(body["method"], body)
 
 
 def _contained(tell: Callable[[], None]) -> None:

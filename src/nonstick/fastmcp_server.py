@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from typing import TYPE_CHECKING, Any, Final, TypeGuard
 
@@ -19,7 +20,17 @@ from nonstick.state_store import PROBE, probed
 if TYPE_CHECKING:
     from fastmcp import FastMCP
 
-__all__ = ["check_state", "has_tasks", "http_app", "is_endpoint", "is_server", "keep_levels", "listen"]
+__all__ = [
+    "check_state",
+    "has_tasks",
+    "http_app",
+    "is_endpoint",
+    "is_nameless",
+    "is_server",
+    "keep_levels",
+    "listen",
+    "name_of",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +47,12 @@ _NOT_SHARED: Final = (
 _TASKS_APART: Final = (
     "FastMCP server %r keeps its background tasks in this process: asked for at another node, a task is unknown. Give "
     "them a Redis or Valkey that all nodes share: FASTMCP_DOCKET_URL=redis://..., or TasksExtension(url=...)"
+)
+
+
+_UNNAMED: Final = (
+    "this FastMCP server has no name, and by its name and path its sessions are told from those of other servers on "
+    'the same store. Give it one, FastMCP("shop"), or namespace= to nonstick'
 )
 
 
@@ -68,6 +85,27 @@ def http_app(server: FastMCP[Any], *, path: str | None, refused: dict[str, Any],
             "nonstick.adopt(server.http_app(...), store=...)"
         )
     return server.http_app(path=path, **{name: value for name, value in arguments.items() if value})
+
+
+def name_of(app: Starlette | None) -> str | None:
+    """A name for the FastMCP server in this app that is the same in every process; None if there is no such server.
+
+    One that was given none has a name that FastMCP makes up anew in each process.
+    """
+    server = None if app is None else getattr(app.state, "fastmcp_server", None)
+    if not is_server(server):
+        return None
+    return type(server).__name__ if _is_nameless(server) else server.name
+
+
+def is_nameless(app: Starlette | None) -> bool:
+    """Whether the FastMCP server in this app was given no name."""
+    server = None if app is None else getattr(app.state, "fastmcp_server", None)
+    return is_server(server) and _is_nameless(server)
+
+
+def _is_nameless(server: FastMCP[Any]) -> bool:
+    return re.fullmatch(rf"{re.escape(type(server).__name__)}-[0-9a-f]{{4}}", server.name) is not None
 
 
 # ---- the level of log messages
@@ -129,6 +167,8 @@ async def check_state(app: Starlette) -> None:
                 await get_session(PROBE)
         except Exception as error:
             logger.debug("looked for a session that is not there", exc_info=without_text(error))
+    if _is_nameless(server):
+        logger.warning(_UNNAMED)
     if not asked():
         logger.warning(_NOT_SHARED, server.name)
     if server.docket is not None and server.docket.url.startswith("memory:"):

@@ -70,7 +70,15 @@ from nonstick.offers import offer
 from nonstick.placement import Rehydrate
 from nonstick.record import CONFIRMED, Record
 from nonstick.relay import Relay, packed, relay_notice
-from nonstick.security import json_depth_exceeds, new_session_id, principal_of, session_key, valid_session_id
+from nonstick.security import (
+    identity,
+    is_session_id,
+    is_session_of,
+    json_depth_exceeds,
+    new_session_id,
+    principal_of,
+    session_key,
+)
 from nonstick.session import Session, as_number, request_key
 from nonstick.sessionless import forget_session, listens
 from nonstick.state_store import Room, within_request
@@ -159,6 +167,7 @@ class Options(TypedDict, total=False):
     reexecute: Literal["never", "idempotent"]
     node_name: str | None
     node_header: bool
+    namespace: str | None
     encryption_keys: Sequence[str | bytes] | None
 
 
@@ -180,8 +189,9 @@ class SessionManager:
         max_sessions: Live sessions in the whole store; over it `initialize` gets 503. None for no limit.
         cluster: The `Cluster` that the server was built with. Need not be said if it is the only one in the process.
         modern: The SDK's manager that serves clients of 2026-07-28 and later; one is made if none is given.
-        endpoint: The name of this endpoint, where several servers share one store: a session is of one endpoint, and
-            the others have never heard of it.
+        endpoint: The path of this endpoint, or whatever else tells it from others of the same server. With the server's
+            name, or `namespace`, it says whose sessions these are, where several servers share one store: the others
+            have never heard of them. The same on every replica.
         options: nonstick's own settings. With `encryption_keys` the store is wrapped in an `EncryptedStore`.
 
     Raises:
@@ -232,6 +242,9 @@ class SessionManager:
                 "for nonstick.adopt()."
             )
         node_name = options.pop("node_name", None)
+        namespace = options.pop("namespace", None)
+        if namespace is not None and not (isinstance(namespace, str) and namespace):
+            raise ConfigurationError(f"namespace must be a text that is not empty, not {namespace!r}")
         self._node_header = options.pop("node_header", False)
         keys = options.pop("encryption_keys", None)
         if json_response:
@@ -270,7 +283,13 @@ class SessionManager:
         """What is told to every client goes through this: `await manager.cluster.notify_tools_changed()`."""
         self.has_tasks = False
         """Whether requests begin tasks that other nodes run: FastMCP's."""
+        self.namespace = namespace or self.app.name
+        """With the endpoint: whose sessions these are."""
         self._endpoint = endpoint
+        self._server = identity(self.namespace, endpoint)
+        self._sealed_apart = namespace is not None
+        self.cluster.serve(self.namespace, sealed_apart=self._sealed_apart)
+        self._strangers = False
         self._node: Node | None = None
         self._started = False
 
@@ -304,6 +323,7 @@ class SessionManager:
         if not self.cluster.may_use(self.store):
             # The only one in the process, but of an app on another store.
             self.cluster = Cluster.apart()
+            self.cluster.serve(self.namespace, sealed_apart=self._sealed_apart)
         if not self.stateless:
             offer(self.app)
         settings = self.settings
@@ -317,7 +337,8 @@ class SessionManager:
         with node.signals():
             async with node:
                 self._node = node
-                logger.info("node %s serves sessions from %s", node.id, self.store.url)
+                whose = (self.namespace, self._endpoint)
+                logger.info("node %s serves sessions of %r at %r from %s", node.id, *whose, self.store.url)
                 try:
                     yield
                 finally:
@@ -378,8 +399,30 @@ class SessionManager:
             raise misfit
 
     def key(self, session_id: str) -> str:
-        """The name of this session, of this endpoint, in the store."""
-        return session_key(session_id, self._endpoint)
+        """The name of this session in the store.
+
+        Raises:
+            SessionNotFound: This can be no id of a session of this server. Nobody need ask the store.
+        """
+        if not is_session_of(self._server, session_id):
+            self._tell_of_stranger(session_id)
+            raise SessionNotFound
+        return session_key(session_id)
+
+    def new_session_id(self) -> str:
+        """The id of a session that is to be opened at this server."""
+        return new_session_id(self._server)
+
+    def _tell_of_stranger(self, session_id: str) -> None:
+        """Once: replicas that do not agree on what server they are would send every client away."""
+        if not self._strangers and is_session_id(session_id):
+            self._strangers = True
+            logger.warning(
+                "a request named a session that was not opened at this server, which is %r at %r. If a replica opened "
+                "it, give all of them the same name, or the same namespace=",
+                self.namespace,
+                self._endpoint,
+            )
 
     async def load(self, key: str) -> Loaded:
         """As `Store.load`, of the store that this node uses.
@@ -484,7 +527,7 @@ class SessionManager:
             node.requests.check(principal)
             self._check_initialize(message)
             routed = request.scope.get(TRANSPORT)
-            session_id = new_session_id() if routed is None else routed.open()
+            session_id = self.new_session_id() if routed is None else routed.open()
             session = Session(node, session_id, self.key(session_id))
             session.hold_back()
             if self.settings.placement == "owner":
@@ -519,8 +562,7 @@ class SessionManager:
         headers: list[tuple[bytes, bytes]],
     ) -> None:
         node = self._running()
-        if not valid_session_id(session_id):
-            raise SessionNotFound
+        key = self.key(session_id)
         message: JSONRPCMessage | None = None
         problem: wire.Refusal | None = None
         if request.method == "POST":
@@ -534,7 +576,6 @@ class SessionManager:
             node.requests.check(principal)
         elif request.method == "GET":
             node.listeners.check(principal)
-        key = self.key(session_id)
         sent_once = isinstance(message, JSONRPCNotification | JSONRPCResponse | JSONRPCError)
         loaded = await node.store.load(key, patience=_NOTICE_PATIENCE if sent_once else None)
         record = Record.from_fields(loaded.fields)
@@ -884,8 +925,8 @@ def _check_rehydrate(value: object) -> None:
 
 def _header_names(value: object) -> tuple[str, ...]:
     """These names, in lower case."""
-    names = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else []
-    if not names or not all(isinstance(name, str) and _HEADER_NAME.fullmatch(name) for name in names):
+    names = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [None]
+    if not all(isinstance(name, str) and _HEADER_NAME.fullmatch(name) for name in names):
         raise ConfigurationError(f'relay_headers must be names of headers, as in ["x-api-key"], not {value!r}')
     lower = tuple(name.lower() for name in names)
     if MCP_SESSION_ID_HEADER in lower:

@@ -33,7 +33,7 @@ from nonstick.errors import (
     TooManySessions,
 )
 from nonstick.guard import GuardedStore
-from nonstick.security import principal_of
+from nonstick.security import identity, principal_of
 from nonstick.session import Session, current_session
 from nonstick.stores.memory import MemoryStore
 from nonstick.wire import STORE_AWAY
@@ -136,11 +136,13 @@ class StateStore:
     def __init__(self) -> None:
         self._store = GuardedStore(MemoryStore())
         self._room = Room()
+        self._server = ""
 
-    def use(self, store: GuardedStore, room: Room) -> None:
-        """Keeps everything there from now on."""
+    def use(self, store: GuardedStore, room: Room, server: str = "") -> None:
+        """Keeps everything there from now on; what is outside of sessions apart from what other servers keep."""
         self._store = store
         self._room = room
+        self._server = server
 
     # ---- AsyncKeyValue
 
@@ -205,13 +207,13 @@ class StateStore:
     # ---- where a value is
 
     def _place(self, key: str, collection: str | None) -> _Place:
-        name = hashlib.sha256(json.dumps([collection, key]).encode()).hexdigest()
-        field = FIELD + name[:32]
+        name = json.dumps([collection, key])
+        field = FIELD + identity(name)
         whose, colon, _ = key.partition(":")
         session, request = current_session(), _request.get()
         if colon and session is not None and whose == session.id:
             return _InOpening(session, field) if session.is_opening else _InSession(session, field)
-        own = _Own(self._store, FIELD + name[:40], field, self._room)
+        own = _Own(self._store, FIELD + identity(self._server, name), field, self._room)
         if colon and request is not None and whose == _name_of_request():
             return _InRequest(request, field, own)
         return own

@@ -9,7 +9,7 @@ from starlette.types import Receive, Scope, Send
 from nonstick import wire
 from nonstick.errors import SessionNotFound
 from nonstick.record import Record
-from nonstick.security import new_session_id, principal_of, valid_session_id
+from nonstick.security import principal_of
 
 if TYPE_CHECKING:
     from nonstick.manager import SessionManager
@@ -36,7 +36,7 @@ class Session:
     def __init__(self, manager: SessionManager, *, existing_session_id: str | None = None) -> None:
         self._manager = manager
         self._is_new = existing_session_id is None
-        self.id = new_session_id() if existing_session_id is None else existing_session_id
+        self.id = manager.new_session_id() if existing_session_id is None else existing_session_id
         self.record: Record | None = None
         """What was known of the session when `hydrate` loaded it."""
 
@@ -55,8 +55,6 @@ class Session:
             StoreUnavailable: Answer 503 with Retry-After, never 404: that would end the session for the client (P9).
             NotRunning: The manager does not run in this process.
         """
-        if not valid_session_id(session_id):
-            raise SessionNotFound
         loaded = await manager.load(manager.key(session_id))
         record = Record.from_fields(loaded.fields)
         if record.principal != (b"" if scope is None else principal_of(scope)):

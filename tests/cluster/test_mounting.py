@@ -372,6 +372,7 @@ async def test_options_that_are_named_are_those_that_can_be_given() -> None:
     defaults = {field.name: field.default for field in fields(Settings)} | {
         "node_name": None,
         "node_header": False,
+        "namespace": None,
         "encryption_keys": None,
     }
     for name in named:

@@ -75,7 +75,7 @@ async def test_ids_have_192_random_bits_and_are_unique(memory: MakeStore) -> Non
         ids = [(await cluster[n % 3].open(initialized=False)).id for n in range(30)]
     assert len(set(ids)) == len(ids)
     for session_id in ids:
-        assert len(session_id) == 32
+        assert len(session_id) == 40
         assert set(session_id) <= set(string.ascii_letters + string.digits + "-_")
     # No position is constant: 30 random characters out of 64 are never all the same.
     assert all(len(set(column)) > 1 for column in zip(*ids, strict=True))

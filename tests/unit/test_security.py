@@ -14,32 +14,61 @@ from mcp.server.auth.provider import AccessToken
 from starlette.authentication import SimpleUser
 
 from nonstick.security import (
+    identity,
+    is_session_id,
+    is_session_of,
     json_depth_exceeds,
     new_session_id,
     principal_of,
     session_key,
-    valid_session_id,
     without_text,
 )
 
+SHOP, BANK = identity("shop", "/mcp"), identity("bank", "/mcp")
 
-def test_new_ids_are_valid_and_differ() -> None:
+
+def test_new_ids_are_of_their_server_and_differ() -> None:
     """P1: 192 bits."""
-    ids = {new_session_id() for _ in range(1000)}
+    ids = {new_session_id(SHOP) for _ in range(1000)}
     assert len(ids) == 1000
-    assert all(valid_session_id(one) and len(one) == 32 for one in ids)
+    assert all(is_session_of(SHOP, one) and len(one) == 40 for one in ids)
+    assert not any(is_session_of(other, one) for one in ids for other in (BANK, ""))
 
 
-@given(st.text(max_size=80))
-def test_valid_ids_are_22_to_64_of_the_url_alphabet(text: str) -> None:
+@given(st.text(string.ascii_letters + string.digits + "-_.é", min_size=30, max_size=42))
+def test_ids_are_32_or_40_of_the_url_alphabet(text: str) -> None:
     """P1."""
     allowed = set(string.ascii_letters + string.digits + "-_")
-    assert valid_session_id(text) == (22 <= len(text) <= 64 and set(text) <= allowed)
+    assert is_session_id(text) == (len(text) in (32, 40) and set(text) <= allowed)
 
 
-@pytest.mark.parametrize("text", ["a" * 22 + "\n", "a" * 21, "a" * 65, "ａ" * 32, "a" * 31 + "\0", ""])
+@given(st.text(string.ascii_letters + string.digits + "-_", min_size=32, max_size=32))
+def test_id_of_version_0_1_does_not_tell_its_server(text: str) -> None:
+    """P12: it is of any, for one release."""
+    assert is_session_of(SHOP, text)
+    assert is_session_of(BANK, text)
+
+
+@pytest.mark.parametrize(
+    "text", ["a" * 32 + "\n", "a" * 31, "a" * 33, "ａ" * 32, "a" * 31 + "\0", "", "a" * 40, "a" * 64]
+)
 def test_look_alikes_are_no_ids(text: str) -> None:
-    assert not valid_session_id(text)
+    assert not is_session_of(SHOP, text)
+
+
+def test_id_that_was_changed_is_of_no_server() -> None:
+    """P1: nor is one with something after it, as the name of an endpoint was once."""
+    session_id = new_session_id(SHOP)
+    for at in (0, 15, 31, 32, 39):
+        changed = session_id[:at] + ("a" if session_id[at] != "a" else "b") + session_id[at + 1 :]
+        assert not is_session_of(SHOP, changed)
+    assert not is_session_of(SHOP, session_id + "localhost")
+    assert not is_session_of(SHOP, session_id[:-1])
+
+
+@given(st.lists(st.text(max_size=5), max_size=4), st.lists(st.text(max_size=5), max_size=4))
+def test_identity_tells_parts_apart_however_they_are_joined(one: list[str], other: list[str]) -> None:
+    assert (identity(*one) == identity(*other)) == (one == other)
 
 
 def test_key_does_not_show_the_id() -> None:
