@@ -238,6 +238,7 @@ class _Later:
             return
         self.manager = self._make(theirs)
         fastmcp_server.keep_levels(theirs.app)
+        fastmcp_server.name_sessions_by_hash()
         try:
             # Its lifespan is entered already; FastMCP counts who is in it, and gives what it yielded.
             async with theirs.app.lifespan(theirs.app) as state, self.manager.serving(state):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, TypeGuard
 
 from mcp.server import Server, ServerRequestContext
@@ -30,9 +31,18 @@ __all__ = [
     "keep_levels",
     "listen",
     "name_of",
+    "name_sessions_by_hash",
 ]
 
 logger = logging.getLogger(__name__)
+
+_SPAN_ATTRIBUTES: Final = "get_session_span_attributes"
+"""The function of theirs that tells each span what session it is of."""
+
+_RAW_IDS: Final = (
+    "this version of FastMCP is not known to nonstick: its spans may hold session ids. Whoever can read the traces "
+    "could use the sessions"
+)
 
 _SET_LEVEL: Final = "logging/setLevel"
 _LISTEN: Final = "subscriptions/listen"
@@ -131,6 +141,32 @@ def keep_levels(server: Server[Any]) -> None:
     entry = server.get_request_handler(_SET_LEVEL)
     if entry is not None and not isinstance(entry.handler, _KeepLevel):
         server.add_request_handler(_SET_LEVEL, SetLevelRequestParams, _KeepLevel(entry.handler))
+
+
+# ---- traces
+
+
+class _ByHash:
+    """What FastMCP's spans say of a session: its id only where that was asked for, else a part of its hash (P13)."""
+
+    def __init__(self, theirs: Callable[[], dict[str, str]]) -> None:
+        self._theirs = theirs
+
+    def __call__(self) -> dict[str, str]:
+        said, session = self._theirs(), current_session()
+        if session is None or session.node.settings.trace_session_ids == "raw":
+            return said
+        return {name: session.key[:12] if value == session.id else value for name, value in said.items()}
+
+
+def name_sessions_by_hash() -> None:
+    """Has FastMCP's spans, of all its servers in this process, name sessions of nonstick as its logs do."""
+    telemetry = sys.modules.get("fastmcp.server.telemetry")
+    theirs = getattr(telemetry, _SPAN_ATTRIBUTES, None)
+    if theirs is None:
+        logger.warning(_RAW_IDS)
+    elif not isinstance(theirs, _ByHash):
+        setattr(telemetry, _SPAN_ATTRIBUTES, _ByHash(theirs))
 
 
 # ---- subscriptions of clients of 2026-07-28

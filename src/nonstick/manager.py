@@ -163,6 +163,7 @@ class Options(TypedDict, total=False):
     rehydrate: Rehydrate | None
     relay_headers: Sequence[str]
     relay_query: bool
+    trace_session_ids: Literal["hashed", "raw"]
     second_listener: Literal["takeover", "reject"]
     reexecute: Literal["never", "idempotent"]
     node_name: str | None
@@ -909,6 +910,7 @@ def _settings(options: Options, **more: Any) -> Settings:
         "answer": ("auto", "sse", "json"),
         "placement": ("any", "stateless", "owner"),
         "second_listener": ("takeover", "reject"),
+        "trace_session_ids": ("hashed", "raw"),
         "reexecute": ("never", "idempotent"),
     }
     for name, allowed in choices.items():
@@ -925,8 +927,8 @@ def _check_rehydrate(value: object) -> None:
 
 def _header_names(value: object) -> tuple[str, ...]:
     """These names, in lower case."""
-    names = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [None]
-    if not all(isinstance(name, str) and _HEADER_NAME.fullmatch(name) for name in names):
+    names: list[Any] | None = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else None
+    if names is None or not all(isinstance(name, str) and _HEADER_NAME.fullmatch(name) for name in names):
         raise ConfigurationError(f'relay_headers must be names of headers, as in ["x-api-key"], not {value!r}')
     lower = tuple(name.lower() for name in names)
     if MCP_SESSION_ID_HEADER in lower:

@@ -132,6 +132,8 @@ class Settings:
     they are written into the log, which has to be encrypted for it."""
     relay_query: bool = False
     """Whether these handlers see the query string: as for `relay_headers`."""
+    trace_session_ids: Literal["hashed", "raw"] = "hashed"
+    """What FastMCP's spans say of a session: 12 characters of its hash, as the logs do; or the id, which opens it."""
     second_listener: Literal["takeover", "reject"] = "takeover"
     reexecute: Literal["never", "idempotent"] = "never"
 

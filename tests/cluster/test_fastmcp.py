@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from fastmcp import Context, FastMCP
@@ -13,6 +15,7 @@ from fastmcp.server.auth import StaticTokenVerifier
 from fastmcp.server.middleware import Middleware
 from fastmcp.server.sessions import SessionProvider, UserSession
 from mcp.shared.exceptions import MCPError
+from opentelemetry import trace
 
 import nonstick
 from nonstick.security import session_key
@@ -75,6 +78,14 @@ def make(cluster: nonstick.Cluster, auth: Any = None) -> FastMCP[Any]:
         await session.set("value", value)
         return {"value": before}
 
+    inner = FastMCP[Any]("inner")
+
+    @inner.tool
+    async def where(ctx: Context) -> str:
+        await ctx.set_state("here", True)
+        return "inner"
+
+    server.mount(inner, "inner")
     server.add_provider(SessionProvider())
     return server
 
@@ -246,3 +257,41 @@ async def test_values_outside_of_sessions_are_limited_in_all_and_for_each_user()
         assert not (await mint(b, "bob")).get("isError")
         refused = await mint(b, "eve")
         assert "(max_state_records)" in refused["content"][0]["text"]
+
+
+# ---- traces
+
+
+@pytest.fixture
+def spans() -> Iterator[Callable[[], list[Any]]]:
+    """What is exported, as OpenTelemetry's own SDK exports it."""
+    sdk = importlib.import_module("opentelemetry.sdk.trace")
+    export = importlib.import_module("opentelemetry.sdk.trace.export")
+    memory = importlib.import_module("opentelemetry.sdk.trace.export.in_memory_span_exporter")
+    if not isinstance(trace.get_tracer_provider(), sdk.TracerProvider):
+        trace.set_tracer_provider(sdk.TracerProvider())
+    exporter = memory.InMemorySpanExporter()
+    provider: Any = trace.get_tracer_provider()
+    provider.add_span_processor(export.SimpleSpanProcessor(exporter))
+    yield lambda: list(exporter.get_finished_spans())
+    exporter.shutdown()
+
+
+@pytest.mark.parametrize("ids", ["hashed", "raw"])
+async def test_spans_name_a_session_by_its_hash_unless_its_id_is_asked_for(
+    spans: Callable[[], list[Any]], ids: Literal["hashed", "raw"]
+) -> None:
+    """P13: whoever reads the traces could use the session. On every node, also where a mounted server runs the tool."""
+    async with nodes(MemoryStore(), trace_session_ids=ids) as members:
+        session = await members[0].open()
+        for member in members:
+            answer = await member.post(call("put", key="cart", value=[1]), session)
+            assert messages(answer)[-1]["result"]["structuredContent"]["result"] == session.id
+            await member.post(call("inner_where"), session)
+            await member.post(call("nothing"), session)
+            await member.post(request("logging/setLevel", {"level": "error"}), session)
+    said = [json.loads(span.to_json()) for span in spans()]
+    named = {span["attributes"]["mcp.session.id"] for span in said if "mcp.session.id" in span["attributes"]}
+    assert named == {session_key(session.id)[:12] if ids == "hashed" else session.id}
+    assert sum(span["name"] == "tools/call put" for span in said) == 3
+    assert (session.id in json.dumps(said)) == (ids == "raw")
