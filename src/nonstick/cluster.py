@@ -35,6 +35,7 @@ from mcp.shared.subscriptions import (
 )
 from mcp_types import INTERNAL_ERROR
 
+from nonstick import apart
 from nonstick.broadcast import LISTS, METHODS, NOWHERE, Broadcasts
 from nonstick.encryption import EncryptedStore
 from nonstick.errors import (
@@ -284,7 +285,7 @@ class Cluster:
         self.nodes += 1
         self._on = store.store
         joined = self._bus.joined = self._bus.joined or asyncio.Event()
-        task = asyncio.create_task(self.keep(store, joined), name="cluster log")
+        task = apart.spawn(self.keep(store, joined), name="cluster log")
         task.add_done_callback(_report)
         try:
             try:

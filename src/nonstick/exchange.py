@@ -13,7 +13,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from contextvars import ContextVar
+from contextvars import Context, ContextVar, copy_context
 from functools import cached_property
 from typing import Any, Final, Literal, assert_never
 
@@ -21,17 +21,17 @@ import anyio
 import pydantic_core
 from mcp.server.streamable_http import REQUEST_CANCELLED
 from mcp.shared.dispatcher import CallOptions
-from mcp.shared.exceptions import NoBackChannelError
-from mcp.shared.jsonrpc_dispatcher import handler_exception_to_error_data, progress_token_from_params
+from mcp.shared.exceptions import MCPError, NoBackChannelError
+from mcp.shared.jsonrpc_dispatcher import progress_token_from_params
 from mcp.shared.message import ServerMessageMetadata
 from mcp.shared.transport_context import TransportContext
 from mcp_types import INTERNAL_ERROR, ErrorData, JSONRPCRequest, RequestId
 from mcp_types.version import is_version_at_least
-from pydantic_core import PydanticSerializationError
+from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.types import Send
 
-from nonstick import dice, wire
+from nonstick import dice, ending, tracing, wire
 from nonstick.errors import (
     Diverged,
     Fenced,
@@ -144,6 +144,14 @@ class Exchange:
         self._stopped: Literal["cancelled", "ended", "failed", "fenced"] | None = None
         self._failure: ErrorData | None = None
         self._closed = False
+        self._abandoned = False
+        """Its end is told without waiting for its handler."""
+        self._concluded = False
+        """Its end was told, or is another's to tell."""
+        self._body: bytes | None = None
+        """The answer, once the handler has ended."""
+        self._window: asyncio.TimerHandle | None = None
+        self._trace: dict[str, str] = {}
         self._writing = asyncio.Lock()
         self._sequence = 0
         self._in_doubt: Batch | None = None
@@ -181,10 +189,15 @@ class Exchange:
 
     # ---- the HTTP side
 
-    async def serve(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
-        """Runs the request and writes its response. `headers` go out with every response of the session."""
+    async def serve(self, send: Send, headers: list[tuple[bytes, bytes]], context: Context) -> None:
+        """Runs the request and writes its response.
+
+        Args:
+            headers: Go out with every response of the session.
+            context: The handler's.
+        """
         self._is_awaited = True
-        self._start()
+        self._start(context)
         try:
             # A caller that is cancelled leaves the handler alone.
             await self._decided
@@ -244,75 +257,123 @@ class Exchange:
             return False
         return True
 
-    def start(self) -> None:
+    def start(self, context: Context) -> None:
         """Runs a request that was taken over, for those who read its stream."""
         self._outlet.leave()
         self._answer_with(None)
-        self._start()
+        self._start(context)
 
-    def _start(self) -> None:
+    def _start(self, context: Context) -> None:
         session = self.session
+        if self._settings.reexecute != "never":
+            self._trace = context.run(tracing.here)
         session.exchanges[self.key] = self
         session.__enter__()
         # Its connection holds the same place: it takes one until both have ended.
         session.node.requests.take(self._request, self._principal)
-        session.node.spawn(self._run()).add_done_callback(self._ran)
-
-    def _ran(self, _: asyncio.Task[None]) -> None:
-        if not self._closed:
-            # Cancelled before its first step, it could not leave by itself.
-            self._closed = True
-            self._leave()
-        if not self._is_decided:
-            # Nobody shall wait for what will not come.
-            self._refuse(wire.unavailable("This node was shut down before it ran the request. Try again."))
-        self.session.node.requests.give_back(self._request)
-        self.session.__exit__()
+        session.node.spawn(self._run(), context).add_done_callback(self._ran)
 
     # ---- the handler's side
 
     async def _run(self) -> None:
-        window = asyncio.get_running_loop().call_later(self._settings.window, self._window_passed)
+        """Runs the handler, and tells its end, unless the handler left this task unfit for that: see `_ran`."""
+        self._window = asyncio.get_running_loop().call_later(self._settings.window, self._window_passed)
         _attempt.set(self.attempt - self._first_attempt + 1)
         self.session.make_current()
+        if self.session.was_cancelled(self.key, self.head):
+            self.session.use_up_cancel(self.key)
+            self.cancel()
+        if self._answer == "sse" and not self._opens and not await self._promote_first():
+            return
         try:
-            body: bytes | None
-            if self.session.was_cancelled(self.key, self.head):
-                self.session.use_up_cancel(self.key)
-                self.cancel()
-            if self._answer == "sse" and not self._opens:
-                await self._promote()
             with self._scope:
                 if self._scope.cancel_called:
                     # Cancelled before it began, the handler does not run to its first wait either.
                     await anyio.lowlevel.checkpoint_if_cancelled()
-                body = await self._handle()
-            if self._closed:
-                return
-            self._closed = True
-            window.cancel()
-            if self._scope.cancelled_caught or self._stopped is not None:
-                body = self._stopped_body()
-            await self._finish(body)
-        except SessionNotFound:
-            self._refuse(wire.Refusal(404, "Session not found"))
-            self.session.node.spawn(self.session.end())
-        except (StreamClosed, Fenced):
-            # Another node has ended this stream: nothing more of it is ours to say, or to keep (P7).
-            self.session.state.revert()
-            self._give_up_stream()
-        except StoreUnavailable:
-            self._refuse(wire.unavailable("The session store cannot be reached. The session is kept; try again."))
-            if self._in_doubt is not None:
-                # A stream may have been opened that nobody would end.
-                await self._end_stream(wire.error_body(self.message.id, _NOT_RUN), {})
-        except BaseException:
-            self._refuse(wire.Refusal(500, "The request was interrupted", INTERNAL_ERROR))
-            raise
-        finally:
-            window.cancel()
+                self._body = await self._handle()
+        except BaseException as exception:
+            # A cancellation that is none of ours, or what a scope says that the handler did not leave.
+            if self._body is None:
+                self._body = self._told(exception)
+            return
+        task = asyncio.current_task()
+        if task is None or not task.cancelling():
+            await self._conclude()
+
+    async def _promote_first(self) -> bool:
+        """Makes the request a stream before its handler runs. False if that is the end of it already."""
+        try:
+            await self._promote()
+        except StoreError as error:
+            self._closed = self._concluded = True
+            await self._give_up(error)
+            self._leave()
+            return False
+        return True
+
+    def _ran(self, _: asyncio.Task[None]) -> None:
+        """The task has ended. If it did not tell the request's end, another one does, which nobody cancels (P16)."""
+        node = self.session.node
+        if not self._concluded and not node.stopped:
+            node.spawn(self._conclude()).add_done_callback(self._ran)
+            return
+        if not self._concluded:
             self._closed = True
             self._leave()
+        if not self._is_decided:
+            # Nobody shall wait for what will not come.
+            if self._window is None:
+                self._refuse(wire.unavailable("This node was shut down before it ran the request. Try again."))
+            else:
+                self._refuse(wire.Refusal(500, "The request was interrupted", INTERNAL_ERROR))
+        node.requests.give_back(self._request)
+        self.session.__exit__()
+
+    async def _conclude(self) -> None:
+        """Tells the request's end, once, whatever it is."""
+        if self._window is not None:
+            self._window.cancel()
+        if not self._abandoned:
+            self._closed = True
+            try:
+                await self._finish(self._body if self._stopped is None else self._stopped_body())
+            except StoreError as error:
+                await self._give_up(error)
+            except Exception as error:
+                logger.error(
+                    "the end of %r could not be told as it was", self.message.method, exc_info=without_text(error)
+                )
+                await self._say_untold()
+        self._concluded = True
+        self._leave()
+
+    async def _give_up(self, error: StoreError) -> None:
+        """The store says that this request's end is not ours to tell, or cannot take it now."""
+        match error:
+            case SessionNotFound():
+                self._refuse(wire.Refusal(404, "Session not found"))
+                self.session.node.spawn(self.session.end())
+            case StreamClosed() | Fenced():
+                # Another node has ended this stream: nothing more of it is ours to say, or to keep (P7).
+                self.session.state.revert()
+                self._give_up_stream()
+            case StoreUnavailable():
+                self._refuse(wire.unavailable("The session store cannot be reached. The session is kept; try again."))
+                if self._in_doubt is not None:
+                    # A stream may have been opened that nobody would end.
+                    await self._end_stream(wire.error_body(self.message.id, _NOT_RUN), {})
+            case _:
+                logger.error("session %s: a request ended with %s", self.session.key[:12], type(error).__name__)
+                await self._say_untold()
+
+    async def _say_untold(self) -> None:
+        """What should have been said could not be: this can."""
+        body = wire.error_body(self.message.id, ending.UNTOLD)
+        if self.stream or self._in_doubt is not None:
+            with contextlib.suppress(SessionNotFound, StreamClosed, Fenced):
+                await self._end_stream(body, {})
+            self._outlet.end()
+        self._answer_with(body)
 
     def _leave(self) -> None:
         if self.session.exchanges.get(self.key) is self:
@@ -338,19 +399,18 @@ class Exchange:
         try:
             result = await self.session.runner.on_request(self, message.method, message.params)
             return wire.result_body(message.id, result)
-        except PydanticSerializationError as exception:
-            shown = without_text(exception)
-            logger.error("handler for %r returned what JSON cannot hold", message.method, exc_info=shown)
-            error: ErrorData | None = ErrorData(code=INTERNAL_ERROR, message="Handler returned an invalid result")
-        except Exception as exception:
-            error = handler_exception_to_error_data(exception)
-            if error is None:
-                logger.error("handler for %r raised", message.method, exc_info=without_text(exception))
-                # The SDK's own answer on this wire.
-                error = ErrorData(code=0, message=str(exception))
-        assert error is not None
-        self._failure = error
-        return wire.error_body(message.id, error)
+        except (asyncio.CancelledError, GeneratorExit):
+            # Maybe of this task, and so for who began it.
+            raise
+        except BaseException as exception:
+            return self._told(exception)
+
+    def _told(self, exception: BaseException) -> bytes:
+        """The answer to a request whose handler raised this. Never raises."""
+        self._failure = ending.error_of(exception)
+        if not isinstance(exception, MCPError | ValidationError):
+            self.session.node.report(exception, "handler for %r", self.message.method)
+        return wire.error_body(self.message.id, self._failure)
 
     def _stopped_body(self) -> bytes | None:
         match self._stopped:
@@ -368,7 +428,9 @@ class Exchange:
         return wire.error_body(self.message.id, self._failure)
 
     async def _finish(self, body: bytes | None) -> None:
-        """Saves what the request changed, and gives the answer."""
+        """Saves what the request changed, and gives the answer: none if the session has ended."""
+        if body is None and self._stopped is None:
+            body = self._told(asyncio.CancelledError())
         async with self._writing:
             if body is None:
                 self._refuse(wire.Refusal(404, "Session not found"))
@@ -425,6 +487,14 @@ class Exchange:
             except Diverged:
                 terminal = draft(Kind.TERMINAL, wire.error_body(self.message.id, wire.STREAM_LOST))
             except StoreUnavailable:
+                await asyncio.sleep(_RETRY_PAUSE)
+            except (SessionNotFound, StreamClosed, Fenced):
+                raise
+            except Exception as error:
+                # A defect of the store's, maybe with what it was to write: the end alone is tried, as another writer.
+                logger.error("the end of a stream could not be written", exc_info=without_text(error))
+                terminal, news, fields = draft(Kind.TERMINAL, wire.error_body(self.message.id, ending.UNTOLD)), (), {}
+                self._forget_doubt()
                 await asyncio.sleep(_RETRY_PAUSE)
         self._outlet.end()
 
@@ -514,7 +584,8 @@ class Exchange:
         loop = asyncio.get_running_loop()
         self.began = loop.time()
         if self._connection is not None and self._is_awaited:
-            self._watching = self.session.node.spawn(self._watch(self._connection))
+            # What the host made of `receive` goes on in the context of the request.
+            self._watching = self.session.node.spawn(self._watch(self._connection), copy_context())
         if self._opens:
             # It has no session yet whose expiry would end it.
             self._limit = loop.call_later(unattended_seconds(self._settings), self.fail, _NEVER_OPENED)
@@ -616,7 +687,7 @@ class Exchange:
         except Diverged:
             # Whoever reads on would not know what is missing: the request ends here, under a new name (P9).
             logger.warning("session %s: the store lost events of a request's stream", session.key[:12])
-            self._writer, self._sequence, self._in_doubt = dice.name(), 0, None
+            self._forget_doubt()
             self.fail(wire.STREAM_LOST)
             raise
         self._in_doubt = None
@@ -635,6 +706,10 @@ class Exchange:
                 self._outlet.put(wire.sse_priming(event_id, self._settings.retry_interval))
                 self._gave_id = True
 
+    def _forget_doubt(self) -> None:
+        """Goes on as another writer: what the one before wrote last is not known, and not repeated."""
+        self._writer, self._sequence, self._in_doubt = dice.name(), 0, None
+
     def _opened(self) -> Draft:
         message = self.message.model_dump(mode="json", by_alias=True, exclude_unset=True)
         body = {"node": self.session.node.id, "attempt": self.attempt, "request": message}
@@ -643,6 +718,8 @@ class Exchange:
             name = (self.message.params or {}).get("name")
             message["params"] = {"name": name[:LONGEST_METHOD]} if isinstance(name, str) else {}
             body["partial"] = True
+        elif self._trace:
+            body["trace"] = self._trace
         return draft(Kind.OPENED, pydantic_core.to_json(body))
 
     def _event_id(self, cursor: Cursor) -> str:
@@ -681,7 +758,7 @@ class Exchange:
         """Ends the request without its handler, which did not stop when it was told to: it has no say any more."""
         if self._closed:
             return
-        self._closed = True
+        self._closed = self._abandoned = True
         with anyio.CancelScope(shield=True), contextlib.suppress(SessionNotFound, StreamClosed, Fenced):
             await self._finish(self._stopped_body())
         self._leave()

@@ -14,6 +14,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
+from nonstick import apart
 from nonstick.bell import Bell
 from nonstick.errors import Diverged, SessionNotFound, StoreUnavailable, Trimmed
 from nonstick.guard import LESS, GuardedStore
@@ -246,7 +247,7 @@ class Follower:
         if self._reading is None:
             if self._timer is not None:
                 self._timer.cancel()
-            self._reading = asyncio.create_task(self._keep_reading(), name=f"follow {self.key[:12]}")
+            self._reading = apart.spawn(self._keep_reading(), name=f"follow {self.key[:12]}")
 
     async def _keep_reading(self) -> None:
         while self._must_read and not self.ended:
@@ -269,7 +270,7 @@ class Follower:
             self._timer.cancel()
         self._heard = False
         delay = self._poll * random.uniform(0.5, 1.0)  # noqa: S311
-        self._timer = asyncio.get_running_loop().call_later(delay, self._look)
+        self._timer = apart.later(delay, self._look)
 
     def _look(self) -> None:
         if self._heard:

@@ -30,6 +30,7 @@ from nonstick.exchange import Exchange
 from nonstick.follow import Slice, whole
 from nonstick.guard import patiently
 from nonstick.node import SHUT_DOWN
+from nonstick.placement import Rehydrate
 from nonstick.record import OWNER, RELEASED, Record
 from nonstick.security import without_text
 from nonstick.session import Session, request_key
@@ -63,6 +64,9 @@ _NOT_REBUILT: Final = Failure(
     "session_not_rebuilt",
 )
 _MOVED: Final = _NODE_LOST.error(ran=True)
+_NOT_STARTED: Final = Failure(
+    "The server node that holds this session could not start the request", "request_not_started"
+).error(ran=False)
 
 
 @dataclass(slots=True)
@@ -116,8 +120,15 @@ async def survey(session: Session) -> Survey:
                     opened.pop(entry.event.stream, None)
         head = entries[-1].event.cursor
     # One after the other: a relayed request may be as long as any.
-    found = [await _open_stream(session, entry, taken.get(stream)) for stream, entry in opened.items()]
-    return Survey(head, [stream for stream in found if stream is not None])
+    found: list[OpenStream] = []
+    for stream, entry in opened.items():
+        try:
+            if (one := await _open_stream(session, entry, taken.get(stream))) is not None:
+                found.append(one)
+        except (LookupError, TypeError, ValueError) as error:
+            # Not what any release writes: it keeps nobody from the others.
+            _pass_over(session, entry.event, error)
+    return Survey(head, found)
 
 
 async def _open_stream(session: Session, opened: Skimmed, taken: Skimmed | None) -> OpenStream | None:
@@ -182,15 +193,18 @@ class Holding:
             await session.end()
 
     async def _rebuild(self) -> bool:
+        """Has the session's state built, in a task of its own: what builds it may cancel it, say (P16)."""
         rehydrate = self._node.settings.rehydrate
         if rehydrate is None:
             return True
+        work = self._node.contained(self._rehydrate(rehydrate), "session %s: rehydrate", self.session.key[:12])
+        task = self._node.spawn(work)
+        await asyncio.wait([task])
+        return not task.cancelled() and task.result() is True
+
+    async def _rehydrate(self, rehydrate: Rehydrate) -> bool:
         self.session.make_current()
-        try:
-            await rehydrate(self.session.connection)
-        except Exception as error:
-            logger.error("session %s: rehydrate raised", self.session.key[:12], exc_info=without_text(error))
-            return False
+        await rehydrate(self.session.connection)
         return True
 
     async def _fail(self) -> None:
@@ -259,12 +273,7 @@ class Holding:
         try:
             self._accept(event)
         except Exception as error:
-            logger.error(
-                "session %s: passed over event %d of its log",
-                self.session.key[:12],
-                event.position,
-                exc_info=without_text(error),
-            )
+            _pass_over(self.session, event, error)
 
     def _accept(self, event: Event) -> None:
         kind = kind_of(event.data)
@@ -281,19 +290,35 @@ class Holding:
             return
         message = JSONRPCNotification.model_validate(body["notification"], by_name=False)
         request = portable.unpack(body["http"], self.session.id)
-        with portable.acting_for(request):
-            self.session.spawn_notice(notice.handle(self.session, message, request), request)
+        context = portable.context_of(request, body.get("trace", {}))
+        self.session.spawn_notice(notice.handle(self.session, message, request), request, context)
 
     # ---- relayed requests
 
     async def _run(self, event: Event, body: dict[str, Any]) -> None:
         """Takes a relayed request over, and starts it if this node still holds the session then."""
         session = self.session
-        message = JSONRPCRequest.model_validate(body["request"], by_name=False)
-        key = request_key(message.id)
         if self._node.is_closing:
             # The next owner's.
             return
+        try:
+            await self._try(event, body)
+        except SessionNotFound:
+            self._node.spawn(session.end())
+        except Diverged:
+            # The store lost the stream: who reads it finds out.
+            pass
+        except Exception as error:
+            # What another release wrote, maybe: its client shall not wait for ever (P16).
+            _pass_over(session, event, error)
+            answer = wire.error_body(body["request"]["id"], _NOT_STARTED)
+            for attempt in (body["attempt"], body["attempt"] + 1):  # taken over, or not yet
+                await patiently(lambda: _end_stream(session, event.position, attempt, answer))  # noqa: B023
+
+    async def _try(self, event: Event, body: dict[str, Any]) -> None:
+        session = self.session
+        message = JSONRPCRequest.model_validate(body["request"], by_name=False)
+        key = request_key(message.id)
         request = portable.unpack(body["relay"]["http"], session.id)
         if (refusal := self._refusal(key)) is not None:
             await patiently(
@@ -304,11 +329,6 @@ class Holding:
         try:
             with self._node.requests.held(request, session.principal):
                 await self._take_over(event, body, message, request)
-        except SessionNotFound:
-            self._node.spawn(session.end())
-        except Diverged:
-            # The store lost the stream: who reads it finds out.
-            pass
         finally:
             self._taking.discard(key)
 
@@ -342,8 +362,7 @@ class Holding:
             await self.look()
             return
         session.refresh(loaded, record)
-        with portable.acting_for(request):
-            exchange.start()
+        exchange.start(portable.context_of(request, relay.get("trace", {})))
 
     # ---- giving it up
 
@@ -373,6 +392,11 @@ class Holding:
         changes, expected = {OWNER: RELEASED.encode()}, {OWNER: self._node.id.encode()}
         if await self._node.store.update(self.session.key, changes, expect=expected):
             await announce(self.session, RELEASED)
+
+
+def _pass_over(session: Session, event: Event, error: Exception) -> None:
+    where = (session.key[:12], event.position)
+    logger.error("session %s: passed over event %d of its log", *where, exc_info=without_text(error))
 
 
 async def announce(session: Session, owner: str) -> None:

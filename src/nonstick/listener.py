@@ -14,6 +14,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextvars import copy_context
 from typing import Final
 
 import anyio
@@ -23,7 +24,7 @@ from mcp_types import RequestId
 from mcp_types.version import is_version_at_least
 from starlette.types import Receive, Send
 
-from nonstick import dice, wire
+from nonstick import apart, dice, wire
 from nonstick.broadcast import LISTS, NOWHERE, Broadcast
 from nonstick.deadline import Deadline
 from nonstick.errors import Diverged, SessionNotFound, StoreError, StoreUnavailable
@@ -88,7 +89,7 @@ class Reader(ABC):
         self.prime()
         if node.draining:
             self.hand_over()
-        tasks = [node.spawn(self._feed()), node.spawn(self._watch(receive))]
+        tasks = [node.spawn(self._feed()), node.spawn(self._watch(receive), copy_context())]
         try:
             with self.session:
                 await self.respond(send, headers)
@@ -188,7 +189,7 @@ class _Following:
                 return []
             if events := self._subscription.take():
                 return events
-            self._next = asyncio.create_task(self._subscription.next())
+            self._next = apart.spawn(self._subscription.next())
         # A read of a slow store goes on meanwhile: begun anew each time, it would never come to its end.
         await asyncio.wait([self._next], timeout=silence)
         if not self._next.done():

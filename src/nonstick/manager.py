@@ -10,8 +10,9 @@ import inspect
 import logging
 import math
 import re
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from contextvars import Context, copy_context
 from dataclasses import fields
 from functools import lru_cache
 from typing import Any, Final, Literal, TypedDict, Unpack
@@ -56,7 +57,7 @@ from pydantic import ValidationError
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope, Send
 
-from nonstick import notice, portable, wire
+from nonstick import notice, portable, tracing, wire
 from nonstick.cluster import Cluster
 from nonstick.encryption import EncryptedStore
 from nonstick.errors import ConfigurationError, NonstickError, NotRunning, SessionNotFound, StoreUnavailable
@@ -544,7 +545,7 @@ class SessionManager:
                 connection=request,
             )
             with node.requests.held(request, principal):
-                await exchange.serve(send, [_session_header(session_id)])
+                await exchange.serve(send, [_session_header(session_id)], copy_context())
         elif request.method == "GET":
             _check_accepts_stream(request)
             raise wire.missing_id()
@@ -675,9 +676,9 @@ class SessionManager:
             )
         if session.principal:
             session.node.requests.check_share(session.principal)
-        with _as_relayed(session, request) as request:
-            # In the background: the client waits for no handler of a notification (as the SDK).
-            session.spawn_notice(notice.handle(session, message, request), request)
+        request, context = _as_relayed(session, request)
+        # In the background: the client waits for no handler of a notification (as the SDK).
+        session.spawn_notice(notice.handle(session, message, request), request, context)
 
     async def _serve_request(
         self,
@@ -720,7 +721,8 @@ class SessionManager:
             hold.release()
             raise wire.Refusal(409, "Conflict: a request with this id is still running in this session")
         connection = request
-        with _as_relayed(session, request) as request, session.node.requests.held(request, session.principal):
+        request, context = _as_relayed(session, request)
+        with session.node.requests.held(request, session.principal):
             exchange = Exchange(
                 session,
                 message,
@@ -730,7 +732,7 @@ class SessionManager:
                 connection=connection,
                 hold=hold,
             )
-            await exchange.serve(send, headers)
+            await exchange.serve(send, headers, context)
 
     async def _room_in_log(self, session: Session, message: JSONRPCRequest) -> Hold | None:
         """Room for a request that the log is to keep whole once it streams, so that another node may run it again.
@@ -830,16 +832,12 @@ class SessionManager:
         await wire.send_body(send, 200, b"", [*headers, wire.JSON_TYPE])
 
 
-def _as_relayed(session: Session, request: Request) -> AbstractContextManager[Request]:
-    """The request; where the session is held, as it would be had it come to another node."""
-    return nullcontext(request) if session.held is None else _portable(session, request)
-
-
-@contextmanager
-def _portable(session: Session, request: Request) -> Iterator[Request]:
+def _as_relayed(session: Session, request: Request) -> tuple[Request, Context]:
+    """The request and the context of its handler; where the session is held, as had it come to another node."""
+    if session.held is None:
+        return request, copy_context()
     request = portable.unpack(packed(session, request), session.id)
-    with portable.acting_for(request):
-        yield request
+    return request, portable.context_of(request, tracing.here())
 
 
 def _no_such_method() -> wire.Refusal:

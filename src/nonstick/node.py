@@ -6,21 +6,22 @@ import asyncio
 import logging
 import os
 import secrets
-import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Coroutine, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import Awaitable, Collection, Coroutine
+from contextlib import AbstractContextManager, AsyncExitStack
+from contextvars import Context
 from dataclasses import dataclass
-from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Final, Literal, Self
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar
 
 from mcp.server import Server
 from mcp_types import INTERNAL_ERROR, ErrorData
 
 from nonstick.cluster import CLUSTER_KEY, Cluster
 from nonstick.errors import SessionNotFound, StoreError, StoreUnavailable
+from nonstick.exits import Exit, draining_on_signals, end_loop, stop_host
 from nonstick.guard import GuardedStore
 from nonstick.introductions import INTRODUCTIONS
 from nonstick.limits import Room
@@ -39,6 +40,8 @@ __all__ = ["EVERYBODY", "SEND_TIMEOUT", "SHUT_DOWN", "Counters", "Node", "Settin
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 EVERYBODY: Final = "all"
 """The group that every session is counted in."""
 
@@ -53,7 +56,6 @@ _TOUCHED_AT_ONCE: Final = 256
 _LAST_WORDS: Final = 0.5
 """Seconds that a handler which is ended by a drain gets to stop, before its request ends without it; and that the
 store then gets to take the end."""
-_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 
 SEND_TIMEOUT: Final = 30.0
@@ -209,8 +211,13 @@ class Node:
         self.sessionless = Sessionless(SHUT_DOWN, lifetime=settings.connection_lifetime)
         self.draining = False
         """Other nodes are to take what comes."""
+        self._exit: Exit | None = None
+        """What a handler raised that wants the process to end."""
+        self._host_stops = False
         self._left = asyncio.Event()
         self._grace_ends = 0.0
+        self.stopped = False
+        """It is over: what still runs is cancelled, and says no more."""
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stack = AsyncExitStack()
         self._keeper = _LeaseKeeper(self)
@@ -234,6 +241,7 @@ class Node:
             await self.placement.give_up_all()
             for session in list(self.sessions.values()):
                 await session.close()
+            self.stopped = True
             tasks = list(self._tasks)
             for task in tasks:
                 task.cancel()
@@ -242,13 +250,39 @@ class Node:
                 await asyncio.wait(tasks, timeout=_LAST_WORDS)
         finally:
             await self._stack.aclose()
+            if self._exit is not None and self._host_stops:
+                # Not now: what the host's lifespan still has to do is done first.
+                end_loop(self._exit, after=asyncio.current_task())
 
-    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """Runs this in the background, until the node stops at the latest."""
-        task = asyncio.create_task(work)
+    def spawn(self, work: Coroutine[Any, Any, T], context: Context | None = None) -> asyncio.Task[T]:
+        """Runs this in the background, until the node stops at the latest.
+
+        Args:
+            context: A request's, for what is done for that request alone; by default an empty one. What goes on for
+                others must not go on in the context of who happened to begin it.
+        """
+        task = asyncio.create_task(work, context=Context() if context is None else context)
         self._tasks.add(task)
         task.add_done_callback(self._done)
         return task
+
+    async def contained(self, work: Awaitable[T], what: str, *args: object) -> T | None:
+        """What somebody else's code gives that is run here in the background; None if it ended in any other way.
+
+        For a task of its own: what that code leaves of it is fit for nothing else.
+        """
+        try:
+            return await work
+        except BaseException as error:
+            self.report(error, what, *args)
+        return None
+
+    def report(self, error: BaseException, what: str, *args: object) -> None:
+        """Logs that somebody else's code ended with this; has the process end if that is what it says."""
+        if isinstance(error, SystemExit | KeyboardInterrupt):
+            self.exit(error)
+        elif not self.stopped:
+            logger.error(f"{what} raised", *args, exc_info=without_text(error))
 
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
@@ -350,34 +384,29 @@ class Node:
     def _staying(self) -> list[Reader]:
         return [reader for reader in self.readers if reader.stays]
 
-    @contextmanager
-    def signals(self) -> Iterator[None]:
-        """Begins the drain on SIGTERM and SIGINT, then does what the host does on them (P8).
+    def signals(self) -> AbstractContextManager[None]:
+        """Drains on SIGTERM and SIGINT, before the host does what it does on them (P8)."""
+        return draining_on_signals(self.begin_drain)
 
-        The host's lifespan hears of its stop only after the last stream was closed, which is what has to be begun.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            yield
+    def exit(self, error: Exit) -> None:
+        """A handler wants the process to end: as on SIGTERM, then with its exit status where the host lets that be."""
+        if self._exit is not None:
             return
-        loop = asyncio.get_running_loop()
-        before: dict[signal.Signals, Callable[[int, FrameType | None], Any]] = {}
+        self._exit = error
+        logger.warning("a handler raised %s: this node drains, then its process ends", type(error).__name__)
+        self.begin_drain()
+        self._host_stops = stop_host()
+        if not self._host_stops:
+            self.spawn(self._exit_when_drained(error))
 
-        def begin(number: int, frame: FrameType | None) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(self.begin_drain)
-            before[signal.Signals(number)](number, frame)
-
-        for number in _SIGNALS:
-            handler = signal.getsignal(number)
-            if callable(handler):
-                before[number] = handler
-                signal.signal(number, begin)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                if signal.getsignal(number) is begin:
-                    signal.signal(number, handler)
+    async def _exit_when_drained(self, error: Exit) -> None:
+        """Ends the event loop once nothing runs here, for a host that cannot be told to stop."""
+        await self.drain()
+        for _ in range(20):
+            if not len(self.requests):  # whose answers are on their way out
+                break
+            await asyncio.sleep(_LAST_WORDS / 10)
+        end_loop(error)
 
 
 class _LeaseKeeper:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import anyio
@@ -17,11 +18,17 @@ __all__ = ["handle"]
 
 
 async def handle(session: Session, message: JSONRPCNotification, request: Request) -> None:
-    """Runs the server's handler, if it has one, and saves what it changed."""
+    """Runs the server's handler, if it has one, and saves what it changed, however it ended (P16)."""
     session.make_current()
     with session.attending_later():
-        await session.runner.on_notify(_Context(session, request), message.method, message.params)
-    await session.save()
+        work = session.runner.on_notify(_Context(session, request), message.method, message.params)
+        await session.node.contained(work, "handler of a notification")
+    task = asyncio.current_task()
+    if task is None or not task.cancelling():
+        await session.save()
+    elif not (session.ended or session.node.stopped):
+        # The handler cancelled its own task, which would strike here.
+        session.spawn(session.save())
 
 
 class _Context:

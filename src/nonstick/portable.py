@@ -7,8 +7,8 @@ log only if they are known to hold none, or asked for by name; the query only if
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
+from contextvars import Context
 from typing import Any, Final
 
 from mcp.server.auth.middleware.auth_context import auth_context_var
@@ -18,7 +18,9 @@ from mcp.server.streamable_http import MCP_SESSION_ID_HEADER
 from starlette.authentication import AuthCredentials
 from starlette.requests import Request
 
-__all__ = ["HARMLESS", "acting_for", "pack", "unpack"]
+from nonstick import tracing
+
+__all__ = ["HARMLESS", "context_of", "pack", "unpack"]
 
 HARMLESS: Final = frozenset(
     {
@@ -115,15 +117,16 @@ def unpack(packed: Mapping[str, Any], session_id: str) -> Request:
     return Request(scope)
 
 
-@contextlib.contextmanager
-def acting_for(request: Request) -> Iterator[None]:
-    """What is begun meanwhile is the work of this request's user, as the SDK's `get_access_token` tells it."""
-    user = request.scope.get("user")
-    token = auth_context_var.set(user if isinstance(user, AuthenticatedUser) else None)
-    try:
-        yield
-    finally:
-        auth_context_var.reset(token)
+def context_of(request: Request, trace: Mapping[str, str]) -> Context:
+    """The context of this request's handler: its user, as the SDK's `get_access_token` tells it, and its trace.
+
+    Nothing else. What the host's middleware set in variables of context stayed on the node that received the request.
+    """
+    context, user = Context(), request.scope.get("user")
+    context.run(auth_context_var.set, user if isinstance(user, AuthenticatedUser) else None)
+    if trace:
+        context.run(tracing.resume, trace)
+    return context
 
 
 def _address(packed: list[Any] | None) -> tuple[Any, ...] | None:

@@ -17,7 +17,7 @@ from mcp_types.version import is_version_at_least
 from starlette.requests import Request
 from starlette.types import Receive, Send
 
-from nonstick import dice, portable, wire
+from nonstick import dice, portable, tracing, wire
 from nonstick.errors import SessionNotFound, StoreUnavailable
 from nonstick.events import EventId, Kind, body_of, draft, kind_of
 from nonstick.listener import Resumption
@@ -36,6 +36,11 @@ _IN_DOUBT: Final = ErrorData(
     code=INTERNAL_ERROR,
     message="It is not known whether the request was run: the session store could not be reached",
     data={"reason": "store_unavailable", "retrySafe": False},
+)
+_UNREAD: Final = ErrorData(
+    code=INTERNAL_ERROR,
+    message="The answer of the node that runs this request could not be read",
+    data={"reason": "answer_unread", "retrySafe": False},
 )
 _ENDED: Final = ErrorData(code=INTERNAL_ERROR, message="The session ended before the request did")
 
@@ -56,10 +61,16 @@ async def relay_notice(session: Session, message: JSONRPCNotification, request: 
         SessionNotFound, StoreUnavailable: As `Store.append`.
     """
     notification = message.model_dump(mode="json", by_alias=True, exclude_unset=True)
-    body = {"notification": notification, "http": packed(session, request)}
+    body = {"notification": notification, "http": packed(session, request), **_trace()}
     event = draft(Kind.NOTICE, pydantic_core.to_json(body))
     with await session.trimmer.hold(len(event.data)):
         await session.append(Batch([event], writer=dice.name(), sequence=1), patience=patience)
+
+
+def _trace() -> dict[str, Any]:
+    """What the handler's spans belong to, wherever it runs (P18)."""
+    trace = tracing.here()
+    return {"trace": trace} if trace else {}
 
 
 class Relay(Resumption):
@@ -86,7 +97,7 @@ class Relay(Resumption):
             "node": owner,
             "attempt": attempt,
             "request": message.model_dump(mode="json", by_alias=True, exclude_unset=True),
-            "relay": {"http": packed(session, request), "since": since.position, "version": version},
+            "relay": {"http": packed(session, request), "since": since.position, "version": version, **_trace()},
         }
         self._event = draft(Kind.OPENED, pydantic_core.to_json(body))
         self._attempt = attempt
@@ -162,6 +173,11 @@ class Relay(Resumption):
         except SessionNotFound:
             self._answer_with(wire.Refusal(404, "Session not found"))
             self._say(_ENDED)
+        except Exception:
+            if not self._gave_id:
+                # It could not come back for the rest.
+                self._say(_UNREAD)
+            raise
         finally:
             self._answer_with(None)
 

@@ -23,7 +23,7 @@ from nonstick import dice, wire
 from nonstick.errors import Fenced, NotPending, StreamClosed
 from nonstick.events import Kind, decode, draft, glimpse, kind_of
 from nonstick.follow import Slice, whole
-from nonstick.security import without_text
+from nonstick.portable import context_of
 from nonstick.session import Session, request_key
 from nonstick.store import MAX_CLIP, MAX_READ, Batch, Cursor, Event
 
@@ -41,6 +41,8 @@ _PROBE_AFTER = 30.0
 """Seconds of silence after which the request is asked whether it still runs."""
 
 _LIST_PAGES = 100
+_LIST_SECONDS = 10.0
+"""For the list of tools; a server that takes longer does not say of its tools that they may be called again."""
 
 _METHOD = b'"method"'
 
@@ -64,6 +66,7 @@ class Rescue:
         self._relayed = "relay" in body
         """The session's owner is to run it, and was not seen to do so yet."""
         self._is_whole = not body.get("partial")
+        self._trace: dict[str, str] = body.get("trace", {})
         self._suspected = False
         self._cancelled = False
         self._asked: set[str] = set()
@@ -206,17 +209,18 @@ class Rescue:
 
         session = self._session
         scope = {"type": "http", "method": "POST", "path": "/", "headers": [], "query_string": b""}
+        request = Request(scope)
         exchange = Exchange(
             session,
             self._request,
-            Request(scope),
+            request,
             # A cancel may come until it is registered here (P5).
             head=self._opened.cursor,
             protocol_version=session.protocol_version,
         )
         taken = await exchange.take_over(self._stream, self._attempt, first=self._first_attempt)
         if taken:
-            exchange.start()
+            exchange.start(context_of(request, self._trace))
             session.node.counters.reexecuted += 1
             await self._withdraw()
         return taken
@@ -228,26 +232,34 @@ class Rescue:
             return (
                 self._request.method.endswith(("/list", "/read", "/get", "/complete")) or self._request.method == "ping"
             )
-        tool = await self._find_tool(str(params.get("name")))
+        tool = await self._look_up(str(params.get("name")))
         annotations = (tool or {}).get("annotations") or {}
         return bool(annotations.get("readOnlyHint") or annotations.get("idempotentHint"))
 
+    async def _look_up(self, name: str) -> dict[str, Any] | None:
+        """The tool, if the server lists it in time: in a task of its own, for its handler may end in any way (P16)."""
+        node = self._session.node
+        task = node.spawn(node.contained(self._find_tool(name), "handler for 'tools/list'"))
+        try:
+            await asyncio.wait([task], timeout=_LIST_SECONDS)
+        finally:
+            task.cancel()
+        return task.result() if task.done() and not task.cancelled() else None
+
     async def _find_tool(self, name: str) -> dict[str, Any] | None:
+        self._session.make_current()
         node, connection = self._session.node, self._session.connection
         runner: ServerRunner[Any] = ServerRunner(node.server, connection, node.lifespan_state)
         cursor: str | None = None
-        try:
-            for _ in range(_LIST_PAGES):
-                page = await runner.on_request(_Silent(), "tools/list", None if cursor is None else {"cursor": cursor})
-                for tool in page.get("tools", []):
-                    if tool.get("name") == name:
-                        found: dict[str, Any] = tool
-                        return found
-                cursor = page.get("nextCursor")
-                if not isinstance(cursor, str):
-                    return None
-        except Exception as error:
-            logger.debug("the tools could not be listed", exc_info=without_text(error))
+        for _ in range(_LIST_PAGES):
+            page = await runner.on_request(_Silent(), "tools/list", None if cursor is None else {"cursor": cursor})
+            for tool in page.get("tools", []):
+                if tool.get("name") == name:
+                    found: dict[str, Any] = tool
+                    return found
+            cursor = page.get("nextCursor")
+            if not isinstance(cursor, str):
+                break
         return None
 
 

@@ -40,6 +40,9 @@ _SHAPE: Final = re.compile(r"[A-Za-z0-9_-]{32}(?:[A-Za-z0-9_-]{8})?")
 MAX_DEPTH: Final = 64
 """Levels of nesting that a message may have."""
 
+_LONGEST_CHAIN: Final = 16
+"""Causes of an exception that a log shows, one after the other."""
+
 
 def identity(*parts: str) -> str:
     """A name, of 32 characters, for what these parts name together, and nothing else is named by."""
@@ -100,18 +103,28 @@ def principal_group(principal: bytes) -> str:
 def without_text(error: BaseException) -> BaseException:
     """What a log may show of an exception, as `exc_info`: its types and where they were raised, not what they say.
 
-    That may quote a payload: `ValueError` names the value, a validation error the whole input (P13).
+    That may quote a payload: `ValueError` names the value, a validation error the whole input (P13). Of a long chain of
+    causes, and of one that goes in a circle, the beginning. Never raises.
     """
+    try:
+        return _without_text(error, _LONGEST_CHAIN)
+    except BaseException:
+        # A class of its own kind, which may do anything when it is looked at.
+        return RuntimeError("an exception that cannot be shown")
+
+
+def _without_text(error: BaseException, left: int) -> BaseException:
     kind = type(error)
     shown: BaseException
-    if isinstance(error, BaseExceptionGroup):
-        shown = BaseExceptionGroup(kind.__qualname__, [without_text(inner) for inner in error.exceptions])
+    if isinstance(error, BaseExceptionGroup) and left:
+        inner = [_without_text(one, left // 4) for one in error.exceptions[: max(left // 2, 1)]]
+        shown = BaseExceptionGroup(kind.__qualname__, inner)
     else:
         shown = type(kind.__name__, (Exception,), {"__module__": kind.__module__, "__qualname__": kind.__qualname__})()
-    if error.__cause__ is not None:
-        shown.__cause__ = without_text(error.__cause__)
-    elif error.__context__ is not None and not error.__suppress_context__:
-        shown.__context__ = without_text(error.__context__)
+    if error.__cause__ is not None and left:
+        shown.__cause__ = _without_text(error.__cause__, left - 1)
+    elif error.__context__ is not None and not error.__suppress_context__ and left:
+        shown.__context__ = _without_text(error.__context__, left - 1)
     return shown.with_traceback(error.__traceback__)
 
 

@@ -13,7 +13,7 @@ import math
 import secrets
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack
-from contextvars import ContextVar
+from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -28,7 +28,7 @@ from mcp_types import CONNECTION_CLOSED, REQUEST_TIMEOUT, ErrorData, RequestId
 from mcp_types.version import LATEST_HANDSHAKE_VERSION
 from starlette.requests import Request
 
-from nonstick import wire
+from nonstick import tracing, wire
 from nonstick.aside import cancel_params, progress_params
 from nonstick.errors import Diverged, NotPending, SessionNotFound, StoreUnavailable
 from nonstick.events import Kind, body_of, decode, draft, kind_of
@@ -106,6 +106,8 @@ class _Waiter:
 
     reply: asyncio.Future[dict[str, Any]]
     on_progress: ProgressFnT | None
+    context: Context
+    """The handler's own, in which it also hears of progress."""
 
 
 class _HoldingStack(AsyncExitStack):
@@ -327,16 +329,16 @@ class Session:
             return
         self.evict()
 
-    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """Runs this in the background, for the session, whose view is kept meanwhile."""
+    def spawn(self, work: Coroutine[Any, Any, T], context: Context | None = None) -> asyncio.Task[T]:
+        """Runs this in the background, for the session, whose view is kept meanwhile. `context` as in `Node.spawn`."""
         self.__enter__()
-        task = self.node.spawn(work)
+        task = self.node.spawn(work, context)
         task.add_done_callback(lambda _: self.__exit__())
         return task
 
-    def spawn_notice(self, work: Coroutine[Any, Any, Any], request: Request) -> None:
+    def spawn_notice(self, work: Coroutine[Any, Any, None], request: Request, context: Context) -> None:
         """As `spawn`, for the handler of a notification: the session's end cancels it (P6)."""
-        task = self.spawn(work)
+        task = self.spawn(work, context)
         self.node.requests.held_while(request, task, self.principal)
         self.notices.add(task)
         task.add_done_callback(self.notices.discard)
@@ -377,8 +379,15 @@ class Session:
             notice.cancel()
         for waiter in self._waiters.values():
             _fail(waiter, MCPError(CONNECTION_CLOSED, "Session ended"))
-        await aclose_shielded(self.connection)
+        await self._clean_up(self.connection)
         self.evict()
+
+    async def _clean_up(self, connection: Connection) -> None:
+        """Runs what handlers left in its `exit_stack`: in a task of its own, which they may cancel, say (P16)."""
+        if isinstance(connection.exit_stack, _HoldingStack) and not connection.exit_stack.holds:
+            return
+        work = self.node.contained(aclose_shielded(connection), "clean-up of a session")
+        await asyncio.wait([self.node.spawn(work)])
 
     def keep_anything(self) -> None:
         """The connection's state is this node's alone: it may hold anything, and is not stored."""
@@ -401,7 +410,7 @@ class Session:
         self.connection.client_params = dropped.client_params
         if dropped.initialized.is_set():
             self.connection.initialized.set()
-        await aclose_shielded(dropped)
+        await self._clean_up(dropped)
         if not self._users:
             self.evict()
 
@@ -409,7 +418,7 @@ class Session:
         """The node stops, the session does not: what only this node can clean up is cleaned up."""
         connection = self.connection
         self.evict()
-        await aclose_shielded(connection)
+        await self._clean_up(connection)
 
     # ---- its lifetime
 
@@ -515,7 +524,7 @@ class Session:
         on_progress = opts.get("on_progress")
         if on_progress is not None:
             sent["_meta"] = {**(sent.get("_meta") or {}), "progressToken": request_id}
-        waiter = _Waiter(asyncio.get_running_loop().create_future(), on_progress)
+        waiter = _Waiter(asyncio.get_running_loop().create_future(), on_progress, copy_context())
         self._waiters[key] = waiter
         timeout = opts.get("timeout")
         if timeout is None:
@@ -523,9 +532,17 @@ class Session:
             timeout = self.node.settings.server_request_timeout
         with self, self.attending():
             try:
-                await emit(draft(Kind.MESSAGE, wire.request_body(request_id, method, sent)), (key,))
-                async with asyncio.timeout(timeout):
-                    return await waiter.reply
+                with tracing.asking(request_id, method, sent) as span:
+                    await emit(draft(Kind.MESSAGE, wire.request_body(request_id, method, sent)), (key,))
+                    try:
+                        async with asyncio.timeout(timeout):
+                            return await waiter.reply
+                    except MCPError as error:
+                        failure = error
+                        if not self.ended:
+                            tracing.fail(span, error)
+                # As the SDK: the span has the error's code, and no exception.
+                raise failure
             except TimeoutError:
                 await self._withdraw(emit, request_id, opts, f"timed out after {timeout:g} s")
                 raise MCPError(code=REQUEST_TIMEOUT, message=f"Request {method!r} timed out") from None
@@ -601,7 +618,8 @@ class Session:
         if waiter is None or waiter.on_progress is None or progress is None:
             return
         text = text if isinstance(text, str) else None
-        self.node.spawn(_contained(waiter.on_progress, progress, as_number(params.get("total")), text))
+        told = _tell(waiter.on_progress, progress, as_number(params.get("total")), text)
+        self.node.spawn(self.node.contained(told, "progress callback"), waiter.context.copy())
 
     # ---- what the log brings
 
@@ -718,8 +736,5 @@ def _fail(waiter: _Waiter, error: MCPError) -> None:
         waiter.reply.set_exception(error)
 
 
-async def _contained(callback: ProgressFnT, progress: float, total: float | None, message: str | None) -> None:
-    try:
-        await callback(progress, total, message)
-    except Exception as error:
-        logger.error("progress callback raised", exc_info=without_text(error))
+async def _tell(callback: ProgressFnT, progress: float, total: float | None, message: str | None) -> None:
+    await callback(progress, total, message)

@@ -112,7 +112,18 @@ def result_body(request_id: RequestId, result: Mapping[str, Any]) -> bytes:
 
 
 def error_body(request_id: RequestId | None, error: ErrorData) -> bytes:
-    """A JSON-RPC error response."""
+    """A JSON-RPC error response. What of it JSON cannot hold is replaced or left out, and the rest told (P16)."""
+    try:
+        return _error_json(request_id, error)
+    except Exception:
+        readable = str.encode(error.message, errors="replace").decode()
+    try:
+        return _error_json(request_id, ErrorData(code=error.code, message=readable, data=error.data))
+    except Exception:
+        return _error_json(request_id, ErrorData(code=error.code, message=readable))
+
+
+def _error_json(request_id: RequestId | None, error: ErrorData) -> bytes:
     return (
         JSONRPCError(jsonrpc="2.0", id=request_id, error=error)
         .model_dump_json(by_alias=True, exclude_unset=True)

@@ -33,6 +33,7 @@ ON_POSTGRES_TOO = {
     "test_state_that_cannot_be_stored_is_used_from_every_node",
     "test_session_of_a_lost_owner_is_built_anew_once",
     "test_one_call_on_one_node_is_heard_on_every_node_at_once",
+    "test_what_goes_on_in_the_background_keeps_no_requests_variables",
     "test_what_was_broadcast_while_nobody_listened_is_heard_on_return",
 }
 """One test of each kind: what PostgreSQL does differently from Valkey, the stores' own tests look at."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -95,6 +96,17 @@ def stubborn(label: str, seconds: float) -> str:
     time.sleep(seconds)
     record(label, "end")
     return f"{label}:{current_attempt()}:0"
+
+
+@server.tool(structured_output=False)
+async def leave(label: str, status: int, ctx: Context[Any, Any], thread: bool = False, silent: bool = False) -> str:
+    """Has its process exit."""
+    async with recorded(label):
+        if not silent:
+            await ctx.report_progress(1, 1, f"{label}:{current_attempt()}:1")
+        if thread:
+            await asyncio.to_thread(sys.exit, status)
+        sys.exit(status)
 
 
 async def _steps(label: str, steps: int, pause: float, ctx: Context[Any, Any]) -> str:

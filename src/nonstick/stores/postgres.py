@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
+from nonstick import apart
 from nonstick.errors import (
     AlreadyExists,
     ConfigurationError,
@@ -205,7 +206,7 @@ class PostgresStore:
         except BaseException:
             await self._open.close()
             raise
-        self._keeper = asyncio.get_running_loop().create_task(self._keep(), name="nonstick: keep PostgreSQL")
+        self._keeper = apart.spawn(self._keep(), name="nonstick: keep PostgreSQL")
         return self
 
     async def __aexit__(
@@ -387,7 +388,7 @@ class PostgresStore:
         """
         task = self._ready
         if task is None:
-            self._ready = task = asyncio.get_running_loop().create_task(self._prepare())
+            self._ready = task = apart.spawn(self._prepare())
         if not task.done():
             await asyncio.wait([task], timeout=self._timeout)
             if not task.done():

@@ -23,6 +23,7 @@ from binascii import a2b_base64, b2a_base64
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from nonstick import apart
 from nonstick.errors import NonstickError, StoreUnavailable
 from nonstick.store import Event, Wake
 from nonstick.stores.postgres_pool import TROUBLE, backoff, connect, refusal
@@ -112,7 +113,7 @@ class Announcer:
             self._lines = [_EVERYBODY]
         self._lines.append(encode(key, events))
         if self._task is None and not self._closed:
-            self._task = asyncio.get_running_loop().create_task(self._run(), name="nonstick: announce on PostgreSQL")
+            self._task = apart.spawn(self._run(), name="nonstick: announce on PostgreSQL")
 
     async def send_to_self(self) -> bool:
         """Sends a payload without news; whether that went well."""
@@ -173,7 +174,7 @@ class Listener:
         if self._in_force:
             watch.call_soon(None)
         if self._task is None and not self._closed:
-            self._task = asyncio.get_running_loop().create_task(self._run(), name="nonstick: listen to PostgreSQL")
+            self._task = apart.spawn(self._run(), name="nonstick: listen to PostgreSQL")
         return stop
 
     def announce(self, key: str, events: Sequence[Event] | None) -> None:

@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
+from nonstick import apart
 from nonstick.errors import ConfigurationError, StoreUnavailable, StoreUnusable
 from nonstick.stores import probe
 from nonstick.stores.postgres_url import Address
@@ -296,7 +297,7 @@ class Pool:
             raise type(self._refused)(*self._refused.args)
         self._failures += 1
         try:
-            connection = await connect(self._address, timeout=self._timeout)
+            connection = await apart.spawn(connect(self._address, timeout=self._timeout))
         except BaseException as error:
             # Calls in the meantime get the same answer: a server in trouble is not to be asked by each of them.
             self._refused = refusal(TimeoutError() if isinstance(error, asyncio.CancelledError) else error)
@@ -325,7 +326,7 @@ class Pool:
             self._discard(self._idle.pop()[0])
 
     def _discard(self, connection: Connection) -> None:
-        task = self._loop.create_task(_close(connection))
+        task = apart.spawn(_close(connection))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 

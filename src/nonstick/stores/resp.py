@@ -25,6 +25,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, NoReturn, cast
 
+from nonstick import apart
 from nonstick.errors import ConfigurationError, StoreUnavailable, StoreUnusable
 from nonstick.stores import probe
 from nonstick.stores.redis_url import Address
@@ -474,9 +475,9 @@ class Connection:
         else:
             self._backlog.append(packed)
             if self._connecting is None:
-                self._connecting = self._loop.create_task(self._connect(), name="nonstick-redis-connect")
+                self._connecting = apart.spawn(self._connect(), name="nonstick-redis-connect")
         if self._timer is None:
-            self._timer = self._loop.call_later(_SWEEP_SECONDS, self._sweep)
+            self._timer = apart.later(_SWEEP_SECONDS, self._sweep)
         return future
 
     def reopen(self, reason: str) -> None:
@@ -607,4 +608,4 @@ class Connection:
         for future, deadline, _, _ in self._waiting:
             if now >= deadline and not future.done():
                 future.set_exception(self._late())
-        self._timer = self._loop.call_later(_SWEEP_SECONDS, self._sweep)
+        self._timer = apart.later(_SWEEP_SECONDS, self._sweep)

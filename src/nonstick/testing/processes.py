@@ -72,6 +72,11 @@ class NodeProcess:
         return bool(self._children) and self._children[-1].poll() is None
 
     @property
+    def status(self) -> int | None:
+        """The latest process's exit status, negative for a signal's number; None while it runs."""
+        return self._children[-1].poll()
+
+    @property
     def pid(self) -> int:
         """The latest process's id."""
         return self._children[-1].pid
