@@ -10,6 +10,9 @@ Rules for every method:
 * A `key` names a session: the hash of its id (`security.session_key`), visible ASCII, at most 64 characters. The store
   never sees the id itself (P13).
 * Only the store's clock decides expiry. An expired session is indistinguishable from one that never existed.
+* `SessionNotFound` makes a client drop its session, so it is raised only on the word of a server that can know (P15):
+  not of one that was replaced and has not noticed, nor of one that came back without its data. Till that is clear the
+  store is unavailable. The same holds for each other answer that says that something is not there.
 * A failure to reach the store, or to hear its answer, raises `StoreUnavailable` and nothing else. A write then has
   an unknown outcome. Every write here may be repeated as it was, with the same arguments: that is how the outcome is
   learned.
@@ -29,6 +32,7 @@ from typing import NamedTuple, Protocol, Self
 
 __all__ = [
     "CANCEL_SECONDS",
+    "EMPTY_GRACE_SECONDS",
     "FRESH_SHARE",
     "MAX_CANCELS",
     "MAX_CLIP",
@@ -73,6 +77,9 @@ up everybody else, in the store as in the node (P10)."""
 
 MAX_CLIP = 1024
 """The largest `clip` that `skim` takes: with `MAX_READ` events about as much as one `read` gives."""
+
+EMPTY_GRACE_SECONDS = 15.0
+"""How long a store that seems to have lost all of its data is not believed, unless it is told otherwise (P15)."""
 
 FRESH_SHARE = 0.1
 """`load` renews the expiry only when more than this share of the lifetime has passed (a write saved per request)."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.servers import request
+from tests.cluster.servers import opening, request
 from tests.cluster.sse import getting, posting
 from tests.cluster.stage import call, say, staged, text_of, texts_of
 from tests.faults.places import Place, asked, assert_unavailable, counting, repeated, step, steps, up_to
@@ -39,7 +39,7 @@ async def test_restart_with_its_data_is_503_while_it_lasts_and_loses_nothing(pla
 
 @pytest.mark.parametrize("place", ["valkey", pytest.param("postgres", marks=pytest.mark.slow)], indirect=True)
 async def test_restart_without_data_ends_every_session_and_new_ones_open_at_once(place: Place) -> None:
-    """P9: 503 until the server answers, then 404, which tells clients to open another; handlers are cancelled."""
+    """P9, P15: 503 for the grace period, then 404, which tells clients to open another; handlers are cancelled."""
     async with staged(place.make, window=0.1) as (stage, a, b, c):
         handled: list[str] = []
         counting(stage, handled)
@@ -48,6 +48,7 @@ async def test_restart_without_data_ends_every_session_and_new_ones_open_at_once
             step(stage, 1)
             assert text_of(await stream.message()) == "1"
             place.server.restart(keep_data=False)
+            await repeated(lambda: b.post(opening()), until=200, allowed=[503])
             for member in (a, b, c):
                 await repeated(lambda: member.post(request("ping"), session), until=404, allowed=[503])  # noqa: B023
             assert await stream.rest() == []

@@ -7,6 +7,7 @@ them together:
     prefix:{key}:r    the record            prefix:n:<node>     a node's lease
     prefix:{key}:w    the append's books    prefix:g:<group>    sorted set of a group's sessions, by expiry
     prefix:{key}:l    the log               prefix:{key}:c<db>  pub/sub channel (which has no database of its own)
+    prefix:mark       the mark of the data's history, on a Cluster several prefix:mark:<n>: see redis_proof.py
 
 An append publishes its events to the session's channel, whole where they are small. The server has to keep
 `maxmemory-policy noeviction`: others drop one key of a session and not the rest. A log that is not what its record
@@ -19,7 +20,7 @@ import asyncio
 import hashlib
 import math
 import secrets
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from importlib import resources
 from types import TracebackType
@@ -40,6 +41,7 @@ from nonstick.errors import (
 from nonstick.examine import Finding
 from nonstick.store import (
     CANCEL_SECONDS,
+    EMPTY_GRACE_SECONDS,
     FRESH_SHARE,
     MAX_CANCELS,
     MAX_CLIP,
@@ -59,9 +61,10 @@ from nonstick.stores import redis_examine
 from nonstick.stores.bounds import check_bounds
 from nonstick.stores.redis_cluster import ClusterServers
 from nonstick.stores.redis_groups import Groups
+from nonstick.stores.redis_proof import Proof
 from nonstick.stores.redis_pubsub import Subscriber
-from nonstick.stores.redis_sentinel import SentinelServers
-from nonstick.stores.redis_servers import Limits, Servers, SingleServer
+from nonstick.stores.redis_sentinel import LastFailover, SentinelServers
+from nonstick.stores.redis_servers import Answer, Limits, Servers, SingleServer
 from nonstick.stores.redis_url import Deployment, Durability
 from nonstick.stores.resp import Arg, ScriptMissing
 
@@ -142,9 +145,11 @@ class RedisStore:
         max_waiting: Commands that may wait for their answers at once; beyond that calls fail immediately (P10).
         max_bytes: Bytes of these commands.
         heartbeat: Seconds between two proofs of life on the subscription; its silent death is noticed within two.
+        empty_grace: Seconds for which a server that has lost its data is not believed when it says that a session is
+            gone: somebody may bring the data back (P15). Also as `?empty_grace=15` in the URL.
 
     Raises:
-        ConfigurationError: The URL or the prefix cannot work.
+        ConfigurationError: The URL, the prefix or `empty_grace` cannot work.
     """
 
     def __init__(
@@ -158,7 +163,10 @@ class RedisStore:
         max_waiting: int = 10_000,
         max_bytes: int = 64 * 1024 * 1024,
         heartbeat: float = 3.0,
+        empty_grace: float | None = None,
     ) -> None:
+        if empty_grace is not None and not 0 <= empty_grace < math.inf:
+            raise ConfigurationError("the store's empty_grace must be a number of seconds")
         if not prefix or not prefix.isascii() or not prefix.isprintable() or set(prefix) & set("{} "):
             raise ConfigurationError("the store's prefix must be visible ASCII without braces")
         self._deployment = Deployment.parse(url)
@@ -172,7 +180,10 @@ class RedisStore:
             max_bytes=max_bytes,
         )
         self._heartbeat = heartbeat
+        self._empty_grace = _first_given(empty_grace, self._deployment.empty_grace, EMPTY_GRACE_SECONDS)
+        self._last_failover = LastFailover()
         self._open: Servers | None = None
+        self._proof: Proof | None = None
         self._subscriber: Subscriber[Sequence[Event]] | None = None
         # On a Cluster a session's groups have slots of their own, so that no script can write to both.
         self._groups: Groups | None = None
@@ -202,7 +213,8 @@ class RedisStore:
     async def __aenter__(self) -> Self:
         if self._open is not None:
             raise RuntimeError("a store is entered once")
-        self._open = servers = _servers(self._deployment, self._limits)
+        self._open = servers = _servers(self._deployment, self._limits, last=self._last_failover)
+        self._proof = Proof(servers, stem=f"{self._prefix}:mark", url=self.url, grace=self._empty_grace)
         self._subscriber = Subscriber(
             self._deployment.address,
             name=self._prefix,
@@ -219,7 +231,9 @@ class RedisStore:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
     ) -> None:
         assert self._subscriber is not None
+        assert self._proof is not None
         await self._subscriber.close()
+        await self._proof.close()
         await self._servers.close()
 
     @property
@@ -235,27 +249,75 @@ class RedisStore:
         # The key decides by way of which of a Cluster's servers: any will do, and it should not always be the same.
         await self._servers.call(secrets.token_hex(4), "PUBLISH", channel, "")
 
-    async def _run(self, script: _Script, key: str, *args: Arg, replicated: bool = False) -> Any:
-        """The script's answer for this session."""
+    async def _run(
+        self,
+        script: _Script,
+        key: str,
+        *args: Arg,
+        replicated: bool = False,
+        says_no: Callable[[Any], bool] | None = None,
+    ) -> Any:
+        """The script's answer for this session.
+
+        Args:
+            says_no: Whether an answer that is no refusal says that something is not so, and has to be proven (P15).
+        """
         stem = f"{self._prefix}:{{{key}}}:"
         names = (stem + "r", stem + "w", stem + "l")
-        reply = await self._evaluate(script, names, args, replicated=replicated and self._replicated)
-        if type(reply) is bytes and reply in _REFUSALS:
-            raise _REFUSALS[reply](_MESSAGES[reply])
+        answer = await self._evaluate(script, names, args, replicated=replicated and self._replicated)
+        reply = answer[0]
+        if (type(reply) is bytes and reply in _REFUSALS) or (says_no is not None and says_no(reply)):
+            reply = await self._believed(
+                answer,
+                names[0],
+                lambda: self._evaluate(script, names, args, replicated=replicated and self._replicated),
+                lambda reply: (type(reply) is bytes and reply in _REFUSALS) or (says_no is not None and says_no(reply)),
+            )
+            if type(reply) is bytes and reply in _REFUSALS:
+                raise _REFUSALS[reply](_MESSAGES[reply])
         return reply
 
     async def _run_for_group(self, name: str, *args: Arg) -> Any:
-        return await self._evaluate(_GROUP, (name,), args)
+        def ask() -> Awaitable[Answer]:
+            return self._evaluate(_GROUP, (name,), args)
+
+        return await self._believed(await ask(), name, ask, _is_zero)
+
+    async def _believed(
+        self,
+        answer: Answer,
+        key: str,
+        again: Callable[[], Awaitable[Answer]],
+        says_no: Callable[[Any], bool],
+    ) -> Any:
+        """The reply, once it comes from a server that can know, if it says no (P15).
+
+        Raises:
+            StoreUnavailable: Within the store's timeout none was found, or it is not believed yet.
+        """
+        assert self._proof is not None
+        loop = asyncio.get_running_loop()
+        limit, pause = loop.time() + self._limits.timeout, 0.0
+        while says_no(reply := answer[0]):
+            prove = self._proof.of_loss if _is_loss(reply) else self._proof.of_owner
+            if await prove(key, *answer[1:]):
+                break
+            if loop.time() >= limit:
+                raise StoreUnavailable("the store's servers do not agree on which of them has the session: try again")
+            await asyncio.sleep(pause)
+            pause = min(2 * pause + 0.01, 0.2)
+            answer = await again()
+        return reply
 
     async def _evaluate(
         self, script: _Script, keys: tuple[str, ...], args: tuple[Arg, ...], *, replicated: bool = False
-    ) -> Any:
+    ) -> Answer:
         """The script's answer. A script that the server does not know has not run: it is sent whole."""
-        call, tail = self._servers.call, (len(keys), *keys, *args)
+        ask, tail = self._servers.ask, (len(keys), *keys, *args)
         try:
-            return await call(keys[0], "EVALSHA", script.sha, *tail, replicated=replicated)
+            return await ask(keys[0], "EVALSHA", script.sha, *tail, replicated=replicated)
         except ScriptMissing:
-            return await call(keys[0], "EVAL", script.source, *tail, replicated=replicated)
+            return await ask(keys[0], "EVAL", script.source, *tail, replicated=replicated)
 
     # ---- the record
 
@@ -277,6 +339,7 @@ class RedisStore:
             *_flat(groups),
             *_flat(fields),
             replicated=True,
+            says_no=_is_list,
         )
         if type(reply) is list:
             raise TooManySessions(reply[1].decode())
@@ -318,6 +381,7 @@ class RedisStore:
             *lacks,
             *_flat(sets),
             *removes,
+            says_no=_is_zero,
         )
         if written and lifetime is not None and self._groups is not None:
             try:
@@ -343,10 +407,18 @@ class RedisStore:
             await self._groups.renew(key, _lines(groups), lifetime)
 
     async def delete(self, key: str) -> bool:
-        was_live, groups = await self._run(_DELETE, key, self._indexed_by_scripts, key, self._channel(key))
+        ended = [False]
+
+        def says_no(reply: Any) -> bool:
+            # Always: whatever was there, it says that nothing is there now.
+            ended.append(bool(reply[0]))
+            return True
+
+        args = (self._indexed_by_scripts, key, self._channel(key))
+        _, groups = await self._run(_DELETE, key, *args, says_no=says_no)
         if self._groups is not None:
             await self._groups.leave(key, _lines(groups))
-        return bool(was_live)
+        return any(ended)
 
     # ---- the log
 
@@ -381,7 +453,8 @@ class RedisStore:
 
     async def _entries(self, key: str, after: Cursor, limit: int, max_bytes: int, *clip: int) -> list[Any]:
         """The log's entries after the cursor, as read.lua answers them."""
-        entries: list[Any] = await self._run(_READ, key, after.position, after.tag, limit, max_bytes, *clip)
+        args: tuple[Arg, ...] = (after.position, after.tag, limit, max_bytes, *clip)
+        entries: list[Any] = await self._run(_READ, key, *args, says_no=_is_trimmed)
         if entries and entries[0] == b"trimmed":
             raise Trimmed(_position(entries[1]))
         return entries
@@ -403,18 +476,25 @@ class RedisStore:
         return f"{self._prefix}:n:{node}"
 
     def lease(self, node: str) -> Lease:
-        return _RedisLease(self._deployment, self._prefix, self._lease_key(node))
+        return _RedisLease(self._deployment, self._prefix, self._lease_key(node), self._last_failover)
 
     async def lapsed(self, nodes: Collection[str]) -> set[str]:
         # One GET each, sent together: on a Cluster their keys lie on several servers.
         names = list(nodes)
-        values = await asyncio.gather(
-            *(self._servers.call(lease, "GET", lease) for lease in map(self._lease_key, names)), return_exceptions=True
-        )
+        values = await asyncio.gather(*map(self._lease_of, names), return_exceptions=True)
         for value in values:
             if isinstance(value, BaseException):
                 raise value
         return {name for name, value in zip(names, values, strict=True) if value is None}
+
+    async def _lease_of(self, node: str) -> bytes | None:
+        name = self._lease_key(node)
+
+        def ask() -> Awaitable[Answer]:
+            return self._servers.ask(name, "GET", name)
+
+        lease: bytes | None = await self._believed(await ask(), name, ask, _is_none)
+        return lease
 
     async def ping(self) -> None:
         # A write: a replica, a full memory or a disk that is gone would answer PING as if all were well. Of a Cluster
@@ -444,12 +524,14 @@ class RedisStore:
             await servers.close()
 
 
-def _servers(deployment: Deployment, limits: Limits, *, listen: bool = True) -> Servers:
+def _servers(
+    deployment: Deployment, limits: Limits, *, listen: bool = True, last: LastFailover | None = None
+) -> Servers:
     match deployment.kind:
         case "cluster":
             return ClusterServers(deployment, limits)
         case "sentinel":
-            return SentinelServers(deployment, limits, listen=listen)
+            return SentinelServers(deployment, limits, listen=listen, last=last)
         case "server":
             return SingleServer(deployment.address, limits)
 
@@ -457,8 +539,9 @@ def _servers(deployment: Deployment, limits: Limits, *, listen: bool = True) -> 
 class _RedisLease:
     """A lease as a key that expires. Its connections belong to an event loop that runs only inside these calls."""
 
-    def __init__(self, deployment: Deployment, prefix: str, key: str) -> None:
+    def __init__(self, deployment: Deployment, prefix: str, key: str, last: LastFailover) -> None:
         self._deployment = deployment
+        self._last = last
         self._limits = Limits(name=prefix, timeout=LEASE_SECONDS, connect_timeout=LEASE_SECONDS, examine=False)
         self._key = key
         self._runner = asyncio.Runner()
@@ -493,7 +576,7 @@ class _RedisLease:
 
     async def _call(self, *command: Arg) -> None:
         if self._open is None:
-            self._open = _servers(self._deployment, self._limits, listen=False)
+            self._open = _servers(self._deployment, self._limits, listen=False, last=self._last)
         await self._open.call(self._key, *command)
 
     async def _disconnect(self) -> None:
@@ -519,6 +602,31 @@ async def _examine(servers: Servers, prefix: str, *, cluster: bool) -> list[Find
 
 
 # ---- between Python and the scripts
+
+
+def _is_zero(reply: Any) -> bool:
+    return bool(reply == 0)
+
+
+def _is_none(reply: Any) -> bool:
+    return reply is None
+
+
+def _is_list(reply: Any) -> bool:
+    return type(reply) is list
+
+
+def _is_trimmed(reply: Any) -> bool:
+    return bool(reply and reply[0] == b"trimmed")
+
+
+def _is_loss(reply: Any) -> bool:
+    """Whether it says that something is gone, or was never there; and not only that it is not as it should be."""
+    return reply is None or reply == b"gone" or (type(reply) is list and reply[:1] == [0])
+
+
+def _first_given(*values: float | None) -> float:
+    return next(value for value in values if value is not None)
 
 
 def _milliseconds(seconds: float) -> int:

@@ -21,7 +21,7 @@ from nonstick.stores.redis_examine import check_server
 from nonstick.stores.redis_url import Address
 from nonstick.stores.resp import Arg, Connection, Redirected, Wire, ask, open_wire
 
-__all__ = ["Limits", "Server", "Servers", "SingleServer"]
+__all__ = ["Answer", "Limits", "Server", "Servers", "SingleServer"]
 
 logger = logging.getLogger("nonstick.store")
 
@@ -56,8 +56,8 @@ class Servers(Protocol):
     on_switch: Callable[[], None]
     """Called when another server has become the primary, where that is told."""
 
-    async def call(self, key: str, *args: Arg, replicated: bool = False) -> Any:
-        """The reply to a command about this key.
+    async def ask(self, key: str, *args: Arg, replicated: bool = False) -> Answer:
+        """The reply to a command about this key, and which server has given it.
 
         Args:
             replicated: Returns only once a replica has it too, and everything before it.
@@ -65,6 +65,26 @@ class Servers(Protocol):
         Raises:
             StoreUnavailable: There is none, or no replica confirmed it in time. The outcome is unknown.
         """
+        ...
+
+    async def call(self, key: str, *args: Arg, replicated: bool = False) -> Any:
+        """The reply alone: see `ask`."""
+        ...
+
+    async def is_owner(self, key: str, server: Server) -> bool:
+        """Whether this server still has the key, as others say who can know, and are asked now (P15).
+
+        Raises:
+            StoreUnavailable: None of them answers.
+        """
+        ...
+
+    def marks(self, stem: str) -> list[str]:
+        """The keys that tell a server's history: they begin with `stem`, and lie on as many servers as there may be."""
+        ...
+
+    def marks_at(self, stem: str, server: Server) -> list[str]:
+        """Those that lie on this server: one at least."""
         ...
 
     async def open_subscription(self) -> Wire:
@@ -85,10 +105,20 @@ class Servers(Protocol):
 
 
 class Server:
-    """One server, and the connections to it."""
+    """One server, and the connections to it.
+
+    Attributes:
+        place: Host and port, or path, of what is connected to: for logs.
+        openings: How often a connection to it was opened. While that is the same, it is the same process that answers.
+        owned, proven: With these openings and up to this time of the loop it is known to have its keys, and to be right
+            about what it does not have: see redis_proof.py.
+    """
 
     def __init__(self, address: Address, limits: Limits, *, open: Callable[[], Awaitable[Wire]] | None = None) -> None:  # noqa: A002
         self.address = address
+        self.place = address.path or address.place
+        self.openings = 0
+        self.owned = self.proven = (0, 0.0)
         self._limits = limits
         self._open = open or self._open_itself
         self._examined = not limits.examine
@@ -130,8 +160,13 @@ class Server:
             connect_timeout=limits.connect_timeout,
             max_waiting=limits.max_waiting,
             max_bytes=limits.max_bytes,
-            open=lambda: self._open(),
+            open=self._open_counted,
         )
+
+    async def _open_counted(self) -> Wire:
+        wire = await self._open()
+        self.openings += 1
+        return wire
 
     async def _open_itself(self) -> Wire:
         limits = self._limits
@@ -143,6 +178,10 @@ class Server:
             self._examined = True
 
 
+Answer = tuple[Any, Server, int]
+"""A reply, the server that gave it, and that server's `openings` before it was asked."""
+
+
 class SingleServer:
     """The one server that has every key."""
 
@@ -152,11 +191,25 @@ class SingleServer:
         self._limits = limits
         self._server = Server(address, limits)
 
+    async def ask(self, key: str, *args: Arg, replicated: bool = False) -> Answer:
+        server, openings = self._server, self._server.openings
+        return await server.call(args, replicated=replicated), server, openings
+
     async def call(self, key: str, *args: Arg, replicated: bool = False) -> Any:
         try:
             return await self._server.call(args, replicated=replicated)
         except Redirected as error:
             raise StoreUnusable(str(error)) from None
+
+    async def is_owner(self, key: str, server: Server) -> bool:
+        """There is no other."""
+        return True
+
+    def marks(self, stem: str) -> list[str]:
+        return [stem]
+
+    def marks_at(self, stem: str, server: Server) -> list[str]:
+        return [stem]
 
     async def open_subscription(self) -> Wire:
         return await open_wire(self._address, name=self._limits.name, timeout=self._limits.connect_timeout)

@@ -25,7 +25,7 @@ _GROUP_FORMS = (
     "or rediss+cluster:// and rediss+sentinel:// likewise with TLS"
 )
 _GROUPS: Final[dict[str, Literal["cluster", "sentinel"]]] = {"cluster": "cluster", "sentinel": "sentinel"}
-_DEPLOYMENT_OPTIONS: Final = ("durability", "sentinel_username", "sentinel_password")
+_DEPLOYMENT_OPTIONS: Final = ("durability", "empty_grace", "sentinel_username", "sentinel_password")
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +124,7 @@ class Deployment:
         seeds: The Cluster's members, or the Sentinels, that the URL names; of one server, itself.
         service: The name that the Sentinels know the primary by.
         durability: None if the URL does not say.
+        empty_grace: Likewise.
     """
 
     kind: Literal["server", "cluster", "sentinel"]
@@ -131,6 +132,7 @@ class Deployment:
     seeds: tuple[Address, ...]
     service: str = ""
     durability: Durability | None = None
+    empty_grace: float | None = None
 
     @classmethod
     def parse(cls, url: str) -> Deployment:
@@ -141,11 +143,12 @@ class Deployment:
         """
         url, options = _taken_out(url)
         durability = _durability(options.get("durability"))
+        empty_grace = seconds(options.get("empty_grace"))
         scheme, _, rest = url.partition("://")
         base, _, group = scheme.lower().partition("+")
         if not group:
             address = Address.parse(url)
-            return cls("server", address, (address,), durability=durability)
+            return cls("server", address, (address,), durability=durability, empty_grace=empty_grace)
         if group not in _GROUPS or base not in ("redis", "rediss"):
             raise ConfigurationError(f"the store URL must look like {_FORMS}; or {_GROUP_FORMS}")
         authority, slash, tail = _halves(rest)
@@ -154,7 +157,7 @@ class Deployment:
             addresses = [Address.parse(f"{base}://{user}{at}{host}{slash}{tail}") for host in hosts.split(",")]
             if addresses[0].db:
                 raise ConfigurationError("a Cluster has one database only: leave the number out of the store URL")
-            return cls("cluster", addresses[0], tuple(addresses), durability=durability)
+            return cls("cluster", addresses[0], tuple(addresses), durability=durability, empty_grace=empty_grace)
         path, question, query = tail.partition("?")
         service, _, db = path.strip("/").partition("/")
         if slash != "/" or not service:
@@ -169,6 +172,7 @@ class Deployment:
             tuple(replace(place, db=0, username=user_there, password=password_there) for place in places),
             service=unquote(service),
             durability=durability,
+            empty_grace=empty_grace,
         )
 
     @property
@@ -199,6 +203,15 @@ def _durability(value: str | None) -> Durability | None:
         case _:
             pass
     raise ConfigurationError("durability in the store URL must be primary or replicated")
+
+
+def seconds(value: str | None) -> float | None:
+    """`empty_grace` of a URL, or none."""
+    if value is None:
+        return None
+    if not (value.isascii() and value.replace(".", "", 1).isdigit()):
+        raise ConfigurationError("empty_grace in the store URL must be a number of seconds, such as 15")
+    return float(value)
 
 
 def _halves(rest: str) -> tuple[str, str, str]:

@@ -38,12 +38,14 @@ except ImportError:
 __all__ = [
     "Connection",
     "Demoted",
+    "Forbidden",
     "Redirected",
     "ScriptMissing",
     "TryAgain",
     "UnknownCommand",
     "Wire",
     "ask",
+    "ask_each",
     "backoff",
     "discard",
     "is_alive",
@@ -121,6 +123,10 @@ class Demoted(StoreUnavailable):
     """The command has not run: this server is a replica."""
 
 
+class Forbidden(StoreUnusable):
+    """The command has not run: the user may not run it."""
+
+
 class UnknownCommand(StoreUnusable):
     """The server has no such command, or has renamed it."""
 
@@ -128,7 +134,8 @@ class UnknownCommand(StoreUnusable):
 _KINDS: Final[dict[str, type[StoreUnavailable]]] = {
     "TRYAGAIN": TryAgain,
     "READONLY": Demoted,
-    **dict.fromkeys(("DENIED", "NOAUTH", "WRONGPASS", "NOPERM"), StoreUnusable),
+    "NOPERM": Forbidden,
+    **dict.fromkeys(("DENIED", "NOAUTH", "WRONGPASS"), StoreUnusable),
 }
 
 _UNUSABLE: Final = {
@@ -352,13 +359,20 @@ async def ask(wire: Wire, *command: Arg) -> Any:
     Raises:
         StoreUnavailable: The server refused it, or the wire was lost.
     """
+    (reply,) = await ask_each(wire, command)
+    return reply
+
+
+async def ask_each(wire: Wire, *commands: tuple[Arg, ...]) -> list[Any]:
+    """As `ask`, for several commands that are sent together and run in this order."""
     try:
-        (reply,) = await _exchange(wire, [command])
+        replies = await _exchange(wire, commands)
     except ConnectionError as error:
         raise StoreUnavailable(f"lost the connection: {error}") from None
-    if isinstance(reply, ServerError):
-        raise refusal(str(reply))
-    return reply
+    for reply in replies:
+        if isinstance(reply, ServerError):
+            raise refusal(str(reply))
+    return replies
 
 
 async def _exchange(wire: Wire, commands: Sequence[tuple[Arg, ...]]) -> list[Any]:

@@ -82,13 +82,16 @@ class ValkeyCluster:
     Args:
         options: Further arguments of every server.
         node_timeout: Seconds after which an unreachable node counts as failed, and a replica takes over.
+        spares: Further members, which have no slots yet: primaries that were added later.
     """
 
-    def __init__(self, *options: str, primaries: int = 3, replicas: int = 0, node_timeout: float = 1.0) -> None:
+    def __init__(
+        self, *options: str, primaries: int = 3, replicas: int = 0, node_timeout: float = 1.0, spares: int = 0
+    ) -> None:
         timeout = ("--cluster-node-timeout", str(int(node_timeout * 1000)))
         self._shape = (primaries, replicas)
-        self.nodes = [ValkeyNode(*timeout, *options) for _ in range(primaries * (1 + replicas))]
-        """Every server, first those that began as primaries."""
+        self.nodes = [ValkeyNode(*timeout, *options) for _ in range(primaries * (1 + replicas) + spares)]
+        """Every server, first those that began as primaries, last those that have no slots."""
         self._stack = ExitStack()
         self._clean = weakref.finalize(self, self._stack.close)
 
@@ -204,7 +207,7 @@ class ValkeyCluster:
                     ask(node, "CLUSTER", "MEET", "127.0.0.1", other.port, other._bus.port)
         names = {node.id for node in self.nodes}
         until(lambda: all(self._known(node) == names for node in self.nodes), "all servers know each other")
-        for i, node in enumerate(self.nodes[primaries:]):
+        for i, node in enumerate(self.nodes[primaries : primaries * (1 + replicas)]):
             ask(node, "CLUSTER", "REPLICATE", owners[i // replicas].id)
         self.wait_until_ok()
 
