@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -35,6 +36,12 @@ def exits(monkeypatch: pytest.MonkeyPatch) -> list[Exit]:
     told: list[Exit] = []
     monkeypatch.setattr(Node, "exit", lambda _, error: told.append(error))
     return told
+
+
+@pytest.fixture(autouse=True)
+def quiet(caplog: pytest.LogCaptureFixture) -> None:
+    """The SDK logs what handlers of notifications raise, which no report can hold."""
+    caplog.set_level(logging.CRITICAL, logger="mcp")
 
 
 @asynccontextmanager
