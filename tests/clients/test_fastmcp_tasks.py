@@ -13,6 +13,7 @@ import mcp_types as types
 import pytest
 from fastmcp import Client, Context, FastMCP
 from fastmcp.client.elicitation import ElicitResult
+from fastmcp.server.middleware import Middleware
 from fastmcp.tools import ToolResult
 from fastmcp_tasks import TasksExtension, call_tool_task
 
@@ -32,14 +33,31 @@ pytestmark = [
 SECONDS = 30.0
 
 
+class Greeter(Middleware):
+    """Keeps something for each request before its tool runs."""
+
+    async def on_call_tool(self, context: Any, call_next: Any) -> Any:
+        await context.fastmcp_context.set_state("greeting", f"hello {context.message.arguments.get('x')}")
+        return await call_next(context)
+
+
 def make(cluster: nonstick.Cluster, docket: str) -> FastMCP[Any]:
-    server = FastMCP[Any]("tasks", request_state_security=cluster.request_state_security)
+    server = FastMCP[Any](
+        "tasks",
+        request_state_security=cluster.request_state_security,
+        session_state_store=cluster.session_state_store,
+        middleware=[Greeter()],
+    )
     server.add_extension(TasksExtension(url=docket, name="tests"))
 
     @server.tool(task=True)
     async def double(x: int) -> int:
         await asyncio.sleep(0.05)
         return 2 * x
+
+    @server.tool(task=True)
+    async def kept(x: int, ctx: Context) -> str:
+        return str(await ctx.get_state("greeting"))
 
     @server.tool(task=True)
     async def greet(ctx: Context) -> ToolResult | types.InputRequiredResult:
@@ -69,7 +87,7 @@ async def answer(message: str, kind: Any, params: Any, context: Any) -> Any:
 
 
 async def test_a_background_task_is_known_on_every_node() -> None:
-    """Begun at one node, run by the worker of any, asked for and answered at others."""
+    """Begun at one node, run by the worker of any, asked for and answered at others; with what its request kept."""
     with ValkeyServer() as valkey, anyio.fail_after(2 * SECONDS):
         async with (
             nodes(valkey.url, valkey.url) as balancer,
@@ -78,6 +96,8 @@ async def test_a_background_task_is_known_on_every_node() -> None:
             for x in range(NODES):
                 task = await call_tool_task(client, "double", {"x": x})
                 assert (await task.result()).data == 2 * x
+                kept = await call_tool_task(client, "kept", {"x": x})
+                assert (await kept.result()).data == f"hello {x}"
             greeted = await client.call_tool("greet", {})
             assert greeted.content[0].text == "Hello, Ada!"
             asked = [one for one in balancer.exchanges if one.rpc in ("tools/call", "tasks/get", "tasks/update")]

@@ -304,10 +304,10 @@ async def test_second_initialize_does_not_change_whose_session_it_is(cluster: Cl
 
 
 async def test_session_without_a_principal_is_not_for_those_who_have_one() -> None:
-    """A store that servers with and without authentication share mixes nothing up."""
+    """A store that replicas with and without authentication share mixes nothing up."""
     store = MemoryStore()
     async with (
-        Cluster(lambda: MCPServer("open"), one(store), nodes=1) as (unsecured,),
+        Cluster(lambda: MCPServer(server().name), one(store), nodes=1) as (unsecured,),
         Cluster(server, one(store), nodes=1) as (secured,),
     ):
         public, private = await unsecured.open(), await secured.open(authorization="Bearer ada-1")

@@ -135,6 +135,23 @@ async def test_transport_answers_only_for_its_own_session(make_store: MakeStore)
         assert (await node.post("/new", request("ping"), mine.headers)).status_code == 404
 
 
+async def test_request_without_a_session_is_not_served_as_another_sessions(memory: MakeStore) -> None:
+    """P1. Its version says that it has none. To name this route's session is no matter, another one is 404."""
+    async with pod(memory) as node:
+        mine, other = await node.open(), await node.open()
+        newer = {"mcp-protocol-version": "2026-07-28", "mcp-method": "tools/list"}
+        meta = {
+            "io.modelcontextprotocol/protocolVersion": "2026-07-28",
+            "io.modelcontextprotocol/clientInfo": {"name": "test", "version": "1"},
+            "io.modelcontextprotocol/clientCapabilities": {},
+        }
+        for session, status in ((other, 404), (mine, 200)):
+            headers = {**session.headers, **newer}
+            answered = await node.post(f"/existing/{mine.id}", request("tools/list", {"_meta": meta}), headers)
+            assert answered.status_code == status
+            assert "mcp-session-id" not in answered.headers
+
+
 async def test_new_session_is_opened_once() -> None:
     """P2. Its id is known before, and names nothing until its `initialize` succeeded."""
     manager = nonstick.SessionManager(World().server(), store="memory:")
