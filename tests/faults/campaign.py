@@ -33,6 +33,7 @@ from nonstick.testing.oracle import (
     Fault,
     GaveUp,
     Got,
+    Lost,
     Record,
     Replayed,
     Vanished,
@@ -325,7 +326,7 @@ def _excerpt(violation: Violation, records: list[Record]) -> list[str]:
     shown = list(violation.records[:SHOWN])
     if shown:
         first, last = min(record.at for record in shown), max(record.at for record in shown)
-        shown += [r for r in records if isinstance(r, Fault) and first - 10 < r.at < last + 1]
+        shown += [r for r in records if isinstance(r, Fault | Lost) and first - 10 < r.at < last + 1]
         start = min(record.at for record in records)
         lines += [f"    {one.at - start:8.3f}  {one}" for one in sorted(shown, key=lambda record: record.at)]
     return lines

@@ -23,6 +23,7 @@ from nonstick.testing.oracle import (
     Answered,
     Called,
     Caught,
+    Ending,
     GaveUp,
     Got,
     Lost,
@@ -219,6 +220,7 @@ class Session:
 
     async def delete(self, on: Target | None = None) -> int:
         """DELETE, again until it is answered. Its status."""
+        self.history.add(Ending(time.monotonic(), self.name))
         async with asyncio.timeout(self._patience.call):
             while True:
                 try:

@@ -27,6 +27,7 @@ from nonstick.testing.oracle import (
     Answered,
     Called,
     Caught,
+    Ending,
     GaveUp,
     Got,
     Lost,
@@ -120,6 +121,10 @@ LATER_NEWS = replace(SECOND_NEWS, at=2.0, place=Place(0, 7))
             [NEWS, FIRST_NEWS, replace(LOSS, since=0.9), LATER_NEWS, NEWS_END, *NEWS_RUNS, Caught(3, "s")],
             id="news at positions given out again",
         ),
+        pytest.param(
+            [CALL, FIRST, replace(LOSS, since=0.5, until=0.9, at=0.6), replace(TOLD, place=Place(1, 1))],
+            id="told after what arrived late",
+        ),
         pytest.param([*SOUND, DELETED, Lost(9.5, 8.5, 9.6), Answered(11, 10, "s", "POST", 200)], id="an end"),
         pytest.param([*REPEATED, Ran(2.5, "x", "start", 2, "c"), Lost(2.2, 1.9, 2.3)], id="a take-over"),
     ],
@@ -189,6 +194,7 @@ async def test_loss_excuses_no_gap_and_no_repetition(history: list[Record], said
         [CALL, FIRST, DELETED, Answered(11, 10, "s", "POST", 404)],
         [NEWS, Restarted(1.5, "s"), SECOND_NEWS, NEWS_END, *NEWS_RUNS, Caught(3, "s")],
         REPEATED,
+        [*SOUND, Ending(3.5, "s"), Answered(4, 3.2, "s", "GET", 404)],
         [CALL, FIRST, VANISHED, Answered(19, 18, "s", "POST", 200), Answered(22, 21, "s", "POST", 404)],
     ],
 )
@@ -232,6 +238,9 @@ async def test_sound_history_passes(history: list[Record]) -> None:
             [*SOUND, DELETED, Answered(11, 10, "s", "POST", 200)], "P6", "after 's' ended", id="alive after its end"
         ),
         pytest.param([*SOUND, Answered(4, 3, "s", "GET", 404)], "P1", "while it lived", id="gone before its end"),
+        pytest.param(
+            [*SOUND, Answered(4, 3, "s", "GET", 404), Ending(4.5, "s")], "P1", "while it lived", id="gone before DELETE"
+        ),
         pytest.param(
             [CALL, FIRST, VANISHED, Answered(22, 21, "s", "POST", 200)], "P10", "had vanished", id="alive for nobody"
         ),

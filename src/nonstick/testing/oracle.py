@@ -23,6 +23,7 @@ __all__ = [
     "Answered",
     "Called",
     "Caught",
+    "Ending",
     "Fault",
     "GaveUp",
     "Got",
@@ -174,6 +175,14 @@ class Opened:
 
 
 @dataclass(frozen=True, slots=True)
+class Ending:
+    """A client sends a DELETE: from now on its session may have ended, whether that is answered or not."""
+
+    at: float
+    session: str
+
+
+@dataclass(frozen=True, slots=True)
 class Lost:
     """The store lost what it had acknowledged: all that was written from `since` to `until`, or some of it.
 
@@ -206,7 +215,20 @@ class Fault:
 
 
 Record = (
-    Called | Got | Replayed | GaveUp | Answered | Replied | Caught | Restarted | Ran | Opened | Lost | Vanished | Fault
+    Called
+    | Got
+    | Replayed
+    | GaveUp
+    | Answered
+    | Replied
+    | Caught
+    | Restarted
+    | Ran
+    | Opened
+    | Ending
+    | Lost
+    | Vanished
+    | Fault
 )
 
 
@@ -268,6 +290,7 @@ class _Index:
     restarts: dict[str, float] = field(default_factory=dict)
     opened: dict[str, Opened] = field(default_factory=dict)
     losses: list[Lost] = field(default_factory=list)
+    ending: dict[str, float] = field(default_factory=dict)
     vanished: dict[str, Vanished] = field(default_factory=dict)
 
     def add(self, record: Record) -> None:
@@ -286,18 +309,25 @@ class _Index:
                 self.replies[record.label, record.step].append(record)
             case Ran():
                 self.runs[record.label].append(record)
+            case Lost():
+                self.losses.append(record)
+            case Fault():
+                pass
+            case _:
+                self._add_of_session(record)
+
+    def _add_of_session(self, record: Caught | Restarted | Opened | Ending | Vanished) -> None:
+        match record:
             case Caught():
                 self.caught[record.session] = record
             case Restarted():
                 self.restarts[record.session] = record.at
             case Opened():
                 self.opened[record.session] = record
-            case Lost():
-                self.losses.append(record)
+            case Ending():
+                self.ending.setdefault(record.session, record.at)
             case Vanished():
                 self.vanished[record.session] = record
-            case Fault():
-                pass
 
     def may_have_lost(self, first: float, last: float, *, seen: float) -> bool:
         """Whether something that was written between `first` and `last` may be missing at `seen`."""
@@ -351,11 +381,14 @@ def _every_event_comes_once_in_order(index: _Index) -> Iterator[Violation]:
     """P3: a stream is ordered and without duplicates, over all connections that carried it."""
     for (_, chain), events in index.chains.items():
         placed = [got for got in events if got.place is not None]
+        call = index.calls.get(chain)
         for before, got in pairwise(placed):
             assert before.place is not None
             assert got.place is not None
-            # Positions that were lost are given out again; on a request's stream only its end may follow then.
-            if (not chain or _is_error(got.message)) and index.may_have_lost(before.at, before.at, seen=got.at):
+            # Positions that were lost are given out again; on a request's stream only its end may follow then. What
+            # arrived late may have been written at any time since the call.
+            written = before.at if call is None else call.at
+            if (not chain or _is_error(got.message)) and index.may_have_lost(written, before.at, seen=got.at):
                 continue
             if got.place.position == before.place.position:
                 yield Violation("P3", f"an event of {chain!r} arrived twice", (before, got))
@@ -512,6 +545,7 @@ def _a_session_lives_until_it_is_ended(index: _Index) -> Iterator[Violation]:
     """P1, P9: no 404 for a session that nobody ended."""
     for session, answers in index.answers.items():
         ending = min((one.sent for one in answers if one.method == "DELETE"), default=inf)
+        ending = min(ending, index.ending.get(session, inf))
         if (vanished := index.vanished.get(session)) is not None:
             ending = min(ending, vanished.at)
         opened = index.opened.get(session)
