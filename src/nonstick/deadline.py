@@ -13,13 +13,17 @@ class Deadline:
     """Cancels what is awaited within it after so many seconds, and turns that into a `TimeoutError`.
 
     A cancellation from elsewhere stays one, also when both come together. Entered once, in a task.
+
+    Args:
+        seconds: None for only when it is hastened.
     """
 
-    __slots__ = ("_before", "_handle", "_passed", "_seconds", "_task")
+    __slots__ = ("_before", "_handle", "_passed", "_seconds", "_task", "was_hastened")
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float | None) -> None:
         self._seconds = seconds
         self._passed = False
+        self.was_hastened = False
 
     def __enter__(self) -> None:
         loop = asyncio.get_running_loop()
@@ -27,7 +31,13 @@ class Deadline:
         assert task is not None
         self._task = task
         self._before = task.cancelling()
-        self._handle = loop.call_later(self._seconds, self._pass)
+        self._handle = None if self._seconds is None else loop.call_later(self._seconds, self._pass)
+
+    def hasten(self) -> None:
+        """It is over now. Only while it is entered, and from elsewhere."""
+        if not self._passed:
+            self.was_hastened = True
+            self._pass()
 
     def _pass(self) -> None:
         self._passed = True
@@ -36,6 +46,7 @@ class Deadline:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
     ) -> None:
-        self._handle.cancel()
+        if self._handle is not None:
+            self._handle.cancel()
         if self._passed and self._task.uncancel() <= self._before and kind is asyncio.CancelledError:
             raise TimeoutError from error

@@ -185,7 +185,11 @@ class Exchange:
 
     @cached_property
     def _outlet(self) -> wire.Outlet:
-        return wire.Outlet(patience=self._settings.send_timeout, ping=self._settings.ping_interval)
+        return wire.Outlet(
+            patience=self._settings.send_timeout,
+            ping=self._settings.ping_interval,
+            until_closing=self.session.node.until_closing,
+        )
 
     # ---- the HTTP side
 

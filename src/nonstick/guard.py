@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import AsyncExitStack
@@ -56,6 +57,11 @@ PATIENCE: Final = 2.0
 LESS: Final = 4
 """What could not be read is tried again for this part of it."""
 
+logger = logging.getLogger(__name__)
+
+_CLOSING: Final = 0.2
+"""Seconds, at most, that a node which is to be gone waits for the store's connections to close."""
+
 _FIRST_PAUSE: Final = 0.02
 _LONGEST_PAUSE: Final = 0.5
 
@@ -83,6 +89,8 @@ class GuardedStore:
         self.store = store
         self.patience = patience
         self._stack = AsyncExitStack()
+        self._pending: dict[Deadline, None] = {}
+        self._ends_at = math.inf
 
     @property
     def url(self) -> str:
@@ -95,7 +103,20 @@ class GuardedStore:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
     ) -> None:
-        await self._stack.aclose()
+        try:
+            async with asyncio.timeout(None if math.isinf(self._ends_at) else _CLOSING):
+                await self._stack.aclose()
+        except TimeoutError:
+            logger.warning("the connections to the store could not be closed in time")
+
+    def end_at(self, time: float) -> None:
+        """No call lasts longer, in the loop's time: the node is gone soon after."""
+        self._ends_at = time
+
+    def end_pending(self) -> None:
+        """What is under way ends now."""
+        for deadline in list(self._pending):
+            deadline.hasten()
 
     async def create(
         self, key: str, fields: Mapping[str, bytes], *, lifetime: float, limits: Mapping[str, int] | None = None
@@ -202,12 +223,19 @@ class GuardedStore:
 
     async def _until(self, call: Callable[[], Awaitable[T]], patience: float, answers: _Answers | Batch) -> T:
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + patience
+        end = loop.time() + patience
+        if end > self._ends_at:
+            end = self._ends_at
         pause = _FIRST_PAUSE
         while True:
+            deadline = Deadline(end - loop.time())
             try:
-                with Deadline(deadline - loop.time()):
-                    return await call()
+                with deadline:
+                    self._pending[deadline] = None
+                    try:
+                        return await call()
+                    finally:
+                        del self._pending[deadline]
             except TimeoutError:
                 raise StoreUnavailable(f"the store did not answer within {patience:g} s") from None
             except (StoreUnusable, Undecryptable):
@@ -215,7 +243,7 @@ class GuardedStore:
             except ConfigurationError as error:
                 raise StoreUnusable(str(error)) from error
             except StoreUnavailable:
-                if loop.time() + pause >= deadline:
+                if loop.time() + pause >= end:
                     raise
             except StoreError as error:
                 if isinstance(error, _answers_to(answers) if isinstance(answers, Batch) else answers):

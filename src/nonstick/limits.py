@@ -140,8 +140,13 @@ class Place:
         self._room.give_back(self._name)
 
 
-async def arrived(scope: Scope, receive: Receive, *, limit: int, seconds: float) -> tuple[bytes, Receive]:
+async def arrived(
+    scope: Scope, receive: Receive, *, limit: int, seconds: float, until_closing: dict[Deadline, None]
+) -> tuple[bytes, Receive]:
     """The request's body, once it is here whole, and what gives it again to whoever receives it later.
+
+    Args:
+        until_closing: Where the node finds what would keep it from closing.
 
     Raises:
         Refusal: It is longer than `limit` bytes, or not here after so many seconds.
@@ -150,13 +155,20 @@ async def arrived(scope: Scope, receive: Receive, *, limit: int, seconds: float)
     declared = header(scope, "content-length")
     if declared is not None and declared.isdecimal() and int(declared) > limit:
         raise _too_large()
+    deadline = Deadline(seconds)
     try:
-        with Deadline(seconds):
-            message = await receive()
-            body: bytes = message.get("body", b"")
-            if message.get("more_body", False):
-                body = await _rest(body, receive, limit)
+        with deadline:
+            until_closing[deadline] = None
+            try:
+                message = await receive()
+                body: bytes = message.get("body", b"")
+                if message.get("more_body", False):
+                    body = await _rest(body, receive, limit)
+            finally:
+                del until_closing[deadline]
     except TimeoutError:
+        if deadline.was_hastened:
+            raise wire.shutting_down() from None
         raise wire.Refusal(408, f"Request Timeout: the request did not arrive within {seconds:g} s") from None
     if message["type"] != "http.request":
         raise ClientDisconnect

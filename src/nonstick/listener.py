@@ -76,7 +76,11 @@ class Reader(ABC):
         self._place = place
         self._primes = primes
         settings = session.node.settings
-        self.outlet = wire.Outlet(patience=settings.send_timeout, ping=settings.ping_interval)
+        self.outlet = wire.Outlet(
+            patience=settings.send_timeout,
+            ping=settings.ping_interval,
+            until_closing=session.node.until_closing,
+        )
         self.stays = False
         """Its client could not come back, so that a drain waits for its end."""
         self.began = asyncio.get_running_loop().time()

@@ -59,6 +59,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from nonstick import notice, portable, tracing, wire
 from nonstick.cluster import Cluster
+from nonstick.deadline import Deadline
 from nonstick.encryption import EncryptedStore
 from nonstick.errors import ConfigurationError, NonstickError, NotRunning, SessionNotFound, StoreUnavailable
 from nonstick.events import EventId, parse_event_id
@@ -465,7 +466,9 @@ class SessionManager:
         try:
             check_headers(scope, self.settings.max_header_bytes)
             limit, seconds = self.max_request_body_size, self.settings.receive_timeout
-            body, receive = await arrived(scope, receive, limit=limit, seconds=seconds)
+            body, receive = await arrived(
+                scope, receive, limit=limit, seconds=seconds, until_closing=self._node.until_closing
+            )
             if self.stateless or (version is not None and version not in HANDSHAKE_PROTOCOL_VERSIONS):
                 await self._serve_sessionless(self._node, scope, body, receive, send)
             else:
@@ -690,7 +693,7 @@ class SessionManager:
         headers: list[tuple[bytes, bytes]],
     ) -> None:
         if session.node.is_closing:
-            raise wire.unavailable("This node is shutting down. Try again.")
+            raise wire.shutting_down()
         elsewhere = session.node.placement.elsewhere(session, loaded)
         key = request_key(message.id)
         if key in session.exchanges or key in session.relays:
@@ -810,8 +813,25 @@ class SessionManager:
             room = session.resumptions if resumes else session.listeners
             room.check()
             with room.held(request), session.node.listeners.held(request, session.principal):
-                reader = await self._reader(session, place)
+                reader = await self._prepared(session, place)
                 await reader.serve(receive, send, headers)
+
+    async def _prepared(self, session: Session, place: EventId | None) -> Reader:
+        """The reader, unless the node closes before it has read what it needs.
+
+        Raises:
+            Refusal, SessionNotFound, StoreUnavailable: As `_reader`; the client may come back, or go elsewhere.
+        """
+        deadline, until_closing = Deadline(None), session.node.until_closing
+        try:
+            with deadline:
+                until_closing[deadline] = None
+                try:
+                    return await self._reader(session, place)
+                finally:
+                    del until_closing[deadline]
+        except TimeoutError:
+            raise wire.shutting_down() from None
 
     async def _reader(self, session: Session, place: EventId | None) -> Reader:
         if place is not None and place.stream != STANDALONE:

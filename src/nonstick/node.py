@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
@@ -10,7 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Awaitable, Collection, Coroutine
-from contextlib import AbstractContextManager, AsyncExitStack
+from contextlib import AbstractContextManager
 from contextvars import Context
 from dataclasses import dataclass
 from types import TracebackType
@@ -20,6 +21,7 @@ from mcp.server import Server
 from mcp_types import INTERNAL_ERROR, ErrorData
 
 from nonstick.cluster import CLUSTER_KEY, Cluster
+from nonstick.deadline import Deadline
 from nonstick.errors import SessionNotFound, StoreError, StoreUnavailable
 from nonstick.exits import Exit, draining_on_signals, end_loop, stop_host
 from nonstick.guard import GuardedStore
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from nonstick.listener import Reader
     from nonstick.session import Session
 
-__all__ = ["EVERYBODY", "SEND_TIMEOUT", "SHUT_DOWN", "Counters", "Node", "Settings"]
+__all__ = ["EVERYBODY", "GONE_AFTER", "SEND_TIMEOUT", "SHUT_DOWN", "Counters", "Node", "Settings"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +55,13 @@ SHUT_DOWN: Final = ErrorData(
 
 _TICK: Final = 1.0
 _TOUCHED_AT_ONCE: Final = 256
-_LAST_WORDS: Final = 0.5
+_LAST_WORDS: Final = 0.4
 """Seconds that a handler which is ended by a drain gets to stop, before its request ends without it; and that the
 store then gets to take the end."""
+GONE_AFTER: Final = 1.5
+"""Seconds after the grace period within which all that is the node's has ended (P8)."""
+_FOR_THE_LEASE: Final = 0.3
+"""Seconds of these that are kept for giving the lease back."""
 
 
 SEND_TIMEOUT: Final = 30.0
@@ -214,19 +220,20 @@ class Node:
         self._exit: Exit | None = None
         """What a handler raised that wants the process to end."""
         self._host_stops = False
+        self.until_closing: dict[Deadline, None] = {}
+        """What waits for somebody else, and ends when the node closes: requests that arrive, responses that are taken
+        slowly, GETs that are being prepared."""
         self._left = asyncio.Event()
         self._grace_ends = 0.0
         self.stopped = False
         """It is over: what still runs is cancelled, and says no more."""
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._stack = AsyncExitStack()
         self._keeper = _LeaseKeeper(self)
         self.placement = Placement(self)
         self._renewal = Renewal(self)
 
     async def __aenter__(self) -> Self:
         self._keeper.start()
-        self._stack.push_async_callback(self._keeper.stop)
         self.spawn(self._keeper.tick())
         self.spawn(self._touch(min(self.settings.lifetime / 5, 60.0)))
         if self.settings.confirms:
@@ -238,21 +245,41 @@ class Node:
     ) -> None:
         try:
             await self.drain()
-            await self.placement.give_up_all()
-            for session in list(self.sessions.values()):
-                await session.close()
+            await self._in_time(self._clean_up())
             self.stopped = True
             tasks = list(self._tasks)
             for task in tasks:
                 task.cancel()
             if tasks:
                 # Not for ever: a handler in a thread cannot be stopped, and the lease is to be given back.
-                await asyncio.wait(tasks, timeout=_LAST_WORDS)
+                await asyncio.wait(tasks, timeout=min(_LAST_WORDS, self._seconds_left(_FOR_THE_LEASE)))
         finally:
-            await self._stack.aclose()
+            await self._keeper.stop(self._seconds_left())
             if self._exit is not None and self._host_stops:
                 # Not now: what the host's lifespan still has to do is done first.
                 end_loop(self._exit, after=asyncio.current_task())
+
+    async def _clean_up(self) -> None:
+        """Runs what sessions owe when they leave this node."""
+        await self.placement.give_up_all()
+        closing = [session.close() for session in list(self.sessions.values())]
+        for error in await asyncio.gather(*closing, return_exceptions=True):
+            if isinstance(error, Exception):
+                logger.error("a session's clean-up raised", exc_info=without_text(error))
+
+    async def _in_time(self, work: Coroutine[Any, Any, None]) -> None:
+        """Waits for this while there is time. What it does not do until then, it may go on with."""
+        task = asyncio.create_task(work)
+        await asyncio.wait([task], timeout=self._seconds_left(_FOR_THE_LEASE + _LAST_WORDS / 2))
+        if task.done():
+            task.result()
+        else:
+            logger.warning("what sessions owe at their end was not done in time")
+            task.cancel()
+
+    def _seconds_left(self, reserve: float = 0.0) -> float:
+        """Until all that is the node's must have ended, less what is kept for later."""
+        return max(self._grace_ends + GONE_AFTER - reserve - asyncio.get_running_loop().time(), 0.0)
 
     def spawn(self, work: Coroutine[Any, Any, T], context: Context | None = None) -> asyncio.Task[T]:
         """Runs this in the background, until the node stops at the latest.
@@ -325,6 +352,7 @@ class Node:
             return
         self.draining = True
         self._grace_ends = asyncio.get_running_loop().time() + self.settings.grace
+        self.store.end_at(self._grace_ends + GONE_AFTER)
         for reader in list(self.readers):
             reader.hand_over()
         self.sessionless.end_listening()
@@ -359,6 +387,9 @@ class Node:
             await asyncio.sleep(_LAST_WORDS)
             for exchange in running:
                 exchange.let_go()
+            self.store.end_pending()
+            for deadline in list(self.until_closing):
+                deadline.hasten()
 
     async def _finished(self, patience: float) -> None:
         """Waits until no request runs here, or the patience is over."""
@@ -420,15 +451,22 @@ class _LeaseKeeper:
         self._node = node
         self._ticked = time.monotonic()
         self._stop = threading.Event()
+        self._ended = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._keep, name="nonstick-lease", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
-    async def stop(self) -> None:
-        """Ends the lease, if the store can be reached. Other work goes on meanwhile."""
+    async def stop(self, seconds: float) -> None:
+        """Ends the lease, if the store can be reached within so many seconds. Other work goes on meanwhile.
+
+        Else the lease lapses by itself; the thread does not keep the process.
+        """
         self._stop.set()
-        await asyncio.to_thread(self._thread.join, 5)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._ended.wait()
 
     async def tick(self) -> None:
         while True:
@@ -449,3 +487,5 @@ class _LeaseKeeper:
                 logger.warning("the lease of this node could not be renewed: %s", error)
                 wait = min(1.0, wait)
         lease.close(release=True)
+        with contextlib.suppress(RuntimeError):  # the loop did not wait for it
+            self._loop.call_soon_threadsafe(self._ended.set)

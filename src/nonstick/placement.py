@@ -183,11 +183,14 @@ class Placement:
 
     async def give_up_all(self) -> None:
         """The node stops: its sessions are left to other nodes, or end, with their clean-up run (P6, P8)."""
-        held = self._held()
-        await asyncio.gather(*(one.clean_up() for one in held), return_exceptions=True)
-        with contextlib.suppress(TimeoutError):
+        await asyncio.gather(*(self._give_up(one) for one in self._held()), return_exceptions=True)
+
+    async def _give_up(self, one: Holding) -> None:
+        try:
+            await one.clean_up()
+        finally:
             async with asyncio.timeout(_PARTING):
-                await asyncio.gather(*(one.let_go() for one in held), return_exceptions=True)
+                await one.let_go()
 
 
 def _owner(loaded: Loaded) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any
 
 import anyio
 import pydantic_core
@@ -17,8 +17,6 @@ from nonstick import wire
 from nonstick.limits import header
 
 __all__ = ["Sessionless", "forget_session", "listens"]
-
-_CLOSING: Final = "This node is shutting down. Try again."
 
 
 def listens(scope: Scope) -> bool:
@@ -71,7 +69,7 @@ class Sessionless:
         """
         listening = listens(scope)
         if listening and self._closed:
-            raise wire.unavailable(_CLOSING)
+            raise wire.shutting_down()
         response = _Response(send)
         with _held(self._listening if listening else self._working) as until:
             if listening:

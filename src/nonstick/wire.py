@@ -25,6 +25,7 @@ __all__ = [
     "request_body",
     "result_body",
     "send_body",
+    "shutting_down",
     "sse_frame",
     "sse_message",
     "sse_priming",
@@ -93,6 +94,11 @@ def missing_id() -> Refusal:
 def unavailable(message: str) -> Refusal:
     """503: try again soon. The session is as it was (P9)."""
     return Refusal(503, message, INTERNAL_ERROR, retry_after=1)
+
+
+def shutting_down() -> Refusal:
+    """503: another node takes it."""
+    return unavailable("This node is shutting down. Try again.")
 
 
 async def send_body(send: Send, status: int, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
@@ -189,9 +195,20 @@ class Outlet:
 
     Whoever produces waits when more than `room` bytes are waiting, so that a slow reader slows its own request down
     and nobody else's. A reader that takes nothing for `patience` seconds is cut off: it can resume (P10).
+
+    Args:
+        until_closing: Where the node finds what would keep it from closing.
     """
 
-    def __init__(self, *, room: int = 256 * 1024, patience: float = 30.0, ping: float = 15.0) -> None:
+    def __init__(
+        self,
+        *,
+        room: int = 256 * 1024,
+        patience: float = 30.0,
+        ping: float = 15.0,
+        until_closing: dict[Deadline, None] | None = None,
+    ) -> None:
+        self._until_closing: dict[Deadline, None] = {} if until_closing is None else until_closing
         self._frames: list[bytes] = []
         self._mark = Mark()
         self.sent = Mark()
@@ -286,5 +303,10 @@ class Outlet:
             await self._send(send, PING, more=True)
 
     async def _send(self, send: Send, body: bytes, *, more: bool) -> None:
-        with Deadline(self._patience):
-            await send({"type": "http.response.body", "body": body, "more_body": more})
+        deadline = Deadline(self._patience)
+        with deadline:
+            self._until_closing[deadline] = None
+            try:
+                await send({"type": "http.response.body", "body": body, "more_body": more})
+            finally:
+                del self._until_closing[deadline]

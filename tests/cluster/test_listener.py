@@ -459,7 +459,7 @@ async def test_the_node_of_the_connection_before_is_gone(make_store: MakeStore) 
             # As killed: nothing more of it reaches the store, and its lease lapses.
             node = node_of(c)
             node.store.append = _never  # type: ignore[method-assign]
-            await node._keeper.stop()
+            await node._keeper.stop(5.0)
             await first.close()
             await tell(b, session, 2)
             async with getting(a, session) as second:
@@ -483,7 +483,7 @@ async def test_a_silent_connection_goes_on_when_the_node_of_the_newer_one_is_gon
                 await second.event()
                 node = node_of(c)
                 node.store.append = _never  # type: ignore[method-assign]
-                await node._keeper.stop()
+                await node._keeper.stop(5.0)
                 await second.close()
             await tell(b, session, 1)
             await heard(first, 1)
