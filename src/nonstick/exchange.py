@@ -45,7 +45,7 @@ from nonstick.errors import (
 )
 from nonstick.events import EventId, Kind, cursor_text, decode, draft
 from nonstick.limits import LONGEST_METHOD, after_body
-from nonstick.node import EVERYBODY
+from nonstick.node import EVERYBODY, SHUT_DOWN
 from nonstick.offers import initialization
 from nonstick.record import UNCONFIRMED, Record, opening_fields, subscription_field
 from nonstick.renewal import unattended_seconds
@@ -777,7 +777,16 @@ class Exchange:
 
     def let_go(self) -> None:
         """Closes the client's connection, whatever is still to be said: another node says it when this one is gone."""
-        self._refuse(wire.unavailable("This node was shut down before the request's end could be stored."))
+        if self._opens:
+            self._refuse(wire.unavailable("This node was shut down before the session could be stored. Try again."))
+            return
+        # Not 503, which says "try again": it ran.
+        self._answer_with(wire.error_body(self.message.id, SHUT_DOWN))
+        if self._gave_id:
+            self.hand_over()
+        else:
+            self._outlet.put(wire.sse_message(wire.error_body(self.message.id, SHUT_DOWN)))
+            self._outlet.end()
 
     def observe(self, kind: Kind, event: Event) -> None:
         """The log brought something on this request's stream that may not be of our own making."""
