@@ -7,6 +7,7 @@ and because the server's lifespan is entered by it: once, as ever. Ours runs ins
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -112,15 +113,19 @@ class Adopted:
         """Whether each endpoint is FastMCP's: what its server is, `manager.app` says only while that runs."""
         return [isinstance(endpoint, _Later) for endpoint in self._endpoints]
 
-    async def check_ready(self) -> None:
-        """As `SessionManager.check_ready`, of all of them."""
-        for manager in self.managers:
-            await manager.check_ready()
-
     def begin_drain(self) -> None:
         """As `SessionManager.begin_drain`, of all of them."""
         for manager in self.managers:
             manager.begin_drain()
+
+    async def drain(self) -> None:
+        """As `SessionManager.drain`, of all of them."""
+        await asyncio.gather(*(manager.drain() for manager in self.managers))
+
+    async def check_ready(self) -> None:
+        """As `SessionManager.check_ready`, of all of them."""
+        for manager in self.managers:
+            await manager.check_ready()
 
 
 def take_over(

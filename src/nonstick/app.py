@@ -77,6 +77,22 @@ class App(Starlette):
         """What is told to every client goes through this: `await app.cluster.notify_tools_changed()` (P11)."""
         return self.manager.cluster
 
+    def begin_drain(self) -> None:
+        """Stops taking work, and returns at once, as on SIGTERM: for a host that stops without a signal (P8).
+
+        Raises:
+            NotRunning: The app does not run.
+        """
+        self._adopted.begin_drain()
+
+    async def drain(self) -> None:
+        """As `begin_drain`, and returns when what runs here has finished, or was ended after the grace period (P8).
+
+        Raises:
+            NotRunning: The app does not run.
+        """
+        await self._adopted.drain()
+
     @asynccontextmanager
     async def lifespan(self, _app: object = None) -> AsyncIterator[Any]:
         """Runs the server, its own lifespan included. Fits as `FastAPI(lifespan=app.lifespan)`."""

@@ -57,8 +57,6 @@ PATIENCE: Final = 2.0
 LESS: Final = 4
 """What could not be read is tried again for this part of it."""
 
-logger = logging.getLogger(__name__)
-
 _CLOSING: Final = 0.2
 """Seconds, at most, that a node which is to be gone waits for the store's connections to close."""
 

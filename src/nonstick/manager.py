@@ -437,7 +437,11 @@ class SessionManager:
         return await self._running().store.load(key)
 
     def begin_drain(self) -> None:
-        """Stops taking work, and returns at once. As on SIGTERM."""
+        """Stops taking work, and returns at once, as on SIGTERM: for a host that stops without a signal (P8).
+
+        Raises:
+            NotRunning: Outside of `run()`.
+        """
         self._running().begin_drain()
 
     async def drain(self) -> None:

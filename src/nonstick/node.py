@@ -10,6 +10,7 @@ import secrets
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Awaitable, Collection, Coroutine
 from contextlib import AbstractContextManager
 from contextvars import Context
@@ -38,7 +39,17 @@ if TYPE_CHECKING:
     from nonstick.listener import Reader
     from nonstick.session import Session
 
-__all__ = ["EVERYBODY", "GONE_AFTER", "SEND_TIMEOUT", "SHUT_DOWN", "Counters", "Node", "Settings"]
+__all__ = [
+    "EVERYBODY",
+    "GONE_AFTER",
+    "SEND_TIMEOUT",
+    "SHUT_DOWN",
+    "Counters",
+    "Node",
+    "Settings",
+    "begin_drain_here",
+    "seconds_left_here",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -165,6 +176,24 @@ class Settings:
         return limits
 
 
+_gone_by = 0.0
+"""When, by the monotonic clock, what the last drain in this process ends has to have ended."""
+_running: weakref.WeakSet[Node] = weakref.WeakSet()
+
+
+def begin_drain_here() -> None:
+    """Begins the drain of every node that runs in this event loop. May be called more than once."""
+    loop = asyncio.get_running_loop()
+    for node in list(_running):
+        if node.loop is loop:
+            node.begin_drain()
+
+
+def seconds_left_here() -> float:
+    """Until what the last drain in this process ends has to have ended; 0 if there was none."""
+    return max(_gone_by - time.monotonic(), 0.0)
+
+
 @dataclass(slots=True)
 class Counters:
     """What happened on this node since it started."""
@@ -187,6 +216,7 @@ class Node:
         name: str | None,
         cluster: Cluster,
     ) -> None:
+        self.loop = asyncio.get_running_loop()
         name = name or os.environ.get("NONSTICK_NODE") or f"{socket.gethostname()}-{os.getpid()}"
         self.name = name
         self.id = f"{name}-{secrets.token_hex(4)}"
@@ -234,6 +264,7 @@ class Node:
 
     async def __aenter__(self) -> Self:
         self._keeper.start()
+        _running.add(self)
         self.spawn(self._keeper.tick())
         self.spawn(self._touch(min(self.settings.lifetime / 5, 60.0)))
         if self.settings.confirms:
@@ -254,6 +285,7 @@ class Node:
                 # Not for ever: a handler in a thread cannot be stopped, and the lease is to be given back.
                 await asyncio.wait(tasks, timeout=min(_LAST_WORDS, self._seconds_left(_FOR_THE_LEASE)))
         finally:
+            _running.discard(self)
             await self._keeper.stop(self._seconds_left())
             if self._exit is not None and self._host_stops:
                 # Not now: what the host's lifespan still has to do is done first.
@@ -353,6 +385,8 @@ class Node:
         self.draining = True
         self._grace_ends = asyncio.get_running_loop().time() + self.settings.grace
         self.store.end_at(self._grace_ends + GONE_AFTER)
+        global _gone_by
+        _gone_by = time.monotonic() + self.settings.grace + GONE_AFTER
         for reader in list(self.readers):
             reader.hand_over()
         self.sessionless.end_listening()

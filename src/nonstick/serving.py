@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import errno
+import gc
 import json
 import logging
 import math
@@ -16,6 +17,8 @@ import os
 import signal
 import socket
 import sys
+import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final, Literal, NoReturn
@@ -34,7 +37,8 @@ from nonstick.app import app as make_app
 from nonstick.encryption import keys_from
 from nonstick.errors import ConfigurationError, NonstickError, StoreUnavailable, StoreUnusable, Undecryptable
 from nonstick.manager import Options
-from nonstick.node import SEND_TIMEOUT
+from nonstick.node import GONE_AFTER, SEND_TIMEOUT, seconds_left_here
+from nonstick.protocols import Draining
 from nonstick.shared import check_shared
 from nonstick.store import Store
 from nonstick.stores import open_store
@@ -47,13 +51,17 @@ DEFAULT_STORE: Final = "sqlite:///.nonstick/sessions.db"
 PING_SECONDS: Final = 5.0
 """How long a store may take to answer before it counts as unreachable."""
 
-_AFTER_GRACE: Final = 2
-"""Seconds that uvicorn waits longer than the node, which has to tell its clients how their requests ended."""
+_AFTER_GRACE: Final = GONE_AFTER - 0.3
+"""Seconds that uvicorn waits longer than the grace period: until the node has told its clients how their requests
+ended, and not so long that it could not end in time."""
 
 _KEEPALIVE_SECONDS: Final = 15
 """Between two probes of a silent connection whose client has not answered the first."""
 _LONGEST_KEEPALIVE: Final = 32_767
 """Seconds, as the kernel allows."""
+
+_STUBBORN_SECONDS: Final = 0.3
+"""For what does not stop when it is cancelled, once everything else has had to end."""
 
 _VARIABLE: Final = "NONSTICK_SERVE"
 _STARTUP_FAILURE: Final = 3
@@ -221,6 +229,10 @@ class _Deferred:
                 for path, manager in zip(adopted.paths, adopted.managers, strict=True):
                     url = f"http://{host}:{self._settings.port}{path}"
                     logger.info("serving", extra={"url": url, "store": manager.store.url, "pid": os.getpid()})
+            elif message["type"] == "lifespan.shutdown.complete":
+                _end_in_time()
+                # The interpreter's end looks for garbage in all that is left, several times, for half a second.
+                gc.freeze()
             await send(message)
 
         return announce
@@ -308,18 +320,9 @@ def _uvicorn_options(settings: Settings) -> dict[str, Any]:
         "log_config": None,  # `logs.configure` has been there
         "log_level": settings.log_level,
         "lifespan": "on",
-        "http": _protocol(),
-        "timeout_graceful_shutdown": math.ceil(settings.grace) + _AFTER_GRACE,
+        "http": Draining,
+        "timeout_graceful_shutdown": settings.grace + _AFTER_GRACE,
     }
-
-
-def _protocol() -> Any:
-    """uvicorn's fast HTTP protocol, with bounds, if it is installed; the other has them."""
-    try:
-        from nonstick.heads import BoundedHeads
-    except ImportError:
-        return "auto"
-    return BoundedHeads
 
 
 async def _serve_here(app: _Deferred, server: uvicorn.Server, listener: socket.socket) -> int:
@@ -331,6 +334,25 @@ async def _serve_here(app: _Deferred, server: uvicorn.Server, listener: socket.s
             raise app.failure from None
         return stop.code if isinstance(stop.code, int) else 1
     return 0
+
+
+def _end_in_time() -> None:
+    """Sees to it that the process ends, though a handler does not stop, or blocks a thread (P8).
+
+    Everything else has ended, and whoever waited for such a handler was told.
+    """
+    threading.Thread(
+        target=_end_after, args=(max(seconds_left_here(), 0.0) + _STUBBORN_SECONDS,), name="nonstick-end", daemon=True
+    ).start()
+
+
+def _end_after(seconds: float) -> None:
+    time.sleep(seconds)
+    # Not reached where the interpreter came to its end.
+    logger.warning("the process ends without handlers that did not stop when they were cancelled")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _serve_in_children(settings: Settings, listener: socket.socket) -> int:
