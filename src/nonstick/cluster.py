@@ -402,7 +402,7 @@ class Cluster:
     async def _catch_up(self, store: GuardedStore) -> None:
         """Takes what is in the log already, which nobody here waits for."""
         try:
-            while events := await store.read(CLUSTER_KEY, Cursor(self.broadcasts.head.position), limit=MAX_READ):
+            while events := await self._read(store):
                 for event in events:
                     self.broadcasts.take(event, self._what(event))
         except Undecryptable:
@@ -411,6 +411,13 @@ class Cluster:
             self.broadcasts = Broadcasts(_LOG_EVENTS, head=(await store.load(CLUSTER_KEY)).head)
         # They may have changed since they were loaded.
         await self._renew_keys(store)
+
+    async def _read(self, store: GuardedStore) -> list[Event]:
+        head = self.broadcasts.head
+        try:
+            return await store.read(CLUSTER_KEY, head, limit=MAX_READ)
+        except Trimmed:
+            return await store.read(CLUSTER_KEY, Cursor(head.position), limit=MAX_READ)
 
     async def _renew_keys(self, store: GuardedStore) -> None:
         keys = (await store.load(CLUSTER_KEY)).fields.get(_KEYS)

@@ -32,7 +32,7 @@ from nonstick.errors import (
 )
 from nonstick.examine import Examinable, Finding
 from nonstick.shared import check_shared, check_state
-from nonstick.store import NEW_STREAM, Batch, Cursor, Draft, Event, Store
+from nonstick.store import NEW_STREAM, Batch, Cursor, Draft, News, Store
 
 __all__ = ["as_json", "as_text", "diagnose", "failed", "look_at_server"]
 
@@ -187,7 +187,7 @@ class _Wakes:
         self._heard = asyncio.Event()
         self.stop = store.watch(key, self._wake)
 
-    def _wake(self, news: Sequence[Event] | None) -> None:
+    def _wake(self, news: News | None) -> None:
         self._heard.set()
 
     async def next(self) -> bool:

@@ -1,8 +1,9 @@
 """Following a log: every event after a cursor, in order, once, for ever.
 
-One follower per session and node reads the log, however many follow it. A wake is only a hint: what it carries is
-taken when it is the very next event, and otherwise the log is read; it is also read after some seconds of silence,
-because wakes may be lost.
+One follower per session and node reads the log, however many follow it. A wake is only a hint (P14): what it carries is
+taken when it continues, by position and tag, exactly the entry up to which the log is known here. Anything else means
+"read"; it is also read after some seconds of silence, because wakes may be lost. What was taken and is not in the log,
+such as what a primary still says that was replaced, the next read finds out: it names the entry, and its tag.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
@@ -19,7 +21,7 @@ from nonstick.bell import Bell
 from nonstick.errors import Diverged, SessionNotFound, StoreUnavailable, Trimmed
 from nonstick.guard import LESS, GuardedStore
 from nonstick.security import without_text
-from nonstick.store import MAX_CLIP, Cursor, Event, Skimmed
+from nonstick.store import MAX_CLIP, Cursor, Event, News, Skimmed
 
 __all__ = ["Follower", "Slice", "Subscription", "whole"]
 
@@ -27,6 +29,14 @@ logger = logging.getLogger(__name__)
 
 _FIRST_POLL: Final = 1.0
 _SLOWEST_POLL: Final = 5.0
+_LONGEST_TRUST: Final = 10.0
+"""Seconds for which wakes alone may say what is in the log. Then it is read, though they seem to tell everything."""
+_FREE_READS: Final = 4
+"""Reads in a row that may bring nothing: a wake and a read often bring the same."""
+_FIRST_PAUSE: Final = 0.01
+_LONGEST_PAUSE: Final = 0.2
+_FORGIVEN: Final = 0.4
+"""Seconds of silence after which wakes that brought nothing are forgotten. Between two polls there are more."""
 _BATCH: Final = 256
 _SLICE_BYTES: Final = 256 * 1024
 """About so much is read at once (P10): a node may do it for thousands of slow clients."""
@@ -83,6 +93,43 @@ async def whole(store: GuardedStore, key: str, entry: Skimmed) -> Event | None:
     return found[0] if found and found[0].cursor == event.cursor else None
 
 
+class _Pace:
+    """When to read again: at once, unless reads that wakes asked for bring nothing, again and again (P10).
+
+    Whoever can reach a store's channel can send wakes without end, and of any log that it has heard of.
+    """
+
+    __slots__ = ("_in_vain", "read_at")
+
+    def __init__(self) -> None:
+        self.read_at = -math.inf
+        self._in_vain = 0
+
+    def pause(self, now: float) -> float:
+        """Seconds to wait before the next read."""
+        beyond = self._in_vain - _FREE_READS
+        if beyond < 0:
+            return 0.0
+        pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * (1 << min(beyond, 10)))
+        return max(0.0, self.read_at + pause - now)
+
+    def took(self, now: float, *, brought: bool) -> None:
+        """A read ended, and brought something or not."""
+        self._in_vain = 0 if brought or now - self.read_at > _FORGIVEN else self._in_vain + 1
+        self.read_at = now
+
+
+def _continued(place: Cursor, before: Cursor, events: Sequence[Event]) -> Sequence[Event]:
+    """What comes after a place, of events that stand in the log after `before`; none if the place is not among them."""
+    if place == before:
+        return events
+    at_any_tag = place.position > 0 and not place.tag
+    for n, cursor in enumerate((before, *(event.cursor for event in events))):
+        if cursor == place or (at_any_tag and cursor.position == place.position):
+            return events[n:]
+    return ()
+
+
 class Subscription:
     """One reader's place in a followed log. `next` gives what came after it; several do not disturb each other."""
 
@@ -92,7 +139,8 @@ class Subscription:
         self._losses = follower.losses
         self._buffer: list[Event] = []
         self._buffered_bytes = 0
-        self._buffered_to = after.position
+        self._buffered_to = after
+        """Up to where the log is in the buffer."""
         self._slice = Slice()
         self._wake = Bell()
 
@@ -129,7 +177,7 @@ class Subscription:
     async def wait(self) -> None:
         """Waits until `next` would give or raise something, or has to read. May be cancelled at any time."""
         while not self._is_due():
-            self._buffered_to = self.cursor.position
+            self._buffered_to = self.cursor
             await self._wake.rung()
 
     def _is_due(self) -> bool:
@@ -149,7 +197,7 @@ class Subscription:
         else:
             # All that was missing has been trimmed.
             self.cursor = max(self.cursor, self._follower.cursor)
-        self._buffered_to = self.cursor.position
+        self._buffered_to = self.cursor
         self._clear()
         return events
 
@@ -157,17 +205,20 @@ class Subscription:
         self._buffer = []
         self._buffered_bytes = 0
 
-    def offer(self, events: Sequence[Event]) -> None:
-        """Takes these events if they are the next ones and there is room; else `next` will read for itself."""
+    def offer(self, before: Cursor, events: Sequence[Event]) -> None:
+        """Takes of these events, which follow `before`, those that are next and for which there is room.
+
+        What it does not take, `next` will read for itself.
+        """
         if self._losses != self._follower.losses:
             # What follows a place that is lost is not its continuation.
             return
-        for event in events:
-            has_room = len(self._buffer) < _BUFFER and self._buffered_bytes < _BUFFER_BYTES
-            if event.position == self._buffered_to + 1 and has_room:
-                self._buffer.append(event)
-                self._buffered_bytes += len(event.data)
-                self._buffered_to = event.position
+        for event in _continued(self._buffered_to, before, events):
+            if len(self._buffer) >= _BUFFER or self._buffered_bytes >= _BUFFER_BYTES:
+                break
+            self._buffer.append(event)
+            self._buffered_bytes += len(event.data)
+            self._buffered_to = event.cursor
         self._wake.ring()
 
     def poke(self) -> None:
@@ -196,6 +247,7 @@ class Follower:
         self._timer: asyncio.TimerHandle | None = None
         """Looks for what a lost wake did not say, while it does not read."""
         self._slice = Slice()
+        self._pace = _Pace()
         self._must_read = False
         self._poll = _FIRST_POLL
         self._heard = False
@@ -250,14 +302,19 @@ class Follower:
             self._reading = apart.spawn(self._keep_reading(), name=f"follow {self.key[:12]}")
 
     async def _keep_reading(self) -> None:
+        clock = asyncio.get_running_loop().time
         while self._must_read and not self.ended:
+            if pause := self._pace.pause(clock()):
+                await asyncio.sleep(pause)
             self._must_read = False
+            before = self.cursor
             try:
                 done = await self._read()
             except Exception as error:
                 # Of a store, a defect; here, nobody else would go on following.
                 logger.error("session %s: its log could not be read", self.key[:12], exc_info=without_text(error))
                 done = False
+            self._pace.took(clock(), brought=self.cursor != before)
             if not done:
                 await asyncio.sleep(_FIRST_POLL * random.uniform(0.3, 1.0))  # noqa: S311
                 self._must_read = True
@@ -273,20 +330,25 @@ class Follower:
         self._timer = apart.later(delay, self._look)
 
     def _look(self) -> None:
-        if self._heard:
+        trusted = self._heard and asyncio.get_running_loop().time() - self._pace.read_at < _LONGEST_TRUST
+        if trusted:
             self._look_later()
         else:
             self._poll = min(self._poll * 1.5, _SLOWEST_POLL)
             self._read_soon()
 
-    def _on_wake(self, events: Sequence[Event] | None) -> None:
-        if self._unwatch is None or (events is not None and events[-1].position <= self.cursor.position):
+    def _on_wake(self, news: News | None) -> None:
+        if self._unwatch is None:
+            return
+        # A store of a third party may still say events alone, which prove nothing.
+        fresh = news.since(self.cursor) if isinstance(news, News) else None
+        if fresh is not None and not fresh:
             return
         slow, self._poll = self._poll > _FIRST_POLL, _FIRST_POLL
-        if events is None or events[0].position > self.cursor.position + 1 or self._must_read:
+        if fresh is None or self._must_read:
             self._read_soon()
             return
-        self._advance([event for event in events if event.position > self.cursor.position])
+        self._advance(fresh)
         self._heard = True
         if slow and self._reading is None:
             self._look_later()
@@ -297,13 +359,12 @@ class Follower:
             while True:
                 before = self.cursor
                 events = await self._slice.read(self.store, self.key, before)
-                # A wake may have brought the same events while the read was under way.
-                events = [event for event in events if event.position > self.cursor.position]
-                if not events:
-                    if self.cursor == before:
-                        return True
-                    continue
-                self._advance(events)
+                # A wake may have brought the same events while the read was under way. Others than these, or more, are
+                # what the next read begins with.
+                if fresh := _continued(self.cursor, before, events):
+                    self._advance(fresh)
+                elif self.cursor == before:
+                    return True
         except SessionNotFound:
             self.end()
         except Diverged:
@@ -317,10 +378,10 @@ class Follower:
             return False
         return True
 
-    def _advance(self, events: list[Event]) -> None:
-        self.cursor = events[-1].cursor
+    def _advance(self, events: Sequence[Event]) -> None:
+        before, self.cursor = self.cursor, events[-1].cursor
         for subscription in self._subscriptions:
-            subscription.offer(events)
+            subscription.offer(before, events)
 
     def _lose(self) -> None:
         """Every subscription hears that its place may be gone; the log is followed from its beginning again."""

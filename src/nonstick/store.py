@@ -48,6 +48,7 @@ __all__ = [
     "Event",
     "Lease",
     "Loaded",
+    "News",
     "Skimmed",
     "Store",
     "Wake",
@@ -200,11 +201,41 @@ class Appended(NamedTuple):
     count: int  # type: ignore[assignment]
 
 
-Wake = Callable[["Sequence[Event] | None"], None]
+class News(NamedTuple):
+    """What a wake says was appended, and what it follows: only so can it be told whether it continues a log (P14).
+
+    Attributes:
+        after: Cursor of the entry just before the first of these events, whether `trim` has dropped it since or not;
+            `Cursor(0)` if there never was one.
+        events: One or more, one after the other, without a gap.
+    """
+
+    after: Cursor
+    events: Sequence[Event]
+
+    def since(self, place: Cursor) -> Sequence[Event] | None:
+        """What of this comes after a place, which may be nothing; None unless exactly that entry is before it.
+
+        A position alone proves nothing: after a failover, another entry may have it.
+        """
+        if place.position and not place.tag:
+            return None
+        before = [self.after, *(event.cursor for event in self.events)]
+        if place not in before:
+            return None
+        rest = self.events[before.index(place) :]
+        gapless = all(event.position == place.position + n for n, event in enumerate(rest, 1))
+        return rest if gapless else None
+
+
+Wake = Callable[["News | None"], None]
 """A hint that something was appended to a watched log, or that its session ended.
 
-Called in the event loop's thread. With events: they were appended, in this order, and are complete, though events
-before them may not have been announced. With None: read. May be lost, repeated or reordered: only `read` is truth.
+Called in the event loop's thread. With news: these events were appended, in this order, after the entry that they name.
+With None: read. May be lost, repeated, reordered, or wrong: a wake comes over a channel that others may reach, or from
+a server that does not know yet that it was replaced. So only `read` is truth, and news are taken only where they
+continue exactly the entry that is there (P14). A store that cannot name that entry, or whose channel anybody may use,
+says None.
 Must not raise and must not block.
 """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ import pytest
 from nonstick.errors import Diverged, SessionNotFound, StoreUnavailable, Trimmed
 from nonstick.follow import Follower, Subscription
 from nonstick.guard import GuardedStore
-from nonstick.store import MAX_READ_BYTES, Batch, Cursor, Draft, Event, Wake
+from nonstick.store import MAX_READ_BYTES, Batch, Cursor, Draft, Event, News, Wake
 from nonstick.stores.memory import MemoryStore
 
 pytestmark = pytest.mark.anyio
@@ -39,14 +39,14 @@ class Careless(MemoryStore):
     def watch(self, key: str, wake: Wake) -> Callable[[], None]:
         self.wakes.append(wake)
 
-        def mangled(events: Sequence[Event] | None) -> None:
+        def mangled(news: News | None) -> None:
             if self.loses_wakes:
                 return
             if not self.mangles:
-                wake(events)
+                wake(news)
                 return
             for _ in range(self.random.choice([0, 0, 1, 1, 1, 2])):
-                sent = self.random.choice([events, events, events, None])
+                sent = self.random.choice([news, news, news, None])
                 delay = self.random.choice([0, 0, 0.001, 0.003])
                 asyncio.get_running_loop().call_later(delay, wake, sent)
 

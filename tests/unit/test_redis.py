@@ -9,7 +9,7 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from nonstick.errors import (
     StreamClosed,
     TooManySessions,
 )
-from nonstick.store import NEW_STREAM, WRITER_SECONDS, Batch, Cursor, Draft, Event
+from nonstick.store import NEW_STREAM, WRITER_SECONDS, Batch, Cursor, Draft, Event, News
 from nonstick.stores.redis import INLINE_BYTES, RedisStore
 from nonstick.stores.redis_pubsub import Subscriber
 from nonstick.stores.redis_url import Address, Deployment
@@ -45,7 +45,7 @@ LONG = 600.0
 SECRET = "hunter2/@#"
 QUOTED = "hunter2%2F%40%23"
 
-Hints = asyncio.Queue[Sequence[Event] | None]
+Hints = asyncio.Queue[News | None]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def administrator(server: ValkeyServer, **login: str) -> redis.Redis:
     return redis.Redis.from_url(server.url, protocol=2, **login)
 
 
-async def heard(hints: Hints) -> Sequence[Event] | None:
+async def heard(hints: Hints) -> News | None:
     async with asyncio.timeout(PATIENT):
         return await hints.get()
 
@@ -203,7 +203,7 @@ async def test_prefixes_and_databases_are_separate(server: ValkeyServer, key: st
                 await first.append(key, Batch(drafts(b"fence")))
                 news = await heard(hints)
                 assert news is not None
-                assert texts(news) == [b"fence"]
+                assert texts(news.events) == [b"fence"]
 
 
 async def test_forgotten_writers_are_purged_and_others_kept(
@@ -321,7 +321,7 @@ async def test_restarted_server_without_data_is_a_server_without_sessions(own: V
         await store.append(key, Batch(drafts(b"y")))
         news = await heard(hints)
         assert news is not None
-        assert texts(news) == [b"y"]
+        assert texts(news.events) == [b"y"]
 
 
 async def repeated(call: Any, *args: Any) -> Any:
@@ -610,20 +610,26 @@ async def test_small_append_is_announced_whole_and_a_large_one_by_a_hint(store: 
     small = [Draft(bytes(8), b""), Draft(b"\n\r\n 1 2 3", bytes(range(256)) * 16), Draft(b"\xff" * 8, b"\n")]
     opened = await store.append(key, Batch(small, stream=NEW_STREAM))
     news = await heard(hints)
-    assert news == [Event(n + 1, draft.tag, opened.first, draft.data) for n, draft in enumerate(small)]
-    assert news == await store.read(key, Cursor(0))
+    events = [Event(n + 1, draft.tag, opened.first, draft.data) for n, draft in enumerate(small)]
+    assert news == News(Cursor(0), events)
+    assert events == await store.read(key, Cursor(0))
     await store.append(key, Batch(drafts(bytes(INLINE_BYTES + 1))))
     assert await heard(hints) is None
+    before = (await store.load(key)).head
     await store.append(key, Batch(drafts(bytes(INLINE_BYTES))))
-    assert await heard(hints) is not None
+    news = await heard(hints)
+    assert news is not None
+    assert news.after == before
 
 
-async def test_message_of_a_newer_version_means_read(store: RedisStore, prefix: str, key: str, admin: Any) -> None:
-    """A wake that this version cannot read is a wake all the same (P12)."""
+async def test_message_of_another_version_means_read(store: RedisStore, prefix: str, key: str, admin: Any) -> None:
+    """What this version cannot read is a wake all the same (P12), and so is what names no entry before it."""
     hints: Hints = asyncio.Queue()
     store.watch(key, hints.put_nowait)
     assert await heard(hints) is None
-    for message in (b"2 whatever\nbody", b"more", b""):
+    of_0_1 = b"1 1 0 8 1\ntag-tagX"
+    of_a_later_one = b"3 1 0 0 8 1\ntag-tagX"
+    for message in (of_0_1, of_a_later_one, b"2 whatever\nbody", b"2 1\n", b"2 1 0 0 8\ntag-tag", b"more", b""):
         admin.publish(f"{prefix}:{{{key}}}:c0", message)
         assert await heard(hints) is None
 
@@ -634,7 +640,7 @@ async def test_wake_that_raises_does_not_silence_the_others(
     """Several watches of one log in one process are independent."""
     hints: Hints = asyncio.Queue()
 
-    def broken(news: Sequence[Event] | None) -> None:
+    def broken(news: News | None) -> None:
         raise RuntimeError("broken wake")
 
     await store.create(key, {}, lifetime=LONG)

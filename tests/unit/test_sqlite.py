@@ -10,13 +10,13 @@ import sqlite3
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from nonstick.errors import AlreadyExists, ConfigurationError, SessionNotFound, StoreUnavailable, TooManySessions
-from nonstick.store import MAX_READ, NEW_STREAM, Batch, Cursor, Draft, Event, Loaded
+from nonstick.store import MAX_READ, NEW_STREAM, Batch, Cursor, Draft, Event, Loaded, News
 from nonstick.stores import sqlite_file
 from nonstick.stores.sqlite import SQLiteStore
 from nonstick.stores.sqlite_file import DatabaseFile, checkpoints_race, network_filesystem
@@ -618,9 +618,9 @@ async def watched(store: SQLiteStore, key: str) -> list[Event]:
     seen: list[Event] = []
     watching = asyncio.Event()
 
-    def wake(events: Sequence[Event] | None) -> None:
+    def wake(news: News | None) -> None:
         watching.set()
-        seen.extend(events or ())
+        seen.extend(() if news is None else news.events)
 
     store.watch(key, wake)
     async with asyncio.timeout(15):
@@ -634,12 +634,17 @@ async def test_append_after_the_newest_rows_were_removed_is_noticed(
     """Watchers look for rows with higher ids than they saw: an id must not be given out again (P3)."""
     await store.create("key", {}, lifetime=600)
     async with SQLiteStore(path, clock=clock) as other:
-        seen = await watched(other, "key")
+        wakes: list[News | None] = []
+        other.watch("key", wakes.append)
+        await eventually(lambda: wakes == [None])
         for position in (1, 2):
             await store.append("key", event())
-            await eventually(lambda: len(seen) == position)  # noqa: B023
+            await eventually(lambda: len(wakes) == 1 + position)  # noqa: B023
             await store.trim("key", standalone_before=10)
             assert "event" not in rows(path)
+        # The entry before the second is gone, and with it what would tell whether the second continues a log (P14).
+        assert isinstance(wakes[1], News)
+        assert wakes[2] is None
 
 
 async def test_many_appends_are_announced_in_order_among_those_to_other_logs(

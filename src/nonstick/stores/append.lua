@@ -76,6 +76,7 @@ if events > 0 then
   if opens then stream = string.format('%d', first) end
 end
 local total, sizes = 0, {}
+local before = tag
 for i = at, #ARGV, 2 do
   local data = ARGV[i + 1]
   local id = string.format('0-%d', position + 1)
@@ -136,7 +137,9 @@ if book[1] and now - book[1] >= 0 then forget_writers(now) end
 if events > 0 then
   local message = 'more'
   if total <= INLINE_BYTES then
-    message = string.format('1 %d %s', first, stream) .. table.concat(sizes) .. '\n' .. table.concat(ARGV, '', at)
+    -- "1", from 0.1, is the same without the tag of the entry before. Each takes the other's for "more".
+    message = string.format('2 %d %s %d', first, stream, #before) .. table.concat(sizes) .. '\n' .. before
+      .. table.concat(ARGV, '', at)
   end
   redis.call('PUBLISH', channel, message)
 end

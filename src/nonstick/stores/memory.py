@@ -39,6 +39,7 @@ from nonstick.store import (
     Event,
     Lease,
     Loaded,
+    News,
     Skimmed,
     Wake,
 )
@@ -188,7 +189,8 @@ class MemoryStore:
             return Appended(writer.first(batch.sequence), True, session.size, len(session.events))
         _check(session, batch, 0 if writer is None else writer.latest)
 
-        first = session.head.position + 1 if batch.events else session.head.position
+        before = session.head
+        first = before.position + 1 if batch.events else before.position
         stream = first if batch.stream == NEW_STREAM else batch.stream
         events = [Event(first + n, draft.tag, stream, draft.data) for n, draft in enumerate(batch.events)]
         for event in events:
@@ -202,7 +204,7 @@ class MemoryStore:
             writer.wrote[batch.sequence] = (first, now)
             writer.stream = stream or writer.stream
         if events:
-            self._watches.announce(key, events)
+            self._watches.announce(key, News(before, events))
         return Appended(first, False, session.size, len(session.events))
 
     async def read(self, key: str, after: Cursor, *, limit: int = 256, max_bytes: int = MAX_READ_BYTES) -> list[Event]:

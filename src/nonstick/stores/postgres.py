@@ -40,6 +40,7 @@ from nonstick.store import (
     Event,
     Lease,
     Loaded,
+    News,
     Skimmed,
     Wake,
 )
@@ -78,7 +79,7 @@ _ARGUMENTS: Final = {
     "touch": 1,
     "delete": 1,
     "sweep": 1,
-    "append": 16,
+    "extend": 16,
     "read": 5,
     "skim": 5,
     "trim": 3,
@@ -289,7 +290,7 @@ class PostgresStore:
         if batch.stream == NEW_STREAM and not batch.events:
             raise ValueError("a stream opens with an event")
         rows = await self._call(
-            "append",
+            "extend",
             key,
             batch.writer,
             batch.sequence,
@@ -406,17 +407,17 @@ class PostgresStore:
 
     def _appended(self, key: str, batch: Batch, answer: Any) -> None:
         """Announces what an append wrote; of a duplicate, whose first announcement may be lost, that there was one."""
-        outcome, first, *_ = answer
+        outcome, first, _, _, before, *_ = answer
         if outcome == "duplicate":
             self._announce(key, None)
         elif outcome == "ok" and batch.events:
             stream = first if batch.stream == NEW_STREAM else batch.stream
             events = [Event(first + n, tag, stream, data) for n, (tag, data) in enumerate(batch.events)]
-            self._announce(key, events)
+            self._announce(key, News(Cursor(first - 1, before), events))
 
-    def _announce(self, key: str, events: list[Event] | None) -> None:
-        self._listener.announce(key, events)
-        self._announcer.announce(key, events)
+    def _announce(self, key: str, news: News | None) -> None:
+        self._listener.announce(key, news)
+        self._announcer.announce(key)
 
     async def _notify(self, payloads: list[str]) -> None:
         query = "SELECT pg_notify($1, payload) FROM unnest($2::text[]) AS payload"

@@ -1,6 +1,6 @@
--- Version 2. An append to a stream says when the store has lost earlier ones of its writer; an update may lengthen the
--- session's lifetime; a record comes with its log's size; a read is bounded by bytes, and a log can be skimmed. Nodes of
--- version 1 go on with the functions that they know.
+-- Version 2. An append to a stream says when the store has lost earlier ones of its writer, and an append says the tag of
+-- the entry before; an update may lengthen the session's lifetime; a record comes with its log's size; a read is bounded
+-- by bytes, and a log can be skimmed. Nodes of version 1 go on with the functions that they know.
 
 -- Lengthening it renews the expiry. Nodes of version 1 go on with the function that has one argument less.
 CREATE FUNCTION nonstick.update(
@@ -18,13 +18,13 @@ BEGIN
 END $$;
 
 
--- As version 1's, but for 'diverged'. A stream of 0 is the standalone stream, -1 a new one. Requests that are not given
--- are null. Answers 'ok', 'duplicate' or the refusal.
-CREATE OR REPLACE FUNCTION nonstick.append(
+-- As version 1's append, but for 'diverged' and `before`, the tag of the entry after which it wrote. A stream of 0 is the
+-- standalone stream, -1 a new one. Requests that are not given are null. Answers 'ok', 'duplicate' or the refusal.
+CREATE FUNCTION nonstick.extend(
     session_key text, my_writer text, my_sequence bigint, my_stream bigint, my_attempt bigint,
     take_over boolean, terminal boolean, tags bytea[], datas bytea[],
     expects bytea[], answers bytea, settles bytea, cancels bytea, uncancels bytea, names text[], vals bytea[],
-    OUT outcome text, OUT first bigint, OUT size bigint, OUT count bigint
+    OUT outcome text, OUT first bigint, OUT size bigint, OUT count bigint, OUT before bytea
 ) LANGUAGE plpgsql AS $$
 DECLARE
     log record;
@@ -36,7 +36,7 @@ DECLARE
     events int := cardinality(datas);
     final bigint;
 BEGIN
-    SELECT s.id, s.expires_at, s.head, s.size, s.count, s.tidied_at INTO log
+    SELECT s.id, s.expires_at, s.head, s.tag, s.size, s.count, s.tidied_at INTO log
         FROM nonstick.session s WHERE s.key = session_key FOR UPDATE;
     now_at := nonstick.clock();
     IF log.id IS NULL OR log.expires_at <= now_at THEN
@@ -47,6 +47,7 @@ BEGIN
     first := log.head;
     size := log.size;
     count := log.count;
+    before := log.tag;
 
     -- First of all: has this been written? A lower number than the last is a late copy, never to be written either.
     IF my_writer <> '' THEN
@@ -89,7 +90,7 @@ BEGIN
             FROM unnest(tags, datas) WITH ORDINALITY AS e (tag, data, n);
         count := count + events;
         size := size + (SELECT sum(octet_length(d)) FROM unnest(datas) d);
-        UPDATE nonstick.session s SET head = final, tag = tags[events], size = append.size, count = append.count
+        UPDATE nonstick.session s SET head = final, tag = tags[events], size = extend.size, count = extend.count
             WHERE s.id = log.id;
     ELSIF my_stream > 0 THEN
         own := my_stream;
@@ -105,7 +106,7 @@ BEGIN
     END IF;
     IF my_writer <> '' THEN
         INSERT INTO nonstick.writer AS w (session, name, sequence, first, stream, at)
-            VALUES (log.id, my_writer, my_sequence, append.first, own, now_at)
+            VALUES (log.id, my_writer, my_sequence, extend.first, own, now_at)
             ON CONFLICT (session, name) DO UPDATE
             SET sequence = excluded.sequence, first = excluded.first, stream = excluded.stream, at = excluded.at;
     END IF;
@@ -128,6 +129,20 @@ BEGIN
     END IF;
     IF cardinality(names) > 0 THEN PERFORM nonstick.change(log.id, names, vals); END IF;
     outcome := 'ok';
+END $$;
+
+-- Nodes of version 1 go on with this one.
+CREATE OR REPLACE FUNCTION nonstick.append(
+    session_key text, my_writer text, my_sequence bigint, my_stream bigint, my_attempt bigint,
+    take_over boolean, terminal boolean, tags bytea[], datas bytea[],
+    expects bytea[], answers bytea, settles bytea, cancels bytea, uncancels bytea, names text[], vals bytea[],
+    OUT outcome text, OUT first bigint, OUT size bigint, OUT count bigint
+) LANGUAGE plpgsql AS $$
+BEGIN
+    SELECT e.outcome, e.first, e.size, e.count INTO outcome, first, size, count FROM nonstick.extend(
+        session_key, my_writer, my_sequence, my_stream, my_attempt, take_over, terminal, tags, datas,
+        expects, answers, settles, cancels, uncancels, names, vals
+    ) e;
 END $$;
 
 

@@ -4,14 +4,14 @@ NOTIFY inside an append's transaction would make all appends of a database commi
 appended announces it afterwards; what gathers while an announcement is under way goes with the next one. What is
 lost (a process that dies in between, an interruption) is found by those who read on their own after some silence.
 
-All of a deployment's news go over one channel, named like its schema. A payload is a first line with the sender's
-name, then one line for each append: the session's key alone, which says "read", or
+All of a deployment's news go over one channel, named like its schema. PostgreSQL lets every role that may connect hear
+it and write to it, so nothing in it is believed, and nothing of a session shows in it (P14). A payload is a first line
+with the sender's name, then one line for each log with news: its key, which says "read". What follows a space in a line
+is passed over: there 0.1 has the events. A line that begins with a space says to everybody: read.
 
-    key position stream tag data [tag data ...]        tags and data in base64, positions counting up from the first
-
-A line that begins with a space says to everybody: read. A connection that has gone silently dead looks like one on
-which nothing happens; so while anything is watched, the process sends itself payloads without news and expects to hear
-them. They leave by another connection, which also finds a server that is no longer the one that others announce at.
+A connection that has gone silently dead looks like one on which nothing happens; so while anything is watched, the
+process sends itself payloads without news, each with a number drawn for it, and expects to hear them. They leave by
+another connection, which also finds a server that is no longer the one that others announce at.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from binascii import a2b_base64, b2a_base64
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, Any, Final
 
 from nonstick import apart
 from nonstick.errors import NonstickError, StoreUnavailable
-from nonstick.store import Event, Wake
+from nonstick.store import News, Wake
 from nonstick.stores.postgres_pool import TROUBLE, backoff, connect, refusal
 from nonstick.stores.postgres_url import Address
 from nonstick.stores.watches import Watches
@@ -33,7 +32,7 @@ from nonstick.stores.watches import Watches
 if TYPE_CHECKING:
     from nonstick.stores.postgres_pool import Connection
 
-__all__ = ["MAX_PAYLOAD", "Announcer", "Listener", "decode", "encode", "pack"]
+__all__ = ["MAX_PAYLOAD", "Announcer", "Listener", "pack"]
 
 logger = logging.getLogger("nonstick.store")
 
@@ -48,49 +47,26 @@ _MAX_WAITING: Final = 10_000
 
 _EVERYBODY: Final = " "
 
-
-def encode(key: str, events: Sequence[Event] | None) -> str:
-    """The line for these events, which follow each other in one stream; without them where they are too many."""
-    if not events or sum(len(event.data) for event in events) > MAX_PAYLOAD * 3 // 4:
-        return key
-    parts = [key, str(events[0].position), str(events[0].stream)]
-    for event in events:
-        parts += (_to_text(event.tag), _to_text(event.data))
-    line = " ".join(parts)
-    return line if len(line) <= MAX_PAYLOAD - 40 else key
+_PROOF: Final = "!"
+"""Begins what a process sends to itself. No key does."""
 
 
-def decode(line: str) -> list[Event] | None:
-    """The events of a line; None where it says "read"."""
-    parts = line.split(" ")
-    if len(parts) < 5:
-        return None
-    first, stream = int(parts[1]), int(parts[2])
-    pairs = zip(parts[3::2], parts[4::2], strict=True)
-    return [Event(first + n, a2b_base64(tag), stream, a2b_base64(data)) for n, (tag, data) in enumerate(pairs)]
-
-
-def pack(sender: str, lines: list[str]) -> tuple[list[str], int]:
-    """Payloads for the first of these lines, and how many those are. A line that is repeated is sent once."""
+def pack(sender: str, keys: Iterable[str]) -> tuple[list[str], int]:
+    """Payloads for the first of these keys, and how many those are."""
     payloads: list[str] = []
     parts, size = [sender], len(sender)
     taken = 0
-    for line in lines:
-        if size + 1 + len(line) > MAX_PAYLOAD:
+    for key in keys:
+        if size + 1 + len(key) > MAX_PAYLOAD:
             payloads.append("\n".join(parts))
             parts, size = [sender], len(sender)
             if len(payloads) == _MAX_PAYLOADS:
                 return payloads, taken
         taken += 1
-        if line != parts[-1]:
-            parts.append(line)
-            size += 1 + len(line)
+        parts.append(key)
+        size += 1 + len(key)
     payloads.append("\n".join(parts))
     return payloads, taken
-
-
-def _to_text(data: bytes) -> str:
-    return b2a_base64(data, newline=False).decode()
 
 
 class Announcer:
@@ -103,22 +79,23 @@ class Announcer:
     def __init__(self, notify: Callable[[list[str]], Awaitable[Any]]) -> None:
         self.sender = secrets.token_hex(8)
         self._notify = notify
-        self._lines: list[str] = []
+        self._keys: dict[str, None] = {}
+        """Of the logs with news that were not announced yet, each once, in order."""
         self._task: asyncio.Task[None] | None = None
         self._closed = False
 
-    def announce(self, key: str, events: Sequence[Event] | None) -> None:
-        """These events were appended to this log; None: something happened to it."""
-        if len(self._lines) >= _MAX_WAITING:
-            self._lines = [_EVERYBODY]
-        self._lines.append(encode(key, events))
+    def announce(self, key: str) -> None:
+        """Something happened to this log."""
+        if len(self._keys) >= _MAX_WAITING:
+            self._keys = {_EVERYBODY: None}
+        self._keys[key] = None
         if self._task is None and not self._closed:
             self._task = apart.spawn(self._run(), name="nonstick: announce on PostgreSQL")
 
-    async def send_to_self(self) -> bool:
-        """Sends a payload without news; whether that went well."""
+    async def send_to_self(self, proof: str) -> bool:
+        """Sends a payload without news, in whose place is this; whether that went well."""
         try:
-            await self._notify([self.sender])
+            await self._notify([f"{self.sender}\n{_PROOF}{proof}"])
         except StoreUnavailable:
             return False
         return True
@@ -134,16 +111,15 @@ class Announcer:
 
     async def _run(self) -> None:
         failures = 0
-        while self._lines:
-            payloads, taken = pack(self.sender, self._lines)
-            sent, self._lines = self._lines[:taken], self._lines[taken:]
+        while self._keys:
+            payloads, taken = pack(self.sender, self._keys)
+            waiting = list(self._keys)
+            sent, self._keys = waiting[:taken], dict.fromkeys(waiting[taken:])
             try:
                 await self._notify(payloads)
                 failures = 0
             except StoreUnavailable:
-                # What these lines carried will be old news by then, so only that there was something.
-                keys = dict.fromkeys(line.partition(" ")[0] or _EVERYBODY for line in sent)
-                self._lines = [*keys, *self._lines]
+                self._keys = dict.fromkeys((*sent, *self._keys))
                 failures += 1
                 await asyncio.sleep(backoff(failures))
         self._task = None
@@ -165,7 +141,9 @@ class Listener:
         self._interval = interval
         self._watches = Watches()
         self._in_force = False
+        self._proof = ""
         self._heard = False
+        """Whether what this process sent itself last came back."""
         self._task: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -177,9 +155,9 @@ class Listener:
             self._task = apart.spawn(self._run(), name="nonstick: listen to PostgreSQL")
         return stop
 
-    def announce(self, key: str, events: Sequence[Event] | None) -> None:
-        """What this process did itself; the others' it hears."""
-        self._watches.announce(key, events)
+    def announce(self, key: str, news: News | None) -> None:
+        """What this process did itself, as the server answered it. Of others' doings it hears that there are some."""
+        self._watches.announce(key, news)
 
     async def close(self) -> None:
         self._closed = True
@@ -221,8 +199,8 @@ class Listener:
         self._watches.announce_all()
         unheard = 0
         while not lost.is_set() and unheard < 2:
-            self._heard = False
-            sent = not self._watches or await self._announcer.send_to_self()
+            self._heard, self._proof = False, secrets.token_hex(8)
+            sent = not self._watches or await self._announcer.send_to_self(self._proof)
             try:
                 async with asyncio.timeout(self._interval):
                     await lost.wait()
@@ -235,19 +213,12 @@ class Listener:
     def _on_payload(self, connection: object, pid: int, channel: str, payload: object) -> None:
         sender, _, body = str(payload).partition("\n")
         if sender == self._announcer.sender:
-            self._heard = True
+            self._heard = self._heard or body == _PROOF + self._proof
             return
         if not self._watches:
             return
-        for line in body.split("\n"):
-            key = line.partition(" ")[0]
-            if line == _EVERYBODY:
-                self._watches.announce_all()
-            elif key in self._watches:
-                self._watches.announce(key, self._decoded(line))
-
-    def _decoded(self, line: str) -> list[Event] | None:
-        try:
-            return decode(line)
-        except ValueError:
-            return None  # a newer release may say more than this one understands (P12)
+        if body.startswith(_EVERYBODY) or "\n" + _EVERYBODY in body:
+            self._watches.announce_all()
+            return
+        for key in {line.partition(" ")[0] for line in body.split("\n")}:
+            self._watches.announce(key, None)

@@ -20,7 +20,7 @@ import asyncio
 import hashlib
 import math
 import secrets
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import replace
 from importlib import resources
 from types import TracebackType
@@ -54,6 +54,7 @@ from nonstick.store import (
     Event,
     Lease,
     Loaded,
+    News,
     Skimmed,
     Wake,
 )
@@ -184,7 +185,7 @@ class RedisStore:
         self._last_failover = LastFailover()
         self._open: Servers | None = None
         self._proof: Proof | None = None
-        self._subscriber: Subscriber[Sequence[Event]] | None = None
+        self._subscriber: Subscriber[News] | None = None
         # On a Cluster a session's groups have slots of their own, so that no script can write to both.
         self._groups: Groups | None = None
         self._indexed_by_scripts = prefix
@@ -681,18 +682,26 @@ def _loaded(now: int, pairs: list[bytes]) -> Loaded:
     return Loaded(fields, head, frozenset(cancels), size, count)
 
 
-def _decode_wake(message: bytes) -> list[Event] | None:
-    """The events that append.lua put into its message, or None: something happened, read."""
+def _decode_wake(message: bytes) -> News | None:
+    """What append.lua put into its message, or None: something happened, read."""
     header, found, body = message.partition(b"\n")
     numbers = header.split()
-    if not found or numbers[0] != b"1":
+    if not found or numbers[0] != b"2":
         return None
-    position, stream = int(numbers[1]), int(numbers[2])
+    try:
+        first, stream, at, *sizes = map(int, numbers[1:])
+        events = _events(first, stream, sizes, body[at:])
+    except ValueError:
+        return None  # append.lua has not written this
+    return News(Cursor(first - 1, body[:at]), events)
+
+
+def _events(first: int, stream: int, sizes: list[int], body: bytes) -> list[Event]:
     events: list[Event] = []
     at = 0
-    for tag_size, data_size in zip(map(int, numbers[3::2]), map(int, numbers[4::2]), strict=True):
+    for tag_size, data_size in zip(sizes[::2], sizes[1::2], strict=True):
         middle = at + tag_size
         end = middle + data_size
-        events.append(Event(position, body[at:middle], stream, body[middle:end]))
-        position, at = position + 1, end
+        events.append(Event(first + len(events), body[at:middle], stream, body[middle:end]))
+        at = end
     return events

@@ -93,7 +93,7 @@ UPDATE session SET expires_at = ? + lifetime WHERE key = ? AND expires_at > ?;
 -- name: prolong
 UPDATE session SET lifetime = ?, expires_at = ? WHERE id = ?;
 -- name: head
-SELECT id, head, size, count, tidied_at FROM session WHERE key = ? AND expires_at > ?;
+SELECT id, head, tag, size, count, tidied_at FROM session WHERE key = ? AND expires_at > ?;
 
 -- name: get_field
 SELECT value FROM field WHERE session = ? AND name = ?;
@@ -214,8 +214,9 @@ OR EXISTS (SELECT 1 FROM ended WHERE at <= ?) OR EXISTS (SELECT 1 FROM node WHER
 SELECT coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'event'), 0),
        coalesce((SELECT seq FROM sqlite_sequence WHERE name = 'ended'), 0);
 -- name: new_events
-SELECT e.id, s.key, e.position, e.tag, e.stream, e.data
+SELECT e.id, s.key, before.tag, e.position, e.tag, e.stream, e.data
 FROM event e CROSS JOIN session s ON s.id = e.session
+LEFT JOIN event before ON before.session = e.session AND before.position = e.position - 1
 WHERE e.id > ? AND e.id <= ? AND watched(s.key)
 ORDER BY e.id LIMIT ?;
 -- name: new_ends

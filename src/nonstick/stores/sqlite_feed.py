@@ -7,13 +7,13 @@ import contextlib
 import logging
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any, Final
 
 from nonstick import apart
 from nonstick.errors import NonstickError
-from nonstick.store import MAX_READ_BYTES, Event, Wake
+from nonstick.store import MAX_READ_BYTES, Cursor, Event, News, Wake
 from nonstick.stores.sqlite_engine import Engine
 from nonstick.stores.sqlite_file import SQL, is_busy
 from nonstick.stores.sqlite_rows import ENDED_SECONDS, Written
@@ -74,7 +74,7 @@ class Feed:
                 self._last_event += count
             else:
                 self._own.update(range(written.row, written.row + count))
-        self._watches.announce(key, written.events)
+        self._watches.announce(key, News(written.after, written.events))
 
     def announce_end(self, key: str) -> None:
         """This process ended the session."""
@@ -148,7 +148,7 @@ class Feed:
             self._news_at = time.monotonic()
         new = (row for row in rows if row[0] not in self._own)
         for key, group in groupby(new, key=lambda row: row[1]):
-            self._watches.announce(key, [Event(*row[2:]) for row in group])
+            self._watches.announce(key, _news(list(group)))
         for (key,) in ends:
             self._watches.announce(key, None)
         self._last_event, self._last_end = rows[-1][0] if more else last_event, last_end
@@ -165,10 +165,18 @@ class Feed:
         with contextlib.closing(db.execute(SQL["new_events"], (self._last_event, last, _BATCH))) as rows:
             for row in rows:
                 found.append(row)
-                size += len(row[5])
+                size += len(row[-1])
                 if size >= MAX_READ_BYTES:
                     return found, True
         return found, len(found) == _BATCH
+
+
+def _news(rows: Sequence[Any]) -> News | None:
+    """The events in these rows of one session; None if the entry before them has been trimmed, and its tag with it."""
+    _, _, tag, first, *_ = rows[0]
+    if tag is None and first > 1:
+        return None
+    return News(Cursor(first - 1, tag or b""), [Event(*row[3:]) for row in rows])
 
 
 def _version(db: sqlite3.Connection) -> int:

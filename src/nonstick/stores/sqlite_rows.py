@@ -54,16 +54,18 @@ _BURY_PER_PURGE: Final = 50
 
 
 class Written(NamedTuple):
-    """What `append` did: the answer, the events, and the id of the first event's row."""
+    """What `append` did: the answer, the events, the id of the first event's row, and the entry that they follow."""
 
     appended: Appended
     events: list[Event]
     row: int
+    after: Cursor
 
 
 class _Head(NamedTuple):
     session: int
     head: int
+    tag: bytes
     size: int
     events: int
     tidied_at: float
@@ -157,7 +159,7 @@ def append(db: sqlite3.Connection, now: float, key: str, batch: Batch) -> Writte
         latest = db.execute(SQL["latest_written"], (log.session, batch.writer)).fetchone()
         if latest is not None and batch.sequence <= latest[0]:
             (first,) = db.execute(SQL["first_written"], (log.session, batch.writer, batch.sequence)).fetchone()
-            return Written(Appended(first, True, log.size, log.events), [], 0)
+            return Written(Appended(first, True, log.size, log.events), [], 0, Cursor(0))
         # A writer belongs to its stream, also while it writes to the standalone stream in between.
         owner = batch.stream or (latest[2] if latest else STANDALONE)
         before = latest[0] if latest else 0
@@ -174,7 +176,7 @@ def append(db: sqlite3.Connection, now: float, key: str, batch: Batch) -> Writte
         owner = first if owner == NEW_STREAM else owner
         db.execute(SQL["write"], (log.session, batch.writer, batch.sequence, first, owner, now))
     size = log.size + sum(len(event.data) for event in events)
-    return Written(Appended(first, False, size, log.events + len(events)), events, row)
+    return Written(Appended(first, False, size, log.events + len(events)), events, row, Cursor(log.head, log.tag))
 
 
 def read(db: sqlite3.Connection, now: float, key: str, after: Cursor, limit: int, max_bytes: int) -> list[Event]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from nonstick.store import Event, Wake
+from nonstick.store import News, Wake
 
 __all__ = ["Watch", "Watches"]
 
@@ -19,15 +19,15 @@ class Watch:
         self._wake = wake
         self._active = True
 
-    def call_soon(self, events: Sequence[Event] | None) -> None:
-        asyncio.get_running_loop().call_soon(self._call, events)
+    def call_soon(self, news: News | None) -> None:
+        asyncio.get_running_loop().call_soon(self._call, news)
 
     def stop(self) -> None:
         self._active = False
 
-    def _call(self, events: Sequence[Event] | None) -> None:
+    def _call(self, news: News | None) -> None:
         if self._active:
-            self._wake(events)
+            self._wake(news)
 
 
 class Watches:
@@ -57,10 +57,10 @@ class Watches:
 
         return watch, stop
 
-    def announce(self, key: str, events: Sequence[Event] | None) -> None:
+    def announce(self, key: str, news: News | None) -> None:
         """Wakes those who watch this key."""
         for watch in self._by_key.get(key, ()):
-            watch.call_soon(events)
+            watch.call_soon(news)
 
     def announce_all(self) -> None:
         """Has everybody read."""

@@ -13,7 +13,7 @@ import anyio
 import anyio.lowlevel
 
 from nonstick.errors import SessionNotFound
-from nonstick.store import MAX_CLIP, MAX_READ, NEW_STREAM, Batch, Cursor, Draft, Event, Skimmed, Store
+from nonstick.store import MAX_CLIP, MAX_READ, NEW_STREAM, Batch, Cursor, Draft, Event, News, Skimmed, Store
 
 __all__ = [
     "BEGINNING",
@@ -153,10 +153,10 @@ async def skim_all(store: Store, key: str, after: Cursor = BEGINNING, *, clip: i
 async def follow(store: Store, key: str, after: Cursor = BEGINNING) -> AsyncGenerator[Event, None]:
     """Every event after the cursor, in order, once; ends when the session does.
 
-    As a node does it: an inline payload that continues the log is delivered, every other wake means a read. It never
-    reads without a wake, so a store that fails to wake leaves it waiting.
+    As a node does it: news that continue the log, by position and tag, are delivered, every other wake means a read. It
+    never reads without a wake, so a store that fails to wake leaves it waiting.
     """
-    wakes: asyncio.Queue[Sequence[Event] | None] = asyncio.Queue()
+    wakes: asyncio.Queue[News | None] = asyncio.Queue()
     unwatch = store.watch(key, wakes.put_nowait)
     try:
         while True:
@@ -170,13 +170,9 @@ async def follow(store: Store, key: str, after: Cursor = BEGINNING) -> AsyncGene
         unwatch()
 
 
-async def _caught_up(store: Store, key: str, after: Cursor, news: Sequence[Event] | None) -> list[Event]:
-    if news is None:
-        return await read_all(store, key, after)
-    fresh = [event for event in news if event.position > after.position]
-    if not fresh or fresh[0].position == after.position + 1:
-        return fresh
-    return await read_all(store, key, after)
+async def _caught_up(store: Store, key: str, after: Cursor, news: News | None) -> Sequence[Event]:
+    fresh = news.since(after) if isinstance(news, News) else None
+    return await read_all(store, key, after) if fresh is None else fresh
 
 
 async def take(events: AsyncGenerator[Event, None], count: int) -> list[Event]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from contextlib import aclosing
 
-from nonstick.store import NEW_STREAM, Batch, Cursor, Event, Store
+from nonstick.store import NEW_STREAM, STANDALONE, Batch, Cursor, News, Store
 from nonstick.testing.base import ContractFixtures
 from nonstick.testing.record import LONG
 from nonstick.testing.tools import deadline, drafts, follow, read_all, take, texts
@@ -16,10 +15,11 @@ class Wakes:
     """A `wake` that remembers its calls."""
 
     def __init__(self) -> None:
-        self.calls: list[Sequence[Event] | None] = []
+        self.calls: list[News | None] = []
         self._changed = asyncio.Event()
 
-    def __call__(self, news: Sequence[Event] | None) -> None:
+    def __call__(self, news: News | None) -> None:
+        assert news is None or isinstance(news, News), "a wake says None or `News`"
         self.calls.append(news)
         self._changed.set()
 
@@ -74,9 +74,49 @@ class WatchContract(ContractFixtures):
         assert len(log) == sum(sizes)
         for news in wakes.calls:
             if news:
-                start = news[0].position - 1
-                assert list(news) == log[start : start + len(news)]
+                start = news.events[0].position - 1
+                assert list(news.events) == log[start : start + len(news.events)]
         unwatch()
+
+    async def test_news_name_the_entry_that_they_follow(self, a: Store, b: Store, key: str) -> None:
+        """`News.after`: its position and its tag, by which it is told whether they continue a log (P14)."""
+        await a.create(key, {}, lifetime=LONG)
+        here, there = Wakes(), Wakes()
+        stop = [a.watch(key, here), b.watch(key, there)]
+        await here.more(0)
+        await there.more(0)
+        for n, store in enumerate((a, b, b, a)):
+            heard = len(here.calls), len(there.calls)
+            await store.append(key, Batch(drafts(*[b"%d" % n] * (1 + n % 2)), stream=(STANDALONE, NEW_STREAM)[n % 2]))
+            await here.more(heard[0])
+            await there.more(heard[1])
+        log = await read_all(a, key)
+        cursors = [Cursor(0), *(event.cursor for event in log)]
+        for news in (*here.calls, *there.calls):
+            if news:
+                assert news.after == cursors[news.events[0].position - 1]
+        for one in stop:
+            one()
+
+    async def test_news_name_an_entry_that_was_dropped_or_say_read(self, a: Store, b: Store, key: str) -> None:
+        """`News.after`: whether `trim` has dropped that entry or not. A store that does not know it says "read"."""
+        await a.create(key, {}, lifetime=LONG)
+        dropped = drafts(b"dropped")
+        await a.append(key, Batch(dropped))
+        here, there = Wakes(), Wakes()
+        stop = [a.watch(key, here), b.watch(key, there)]
+        await here.more(0)
+        await there.more(0)
+        await a.trim(key, standalone_before=2)
+        heard = len(here.calls), len(there.calls)
+        await a.append(key, Batch(drafts(b"1", b"2")))
+        await here.more(heard[0])
+        await there.more(heard[1])
+        for news in (*here.calls, *there.calls):
+            if news:
+                assert news.after == Cursor(1, dropped[0].tag)
+        for one in stop:
+            one()
 
     async def test_follower_gets_every_event_once_in_order(self, a: Store, b: Store, key: str) -> None:
         """`watch`: one `read` at each call with None leaves no window (P3)."""
@@ -182,7 +222,7 @@ class WatchContract(ContractFixtures):
         before = len(mine.calls)
         await a.append(key, Batch(drafts(b"mine")))
         await mine.more(before)
-        heard = [event for news in mine.calls if news for event in news]
+        heard = [event for news in mine.calls if news for event in news.events]
         assert {event.data for event in heard} <= {b"mine"}
         for one in stop:
             one()
