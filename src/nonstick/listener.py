@@ -260,10 +260,16 @@ class Resumption(Reader):
             self._opened = first
 
     async def feed(self) -> None:
-        try:
-            await self._feed_rest()
-        except Diverged:
-            self._lose()
+        while True:
+            try:
+                await self._feed_rest()
+                return
+            except Diverged:
+                # Some place in the log is lost. This client's may not be, and nothing of the stream either.
+                self._events = await patiently(lambda: _entry(self.session, self._place.cursor), pause=_LIVENESS_POLL)
+                if not self._events:
+                    self._lose()
+                    return
 
     async def _feed_rest(self) -> None:
         if self._opened is None:
@@ -333,7 +339,8 @@ class Resumption(Reader):
                     return True
                 continue
             if kind in (Kind.MESSAGE, Kind.TERMINAL):
-                await self.put(event, EventId(place.stream, event.cursor, place.request))
+                self._place = place = EventId(place.stream, event.cursor, place.request)
+                await self.put(event, place)
             if kind is Kind.TERMINAL:
                 return True
             # An older hang-up was meant for the connections of then.

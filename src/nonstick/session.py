@@ -33,6 +33,7 @@ from nonstick.aside import cancel_params, progress_params
 from nonstick.errors import Diverged, NotPending, SessionNotFound, StoreUnavailable
 from nonstick.events import Kind, body_of, decode, draft, kind_of
 from nonstick.follow import Follower
+from nonstick.guard import patiently
 from nonstick.limits import Room
 from nonstick.outline import Amount
 from nonstick.record import CONFIRMED, Record, SessionState
@@ -700,6 +701,8 @@ class Session:
             if exchange is not None and exchange.head.position < event.position:
                 self.use_up_cancel(key)
                 exchange.cancel()
+            elif exchange is not None:
+                self.spawn(self._look_for_cancels())
         elif kind is Kind.CHANGED:
             # Requests that run here go by it from now on.
             self.log_level = decode(event.data).get("level", self.log_level)
@@ -716,6 +719,20 @@ class Session:
         """Whether a cancel for this request came after its record was loaded and before it was registered here."""
         cancels = self._recent_cancels
         return bool(cancels) and any(position > head.position and cancelled == key for position, cancelled in cancels)
+
+    async def _look_for_cancels(self) -> None:
+        """Cancels what the record says is cancelled (P5).
+
+        A cancel in the log that is not behind a request's beginning was for an earlier request of that id; or the store
+        has lost what was behind it, and gives these positions out again. The record keeps only what was not used up.
+        """
+        try:
+            cancels = (await patiently(lambda: self.node.store.load(self.key))).cancels
+        except SessionNotFound:
+            return
+        for key in cancels & self.exchanges.keys():
+            self.use_up_cancel(key)
+            self.exchanges[key].cancel()
 
 
 def _stream_of(batch: Batch, appended: Appended) -> int:

@@ -364,6 +364,203 @@ async def test_subscription_that_begins_at_a_lost_place_hears_of_it(store: Carel
     healthy.close()
 
 
+# ---- wakes that are not true
+
+
+def entry(position: int, name: bytes = b"phantom!") -> Event:
+    """An event that no store accepted."""
+    return Event(position, name, 0, b"1m{}")
+
+
+async def up_to_date(store: Careless, follower: Follower, count: int = 1) -> tuple[Subscription, Cursor]:
+    """A subscription that has these events, and where the last one is."""
+    subscription = follower.subscribe(Cursor(0))
+    last = await append(store, count)
+    await collect(subscription, count)
+    await settled(store)
+    return subscription, last
+
+
+def tell(store: Careless, news: News | None) -> None:
+    for wake in store.wakes:
+        wake(news)
+
+
+async def cursors(subscription: Subscription, last: Cursor) -> list[Cursor]:
+    """Of what comes, until this one has."""
+    seen: list[Cursor] = []
+    async with asyncio.timeout(DEADLINE):
+        while last not in seen:
+            seen += [event.cursor for event in await subscription.next()]
+    return seen
+
+
+@pytest.mark.parametrize("wrong", ["another tag", "no tag", "one behind", "one ahead", "a gap", "nothing before"])
+async def test_wake_that_does_not_continue_exactly_means_read(store: Careless, follower: Follower, wrong: str) -> None:
+    """P14: by position and tag; nothing of it is delivered, and what is true is."""
+    subscription, last = await up_to_date(store, follower, 3)
+    told = {
+        "another tag": News(Cursor(3, b"another!"), [entry(4)]),
+        "no tag": News(Cursor(3), [entry(4)]),
+        "one behind": News(Cursor(2, last.tag), [entry(3), entry(4)]),
+        "one ahead": News(Cursor(4, last.tag), [entry(5)]),
+        "a gap": News(last, [entry(4), entry(6)]),
+        "nothing before": News(Cursor(0), [entry(1)]),
+    }[wrong]
+    reads = store.reads
+    store.loses_wakes = True
+    true = await append(store)
+    tell(store, told)
+    assert await cursors(subscription, true) == [true]
+    assert store.reads > reads
+    subscription.close()
+
+
+async def test_wake_without_the_entry_before_means_read(store: Careless, follower: Follower) -> None:
+    """P14: a store of a third party may say events alone, as to 0.1."""
+    subscription, _ = await up_to_date(store, follower)
+    store.loses_wakes = True
+    true = await append(store)
+    tell(store, [entry(2)])  # type: ignore[arg-type]
+    assert await cursors(subscription, true) == [true]
+    subscription.close()
+
+
+async def test_wake_that_says_what_is_known_spares_the_read(store: Careless, follower: Follower) -> None:
+    """It is heard after a read brought the same; of one that says more, the rest is new."""
+    subscription = follower.subscribe(Cursor(0))
+    drafts = [Draft(b"tag of %d" % n, b"1m{}") for n in range(3)]
+    await store.append(KEY, Batch(drafts[:2]))
+    await collect(subscription, 2)
+    await settled(store)
+    events = [Event(n, draft.tag, 0, draft.data) for n, draft in enumerate(drafts, 1)]
+    store.loses_wakes = True
+    await store.append(KEY, Batch(drafts[2:]))
+    reads = store.reads
+    tell(store, News(Cursor(0), events[:2]))
+    tell(store, News(Cursor(0), events))
+    assert await collect(subscription, 3) == [3]
+    assert store.reads == reads
+    subscription.close()
+
+
+async def test_event_in_the_place_of_a_phantom_is_delivered_after_the_loss_is_told(
+    store: Careless, follower: Follower
+) -> None:
+    """P9, P14: what an old primary says last continues the log exactly; the true event in its place is not skipped."""
+    subscription, last = await up_to_date(store, follower)
+    tell(store, News(last, [entry(2)]))
+    assert await cursors(subscription, entry(2).cursor) == [entry(2).cursor]
+    true = await append(store)  # its wake names the entry before it, which is not the phantom
+    with pytest.raises(Diverged):
+        async with asyncio.timeout(DEADLINE):
+            await subscription.next()
+    subscription.close()
+    again = follower.subscribe(last)
+    assert await cursors(again, true) == [true]
+    again.close()
+
+
+async def test_phantom_is_found_out_without_any_wake(store: Careless, follower: Follower) -> None:
+    """P14: wakes are trusted for a while only."""
+    subscription, last = await up_to_date(store, follower)
+    store.loses_wakes = True
+    tell(store, News(last, [entry(2)]))
+    await cursors(subscription, entry(2).cursor)
+    with pytest.raises(Diverged):
+        async with asyncio.timeout(DEADLINE):
+            await subscription.next()
+    subscription.close()
+
+
+async def test_phantoms_without_end_are_found_out(
+    store: Careless, follower: Follower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P14: as long as wakes seem to tell everything, the log is read all the same from time to time."""
+    monkeypatch.setattr("nonstick.follow._FIRST_POLL", 0.05)
+    monkeypatch.setattr("nonstick.follow._LONGEST_TRUST", 0.3)
+    subscription, last = await up_to_date(store, follower)
+    store.loses_wakes = True
+    with pytest.raises(Diverged):
+        async with asyncio.timeout(DEADLINE):
+            while True:
+                phantom = entry(last.position + 1, secrets.token_bytes(8))
+                tell(store, News(last, [phantom]))
+                last = phantom.cursor
+                await subscription.next()
+                await asyncio.sleep(0.01)
+    subscription.close()
+
+
+@pytest.mark.parametrize("during", ["before the read", "after the read"])
+async def test_phantom_that_races_with_a_read_skips_nothing(
+    store: Careless, follower: Follower, during: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P14: what a read brought, and a cursor that a wake has moved on meanwhile, are compared by tag."""
+    subscription, last = await up_to_date(store, follower)
+    reached, go_on = asyncio.Event(), asyncio.Event()
+    read = MemoryStore.read
+
+    async def held(self: MemoryStore, key: str, after: Cursor, *, limit: int = 256) -> list[Event]:
+        events = await read(self, key, after, limit=limit) if during == "after the read" else []
+        reached.set()
+        await go_on.wait()
+        return events or await read(self, key, after, limit=limit)
+
+    monkeypatch.setattr(MemoryStore, "read", held)
+    store.loses_wakes = True
+    true = await append(store, 2)
+    tell(store, None)
+    await reached.wait()
+    tell(store, News(last, [entry(2)]))
+    go_on.set()
+    assert await cursors(subscription, entry(2).cursor) == [entry(2).cursor]
+    with pytest.raises(Diverged):
+        async with asyncio.timeout(DEADLINE):
+            await subscription.next()
+    subscription.close()
+    again = follower.subscribe(last)
+    assert (await cursors(again, true))[-1] == true
+    again.close()
+
+
+async def test_buffer_is_filled_by_tag(store: Careless, follower: Follower) -> None:
+    """P14: a subscription whose entry is another than the one before it reads for itself, and hears of the loss."""
+    ahead, last = await up_to_date(store, follower, 2)
+    elsewhere = follower.subscribe(Cursor(2, b"another!"))
+    true = await append(store)
+    assert await cursors(ahead, true) == [true]
+    with pytest.raises(Diverged):
+        async with asyncio.timeout(DEADLINE):
+            await elsewhere.next()
+    assert last.position == 2
+    for one in (ahead, elsewhere):
+        one.close()
+
+
+async def test_flood_of_false_wakes_costs_few_reads_and_a_true_one_is_heard(
+    store: Careless, follower: Follower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P10, P14: one read at a time, and the more reads bring nothing, the longer until the next."""
+    subscription, _ = await up_to_date(store, follower)
+    # From here on only a wake can have it read.
+    monkeypatch.setattr("nonstick.follow._FIRST_POLL", 1000.0)
+    monkeypatch.setattr("nonstick.follow._SLOWEST_POLL", 1000.0)
+    store.loses_wakes = True
+    loop = asyncio.get_running_loop()
+    reads, began = store.reads, loop.time()
+    far_away = News(Cursor(10**15, b"far away"), [entry(10**15 + 1)])
+    for _ in range(5_000):
+        tell(store, None)
+        tell(store, far_away)
+        await asyncio.sleep(0)
+    assert store.reads - reads < 12 + (loop.time() - began) / 0.1
+    true = await append(store)
+    tell(store, None)
+    assert await cursors(subscription, true) == [true]
+    subscription.close()
+
+
 # ---- the session's end, the store's absence
 
 

@@ -1,0 +1,359 @@
+"""Whatever a node is told over the store's channel, or is not told: nothing that is in the log is skipped (P14).
+
+A node's wakes are lost, or tell it of a phantom first: an entry that continues exactly what the node has, and that the
+store never accepted, as a primary that was replaced still announces. The true entry then has the phantom's position,
+and others follow it at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any, Literal
+
+import pydantic_core
+import pytest
+
+from nonstick import dice, wire
+from nonstick.events import Kind, decode, draft, kind_of
+from nonstick.record import OWNER
+from nonstick.security import session_key
+from nonstick.store import Appended, Batch, Cursor, Event, News, Wake
+from nonstick.stores.memory import MemoryStore
+from nonstick.testing.cluster import Member, Session
+from tests.cluster.conftest import one
+from tests.cluster.servers import messages
+from tests.cluster.sse import DEADLINE, Stream, getting, posting
+from tests.cluster.stage import (
+    Context,
+    Stage,
+    accept,
+    announce,
+    ask,
+    call,
+    cancel,
+    eventually,
+    node_of,
+    say,
+    staged,
+    text_of,
+    texts_of,
+)
+
+pytestmark = pytest.mark.anyio
+
+TOOLS = "notifications/tools/list_changed"
+
+
+class Misinformed(MemoryStore):
+    """Once it is told to, its watches hear no more, or of a phantom first; then what is true, or nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mode: Literal["true", "lost", "phantom", "phantom, then lost"] = "true"
+        self._followed: set[str] = set()
+
+    def watch(self, key: str, wake: Wake) -> Callable[[], None]:
+        ear = _Ear(self, key, wake)
+        return super().watch(key, ear.hear)
+
+    async def append(self, key: str, batch: Batch) -> Appended:
+        appended = await super().append(key, batch)
+        if self.mode == "phantom" and batch.events and key not in self._followed:
+            self._followed.add(key)
+            await super().append(key, Batch([draft(Kind.ALIVE)]))
+        return appended
+
+
+class _Ear:
+    """One watch, and what it is told."""
+
+    def __init__(self, store: Misinformed, key: str, wake: Wake) -> None:
+        self._store = store
+        self._key = key
+        self._wake = wake
+        self._misled = False
+        self._last = Cursor(0)
+
+    def hear(self, news: News | None) -> None:
+        after = self._last if news is None else news.after
+        session = self._store._sessions.get(self._key)
+        self._last = self._last if session is None else session.head
+        if self._store.mode.startswith("phantom") and not self._misled:
+            self._misled = True
+            said = draft(Kind.ALIVE)
+            stream = 0 if news is None else news.events[0].stream
+            self._wake(News(after, [Event(after.position + 1, said.tag, stream, said.data)]))
+        if self._store.mode in ("true", "phantom"):
+            self._wake(news)
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no wake told is found soon."""
+    monkeypatch.setattr("nonstick.follow._FIRST_POLL", 0.2)
+
+
+@pytest.fixture(params=["lost", "phantom", "phantom, then lost"])
+def mode(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+Nodes = tuple[Stage, Misinformed, Member, Member, Member]
+
+
+@asynccontextmanager
+async def misinformed(**options: Any) -> AsyncIterator[Nodes]:
+    store = Misinformed()
+    async with staged(one(store), window=0.05, **options) as (stage, a, b, c):
+
+        @stage.tool
+        async def wait(ctx: Context, args: dict[str, Any]) -> str:
+            await say(ctx, "begun")
+            try:
+                await stage.door("end")
+            except asyncio.CancelledError:
+                stage.open("stopped")
+                raise
+            return "done"
+
+        yield stage, store, a, b, c
+
+
+async def begun(member: Member, session: Session, stream: Stream) -> None:
+    """Returns once the request runs, and its node follows the log without reading it."""
+    assert text_of(await stream.message()) == "begun"
+    view = node_of(member).sessions[session_key(session.id)]
+    await eventually(lambda: view.follower.subscriptions > 0 and view.follower._reading is None)
+
+
+async def opened(stage: Stage, session: Session) -> tuple[int, int]:
+    """Name and attempt of the session's first stream."""
+    (event,) = [event for event in await stage.log(session) if kind_of(event.data) is Kind.OPENED]
+    return event.position, decode(event.data)["attempt"]
+
+
+def to_stream(stream: int, attempt: int, kind: Kind, body: object, **options: Any) -> Batch:
+    event = draft(kind, pydantic_core.to_json(body))
+    return Batch([event], stream=stream, attempt=attempt, **options)
+
+
+async def test_reply_reaches_the_node_that_asked(mode: Any) -> None:
+    """P4, P14."""
+    async with misinformed() as (stage, store, _a, b, c):
+
+        @stage.tool
+        async def question(ctx: Context, args: dict[str, Any]) -> str:
+            return str((await ask(ctx))["content"]["name"])
+
+        session = await b.open()
+        async with posting(b, session, call("question")) as stream:
+            asked = await stream.message()
+            view = node_of(b).sessions[session_key(session.id)]
+            await eventually(lambda: view.follower._reading is None)
+            store.mode = mode
+            assert (await c.post(accept(asked), session)).status_code == 202
+            assert texts_of(await stream.rest()) == ["Ada"]
+
+
+async def test_cancel_reaches_the_node_that_runs_the_request(mode: Any) -> None:
+    """P5, P14."""
+    async with misinformed() as (stage, store, _a, b, c):
+        session = await b.open()
+        async with posting(b, session, call("wait", 7)) as stream:
+            await begun(b, session, stream)
+            store.mode = mode
+            assert (await c.post(cancel(7), session)).status_code == 202
+            (end,) = await stream.rest()
+            assert text_of(end) == "Request cancelled"
+        await stage.reached("stopped")
+
+
+async def test_end_of_the_session_stops_what_runs_on_another_node(mode: Any) -> None:
+    """P6, P14."""
+    async with misinformed() as (stage, store, _a, b, c):
+        session = await b.open()
+        async with posting(b, session, call("wait")) as stream, getting(c, session) as standalone:
+            await begun(b, session, stream)
+            await standalone.event()
+            store.mode = mode
+            assert (await c.delete(session)).status_code == 200
+            assert await stream.rest() == []
+            assert await standalone.rest() == []
+        await stage.reached("stopped")
+
+
+async def test_message_and_end_of_a_stream_reach_a_client_on_another_node(mode: Any) -> None:
+    """P3, P14: whole, in order, once, and without an error: nothing of the stream was lost."""
+    async with misinformed() as (stage, store, _a, b, c):
+
+        @stage.tool
+        async def count(ctx: Context, args: dict[str, Any]) -> str:
+            await say(ctx, "1")
+            await stage.door("2")
+            await say(ctx, "2")
+            await stage.door("end")
+            return "done"
+
+        session = await b.open()
+        async with posting(b, session, call("count")) as stream:
+            assert text_of(await stream.message()) == "1"
+            async with getting(c, session, stream.last_id) as resumed:
+                await resumed.event()
+                view = node_of(c).sessions[session_key(session.id)]
+                await eventually(lambda: view.follower.subscriptions > 0 and view.follower._reading is None)
+                store.mode = mode
+                stage.open("2")
+                assert text_of(await resumed.message()) == "2"
+                stage.open("end")
+                assert texts_of(await resumed.rest()) == ["done"]
+
+
+async def test_message_of_the_standalone_stream_reaches_its_connection_on_another_node(mode: Any) -> None:
+    """P3, P14: once."""
+    async with misinformed() as (stage, store, a, b, c):
+
+        @stage.tool
+        async def tell(ctx: Context, args: dict[str, Any]) -> str:
+            await announce(ctx, str(args["text"]))
+            return "told"
+
+        session = await b.open()
+        async with getting(c, session) as stream:
+            await stream.event()
+            await a.post(call("tell", 1, text="before"), session)
+            assert text_of(await stream.message()) == "before"
+            store.mode = mode
+            for text in ("1", "2"):
+                await a.post(call("tell", 2, text=text), session)
+                assert text_of(await stream.message()) == text
+
+
+async def test_end_that_another_node_wrote_stops_the_request(mode: Any) -> None:
+    """P7, P14."""
+    async with misinformed() as (stage, store, _a, b, _c):
+        session = await b.open()
+        async with posting(b, session, call("wait", 7)) as stream:
+            await begun(b, session, stream)
+            place = await opened(stage, session)
+            store.mode = mode
+            end = wire.STREAM_LOST.model_dump(exclude_none=True)
+            batch = to_stream(*place, Kind.TERMINAL, {"jsonrpc": "2.0", "id": 7, "error": end}, terminal=True)
+            await stage.store.append(session_key(session.id), batch)
+            await stage.reached("stopped")
+
+
+async def test_takeover_by_another_node_stops_the_request(mode: Any) -> None:
+    """P7, P14."""
+    async with misinformed() as (stage, store, _a, b, c):
+        session = await b.open()
+        async with posting(b, session, call("wait")) as stream:
+            await begun(b, session, stream)
+            name, attempt = await opened(stage, session)
+            store.mode = mode
+            body = {"node": node_of(c).id, "attempt": attempt + 1}
+            await stage.store.append(
+                session_key(session.id), to_stream(name, attempt, Kind.TAKEN, body, take_over=True)
+            )
+            await stage.reached("stopped")
+
+
+async def test_question_whether_a_request_runs_is_answered(mode: Any) -> None:
+    """P7, P14: else it would be taken for lost."""
+    async with misinformed() as (stage, store, _a, b, _c):
+        session = await b.open()
+        async with posting(b, session, call("wait")) as stream:
+            await begun(b, session, stream)
+            name, attempt = await opened(stage, session)
+            store.mode = mode
+            await stage.store.append(session_key(session.id), to_stream(name, attempt, Kind.PROBE, None))
+
+            async def answered() -> bool:
+                kinds = [kind_of(event.data) for event in await stage.log(session) if event.stream == name]
+                return Kind.ALIVE in kinds[kinds.index(Kind.PROBE) :]
+
+            await eventually(answered)
+            stage.open("end")
+            assert texts_of(await stream.rest()) == ["done"]
+
+
+async def test_old_owner_hears_that_another_node_has_the_session(mode: Any) -> None:
+    """P7, P14: `placement="owner"`."""
+    async with misinformed(placement="owner") as (stage, store, _a, b, c):
+        session = await b.open()
+        key = session_key(session.id)
+        assert node_of(b).sessions[key].held is not None
+        follower = node_of(b).sessions[key].follower
+        await eventually(lambda: follower.subscriptions > 0 and follower._reading is None)
+        store.mode = mode
+        await stage.store.update(key, {OWNER: node_of(c).id.encode()})
+        said = draft(Kind.OWNER, pydantic_core.to_json({"node": node_of(c).id}))
+        await stage.store.append(key, Batch([said]))
+        await eventually(lambda: key not in node_of(b).sessions)
+
+
+async def test_relayed_request_reaches_the_owner(mode: Any) -> None:
+    """P1, P14: `placement="owner"`; and its answer the node that its client came to."""
+    async with misinformed(placement="owner") as (stage, store, _a, b, c):
+        session = await b.open()
+        follower = node_of(b).sessions[session_key(session.id)].follower
+        await eventually(lambda: follower.subscriptions > 0 and follower._reading is None)
+        store.mode = mode
+        stage.open("end")
+        assert texts_of(messages(await c.post(call("wait"), session))) == ["begun", "done"]
+
+
+async def test_broadcast_is_heard_on_another_node(mode: Any) -> None:
+    """P11, P14: the cluster log is followed as a session's is."""
+    async with misinformed() as (_, store, a, b, c):
+        session = await a.open()
+        async with getting(b, session) as stream:
+            await stream.event()
+            await c.app.cluster.notify_tools_changed()
+            assert (await stream.message())["method"] == TOOLS
+            store.mode = mode
+            await c.app.cluster.notify_tools_changed()
+            assert (await stream.message())["method"] == TOOLS
+
+
+async def test_cancel_in_a_place_that_was_given_out_before_is_not_taken_for_an_old_one() -> None:
+    """P5, P14: the request began behind entries that the store then lost; the cancel takes one of their places."""
+    async with misinformed(answer="json") as (stage, store, _a, b, c):
+
+        @stage.tool
+        async def think(ctx: Context, args: dict[str, Any]) -> str:
+            await stage.door("end")
+            return "done"
+
+        session = await b.open()
+        key = session_key(session.id)
+        older = asyncio.create_task(b.post(call("think", "older"), session))
+        await eventually(lambda: key in node_of(b).sessions)
+        follower = node_of(b).sessions[key].follower
+        await eventually(lambda: follower.subscriptions > 0 and follower._reading is None)
+        store.mode = "lost"
+        for _ in range(5):
+            await store.append(key, Batch([draft(Kind.ALIVE)]))
+        late = asyncio.create_task(b.post(call("think", "late"), session))
+        await eventually(lambda: "late" in node_of(b).sessions[key].exchanges)
+        store._sessions[key].events.clear()
+        store._sessions[key].head = Cursor(0)
+        store.mode = "true"
+        await c.post(cancel("late"), session)
+        async with asyncio.timeout(DEADLINE):
+            assert (await late).json()["error"]["message"] == "Request cancelled"
+        stage.open("end")
+        assert text_of((await older).json()) == "done"
+
+
+def test_every_mode_but_one_tells_of_a_phantom() -> None:
+    """The counterpart: a node is misled indeed."""
+    told: list[News | None] = []
+    store = Misinformed()
+    store.mode = "phantom"
+    ear = _Ear(store, "key", told.append)
+    true = News(Cursor(3, b"the last"), [Event(4, dice.tag(), 0, b"")])
+    ear.hear(true)
+    assert [news.since(Cursor(3, b"the last")) is not None for news in told if news] == [True, True]
+    assert told[1] == true
