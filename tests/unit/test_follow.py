@@ -501,17 +501,18 @@ async def test_phantom_that_races_with_a_read_skips_nothing(
     reached, go_on = asyncio.Event(), asyncio.Event()
     read = MemoryStore.read
 
-    async def held(self: MemoryStore, key: str, after: Cursor, *, limit: int = 256) -> list[Event]:
-        events = await read(self, key, after, limit=limit) if during == "after the read" else []
+    async def held(self: MemoryStore, key: str, after: Cursor, **options: int) -> list[Event]:
+        events = await read(self, key, after, **options) if during == "after the read" else []
         reached.set()
         await go_on.wait()
-        return events or await read(self, key, after, limit=limit)
+        return events or await read(self, key, after, **options)
 
     monkeypatch.setattr(MemoryStore, "read", held)
     store.loses_wakes = True
     true = await append(store, 2)
     tell(store, None)
-    await reached.wait()
+    async with asyncio.timeout(DEADLINE):
+        await reached.wait()
     tell(store, News(last, [entry(2)]))
     go_on.set()
     assert await cursors(subscription, entry(2).cursor) == [entry(2).cursor]
