@@ -58,6 +58,15 @@ class Misinformed(MemoryStore):
         ear = _Ear(self, key, wake)
         return super().watch(key, ear.hear)
 
+    def head(self, key: str) -> Cursor | None:
+        session = self._sessions.get(key)
+        return None if session is None else session.head
+
+    def forget(self, key: str) -> None:
+        """Loses the session's log, and gives its positions out again."""
+        self._sessions[key].events.clear()
+        self._sessions[key].head = Cursor(0)
+
     async def append(self, key: str, batch: Batch) -> Appended:
         appended = await super().append(key, batch)
         if self.mode == "phantom" and batch.events and key not in self._followed:
@@ -78,8 +87,7 @@ class _Ear:
 
     def hear(self, news: News | None) -> None:
         after = self._last if news is None else news.after
-        session = self._store._sessions.get(self._key)
-        self._last = self._last if session is None else session.head
+        self._last = self._store.head(self._key) or self._last
         if self._store.mode.startswith("phantom") and not self._misled:
             self._misled = True
             said = draft(Kind.ALIVE)
@@ -337,8 +345,7 @@ async def test_cancel_in_a_place_that_was_given_out_before_is_not_taken_for_an_o
             await store.append(key, Batch([draft(Kind.ALIVE)]))
         late = asyncio.create_task(b.post(call("think", "late"), session))
         await eventually(lambda: "late" in node_of(b).sessions[key].exchanges)
-        store._sessions[key].events.clear()
-        store._sessions[key].head = Cursor(0)
+        store.forget(key)
         store.mode = "true"
         await c.post(cancel("late"), session)
         async with asyncio.timeout(DEADLINE):
