@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import hmac
 import json
 import logging
@@ -56,7 +57,7 @@ from nonstick.guard import PATIENCE, GuardedStore
 from nonstick.security import identity
 from nonstick.sender import Sender
 from nonstick.state_store import Room, StateStore
-from nonstick.store import MAX_READ, Appended, Batch, Cursor, Event, Store
+from nonstick.store import MAX_READ, Appended, Batch, Cursor, Event, Loaded, Store
 from nonstick.stores import open_store
 from nonstick.wire import STORE_AWAY
 
@@ -72,6 +73,7 @@ _KEYS: Final = "request-state-keys"
 _KEPT_KEYS: Final = 3
 _LOG_EVENTS: Final = 2000
 _PAUSE: Final = 1.0
+_TRIES: Final = 20
 _SPREAD_SECONDS: Final = 10.0
 """Longer than it takes a node that missed a wake to read."""
 _AT_ONCE: Final = 100
@@ -310,19 +312,7 @@ class Cluster:
         Raises:
             StoreUnavailable: Nothing was joined; may be called again.
         """
-        try:
-            loaded = await store.load(CLUSTER_KEY)
-        except SessionNotFound:
-            try:
-                await store.create(CLUSTER_KEY, {}, lifetime=_LIFETIME)
-            except AlreadyExists:
-                pass
-            loaded = await store.load(CLUSTER_KEY)
-        if _KEYS not in loaded.fields:
-            # Of all nodes that start at once, one writes the first key.
-            await store.update(CLUSTER_KEY, {_KEYS: _pack([secrets.token_bytes(32)])}, expect={_KEYS: None})
-            loaded = await store.load(CLUSTER_KEY)
-        self._codec.use(_unpack(loaded.fields[_KEYS]))
+        self._codec.use(_unpack(await _ensured_keys(store)))
         self._store = store
         if self._bus.sender is None:
             self._bus.sender = Sender(self._append)
@@ -356,12 +346,17 @@ class Cluster:
                     lost = False
                 await self._follow(store)
             except (SessionNotFound, Diverged):
+                if lost:
+                    # Again, before anything was known of it.
+                    await asyncio.sleep(_PAUSE)
                 logger.warning("the cluster log was lost; it begins anew")
                 self.broadcasts = Broadcasts(_LOG_EVENTS)
                 lost = True
                 joined.clear()
             except StoreUnavailable as error:
                 self._settle(error if isinstance(error, StoreUnusable | Undecryptable) else None)
+                # Who listens here already does not hear what was said until then.
+                lost = lost or not joined.is_set()
                 await asyncio.sleep(_PAUSE)
 
     def _settle(self, misfit: StoreUnavailable | None) -> None:
@@ -384,17 +379,21 @@ class Cluster:
             raise NotRunning("the cluster is not joined: enter the app's lifespan first")
         async with self._rotating:
             new = secrets.token_bytes(32)
-            await self._change_keys(lambda keys: [*keys[: _KEPT_KEYS - 1], new])
+            # May be done twice: where an answer was lost, it has been done.
+            await self._change_keys(lambda keys: [*[key for key in keys if key != new][: _KEPT_KEYS - 1], new])
             await asyncio.sleep(_SPREAD_SECONDS)
             await self._change_keys(lambda keys: [new, *(key for key in keys if key != new)])
 
     async def _change_keys(self, change: Callable[[list[bytes]], list[bytes]]) -> None:
         assert self._store is not None
-        while True:
-            old = (await self._store.load(CLUSTER_KEY)).fields[_KEYS]
+        for _ in range(_TRIES):
+            old = await _ensured_keys(self._store)
             new = _pack(change(_unpack(old)))
-            if await self._store.update(CLUSTER_KEY, {_KEYS: new}, expect={_KEYS: old}):
-                break
+            with contextlib.suppress(SessionNotFound):
+                if await self._store.update(CLUSTER_KEY, {_KEYS: new}, expect={_KEYS: old}):
+                    break
+        else:
+            raise StoreUnavailable("the keys that all nodes share kept changing while they were to be changed")
         self._codec.use(_unpack(new))
         assert self._bus.sender is not None
         await self._bus.sender.send(draft(Kind.KEYS))
@@ -477,7 +476,7 @@ class Cluster:
                 # Lost with all its entries: it begins anew with this one.
                 await self.join(self._store)
                 appended = await self._store.append(CLUSTER_KEY, batch, patience=patience)
-        except StoreUnavailable as error:
+        except (SessionNotFound, StoreUnavailable) as error:
             logger.warning("the cluster log: %s", error)
             # Handlers pass on to their clients what they get, and what the store said may name its host.
             raise StoreUnavailable(STORE_AWAY) from None
@@ -560,6 +559,32 @@ class _Codec:
 
 def _key_for(namespace: str, key: bytes) -> bytes:
     return hmac.digest(key, f"nonstick namespace {namespace}".encode(), "sha256") if namespace else key
+
+
+async def _ensured_keys(store: GuardedStore) -> bytes:
+    """The `requestState` keys in the cluster's record, which is made if there is none.
+
+    Raises:
+        StoreUnavailable: It cannot be, or is lost again at once.
+    """
+    try:
+        loaded = await _ensured_record(store)
+        if _KEYS not in loaded.fields:
+            # Of all nodes that start at once, one writes the first key.
+            await store.update(CLUSTER_KEY, {_KEYS: _pack([secrets.token_bytes(32)])}, expect={_KEYS: None})
+            loaded = await store.load(CLUSTER_KEY)
+        return loaded.fields[_KEYS]
+    except (SessionNotFound, KeyError):
+        raise StoreUnavailable("the record that all nodes share is lost as soon as it is made") from None
+
+
+async def _ensured_record(store: GuardedStore) -> Loaded:
+    try:
+        return await store.load(CLUSTER_KEY)
+    except SessionNotFound:
+        with contextlib.suppress(AlreadyExists):
+            await store.create(CLUSTER_KEY, {}, lifetime=_LIFETIME)
+        return await store.load(CLUSTER_KEY)
 
 
 def _pack(keys: list[bytes]) -> bytes:

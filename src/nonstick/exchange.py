@@ -33,6 +33,7 @@ from starlette.types import Send
 
 from nonstick import dice, ending, tracing, wire
 from nonstick.errors import (
+    AlreadyExists,
     Diverged,
     Fenced,
     SessionNotFound,
@@ -564,6 +565,10 @@ class Exchange:
         except TooManySessions as error:
             self._answer_with(_FULL if error.group == EVERYBODY else _TOO_MANY)
             return
+        except AlreadyExists:
+            # What is there is nobody's whom this client could ask for it. The next try draws another id.
+            self._answer_with(wire.unavailable("The session could not be opened. Try again."))
+            return
         self._visible = True
         session.record = Record.from_fields(fields)
         session.unconfirmed = settings.confirms
@@ -763,9 +768,11 @@ class Exchange:
         if self._closed:
             return
         self._closed = self._abandoned = True
-        with anyio.CancelScope(shield=True), contextlib.suppress(SessionNotFound, StreamClosed, Fenced):
-            await self._finish(self._stopped_body())
-        self._leave()
+        try:
+            with anyio.CancelScope(shield=True), contextlib.suppress(SessionNotFound, StreamClosed, Fenced):
+                await self._finish(self._stopped_body())
+        finally:
+            self._leave()
 
     def fence(self, error: ErrorData) -> None:
         """The session has another owner now: nothing that this request does counts any more (P7)."""

@@ -104,6 +104,14 @@ async def survey(session: Session) -> Survey:
     Raises:
         SessionNotFound, StoreUnavailable: As `Store.read`.
     """
+    try:
+        return await _survey(session)
+    except Diverged:
+        # Whoever needs to know asks again.
+        raise StoreUnavailable("the session's log lost entries while it was read") from None
+
+
+async def _survey(session: Session) -> Survey:
     store, key, part = session.node.store, session.key, Slice(MAX_READ)
     opened: dict[int, Skimmed] = {}
     taken: dict[int, Skimmed] = {}

@@ -32,6 +32,7 @@ from nonstick.placement import Placement, Rehydrate
 from nonstick.renewal import Renewal
 from nonstick.security import principal_group, without_text
 from nonstick.sessionless import Sessionless
+from nonstick.store import Lease
 from nonstick.trim import Looks
 
 if TYPE_CHECKING:
@@ -509,17 +510,19 @@ class _LeaseKeeper:
 
     def _keep(self) -> None:
         settings = self._node.settings
-        lease = self._node.store.lease(self._node.id)
+        lease: Lease | None = None
         wait = 0.0
         while not self._stop.wait(wait):
             wait = settings.lease / 3
             if time.monotonic() - self._ticked > settings.max_stall:
                 continue
             try:
+                lease = lease or self._node.store.lease(self._node.id)
                 lease.renew(settings.lease)
             except StoreError as error:
                 logger.warning("the lease of this node could not be renewed: %s", error)
                 wait = min(1.0, wait)
-        lease.close(release=True)
+        if lease is not None:
+            lease.close(release=True)
         with contextlib.suppress(RuntimeError):  # the loop did not wait for it
             self._loop.call_soon_threadsafe(self._ended.set)

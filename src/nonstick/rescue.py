@@ -20,7 +20,7 @@ from mcp_types import INTERNAL_ERROR, ErrorData, JSONRPCRequest
 from starlette.requests import Request
 
 from nonstick import dice, wire
-from nonstick.errors import Fenced, NotPending, StreamClosed
+from nonstick.errors import Diverged, Fenced, NotPending, StreamClosed
 from nonstick.events import Kind, decode, draft, glimpse, kind_of
 from nonstick.follow import Slice, whole
 from nonstick.portable import context_of
@@ -98,6 +98,7 @@ class Rescue:
             # Nobody looks beside a stream that moves.
             self._quiet_since, self._probe = now, None
         self._looked_at = now
+        dead = False
         if self._relayed:
             lost = False
             await session.node.placement.settle(session)
@@ -105,10 +106,10 @@ class Rescue:
             running = any(exchange.stream == self._stream for exchange in session.exchanges.values())
             lost = not running
         else:
-            lost = bool(await session.node.store.lapsed([self._node]))
+            lost = dead = bool(await session.node.store.lapsed([self._node]))
         suspected, self._suspected = self._suspected, lost
         if (lost and suspected) or (not lost and await self._is_mute(now)):
-            await self._act()
+            await self._act(dead=dead)
 
     async def _is_mute(self, now: float) -> bool:
         """Whether the node lives and yet nobody there works for the stream: a failover may have lost its end (P9)."""
@@ -123,14 +124,22 @@ class Rescue:
                 # It has ended, or moved: the log will bring it.
                 self._quiet_since = now
             return False
-        entries = await self._session.node.store.skim(self._session.key, Cursor(self._probe), limit=MAX_READ, clip=2)
+        try:
+            entries = await self._session.node.store.skim(
+                self._session.key, Cursor(self._probe), limit=MAX_READ, clip=2
+            )
+        except Diverged:
+            # The store lost the question. Whether it lost of the stream as well, who follows it finds out.
+            self._quiet_since, self._probe = now, None
+            return False
         if any(event.stream == self._stream and kind_of(event.data) is not Kind.PROBE for event, _ in entries):
             self._quiet_since, self._probe = now, None
             return False
         # A node whose loop hangs answers late; one that hung for longer has lost its lease.
         return now - self._quiet_since > _PROBE_AFTER + settings.max_stall + settings.lease
 
-    async def _act(self) -> None:
+    async def _act(self, *, dead: bool) -> None:
+        """Ends the request, or runs it again. `dead`: its node is, too, and not only the request."""
         node = self._node
         await self._catch_up()
         if self._node != node:
@@ -140,7 +149,7 @@ class Rescue:
             return
         owned = await self._session.node.placement.is_owned(self._session)
         if owned:
-            await self._session.node.placement.settle(self._session, gone=node)
+            await self._session.node.placement.settle(self._session, gone=node if dead else "")
         safe = not owned and await self._may_repeat()
         again = safe and self._is_whole and self._session.node.settings.reexecute == "idempotent"
         if again and await self._run_again():

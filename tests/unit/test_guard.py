@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from nonstick.errors import AlreadyExists, SessionNotFound, StoreUnavailable
+from nonstick.errors import (
+    AlreadyExists,
+    Diverged,
+    Fenced,
+    NotPending,
+    SessionNotFound,
+    StoreError,
+    StoreUnavailable,
+    StreamClosed,
+    TooManySessions,
+    Trimmed,
+)
 from nonstick.guard import GuardedStore
-from nonstick.store import Batch, Cursor, Store
+from nonstick.store import NEW_STREAM, Batch, Cursor, Draft, Store, Wake
 from nonstick.stores.memory import MemoryStore
+from tests.cluster.commanded import CALLS, every_error, make
 
 pytestmark = pytest.mark.anyio
 
@@ -156,3 +169,114 @@ async def test_callers_own_timeout_is_not_taken_for_the_stores() -> None:
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.01):
             await guarded.load(KEY)
+
+
+# ---- errors that a method may not raise
+
+MAY: dict[str, set[type[StoreError]]] = {
+    "create": {AlreadyExists, TooManySessions},
+    "load": {SessionNotFound},
+    "update": {SessionNotFound},
+    "append": {SessionNotFound, StreamClosed, Fenced, NotPending, Diverged},
+    "read": {SessionNotFound, Trimmed, Diverged},
+    "skim": {SessionNotFound, Trimmed, Diverged},
+}
+"""What the protocol lets each method answer with, beside that the store cannot be reached."""
+
+ARGUMENTS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+    "create": ((KEY, {}), {"lifetime": 9, "limits": {"all": 1}}),
+    "append": ((KEY, Batch([Draft(b"8 bytes.", b"")], writer="w", sequence=2, stream=1, settle="s")), {}),
+    "read": ((KEY, Cursor(1, b"8 bytes.")), {}),
+    "skim": ((KEY, Cursor(1, b"8 bytes.")), {}),
+    "update": ((KEY, {}), {}),
+    "touch": (([KEY],), {}),
+    "lapsed": ((["n"],), {}),
+    "ping": ((), {}),
+}
+
+
+class Raising(MemoryStore):
+    """A store all of whose methods raise this error."""
+
+    error: StoreError
+
+    def __getattribute__(self, name: str) -> Any:
+        if name not in CALLS:
+            return super().__getattribute__(name)
+
+        async def call(*_args: Any, **_more: Any) -> Any:
+            raise self.error
+
+        return call
+
+
+@pytest.mark.parametrize("error", list(every_error().values()), ids=lambda error: error.__name__)
+async def test_what_a_method_may_not_raise_is_a_store_that_cannot_be_reached(
+    error: type[StoreError], caplog: pytest.LogCaptureFixture
+) -> None:
+    """P9: nobody else has to know what to do about it; a method that is new is covered."""
+    raising = Raising()
+    raising.error = make(error)
+    store = GuardedStore(raising, patience=0.05)
+    for method in CALLS:
+        args, more = ARGUMENTS.get(method, ((KEY,), {}))
+        if method == "watch":
+            continue
+        caplog.clear()
+        with pytest.raises(StoreError) as caught:
+            await getattr(store, method)(*args, **more)
+        if error in MAY.get(method, ()) or issubclass(error, StoreUnavailable):
+            assert caught.type is error
+        else:
+            assert caught.type is StoreUnavailable
+            assert [record.levelname for record in caplog.records] == ["ERROR"]
+            assert "on command" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("batch", "may"),
+    [
+        (Batch([]), {SessionNotFound}),
+        (Batch([], stream=NEW_STREAM, writer="w", sequence=1), {SessionNotFound}),
+        (Batch([], stream=1), {SessionNotFound, StreamClosed, Fenced}),
+        (Batch([], stream=1, writer="w", sequence=1), {SessionNotFound, StreamClosed, Fenced}),
+        (Batch([], stream=1, writer="w", sequence=2), {SessionNotFound, StreamClosed, Fenced, Diverged}),
+        (Batch([], answers="s"), {SessionNotFound, NotPending}),
+        (Batch([], settle="s"), {SessionNotFound, NotPending}),
+    ],
+)
+async def test_what_an_append_may_raise_is_what_its_batch_gives_reason_for(
+    batch: Batch, may: set[type[StoreError]]
+) -> None:
+    """P9: so that a writer on the standalone stream is never told that its stream has ended."""
+    raising = Raising()
+    store = GuardedStore(raising, patience=0.05)
+    for error in every_error().values():
+        raising.error = make(error)
+        with pytest.raises(StoreError) as caught:
+            await store.append(KEY, batch)
+        assert caught.type is (error if error in may or issubclass(error, StoreUnavailable) else StoreUnavailable)
+
+
+async def test_a_cursor_without_a_tag_and_a_create_without_limits_have_fewer_answers() -> None:
+    """P9: `Trimmed` is for a cursor that is checked, `TooManySessions` for who asked for limits."""
+    raising = Raising()
+    store = GuardedStore(raising, patience=0.05)
+    raising.error = Trimmed(1)
+    with pytest.raises(StoreUnavailable):
+        await store.read(KEY, Cursor(1))
+    raising.error = TooManySessions("all")
+    with pytest.raises(StoreUnavailable):
+        await store.create(KEY, {}, lifetime=9)
+
+
+def test_a_watch_that_raises_is_no_watch(caplog: pytest.LogCaptureFixture) -> None:
+    """P9: who follows the log looks for itself as well."""
+
+    class Watchless(MemoryStore):
+        def watch(self, key: str, wake: Wake) -> Callable[[], None]:
+            raise StoreUnavailable("down")
+
+    stop = GuardedStore(Watchless()).watch(KEY, lambda _: None)
+    stop()
+    assert "the store has a defect" in caplog.text
