@@ -20,7 +20,8 @@ import asyncpg
 import redis
 
 from nonstick.testing import FaultProxy, ValkeyCluster, ValkeySentinel, ValkeyServer
-from nonstick.testing.oracle import Lost, Violation
+from nonstick.testing.oracle import Fault, Lost, Violation
+from nonstick.testing.valkey_cluster import ask
 from tests.faults.forgers import Intruder, repeat_wakes
 from tests.faults.pairs import Pair, PostgresPair, ValkeyPair
 
@@ -32,6 +33,9 @@ Deed = Callable[[random.Random], Awaitable[None]]
 
 SLACK: Final = 1.0
 """Seconds within which a write, once it is acknowledged, has reached a healthy replica, on a busy machine."""
+
+EMPTY_GRACE: Final = 3.0
+"""Seconds for which nodes do not believe a store that has lost its data: fewer than usually, to see more of it."""
 
 _HOLD_LOCK: Final = """
 import sqlite3, sys
@@ -51,9 +55,10 @@ class Ground(ABC):
         found: What broke a promise, and no client can see.
     """
 
-    def __init__(self, home: Path, lost: Callable[[Lost], None]) -> None:
+    def __init__(self, home: Path, add: Callable[[Lost | Fault], None]) -> None:
         self.home = home
-        self.lost = lost
+        self.lost: Callable[[Lost], None] = add
+        self._add = add
         self.proxies: dict[str, FaultProxy] = {}
         self.found: list[Violation] = []
         self.stack = AsyncExitStack()
@@ -70,6 +75,10 @@ class Ground(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
     ) -> None:
         await self.stack.aclose()
+
+    def note(self, what: str) -> None:
+        """Says what happened beside what was meant to."""
+        self._add(Fault(time.monotonic(), what, "store"))
 
     @abstractmethod
     async def begin(self) -> None:
@@ -191,6 +200,9 @@ class PostgresGround(ServedGround):
 class ValkeyGround(ServedGround):
     kind = ValkeyPair
 
+    async def way(self, node: str) -> str:
+        return f"{await super().way(node)}?empty_grace={EMPTY_GRACE:g}"
+
     def deeds(self) -> dict[str, Deed]:
         return super().deeds() | {"memory full": self._fill, "wakes repeated": self._repeat}
 
@@ -219,15 +231,127 @@ class ValkeyGround(ServedGround):
         self.lost(Lost(began, -inf, time.monotonic()))
 
 
-class ClusterGround(Ground):
-    """Three primaries with a replica each. Nodes talk to all of them, so there is no network to harm."""
+class GroupGround(Ground):
+    """Several servers that replace each other. Nodes talk to all of them, so there is no network to harm.
+
+    No fault begins before the last one is over: a replica that has not got everything yet must not be the one that is
+    left. What happens although it was not meant to is noted, and stands beside what it leads to.
+    """
+
+    async def whole(self) -> None:
+        """Returns once a server can be lost again."""
+        await asyncio.to_thread(self.wait_until_whole)
+
+    @abstractmethod
+    def wait_until_whole(self) -> None: ...
+
+    @abstractmethod
+    def choose(self, rng: random.Random) -> ValkeyServer:
+        """A primary."""
+
+    @abstractmethod
+    def is_primary(self, server: ValkeyServer) -> bool:
+        """Whether the others hold it for one."""
+
+    @abstractmethod
+    def wait_for_successor(self, old: ValkeyServer) -> ValkeyServer:
+        """Returns what took its place."""
+
+    @abstractmethod
+    def replica_of(self, primary: ValkeyServer) -> ValkeyServer: ...
+
+    @abstractmethod
+    def rejoin(self, server: ValkeyServer) -> None:
+        """Has a server that was replaced follow its successor."""
+
+    def losses(self) -> dict[str, Deed]:
+        return {
+            "primary killed": self._kill,
+            "primary replaced, then thawed": self._thaw_late,
+            "replica cut off, then primary killed": self._lose_tail,
+            "primary restarted empty": self._empty,
+        }
+
+    async def _freeze(self, rng: random.Random) -> None:
+        """For less than what makes a replica take over; but on a busy machine it may be longer."""
+        primary, began = self.choose(rng), time.monotonic()
+        primary.freeze()
+        try:
+            await asyncio.sleep(rng.uniform(0.1, 0.5))
+        finally:
+            primary.thaw()
+        await self._over(primary, began, meant=False)
+
+    async def _kill(self, rng: random.Random) -> None:
+        primary, began = self.choose(rng), time.monotonic()
+        primary.kill()
+        await self._replaced(primary)
+        await asyncio.to_thread(primary.start)
+        await self._over(primary, began)
+
+    async def _thaw_late(self, rng: random.Random) -> None:
+        """The old primary first runs what lies in its buffers, for nodes that have not heard of the new one."""
+        primary, began = self.choose(rng), time.monotonic()
+        primary.freeze()
+        try:
+            await self._replaced(primary)
+            await asyncio.sleep(rng.uniform(0.0, 0.5))
+        finally:
+            primary.thaw()
+        await self._over(primary, began)
+
+    async def _lose_tail(self, rng: random.Random) -> None:
+        """The replica that takes over has not got the last of what was acknowledged."""
+        primary = self.choose(rng)
+        replica, since = self.replica_of(primary), time.monotonic()
+        replica.freeze()
+        try:
+            await asyncio.to_thread(ask, primary, "CLIENT", "KILL", "TYPE", "replica")
+            await asyncio.sleep(rng.uniform(0.1, 0.7))
+            began = time.monotonic()
+            primary.kill()
+        finally:
+            replica.thaw()
+        await self._replaced(primary)
+        await asyncio.to_thread(primary.start)
+        await self._over(primary, began, since=since)
+
+    async def _empty(self, rng: random.Random) -> None:
+        """Before anybody has missed it: its replica then copies the emptiness."""
+        primary, began = self.choose(rng), time.monotonic()
+        await asyncio.to_thread(primary.restart, keep_data=False)
+        await self._over(primary, began, since=-inf)
+
+    async def _replaced(self, primary: ValkeyServer) -> None:
+        new = await asyncio.to_thread(self.wait_for_successor, primary)
+        if not await asyncio.to_thread(ask, new, "KEYS", "*:mark*"):
+            self.note("an empty replica was elected")
+            self.lost(Lost(time.monotonic(), -inf, time.monotonic()))
+
+    async def _over(
+        self, primary: ValkeyServer, began: float, *, since: float | None = None, meant: bool = True
+    ) -> None:
+        """Returns when all is whole again; says what may be lost."""
+        replaced = not await asyncio.to_thread(self.is_primary, primary)
+        if replaced:
+            await asyncio.to_thread(self.rejoin, primary)
+        await self.whole()
+        replaced = replaced or not await asyncio.to_thread(self.is_primary, primary)
+        if replaced and not meant:
+            self.note("a primary that was frozen for a moment was replaced")
+        if replaced or since is not None:
+            self.lost(Lost(began, began - SLACK if since is None else since, time.monotonic()))
+
+
+class ClusterGround(GroupGround):
+    """Three primaries with a replica each."""
 
     async def begin(self) -> None:
         self.cluster = await asyncio.to_thread(ValkeyCluster("--appendonly", "yes", replicas=1).__enter__)
         self.stack.push(self.cluster)
 
     async def way(self, node: str) -> str:
-        return self.cluster.url
+        return f"{self.cluster.url}?empty_grace={EMPTY_GRACE:g}"
 
     def deeds(self) -> dict[str, Deed]:
         return {
@@ -236,8 +360,24 @@ class ClusterGround(Ground):
             "primary frozen": self._freeze,
         }
 
-    def losses(self) -> dict[str, Deed]:
-        return {"primary killed": self._kill}
+    def wait_until_whole(self) -> None:
+        self.cluster.wait_until_whole()
+
+    def choose(self, rng: random.Random) -> ValkeyServer:
+        self.slot = rng.randrange(16384)
+        return self.cluster.primary(self.slot)
+
+    def is_primary(self, server: ValkeyServer) -> bool:
+        return self.cluster.primary(self.slot) is server
+
+    def wait_for_successor(self, old: ValkeyServer) -> ValkeyServer:
+        return self.cluster.wait_for_successor(self.slot, old)
+
+    def replica_of(self, primary: ValkeyServer) -> ValkeyServer:
+        return self.cluster.replicas(primary)[0]
+
+    def rejoin(self, server: ValkeyServer) -> None:
+        """It does so by itself."""
 
     async def _migrate(self, rng: random.Random) -> None:
         """Those of the sessions that there are now, to other primaries."""
@@ -249,30 +389,14 @@ class ClusterGround(Ground):
             slot = cluster.slot(key.decode())
             to = rng.choice([server for server in primaries.values() if server is not cluster.primary(slot)])
             await asyncio.to_thread(cluster.migrate_slot, slot, to)
-
-    async def _kill(self, rng: random.Random) -> None:
-        slot = rng.randrange(16384)
-        primary = self.cluster.primary(slot)
-        began = time.monotonic()
-        primary.kill()
-        await asyncio.to_thread(self.cluster.wait_for_successor, slot, primary)
-        self.lost(Lost(began, began - SLACK, time.monotonic()))
-        primary.start()
-        await asyncio.to_thread(self.cluster.wait_until_ok)
+        await self.whole()
 
     async def _fail_over(self, rng: random.Random) -> None:
         await asyncio.to_thread(self.cluster.failover, rng.randrange(16384))
-        await asyncio.to_thread(self.cluster.wait_until_ok)
-
-    async def _freeze(self, rng: random.Random) -> None:
-        """For less than what makes a replica take over."""
-        primary = self.cluster.primary(rng.randrange(16384))
-        primary.freeze()
-        await asyncio.sleep(rng.uniform(0.1, 0.5))
-        primary.thaw()
+        await self.whole()
 
 
-class SentinelGround(Ground):
+class SentinelGround(GroupGround):
     """A primary, a replica and three Sentinels."""
 
     async def begin(self) -> None:
@@ -281,34 +405,52 @@ class SentinelGround(Ground):
         self.stack.push(self.sentinel)
 
     async def way(self, node: str) -> str:
-        return self.sentinel.url
+        return f"{self.sentinel.url}?empty_grace={EMPTY_GRACE:g}"
 
     def deeds(self) -> dict[str, Deed]:
         return {"primary frozen": self._freeze, "sentinel killed": self._blind}
 
     def losses(self) -> dict[str, Deed]:
-        return {"primary killed": self._kill}
+        return super().losses() | {"most sentinels out of date": self._outdate}
 
-    async def _kill(self, rng: random.Random) -> None:
-        primary = self.sentinel.primary
-        began = time.monotonic()
-        primary.kill()
-        await asyncio.to_thread(self.sentinel.wait_for_successor, primary)
-        self.lost(Lost(began, began - SLACK, time.monotonic()))
-        primary.start()
-        await asyncio.to_thread(self.sentinel.rejoin, primary)
+    def wait_until_whole(self) -> None:
+        self.sentinel.wait_until_whole()
 
-    async def _freeze(self, rng: random.Random) -> None:
-        primary = self.sentinel.primary
-        primary.freeze()
-        await asyncio.sleep(rng.uniform(0.1, 0.5))
-        primary.thaw()
+    def choose(self, rng: random.Random) -> ValkeyServer:
+        return self.sentinel.primary
+
+    def is_primary(self, server: ValkeyServer) -> bool:
+        return self.sentinel.primary is server
+
+    def wait_for_successor(self, old: ValkeyServer) -> ValkeyServer:
+        return self.sentinel.wait_for_successor(old)
+
+    def replica_of(self, primary: ValkeyServer) -> ValkeyServer:
+        return self.sentinel.replicas[0]
+
+    def rejoin(self, server: ValkeyServer) -> None:
+        self.sentinel.rejoin(server)
 
     async def _blind(self, rng: random.Random) -> None:
         one: ValkeyServer = rng.choice(self.sentinel.sentinels)
         one.kill()
         await asyncio.sleep(rng.uniform(0.2, 2.0))
-        one.start()
+        await asyncio.to_thread(one.start)
+        await self.whole()
+
+    async def _outdate(self, rng: random.Random) -> None:
+        """Two Sentinels stand still while the third arranges a failover; then they name the old primary for a while."""
+        old, began = self.sentinel.primary, time.monotonic()
+        _, *asleep = rng.sample(self.sentinel.sentinels, 3)
+        for one in asleep:
+            one.freeze()
+        try:
+            await asyncio.to_thread(self.sentinel.failover)
+        finally:
+            for one in asleep:
+                one.thaw()
+        await asyncio.sleep(rng.uniform(0.2, 1.0))
+        await self._over(old, began)
 
 
 GROUNDS: Final[dict[StoreKind, type[Ground]]] = {

@@ -18,10 +18,11 @@ __all__ = ["ValkeyCluster", "ValkeyNode", "ask", "until"]
 
 SLOTS: Final = 16384
 
-# As quick as a test wants it: replicas follow at once, and stand for election however long they were cut off.
+# As quick as a test wants it: replicas follow at once. One that never had the data is not elected: that takes a factor
+# other than 0.
 _OPTIONS: Final = (
     *("--cluster-enabled", "yes", "--cluster-config-file", "nodes.conf"),
-    *("--cluster-replica-validity-factor", "0", "--cluster-allow-replica-migration", "no"),
+    *("--cluster-replica-validity-factor", "30", "--cluster-allow-replica-migration", "no"),
     *("--repl-diskless-sync-delay", "0"),
 )
 
@@ -137,6 +138,14 @@ class ValkeyCluster:
         running = [node for node in self.nodes if node.running]
         until(lambda: all(self._is_ok(node) for node in running), "the cluster's state is ok")
 
+    def wait_until_whole(self) -> None:
+        """Returns once a primary can be lost again: all servers run and agree on the owners, and the others follow.
+
+        "Follows" means that it has everything that its primary had when this was called.
+        """
+        heads = {node.port: ask(node, "ROLE")[1] for node in self.nodes if ask(node, "ROLE")[0] == "master"}
+        until(lambda: self._is_whole(heads), "the cluster is whole", seconds=60.0)
+
     def failover(self, key: str | int) -> ValkeyNode:
         """A replica takes over from the primary of this key, by arrangement: nothing is lost. Returns the new primary.
 
@@ -216,6 +225,22 @@ class ValkeyCluster:
             return False
         role = ask(node, "ROLE")
         return bool(role[0] == "master" or role[3] == "connected")
+
+    def _is_whole(self, heads: dict[int, int]) -> bool:
+        owners = {tuple(self._owner_ports(node)) for node in self.nodes}
+        if len(owners) != 1 or not all(self._is_ok(node) for node in self.nodes):
+            return False
+        (ports,) = owners
+        for node in self.nodes:
+            role = ask(node, "ROLE")
+            if (role[0] == "master") != (node.port in ports):
+                return False
+            if role[0] != "master" and role[4] < heads.get(role[2], 0):
+                return False
+        return True
+
+    def _owner_ports(self, node: ValkeyNode) -> list[int]:
+        return sorted({int(owner[1]) for _, _, owner, *_ in ask(node, "CLUSTER", "SLOTS")})
 
     def _alive(self) -> ValkeyNode:
         """One that answers; not a frozen one."""

@@ -129,6 +129,25 @@ class ValkeySentinel:
 
         until(ok, "the servers follow their primary")
 
+    def wait_until_whole(self) -> None:
+        """Returns once the primary can be lost again: all Sentinels name it and miss nobody, and replicas have all.
+
+        "All" is what the primary had when this was called.
+        """
+        primary = self.primary
+        head = ask(primary, "ROLE")[1]
+        self.wait_until_ok()
+
+        def whole() -> bool:
+            views = [_facts(watcher) for watcher in self.sentinels]
+            return (
+                {view["port"] for view in views} == {str(primary.port)}
+                and all(view["flags"] == "master" for view in views)
+                and all(ask(server, "ROLE")[4] >= head for server in self.servers if server is not primary)
+            )
+
+        until(whole, "the Sentinels agree and the replicas have everything", seconds=60.0)
+
     def failover(self) -> ValkeyServer:
         """Has the Sentinels make a replica the primary; returns it. The old primary becomes its replica."""
         old = self.primary
@@ -164,5 +183,9 @@ def _follows(server: ValkeyServer, primary: ValkeyServer) -> bool:
 
 
 def _known_sentinels(watcher: ValkeyServer) -> int:
+    return int(_facts(watcher)["num-other-sentinels"])
+
+
+def _facts(watcher: ValkeyServer) -> dict[str, str]:
     facts = ask(watcher, "SENTINEL", "MASTER", SERVICE)
-    return int(dict(zip(facts[::2], facts[1::2], strict=True))["num-other-sentinels"])
+    return dict(zip(facts[::2], facts[1::2], strict=True))
