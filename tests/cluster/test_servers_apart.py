@@ -20,7 +20,7 @@ from starlette.applications import Starlette
 from starlette.routing import Host, Mount
 
 import nonstick
-from nonstick.errors import ConfigurationError
+from nonstick.errors import ConfigurationError, SessionNotFound
 from nonstick.security import session_key
 from nonstick.store import Batch, Store
 from nonstick.stores.memory import MemoryStore
@@ -124,6 +124,8 @@ async def test_another_server_on_the_store_answers_404_and_touches_nothing(optio
             session = await mine.open()
             store.keys.clear()
             assert set(await answers(other, session)) == {404}
+            with pytest.raises(SessionNotFound):
+                await nonstick.Session.hydrate(session.id, manager=other.app.manager)
             assert session_key(session.id) not in store.keys
             assert (await mine.post(call("echo", text="x"), session)).status_code == 200
             refused = await other.post(request("ping"), session)
