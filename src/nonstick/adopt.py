@@ -113,6 +113,16 @@ class Adopted:
         """Whether each endpoint is FastMCP's: what its server is, `manager.app` says only while that runs."""
         return [isinstance(endpoint, _Later) for endpoint in self._endpoints]
 
+    @property
+    def servers(self) -> list[Server[Any] | None]:
+        """What each endpoint serves; None for FastMCP's while they do not run."""
+        return [endpoint.server for endpoint in self._endpoints]
+
+    @property
+    def fastmcp_apps(self) -> list[Starlette | None]:
+        """FastMCP's app around each endpoint; None for the SDK's."""
+        return [endpoint.place.owner if isinstance(endpoint, _Later) else None for endpoint in self._endpoints]
+
     def begin_drain(self) -> None:
         """As `SessionManager.begin_drain`, of all of them."""
         for manager in self.managers:
@@ -214,6 +224,7 @@ class _AtOnce:
     def __init__(self, place: _Place, make: _Make) -> None:
         self.place = place
         self.manager = make(place.asgi.session_manager)
+        self.server: Server[Any] | None = self.manager.app
 
     def take(self) -> None:
         # Hosts of a mounted app enter `session_manager.run()` of theirs: so that is what has to run ours. It runs
@@ -229,6 +240,7 @@ class _Later:
         self.place = place
         self._make = make
         self.manager = make(None)
+        self.server: Server[Any] | None = None
 
     def take(self) -> None:
         # Who asks before the lifespan, or without it, is told what is missing.
@@ -248,12 +260,14 @@ class _Later:
             # Its lifespan is entered already; FastMCP counts who is in it, and gives what it yielded.
             async with theirs.app.lifespan(theirs.app) as state, self.manager.serving(state):
                 if self.place.owner is not None:
-                    await fastmcp_server.check_state(self.place.owner)
+                    await fastmcp_server.check_state(self.place.owner, self.manager.cluster)
                     self.manager.has_tasks = fastmcp_server.has_tasks(self.place.owner)
                 fastmcp_server.listen(theirs.app, self.manager.cluster.subscription_bus)
                 self.place.asgi.session_manager = self.manager
+                self.server = theirs.app
                 yield
         finally:
+            self.server = None
             self.place.asgi.session_manager = theirs  # FastMCP stops what it finds there
 
 

@@ -54,6 +54,7 @@ from nonstick.errors import (
 from nonstick.events import Kind, decode, draft, kind_of
 from nonstick.follow import Follower
 from nonstick.guard import PATIENCE, GuardedStore
+from nonstick.probing import is_probe
 from nonstick.security import identity
 from nonstick.sender import Sender
 from nonstick.state_store import Room, StateStore
@@ -166,6 +167,10 @@ class Cluster:
     def taken(self) -> frozenset[str]:
         """Which of these attributes anybody has asked for. A server was certainly not built with the others."""
         return frozenset(self._taken)
+
+    def has(self, thing: object) -> bool:
+        """Whether this is what a server uses that was built with one of these attributes."""
+        return thing is self._bus or thing is self._codec or thing is self._state
 
     @classmethod
     def apart(cls) -> Cluster:
@@ -522,6 +527,8 @@ class _Bus:
 
     def subscribe(self, listener: Callable[[ServerEvent], None]) -> Callable[[], None]:
         """Registers the listener on this node; returns an idempotent function that removes it."""
+        if is_probe(self):
+            return lambda: None
         return self.local.subscribe(listener)
 
 
@@ -547,6 +554,8 @@ class _Codec:
             self.use(self._keys)
 
     def seal(self, payload: bytes) -> str:
+        if is_probe(self):
+            return ""
         if self._keyed is None:
             raise MCPError(INTERNAL_ERROR, "The keys for requestState are not loaded yet; try again")
         return self._keyed.seal(payload)

@@ -112,7 +112,7 @@ async def look_at_server(target: str) -> list[Finding]:
         adopted = take_over(server, store="memory:", cluster=None, given={}, options={})
     else:
         adopted = app(server, store="memory:").state.nonstick
-    return [*check_shared(adopted), *check_state(adopted)]
+    return [*await check_shared(adopted), *await check_state(adopted)]
 
 
 def failed(findings: Sequence[Finding]) -> bool:

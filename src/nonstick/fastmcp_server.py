@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
 import sys
@@ -14,12 +15,15 @@ from mcp_types import EmptyResult, SetLevelRequestParams, SubscriptionsListenReq
 from starlette.applications import Starlette
 
 from nonstick.errors import ConfigurationError
+from nonstick.probing import probed
 from nonstick.security import without_text
 from nonstick.session import current_session
-from nonstick.state_store import PROBE, probed
+from nonstick.state_store import PROBE
 
 if TYPE_CHECKING:
     from fastmcp import FastMCP
+
+    from nonstick.cluster import Cluster
 
 __all__ = [
     "check_state",
@@ -32,6 +36,7 @@ __all__ = [
     "listen",
     "name_of",
     "name_sessions_by_hash",
+    "without_shared_state",
 ]
 
 logger = logging.getLogger(__name__)
@@ -188,24 +193,56 @@ def has_tasks(app: Starlette) -> bool:
     return is_server(server) and server.docket is not None
 
 
-async def check_state(app: Starlette) -> None:
+async def check_state(app: Starlette, cluster: Cluster) -> None:
     """Warns if the server in this app keeps session state or background tasks where other nodes do not find them."""
     server = getattr(app.state, "fastmcp_server", None)
     if not is_server(server):
         return
+    if _is_nameless(server):
+        logger.warning(_UNNAMED)
+    for one in await without_shared_state(server, cluster):
+        logger.warning(_NOT_SHARED, one.name)
+    # Servers that are mounted in it have no tasks of their own: FastMCP gives them those of the outermost.
+    if server.docket is not None and server.docket.url.startswith("memory:"):
+        logger.warning(_TASKS_APART, server.name)
+
+
+async def without_shared_state(server: FastMCP[Any], cluster: Cluster) -> list[FastMCP[Any]]:
+    """This server and those mounted in it, as far as they were not built with the cluster's state store."""
     from fastmcp import Context
     from fastmcp.server.dependencies import get_session
 
-    # FastMCP does not tell what store it has. To look for a session that cannot be, it asks it.
-    with probed() as asked:
-        try:
-            async with Context(fastmcp=server):
-                await get_session(PROBE)
-        except Exception as error:
-            logger.debug("looked for a session that is not there", exc_info=without_text(error))
-    if _is_nameless(server):
-        logger.warning(_UNNAMED)
-    if not asked():
-        logger.warning(_NOT_SHARED, server.name)
-    if server.docket is not None and server.docket.url.startswith("memory:"):
-        logger.warning(_TASKS_APART, server.name)
+    apart: list[FastMCP[Any]] = []
+    for one in [server, *_mounted(server)]:
+        # FastMCP does not tell what store it has. To look for a session that cannot be, it asks it.
+        with probed() as used:
+            try:
+                async with Context(fastmcp=one):
+                    await get_session(PROBE)
+            except Exception as error:
+                logger.debug("looked for a session that is not there", exc_info=without_text(error))
+        if not any(cluster.has(thing) for thing in used):
+            apart.append(one)
+    return apart
+
+
+def _mounted(server: FastMCP[Any]) -> list[FastMCP[Any]]:
+    """The servers that are mounted in this one, at any depth. Those behind a proxy are other processes."""
+    from fastmcp.server.providers import FastMCPProvider, Provider
+
+    found: dict[int, FastMCP[Any]] = {}
+    seen: set[int] = set()
+    held: list[object] = [*server.providers]
+    while held:
+        thing = held.pop()
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, FastMCPProvider):
+            found.setdefault(id(thing.server), thing.server)
+            held += thing.server.providers
+        elif isinstance(thing, Provider | dict | list):
+            # One that is mounted under a name is wrapped in another provider, which does not show it.
+            held += gc.get_referents(thing)
+    found.pop(id(server), None)
+    return list(found.values())

@@ -203,10 +203,10 @@ class _Deferred:
 
         return stop
 
-    def _say_what_is_not_shared(self, adopted: Adopted) -> None:
+    async def _say_what_is_not_shared(self, adopted: Adopted) -> None:
         if self._settings.store.lower().startswith("memory:"):
             return  # nobody is there to share it with
-        for finding in check_shared(adopted):
+        for finding in await check_shared(adopted):
             if finding.level != "ok":
                 logger.warning("clients of %s: %s. %s", finding.subject, finding.text, finding.advice)
 
@@ -225,7 +225,7 @@ class _Deferred:
                 return
             if message["type"] == "lifespan.startup.complete":
                 logs.set_node(adopted.managers[0].node)
-                self._say_what_is_not_shared(adopted)
+                await self._say_what_is_not_shared(adopted)
                 for path, manager in zip(adopted.paths, adopted.managers, strict=True):
                     url = f"http://{host}:{self._settings.port}{path}"
                     logger.info("serving", extra={"url": url, "store": manager.store.url, "pid": os.getpid()})

@@ -14,7 +14,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -33,12 +33,13 @@ from nonstick.errors import (
     TooManySessions,
 )
 from nonstick.guard import GuardedStore
+from nonstick.probing import is_probe
 from nonstick.security import identity, principal_of
 from nonstick.session import Session, current_session
 from nonstick.stores.memory import MemoryStore
 from nonstick.wire import STORE_AWAY
 
-__all__ = ["MAX_STATE", "PROBE", "Room", "StateStore", "probed", "within_request"]
+__all__ = ["MAX_STATE", "PROBE", "Room", "StateStore", "within_request"]
 
 logger = logging.getLogger(__name__)
 
@@ -61,19 +62,6 @@ _TRIES: Final = 5
 
 _EVERYBODY: Final = "state"
 """The group that every value in a record of its own is counted in."""
-
-_asked: ContextVar[list[str] | None] = ContextVar("nonstick_state_asked", default=None)
-
-
-@contextmanager
-def probed() -> Iterator[Callable[[], bool]]:
-    """Gives a function that tells whether a `StateStore` was asked for `PROBE` in here."""
-    keys: list[str] = []
-    token = _asked.set(keys)
-    try:
-        yield lambda: any(key.endswith(PROBE) for key in keys)
-    finally:
-        _asked.reset(token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +140,8 @@ class StateStore:
 
     async def ttl(self, key: str, *, collection: str | None = None) -> tuple[dict[str, Any] | None, float | None]:
         """The value, and the seconds for which it is kept; None for no limit of its own."""
-        if (asked := _asked.get()) is not None:
-            asked.append(key)
+        if is_probe(self):
+            return None, None
         with _discreet():
             place = self._place(key, collection)
             return _unpack((await place.load() or {}).get(place.field))

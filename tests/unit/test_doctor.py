@@ -244,9 +244,9 @@ def adopted(server: Any) -> Adopted:
 
 
 @pytest.mark.usefixtures("alone")
-def test_server_without_a_cluster_is_told_with_the_lines_to_add() -> None:
+async def test_server_without_a_cluster_is_told_with_the_lines_to_add() -> None:
     """Both things that clients of 2026-07-28 need shared are missed on other nodes."""
-    (finding,) = check_shared(adopted(MCPServer("x")))
+    (finding,) = await check_shared(adopted(MCPServer("x")))
     assert finding.level == "warning"
     assert "subscriptions/listen" in finding.text
     assert "requestState" in finding.text
@@ -254,56 +254,115 @@ def test_server_without_a_cluster_is_told_with_the_lines_to_add() -> None:
 
 
 @pytest.mark.usefixtures("alone")
-def test_server_with_a_cluster_is_well() -> None:
+async def test_server_with_a_cluster_is_well() -> None:
     """Those lines are enough."""
     cluster = nonstick.Cluster()
     security = cluster.request_state_security
     server = MCPServer("x", subscriptions=cluster.subscription_bus, request_state_security=security)
-    assert [finding.level for finding in check_shared(adopted(server))] == ["ok"]
+    assert [finding.level for finding in await check_shared(adopted(server))] == ["ok"]
 
 
 @pytest.mark.usefixtures("alone")
-def test_half_of_a_cluster_is_told() -> None:
+async def test_half_of_a_cluster_is_told() -> None:
     """What nobody has taken is in no server."""
     cluster = nonstick.Cluster()
     server = MCPServer("x", subscriptions=cluster.subscription_bus)
-    (finding,) = check_shared(adopted(server))
+    (finding,) = await check_shared(adopted(server))
     assert "subscriptions/listen" not in finding.text
     assert "requestState" in finding.text
 
 
 @pytest.mark.usefixtures("alone")
-def test_fastmcp_server_without_a_cluster_is_told_in_its_own_words() -> None:
+async def test_fastmcp_server_without_a_cluster_is_told_in_its_own_words() -> None:
     """It seals each requestState, and gets its bus from nonstick."""
-    (finding,) = check_shared(adopted(FastMCP("x")))
+    (finding,) = await check_shared(adopted(FastMCP("x")))
     assert "mcp = FastMCP(..., request_state_security=cluster.request_state_security)" in finding.advice
     cluster = nonstick.Cluster()
     server: FastMCP[Any] = FastMCP("x", request_state_security=cluster.request_state_security)
-    assert [finding.level for finding in check_shared(adopted(server))] == ["ok"]
+    app = nonstick.app(server, store="memory:")
+    (finding,) = await check_shared(app.state.nonstick)
+    assert "whether this server did is not known before it runs" in finding.text
+    async with app.lifespan():
+        assert [finding.level for finding in await check_shared(app.state.nonstick)] == ["ok"]
 
 
 @pytest.mark.usefixtures("alone")
-def test_fastmcp_server_without_a_shared_state_store_is_told() -> None:
+async def test_what_was_taken_for_another_server_is_not_taken_for_this_ones() -> None:
+    """P17: an attribute that somebody has read says nothing; what the server uses does."""
+    cluster = nonstick.Cluster()
+    with_it = MCPServer(
+        "x", subscriptions=cluster.subscription_bus, request_state_security=cluster.request_state_security
+    )
+    (finding,) = await check_shared(adopted(MCPServer("y")))
+    assert "subscriptions/listen" in finding.text
+    assert "requestState" in finding.text
+    other = nonstick.Cluster()
+    app = nonstick.app(with_it, store="memory:", cluster=other)
+    (finding,) = await check_shared(app.state.nonstick)
+    assert "one that nonstick.app() is given" in finding.advice
+    assert "requestState" in finding.text
+
+
+@pytest.mark.usefixtures("alone")
+async def test_running_fastmcp_server_without_the_keys_is_told_though_somebody_took_them() -> None:
+    """P17."""
+    cluster = nonstick.Cluster()
+    assert cluster.request_state_security is not None
+    app = nonstick.app(FastMCP("x"), store="memory:")
+    async with app.lifespan():
+        (finding,) = await check_shared(app.state.nonstick)
+    assert "requestState" in finding.text
+
+
+@pytest.mark.usefixtures("alone")
+async def test_servers_that_are_mounted_are_looked_at_too(caplog: pytest.LogCaptureFixture) -> None:
+    """P17: at any depth and under any name, by the doctor and when the server starts; each by its name."""
+    cluster = nonstick.Cluster()
+
+    def make(name: str, *, shared: bool) -> FastMCP[Any]:
+        return FastMCP(name, session_state_store=cluster.session_state_store if shared else None)
+
+    outer, plain, named, good, deep = (
+        make(name, shared=name in ("outer", "good")) for name in ("outer", "plain", "named", "good", "deep")
+    )
+    outer.mount(plain)
+    outer.mount(named, namespace="n")
+    outer.mount(good, namespace="g", tool_names={"a": "b"})
+    good.mount(deep, namespace="d")
+    app = nonstick.app(outer, store="memory:")
+    (finding,) = await check_state(app.state.nonstick)
+    assert finding.level == "warning"
+    for name, apart in (("outer", False), ("plain", True), ("named", True), ("good", False), ("deep", True)):
+        assert (repr(name) in finding.text) == apart
+    async with app.lifespan():
+        pass
+    for name, apart in (("outer", False), ("plain", True), ("named", True), ("good", False), ("deep", True)):
+        told = f"FastMCP server {name!r} was not built with nonstick's state store"
+        assert any(told in record.getMessage() for record in caplog.records) == apart
+
+
+@pytest.mark.usefixtures("alone")
+async def test_fastmcp_server_without_a_shared_state_store_is_told() -> None:
     """Nothing else says that `ctx.set_state()` is of one node only."""
-    (finding,) = check_state(adopted(FastMCP("x")))
+    (finding,) = await check_state(adopted(FastMCP("x")))
     assert "ctx.set_state()" in finding.text
     assert "session_state_store=cluster.session_state_store" in finding.advice
     cluster = nonstick.Cluster()
     server: FastMCP[Any] = FastMCP("x", session_state_store=cluster.session_state_store)
-    assert [finding.level for finding in check_state(adopted(server))] == ["ok"]
-    assert not check_state(adopted(MCPServer("x")))
+    assert [finding.level for finding in await check_state(adopted(server))] == ["ok"]
+    assert not await check_state(adopted(MCPServer("x")))
 
 
 @pytest.mark.usefixtures("alone")
-def test_server_that_needs_nothing_shared_is_well() -> None:
+async def test_server_that_needs_nothing_shared_is_well() -> None:
     """A low-level server without `subscriptions/listen` that seals no requestState."""
-    assert [finding.level for finding in check_shared(adopted(Server("x")))] == ["ok"]
+    assert [finding.level for finding in await check_shared(adopted(Server("x")))] == ["ok"]
 
 
 # ---- what is shown
 
 
-def test_lines_are_aligned_and_the_advice_stands_below() -> None:
+async def test_lines_are_aligned_and_the_advice_stands_below() -> None:
     """Readable in 100 columns, code as it is."""
     findings = [
         Finding("ok", "version", "Valkey 9"),
@@ -319,7 +378,7 @@ def test_lines_are_aligned_and_the_advice_stands_below() -> None:
     assert shown[-1] == "1 error"
 
 
-def test_json_holds_the_same() -> None:
+async def test_json_holds_the_same() -> None:
     """For machines: `ok`, and a list of findings."""
     told = json.loads(as_json([Finding("warning", "disk", "little", "Make room."), Finding("ok", "clock", "right")]))
     assert told == {
