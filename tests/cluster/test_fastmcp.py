@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -16,6 +15,9 @@ from fastmcp.server.middleware import Middleware
 from fastmcp.server.sessions import SessionProvider, UserSession
 from mcp.shared.exceptions import MCPError
 from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 import nonstick
 from nonstick.security import session_key
@@ -265,14 +267,11 @@ async def test_values_outside_of_sessions_are_limited_in_all_and_for_each_user()
 @pytest.fixture
 def spans() -> Iterator[Callable[[], list[Any]]]:
     """What is exported, as OpenTelemetry's own SDK exports it."""
-    sdk = importlib.import_module("opentelemetry.sdk.trace")
-    export = importlib.import_module("opentelemetry.sdk.trace.export")
-    memory = importlib.import_module("opentelemetry.sdk.trace.export.in_memory_span_exporter")
-    if not isinstance(trace.get_tracer_provider(), sdk.TracerProvider):
-        trace.set_tracer_provider(sdk.TracerProvider())
-    exporter = memory.InMemorySpanExporter()
+    if not isinstance(trace.get_tracer_provider(), TracerProvider):
+        trace.set_tracer_provider(TracerProvider())
+    exporter = InMemorySpanExporter()
     provider: Any = trace.get_tracer_provider()
-    provider.add_span_processor(export.SimpleSpanProcessor(exporter))
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
     yield lambda: list(exporter.get_finished_spans())
     exporter.shutdown()
 
