@@ -9,6 +9,8 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from fastmcp import FastMCP
+from fastmcp.server.middleware import PingMiddleware
 from mcp.server import Server, ServerRequestContext
 from mcp.shared.exceptions import MCPError
 
@@ -138,6 +140,28 @@ async def test_clients_that_vanished_give_all_their_places_back(make_store: Make
                 assert (await c.post(notification("notifications/x"), session)).status_code == 404
             assert (await c.post(accept(question), present)).status_code == 202
             assert text_of((await resumed.rest())[-1]) == "{'name': 'Ada'}"
+
+
+async def test_pings_of_fastmcp_do_not_keep_a_session_whose_client_vanished() -> None:
+    """P10: its `PingMiddleware` asks for ever, and owes a clean-up meanwhile."""
+    store, pinged = Renewing(), asyncio.Event()
+
+    class Pings(PingMiddleware):
+        async def on_message(self, context: Any, call_next: Any) -> Any:
+            pinged.set()
+            return await super().on_message(context, call_next)
+
+    def server() -> FastMCP[Any]:
+        return FastMCP("pings", middleware=[Pings(interval_ms=20)])
+
+    async with Cluster(server, lambda: store, nodes=2, app_options={"session_idle_timeout": IDLE}) as (a, b):
+        session = await a.open()
+        assert "result" in (await b.post({"jsonrpc": "2.0", "id": 1, "method": "tools/list"}, session)).json()
+        assert pinged.is_set()
+        assert node_of(b).sessions
+        await eventually(lambda: not node_of(b).sessions)
+        assert not store.of(session)
+        assert (await a.post(notification("notifications/x"), session)).status_code == 404
 
 
 async def test_only_the_node_where_a_client_is_seen_renews_its_session() -> None:
