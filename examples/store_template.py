@@ -420,9 +420,9 @@ class DocumentStore:
 
         await self._call(work)
 
-    async def load(self, key: str) -> Loaded:
+    async def load(self, key: str, *, renew: bool = True) -> Loaded:
         loaded, stale = await self._call(lambda database, now: load(_get(database, key, now), now), write=False)
-        if stale:
+        if stale and renew:
             loaded, _ = await self._change(key, load)
         return loaded
 

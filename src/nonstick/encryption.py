@@ -318,8 +318,8 @@ class EncryptedStore:
         sealed = {name: self._seal_field(key, name, value) for name, value in fields.items()}
         await self.store.create(key, sealed, lifetime=lifetime, limits=limits)
 
-    async def load(self, key: str) -> Loaded:
-        loaded = await self.store.load(key)
+    async def load(self, key: str, *, renew: bool = True) -> Loaded:
+        loaded = await self.store.load(key, renew=renew)
         fields = {name: self._open_field(key, name, data) for name, data in loaded.fields.items()}
         stale = {name: data for name, data in loaded.fields.items() if not self._ring.is_current(data)}
         if stale:
@@ -340,10 +340,9 @@ class EncryptedStore:
         if self._ring.is_single:
             return await self.store.update(key, sealed, expect=self._seal_changes(key, expect), lifetime=lifetime)
         # While keys change, a value may be stored in one of several ciphertexts. The store compares with the one that
-        # held the value a moment ago: if that is still there, so is the value, and this is one step. The load may renew
-        # the expiry, as any load of the session may.
+        # held the value a moment ago: if that is still there, so is the value, and this is one step.
         while True:
-            stored = (await self.store.load(key)).fields
+            stored = (await self.store.load(key, renew=False)).fields
             found = {name: stored.get(name) for name in expect}
             if any(self._open_if_any(key, name, data) != expect[name] for name, data in found.items()):
                 return False

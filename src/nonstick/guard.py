@@ -135,9 +135,9 @@ class GuardedStore:
 
         await self._until(create, self.patience, (AlreadyExists, TooManySessions) if limits else (AlreadyExists,))
 
-    async def load(self, key: str, *, patience: float | None = None) -> Loaded:
+    async def load(self, key: str, *, patience: float | None = None, renew: bool = True) -> Loaded:
         patience = self.patience if patience is None else patience
-        return await self._until(lambda: self.store.load(key), patience, _GONE)
+        return await self._until(lambda: self.store.load(key, renew=renew), patience, _GONE)
 
     async def update(
         self,

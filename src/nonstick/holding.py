@@ -264,7 +264,7 @@ class Holding:
             SessionNotFound, StoreUnavailable: As `Store.load`.
         """
         session = self.session
-        owner = Record.from_fields((await self._node.store.load(session.key)).fields).owner
+        owner = Record.from_fields((await self._node.store.load(session.key, renew=False)).fields).owner
         if owner == self._node.id or session.held is not self:
             return owner != self._node.id
         logger.warning("session %s: another node has taken it; its live view here is dropped", session.key[:12])
@@ -362,7 +362,7 @@ class Holding:
         if not await patiently(lambda: exchange.take_over(event.position, attempt, first=attempt + 1)):
             return
         # Looked at after the compare-and-set: an owner that takes the session from here on ends this stream.
-        loaded = await patiently(lambda: self._node.store.load(session.key))
+        loaded = await patiently(lambda: self._node.store.load(session.key, renew=False))
         record = Record.from_fields(loaded.fields)
         if record.owner != self._node.id or not self.ready:
             failure = wire.error_body(message.id, _NODE_LOST.error(ran=False))

@@ -95,7 +95,7 @@ class Placement:
 
     async def is_owned(self, session: Session) -> bool:
         """Whether this session has, or is to have, an owner."""
-        return self._owns or _owner(await self._node.store.load(session.key)) is not None
+        return self._owns or _owner(await self._node.store.load(session.key, renew=False)) is not None
 
     async def settle(self, session: Session, *, gone: str = "") -> None:
         """Sees to a session that nobody holds: takes it if it can be built anew here, else ends it.
@@ -113,7 +113,7 @@ class Placement:
         session = node.sessions.get(session.key, session)
         if node.draining or session.held is not None or session.key in self._working:
             return
-        owner = _owner(await node.store.load(session.key))
+        owner = _owner(await node.store.load(session.key, renew=False))
         if owner is None and not self._owns:
             return
         lives = owner and owner not in (LOST, node.id, gone) and not await self._is_dead(owner)

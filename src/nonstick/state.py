@@ -175,7 +175,7 @@ class State:
     async def _load(self) -> Mapping[str, bytes]:
         session = self._session
         try:
-            return (await session.node.store.load(session.key)).fields
+            return (await session.node.store.load(session.key, renew=False)).fields
         except StoreUnavailable as error:
             raise _away(error) from None
         except SessionNotFound:

@@ -255,12 +255,12 @@ class _InSession:
 
     async def load(self) -> Mapping[str, bytes] | None:
         try:
-            return (await self._store.load(self._key)).fields
+            return (await self._store.load(self._key, renew=False)).fields
         except SessionNotFound:
             return None
 
     async def put(self, data: bytes, *, lifetime: float) -> None:
-        _check_size(self.field, data, (await self._store.load(self._key)).fields, self._limit)
+        _check_size(self.field, data, (await self._store.load(self._key, renew=False)).fields, self._limit)
         await self._store.update(self._key, {self.field: data})
 
     async def drop(self) -> bool:

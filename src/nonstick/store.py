@@ -294,10 +294,13 @@ class Store(Protocol):
         """
         ...
 
-    async def load(self, key: str) -> Loaded:
+    async def load(self, key: str, *, renew: bool = True) -> Loaded:
         """The record, the log's head and the recent cancels, in one round trip; renews the expiry if it is time.
 
         Renews when more than `FRESH_SHARE` of the lifetime has passed since the last renewal, else writes nothing.
+
+        Args:
+            renew: False for what the client has no part in: nothing is renewed.
 
         Raises:
             SessionNotFound: No live session has this key.

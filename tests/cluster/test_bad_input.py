@@ -148,9 +148,9 @@ class Watched(MemoryStore):
 
     loads = 0
 
-    async def load(self, key: str) -> Loaded:
+    async def load(self, key: str, *, renew: bool = True) -> Loaded:
         self.loads += key != CLUSTER_KEY
-        return await super().load(key)
+        return await super().load(key, renew=renew)
 
 
 async def test_malformed_id_is_refused_without_a_look_at_the_store(shared: World) -> None:

@@ -44,9 +44,9 @@ class Seen(MemoryStore):
         super().__init__()
         self.keys: set[str] = set()
 
-    async def load(self, key: str) -> Any:
+    async def load(self, key: str, *, renew: bool = True) -> Any:
         self.keys.add(key)
-        return await super().load(key)
+        return await super().load(key, renew=renew)
 
     async def update(self, key: str, changes: Mapping[str, bytes | None], **more: Any) -> bool:
         self.keys.add(key)

@@ -14,6 +14,7 @@ from fastmcp.server.middleware import PingMiddleware
 from mcp.server import Server, ServerRequestContext
 from mcp.shared.exceptions import MCPError
 
+from nonstick import session_state
 from nonstick.security import session_key
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing.cluster import Cluster, Member, Session
@@ -95,14 +96,23 @@ def waiting(stage: Stage) -> None:
             except MCPError:
                 await say(ctx, "no answer")
 
+    @stage.tool
+    async def look_for_ever(ctx: Context, arguments: dict[str, Any]) -> str:
+        """Waits for something in the session state."""
+        stage.open(f"at {arguments['name']}")
+        while not await session_state().get("there"):  # noqa: ASYNC110 - on another node nothing else can be waited for
+            await asyncio.sleep(0.02)
+        return "there"
 
-SIX: dict[str, dict[str, Any]] = {
+
+WAYS: dict[str, dict[str, Any]] = {
     "elicit": {},
     "standalone": {"method": "sampling/createMessage"},
     "standalone roots": {"method": "roots/list"},
     "standalone ping": {"method": "ping"},
     "sleep": {},
     "ping_for_ever": {},
+    "look_for_ever": {},
 }
 """Ways to wait for a client that is gone: the tool's name, and its arguments."""
 
@@ -125,13 +135,13 @@ async def idle_soon(store: MakeStore, **options: Any) -> AsyncIterator[tuple[Sta
 
 async def test_clients_that_vanished_give_all_their_places_back(make_store: MakeStore) -> None:
     """P10: whatever the server waits for; and one that is there, at another node, keeps its session."""
-    async with idle_soon(make_store, max_streams_per_node=7) as (stage, a, b, c):
+    async with idle_soon(make_store, max_streams_per_node=len(WAYS) + 1) as (stage, a, b, c):
         present = await c.open(capabilities={"elicitation": {"form": {}}})
         async with posting(a, present, call("elicit", 1, name="present")) as asked:
             last = (await asked.event()).id
             question = await asked.message()
         async with getting(b, present, last) as resumed:
-            gone = [await vanish_at(stage, a, tool, **arguments) for tool, arguments in SIX.items()]
+            gone = [await vanish_at(stage, a, tool, **arguments) for tool, arguments in WAYS.items()]
             assert (await a.post(call("sleep", 2), present)).status_code == 503
             # An idle session, and the longest time between two looks at its log.
             async with asyncio.timeout(IDLE + 5.0 + 2.0):

@@ -98,8 +98,8 @@ class KeepsEveryCancel(MemoryStore):
         self.kept |= {batch.cancel} if batch.cancel else set()
         return answer
 
-    async def load(self, key: str) -> Loaded:
-        return (await super().load(key))._replace(cancels=frozenset(self.kept))
+    async def load(self, key: str, *, renew: bool = True) -> Loaded:
+        return (await super().load(key, renew=renew))._replace(cancels=frozenset(self.kept))
 
 
 class TearsBatches(MemoryStore):
@@ -169,9 +169,9 @@ class RemembersTheDeleted(MemoryStore):
         super().__init__(**options)
         self.cache: dict[str, Loaded] = {}
 
-    async def load(self, key: str) -> Loaded:
+    async def load(self, key: str, *, renew: bool = True) -> Loaded:
         try:
-            self.cache[key] = await super().load(key)
+            self.cache[key] = await super().load(key, renew=renew)
         except SessionNotFound:
             if key not in self.cache:
                 raise
@@ -232,8 +232,8 @@ class SaysTheSizeOfWhatIsLeft(MemoryStore):
 
 
 class ForgetsHowLargeItsLogIs(MemoryStore):
-    async def load(self, key: str) -> Loaded:
-        return (await super().load(key))._replace(size=0, count=0)
+    async def load(self, key: str, *, renew: bool = True) -> Loaded:
+        return (await super().load(key, renew=renew))._replace(size=0, count=0)
 
 
 class TrimsTooMuch(MemoryStore):
@@ -249,9 +249,9 @@ class ExpiresLate(MemoryStore):
 
 
 class RenewsAtEveryLoad(MemoryStore):
-    async def load(self, key: str) -> Loaded:
+    async def load(self, key: str, *, renew: bool = True) -> Loaded:
         await self.touch([key])
-        return await super().load(key)
+        return await super().load(key, renew=renew)
 
 
 class IgnoresLimits(MemoryStore):

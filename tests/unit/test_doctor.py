@@ -147,9 +147,9 @@ async def test_slow_store_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each request waits for a round trip at least."""
 
     class Slow(MemoryStore):
-        async def load(self, key: str) -> Any:
+        async def load(self, key: str, *, renew: bool = True) -> Any:
             await asyncio.sleep(0.02)
-            return await super().load(key)
+            return await super().load(key, renew=renew)
 
     monkeypatch.setattr(doctor, "SLOW_SECONDS", 0.01)
     store = Slow()

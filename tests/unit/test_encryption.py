@@ -252,8 +252,8 @@ class Meddling(Readable):
         super().__init__()
         self.meddle: list[Mapping[str, bytes | None]] = []
 
-    async def load(self, key: str) -> Loaded:
-        loaded = await super().load(key)
+    async def load(self, key: str, *, renew: bool = True) -> Loaded:
+        loaded = await super().load(key, renew=renew)
         if self.meddle:
             await super().update(key, self.meddle.pop())
         return loaded

@@ -231,7 +231,7 @@ async def test_store_that_is_away_is_said_without_its_name() -> None:
     """P9, P13: FastMCP passes the text on to the client."""
 
     class Away(MemoryStore):
-        async def load(self, key: str) -> Loaded:
+        async def load(self, key: str, *, renew: bool = True) -> Loaded:
             raise StoreUnavailable("cache.internal:6379 refused")
 
     state = StateStore()

@@ -142,9 +142,9 @@ class MemoryStore:
         for group in groups:
             self._groups.setdefault(group, set()).add(key)
 
-    async def load(self, key: str) -> Loaded:
+    async def load(self, key: str, *, renew: bool = True) -> Loaded:
         now, session = self._now(), self._get(key)
-        if session.expires_at - now < (1 - FRESH_SHARE) * session.lifetime:
+        if renew and session.expires_at - now < (1 - FRESH_SHARE) * session.lifetime:
             session.expires_at = now + session.lifetime
         cancels = frozenset(request for request, at in session.cancels.items() if now - at < CANCEL_SECONDS)
         return Loaded(dict(session.fields), session.head, cancels, session.size, len(session.events))

@@ -253,8 +253,9 @@ class PostgresStore:
                     raise _refused(outcome)
         raise StoreUnavailable("the store is busy removing expired sessions")
 
-    async def load(self, key: str) -> Loaded:
-        live, names, values, position, tag, cancels, size, count, *_ = (await self._call("load", key, FRESH_SHARE))[0]
+    async def load(self, key: str, *, renew: bool = True) -> Loaded:
+        share = FRESH_SHARE if renew else 1.0
+        live, names, values, position, tag, cancels, size, count, *_ = (await self._call("load", key, share))[0]
         if not live:
             raise _refused("gone")
         fields = dict(zip(names or (), values or (), strict=True))

@@ -351,8 +351,9 @@ class RedisStore:
         name = f"{self._prefix}:{{{key}}}:r"
         return bool(await self._servers.call(name, "EXISTS", name))
 
-    async def load(self, key: str) -> Loaded:
-        now, pairs, renewed = await self._run(_LOAD, key, self._indexed_by_scripts, key, FRESH_SHARE)
+    async def load(self, key: str, *, renew: bool = True) -> Loaded:
+        share = FRESH_SHARE if renew else 1
+        now, pairs, renewed = await self._run(_LOAD, key, self._indexed_by_scripts, key, share)
         if renewed and self._groups is not None:
             groups = dict(zip(pairs[::2], pairs[1::2], strict=True)).get(b"#g", b"")
             await self._groups.renew(key, _lines(groups), renewed)

@@ -99,9 +99,9 @@ class SQLiteStore:
         while not await self._engine.write(lambda db, now: rows.create(db, now, key, fields, lifetime, limits or {})):
             pass
 
-    async def load(self, key: str) -> Loaded:
+    async def load(self, key: str, *, renew: bool = True) -> Loaded:
         loaded, stale = await self._engine.run(lambda db: rows.load(db, self._file.now(), key))
-        if stale and not await self._engine.write(lambda db, now: rows.renew(db, now, (key,))):
+        if stale and renew and not await self._engine.write(lambda db, now: rows.renew(db, now, (key,))):
             raise SessionNotFound("no live session has this key")
         return loaded
 

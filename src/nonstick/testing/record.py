@@ -204,6 +204,17 @@ class RecordContract(ContractFixtures):
         _, gone = await gone_at(b, key, clock)
         assert gone >= renewed + SHORT - NOISE
 
+    async def test_load_that_is_not_to_renew_leaves_the_expiry_where_it_was(
+        self, a: Store, b: Store, key: str, clock: Clock
+    ) -> None:
+        """`load`: what the client has no part in does not keep its session."""
+        await a.create(key, {"x": b"1"}, lifetime=SHORT)
+        created = clock.now()
+        await clock.advance(SHORT / 2)
+        assert (await b.load(key, renew=False)).fields == {"x": b"1"}
+        alive, _ = await gone_at(b, key, clock)
+        assert alive <= created + SHORT + NOISE
+
     async def test_touch_renews_the_live_and_passes_over_the_others(
         self, a: Store, b: Store, key: str, clock: Clock
     ) -> None:
