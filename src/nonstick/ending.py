@@ -22,7 +22,7 @@ def _ended(message: str, reason: str) -> ErrorData:
 CANCELLED: Final = _ended("The handler of this request was cancelled on the server", "handler_cancelled")
 EXITING: Final = _ended("The server node stops: the handler of this request told it to", "server_exit")
 INTERRUPTED: Final = _ended("The handler of this request was interrupted on the server", "handler_interrupted")
-UNTOLD: Final = _ended("The request ran, but its outcome could not be stored", "outcome_not_stored")
+UNTOLD: Final = _ended("The request ran, but its outcome could not be told", "outcome_not_told")
 INVALID_RESULT: Final = ErrorData(code=INTERNAL_ERROR, message="Handler returned an invalid result")
 _NO_TEXT: Final = ErrorData(code=_AS_THE_SDK, message="The handler raised an exception that cannot be shown")
 

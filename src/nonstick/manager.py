@@ -82,7 +82,7 @@ from nonstick.security import (
     session_key,
 )
 from nonstick.session import Session, as_number, request_key
-from nonstick.sessionless import forget_session, listens
+from nonstick.sessionless import Contained, forget_session, listens
 from nonstick.state_store import Room, within_request
 from nonstick.store import STANDALONE, Batch, Loaded, Store
 from nonstick.stores import open_store
@@ -342,12 +342,15 @@ class SessionManager:
                 self._node = node
                 whose = (self.namespace, self._endpoint)
                 logger.info("node %s serves sessions of %r at %r from %s", node.id, *whose, self.store.url)
+                contained: Any = Contained(node)
+                self.app.middleware.insert(0, contained)
                 try:
                     yield
                 finally:
                     # Until the drain is over requests that are under way still need it.
                     await node.drain()
                     self._node = None
+                    self.app.middleware.remove(contained)
 
     @asynccontextmanager
     async def _serve_modern(self) -> AsyncIterator[Any]:

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+import logging
+import math
+from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import pydantic_core
+from mcp.server import ServerRequestContext
+from mcp.server.context import CallNext, HandlerResult
 from mcp.server.streamable_http import MCP_SESSION_ID_HEADER
+from mcp.shared.exceptions import MCPError
 from mcp.shared.inbound import MCP_METHOD_HEADER
 from mcp_types import ErrorData
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from nonstick import wire
+from nonstick import ending, wire
 from nonstick.limits import header
+from nonstick.security import without_text
+from nonstick.session import current_session
 
-__all__ = ["Sessionless", "forget_session", "listens"]
+if TYPE_CHECKING:
+    from nonstick.node import Node
+
+__all__ = ["Contained", "Sessionless", "forget_session", "listens"]
+
+logger = logging.getLogger(__name__)
 
 
 def listens(scope: Scope) -> bool:
@@ -74,7 +87,12 @@ class Sessionless:
         with _held(self._listening if listening else self._working) as until:
             if listening:
                 until.deadline = anyio.current_time() + self._lifetime
-            await app(scope, receive, response.send)
+            try:
+                await app(scope, receive, response.send)
+            except (Exception, BaseExceptionGroup) as error:
+                # A result that JSON cannot hold, say: the SDK has no answer any more (P16).
+                logger.error("a request without a session broke off", exc_info=without_text(error))
+                await response.finish(wire.error_body(_id_in(body), ending.UNTOLD))
         if until.cancelled_caught:
             await response.finish(b"" if listening else wire.error_body(_id_in(body), self._shut_down))
 
@@ -88,6 +106,51 @@ class Sessionless:
         """The grace period is over."""
         for until in list(self._working):
             until.cancel()
+
+
+class Contained:
+    """A middleware, outside of all others, for requests of clients that have no session.
+
+    The SDK answers for exceptions. A cancellation that is none of its own, and whatever else is no `Exception`, would
+    take the connection with it, or the process: it becomes an error too (P16).
+    """
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def __call__(self, ctx: ServerRequestContext[Any, Any], call_next: CallNext) -> Awaitable[HandlerResult]:
+        # Those of a session have an exchange, which sees to that; for them this is to cost nothing.
+        return call_next(ctx) if current_session() is not None else self._contain(ctx, call_next)
+
+    async def _contain(self, ctx: ServerRequestContext[Any, Any], call_next: CallNext) -> HandlerResult:
+        failure: BaseException | None = None
+        result: HandlerResult = None
+        try:
+            result = await call_next(ctx)
+        except Exception:
+            raise
+        except BaseException as error:
+            if anyio.current_effective_deadline() == -math.inf:
+                # The client went, or the node stops.
+                raise
+            failure = error
+        task = asyncio.current_task()
+        if task is not None and task.cancelling() and anyio.current_effective_deadline() > -math.inf:
+            await _take_cancellation(task)
+        if failure is None:
+            return result
+        self._node.report(failure, "handler for %r", ctx.method)
+        raise MCPError.from_error_data(ending.error_of(failure))
+
+
+async def _take_cancellation(task: asyncio.Task[Any]) -> None:
+    """A handler cancelled its own task: what is still to strike strikes here."""
+    while task.cancelling():
+        task.uncancel()
+    try:
+        await asyncio.sleep(0)
+    except asyncio.CancelledError:
+        pass
 
 
 @contextmanager

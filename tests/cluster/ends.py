@@ -19,7 +19,7 @@ from nonstick import current_connection
 from tests.cluster.conftest import MakeStore
 from tests.cluster.stage import Context, Stage, ask, say
 
-__all__ = ["EXITS", "WAYS", "Ends", "Way", "end_by"]
+__all__ = ["CANCELLED", "EXITING", "EXITS", "INTERRUPTED", "INVALID", "WAYS", "Ends", "Way", "end_by"]
 
 
 class Mute(Exception):
@@ -173,21 +173,21 @@ async def _group() -> Any:
     return {}
 
 
-_CANCELLED: Final = "The handler of this request was cancelled on the server"
-_INTERRUPTED: Final = "The handler of this request was interrupted on the server"
-_EXITING: Final = "The server node stops: the handler of this request told it to"
-_INVALID: Final = "Handler returned an invalid result"
+CANCELLED: Final = "The handler of this request was cancelled on the server"
+INTERRUPTED: Final = "The handler of this request was interrupted on the server"
+EXITING: Final = "The server node stops: the handler of this request told it to"
+INVALID: Final = "Handler returned an invalid result"
 _HUGE: Final = "long " * 400_000
 
 WAYS: Final[dict[str, Way]] = {
     "a result": Way(returning(lambda: 1), None),
     "not a number": Way(returning(lambda: float("nan")), None),
-    "lone surrogate": Way(returning(lambda: "\ud800"), INTERNAL_ERROR, _INVALID),
-    "bytes": Way(returning(lambda: b"\xff"), INTERNAL_ERROR, _INVALID),
-    "an object": Way(returning(object), INTERNAL_ERROR, _INVALID),
-    "a circle": Way(returning(_circle), INTERNAL_ERROR, _INVALID),
-    "too deep": Way(returning(_deep), INTERNAL_ERROR, _INVALID),
-    "what cannot be written": Way(returning(Grumpy), INTERNAL_ERROR, _INVALID),
+    "lone surrogate": Way(returning(lambda: "\ud800"), INTERNAL_ERROR, INVALID),
+    "bytes": Way(returning(lambda: b"\xff"), INTERNAL_ERROR, INVALID),
+    "an object": Way(returning(object), INTERNAL_ERROR, INVALID),
+    "a circle": Way(returning(_circle), INTERNAL_ERROR, INVALID),
+    "too deep": Way(returning(_deep), INTERNAL_ERROR, INVALID),
+    "what cannot be written": Way(returning(Grumpy), INTERNAL_ERROR, INVALID),
     "an exception": Way(raising(lambda: ValueError("boom")), 0, "boom"),
     "an error of its own": Way(raising(lambda: MCPError(7, "seven", {"a": 1})), 7, "seven"),
     "an error with a lone surrogate": Way(raising(lambda: MCPError(7, "s\ud800even")), 7, "s?even"),
@@ -197,7 +197,7 @@ WAYS: Final[dict[str, Way]] = {
     "an exception with a lone surrogate": Way(raising(lambda: ValueError("b\ud800oom")), 0, "b?oom"),
     # The SDK asks for their text first, and so raises what they raise.
     "an exception without text": Way(raising(Mute), 0, "no text"),
-    "an exception with a rude text": Way(raising(Rude), INTERNAL_ERROR, _CANCELLED),
+    "an exception with a rude text": Way(raising(Rude), INTERNAL_ERROR, CANCELLED),
     "an exception with a huge text": Way(raising(lambda: ValueError(_HUGE)), 0, _HUGE),
     "an exception that causes itself": Way(raising(_caused_by_itself), 0, "round"),
     "a validation error": Way(raising(lambda: _validation_error()), INVALID_PARAMS, "Invalid request parameters"),
@@ -207,13 +207,13 @@ WAYS: Final[dict[str, Way]] = {
     "the end of an async iterator": Way(raising(StopAsyncIteration), 0, ""),
     "a group": Way(_group, 0, "unhandled errors in a TaskGroup (1 sub-exception)"),
     "a group of anything": Way(
-        raising(lambda: BaseExceptionGroup("all", [Own(), ValueError("secret")])), INTERNAL_ERROR, _INTERRUPTED
+        raising(lambda: BaseExceptionGroup("all", [Own(), ValueError("secret")])), INTERNAL_ERROR, INTERRUPTED
     ),
-    "the exit of a generator": Way(raising(GeneratorExit), INTERNAL_ERROR, _INTERRUPTED),
-    "an exception of no kind": Way(raising(Own), INTERNAL_ERROR, _INTERRUPTED),
-    "a cancellation": Way(raising(asyncio.CancelledError), INTERNAL_ERROR, _CANCELLED),
-    "an inner task's cancellation": Way(_await_cancelled_task, INTERNAL_ERROR, _CANCELLED),
-    "its own cancellation": Way(_cancel_itself, INTERNAL_ERROR, _CANCELLED),
+    "the exit of a generator": Way(raising(GeneratorExit), INTERNAL_ERROR, INTERRUPTED),
+    "an exception of no kind": Way(raising(Own), INTERNAL_ERROR, INTERRUPTED),
+    "a cancellation": Way(raising(asyncio.CancelledError), INTERNAL_ERROR, CANCELLED),
+    "an inner task's cancellation": Way(_await_cancelled_task, INTERNAL_ERROR, CANCELLED),
+    "its own cancellation": Way(_cancel_itself, INTERNAL_ERROR, CANCELLED),
     "its own cancellation, left behind": Way(_cancel_itself_and_return, None),
     "its own cancellation, later": Way(_cancel_itself_soon, None),
     "its own cancellation, swallowed": Way(_cancel_and_swallow, None),
@@ -222,8 +222,8 @@ WAYS: Final[dict[str, Way]] = {
 }
 
 EXITS: Final[dict[str, Way]] = {
-    "exit": Way(raising(lambda: SystemExit(3)), INTERNAL_ERROR, _EXITING),
-    "keyboard interrupt": Way(raising(KeyboardInterrupt), INTERNAL_ERROR, _EXITING),
+    "exit": Way(raising(lambda: SystemExit(3)), INTERNAL_ERROR, EXITING),
+    "keyboard interrupt": Way(raising(KeyboardInterrupt), INTERNAL_ERROR, EXITING),
 }
 """They also stop the node."""
 
@@ -274,6 +274,8 @@ class Ends(Stage):
                 await self.door(params.root["way"])
             case "asks":
                 await ask(ctx)
+            case "reports":
+                await ctx.session.report_progress(0.5)
             case "keeps state":
                 current_connection().state["kept"] = params.root["way"]
             case "asks when it ends":
