@@ -161,8 +161,10 @@ class Relay(Resumption):
             self._outcome.set_result(outcome)
 
     async def put(self, event: Event, event_id: EventId) -> None:
-        if kind_of(event.data) is Kind.TERMINAL and self._answer != "sse":
-            self._answer_with(body_of(event.data))
+        if kind_of(event.data) is Kind.TERMINAL:
+            self.session.trimmer.ended(event.stream)
+            if self._answer != "sse":
+                self._answer_with(body_of(event.data))
         self._answer_with(None)
         await super().put(event, event_id)
         self._gave_id = True

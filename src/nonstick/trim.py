@@ -141,6 +141,11 @@ class Trimmer:
         if self._size > settings.max_log_bytes or self._events > settings.max_log_events:
             self._trim_if_due()
 
+    def ended(self, stream: int) -> None:
+        """Another node ended this stream."""
+        if (look := self._node.looks.kept.get(self._key)) is not None:
+            look.note(Amount(self._size, self._events), stream)
+
     def refresh(self, amount: Amount) -> None:
         """The log is this large, by its record."""
         self._size, self._events = amount
@@ -164,7 +169,7 @@ class Trimmer:
         Raises:
             Refusal: There is no room, because requests that have not ended fill the log.
         """
-        if not self._has_room(size) and self._node.looks.get(self._key, _SOON) is None:
+        if not self._has_room(size) and self._may_gain(size):
             self._begin(size)
         while not self._has_room(size) and self._trimming is not None:
             await asyncio.wait([self._trimming])
@@ -180,6 +185,11 @@ class Trimmer:
     def give_back(self, size: int) -> None:
         """So many of the bytes that were held are in the log, or will not be."""
         self._held -= size
+
+    def _may_gain(self, size: int) -> bool:
+        look = self._node.looks.get(self._key, _SOON)
+        missing = self._size + self._held + size - self._node.settings.max_log_bytes
+        return look is None or look.gain(Amount(self._size, self._events)).size >= missing
 
     def _has_room(self, size: int) -> bool:
         taken = self._size + self._held

@@ -5,18 +5,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any, NamedTuple, Self
 
 import pydantic_core
 import pytest
 
-from nonstick.events import Kind, draft
+from nonstick.errors import NotPending
+from nonstick.events import EventId, Kind, draft
+from nonstick.introductions import INTRODUCTIONS
+from nonstick.listener import Listener
+from nonstick.record import OWNER
 from nonstick.security import session_key
-from nonstick.store import MAX_READ_BYTES, Batch, Event, Skimmed, Store
+from nonstick.store import MAX_READ_BYTES, NEW_STREAM, STANDALONE, Batch, Cursor, Event, Skimmed, Store
+from nonstick.stores.memory import MemoryStore
 from nonstick.stores.redis import RedisStore
 from nonstick.testing import ValkeyServer
 from nonstick.testing.cluster import Member, Session
-from tests.cluster.conftest import MakeStore
+from tests.cluster.conftest import MakeStore, one
+from tests.cluster.servers import messages
 from tests.cluster.sse import Stream, getting, posting
 from tests.cluster.stage import (
     Context,
@@ -27,6 +34,7 @@ from tests.cluster.stage import (
     call,
     cancel,
     eventually,
+    node_of,
     notification,
     say,
     staged,
@@ -228,3 +236,303 @@ async def test_many_connections_to_a_log_of_large_events_hold_nobody_up(valkey: 
             await eventually(lambda: len(statuses) > seen)
         assert set(statuses) == {200}
         check_bounded(brought)
+
+
+# ---- requests that the log keeps whole
+
+
+async def flood(stage: Stage, session: Session, members: list[Member], count: int) -> tuple[list[int], int]:
+    """So many large requests at once: the statuses of those that are refused, and how large the log became."""
+    largest = 0
+    posts = [
+        asyncio.create_task(members[n % len(members)].post(call("wait", f"r{n}", padding="p" * MEGABYTE), session))
+        for n in range(count)
+    ]
+    refused: list[int] = []
+    async with asyncio.timeout(60):
+        while True:
+            largest = max(largest, await log_size(stage, session))
+            done = [post.result() for post in posts if post.done()]
+            refused = [response.status_code for response in done]
+            opened = sum(kind is Kind.OPENED for kind in await stage.kinds(session))
+            if opened + len(refused) >= count:
+                break
+            await asyncio.sleep(0.02)
+    for response in (post.result() for post in posts if post.done()):
+        assert response.headers["retry-after"] == "1"
+        assert "log of this session is full" in response.json()["error"]["message"]
+    stage.open("go on")
+    answers = await asyncio.gather(*posts)
+    assert sum(response.status_code == 200 for response in answers) == count - len(refused)
+    return refused, largest
+
+
+async def test_open_relayed_requests_do_not_outgrow_the_log(make_store: MakeStore) -> None:
+    """P10: 429, with when to come back, once those that have not ended fill it; and there is room again afterwards."""
+    options = {"placement": "owner", "max_log_bytes": 4 * MEGABYTE, "window": 0.02}
+    async with staged(make_store, **options) as (stage, a, b, _):
+        talking(stage)
+        session = await a.open()
+        refused, largest = await flood(stage, session, [b], 12)
+        assert refused == [429] * 9
+        assert largest <= 4 * MEGABYTE
+        again = await b.post(call("wait", "again", padding="p" * MEGABYTE), session)
+        assert again.status_code == 200
+
+
+async def test_relayed_notifications_do_not_outgrow_the_log_either(memory: MakeStore) -> None:
+    """P10: what is dropped to make room for one are those before it."""
+    options = {"placement": "owner", "max_log_bytes": 4 * MEGABYTE}
+    async with staged(memory, **options) as (stage, a, b, _):
+        talking(stage)
+        session = await a.open()
+        for number in range(12):
+            response = await b.post(notification("notifications/x", number=number, padding="p" * MEGABYTE), session)
+            assert response.status_code == 202
+            assert await log_size(stage, session) <= 4 * MEGABYTE
+
+
+async def test_requests_that_may_be_run_again_do_not_outgrow_the_log(make_store: MakeStore) -> None:
+    """P10: as relayed ones. On several nodes at once each knows what the store said to it last."""
+    options = {"reexecute": "idempotent", "max_log_bytes": 4 * MEGABYTE, "window": 0.02}
+    async with staged(make_store, **options) as (stage, _, b, c):
+        talking(stage)
+        session = await b.open()
+        refused, largest = await flood(stage, session, [b], 12)
+        assert refused == [429] * 9
+        assert largest <= 4 * MEGABYTE + 10_000  # and what the tool says
+        again = await c.post(call("wait", "again", padding="p" * MEGABYTE), session)
+        assert again.status_code == 200
+
+
+async def test_room_that_was_held_is_free_again_when_the_request_never_streams(memory: MakeStore) -> None:
+    """P10: what is answered with JSON never was in the log."""
+    options = {"reexecute": "idempotent", "max_log_bytes": 4 * MEGABYTE}
+    async with staged(memory, **options) as (stage, a, b, _):
+        talking(stage)
+        session = await a.open()
+        async with posting(b, session, call("wait", "open")) as stream:
+            await stream.message()
+            for number in range(8):
+                answer = await b.post(call("quick", number, padding="p" * MEGABYTE), session)
+                assert text_of(answer.json()) == "quick"
+            stage.open("go on")
+            assert texts_of(await stream.rest()) == ["done"]
+
+
+# ---- trimming
+
+
+async def test_log_that_cannot_be_trimmed_is_not_read_for_every_small_request(make_store: MakeStore) -> None:
+    """P10: nor are its bodies; though nothing of the session is left on the node between two requests."""
+    brought: list[Brought] = []
+    async with staged(measured(make_store, brought), window=0.02, max_log_bytes=2 * MEGABYTE) as (stage, a, b, c):
+        talking(stage)
+
+        @stage.tool
+        async def fill_up(ctx: Context, arguments: dict[str, Any]) -> str:
+            for _ in range(25):
+                await say(ctx, "x" * 100_000)
+            await stage.door("go on")
+            return "done"
+
+        session = await a.open()
+        async with posting(b, session, call("fill_up", "large")) as stream:
+            for _ in range(25):
+                await stream.message()
+            await eventually(lambda: not node_of(c).sessions)
+            del brought[:]
+            for number in range(20):
+                async with posting(c, session, call("wait", number, name="small")) as small:
+                    await small.message()
+                    stage.open("go on small")
+                    assert texts_of(await small.rest()) == ["done"]
+                await eventually(lambda: not node_of(c).sessions)
+            looks = [call_ for call_ in brought if call_.method == "skim" and call_.sizes]
+            assert len(looks) <= 3
+            assert sum(call_.size for call_ in looks) < 1000
+            stage.open("go on")
+            assert texts_of(await stream.rest()) == ["done"]
+
+        async def small_again() -> bool:
+            return await log_size(stage, session) <= 2 * MEGABYTE
+
+        # It has ended, so that it goes now.
+        await eventually(small_again)
+
+
+async def test_trimming_a_long_log_lets_others_have_their_turns() -> None:
+    """P10: the event loop is held for no more than a part of it, on a store whose calls never wait."""
+    turns = 0
+    longest = 0
+
+    class Counted(MemoryStore):
+        """Knows how much was asked of it in one turn of the event loop."""
+
+        turn = -1
+        asked = 0
+
+        def _count(self, events: int) -> None:
+            nonlocal longest
+            self.asked = events + (self.asked if self.turn == turns else 0)
+            self.turn = turns
+            longest = max(longest, self.asked)
+
+        async def skim(self, *args: Any, **options: Any) -> list[Skimmed]:
+            entries = await super().skim(*args, **options)
+            self._count(len(entries))
+            return entries
+
+        async def trim(self, *args: Any, **options: Any) -> None:
+            before = len(self._sessions[args[0]].events)
+            await super().trim(*args, **options)
+            self._count(before - len(self._sessions[args[0]].events))
+
+    store = Counted()
+    async with staged(one(store), max_log_events=6000) as (stage, a, b, _):
+        talking(stage)
+        session = await a.open()
+        key = session_key(session.id)
+        for _ in range(2000):
+            await store.append(key, Batch([draft(Kind.OPENED, b"{}")] * 2, stream=NEW_STREAM, terminal=True))
+        for _ in range(20):
+            await store.append(key, Batch([draft(Kind.MESSAGE, b"{}")] * 200))
+
+        async def turn() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        turning = asyncio.create_task(turn())
+        await b.post(call("tell", text="one more"), session)
+
+        async def small() -> bool:
+            return (await store.load(key)).count <= 6000
+
+        await eventually(small)
+        turning.cancel()
+        # As many as one call asks for, and no two calls in one turn.
+        assert 0 < longest <= 1000
+
+
+# ---- what a lost node leaves
+
+
+async def lost_request(stage: Stage, session: Session, *news: Batch) -> str:
+    """The id of the first event of a request whose node is gone; after it these were appended to the log."""
+    key = session_key(session.id)
+    request = {"jsonrpc": "2.0", "id": "lost", "method": "tools/call", "params": {"name": "wait"}}
+    body = {"node": "gone-00000000", "attempt": 1, "request": request, "partial": True}
+    opened = draft(Kind.OPENED, pydantic_core.to_json(body))
+    first = (await stage.store.append(key, Batch([opened], stream=NEW_STREAM))).first
+    for batch in news:
+        await stage.store.append(key, replace(batch, stream=first) if batch.stream else batch)
+    return EventId(first, Cursor(first, opened.tag), "lost").seal(session.id)
+
+
+async def test_cancel_that_says_its_reason_first_stops_the_request_of_a_lost_node(memory: MakeStore) -> None:
+    """P5, P12: as 0.1.0 wrote it, with megabytes before the id."""
+    async with staged(memory) as (stage, a, b, _):
+        talking(stage)
+        session = await a.open()
+        body = pydantic_core.to_json({"reason": "r" * LARGE, "requestId": "lost"})
+        place = await lost_request(stage, session, Batch([draft(Kind.CANCEL, body)]))
+        async with getting(b, session, place) as resumed:
+            assert text_of((await resumed.rest())[-1]) == "Request cancelled"
+
+
+async def test_what_a_lost_node_asked_is_not_pending_for_ever(make_store: MakeStore) -> None:
+    """P10: with the end of its request; what was answered, and what others ask, is left alone."""
+
+    def asked(name: str, stream: int) -> Batch:
+        body = pydantic_core.to_json(
+            {"jsonrpc": "2.0", "id": name, "method": "roots/list", "params": {"x": "x" * 5000}}
+        )
+        return Batch([draft(Kind.MESSAGE, body)], stream=stream, expect=[name])
+
+    async with staged(make_store) as (stage, a, b, _):
+        session = await a.open()
+        answer = pydantic_core.to_json({"jsonrpc": "2.0", "id": "srv-2", "result": {"y": "y" * 5000}})
+        reply = Batch([draft(Kind.REPLY, answer)], settle="srv-2")
+        news = [asked("srv-1", 1), asked("srv-2", 1), reply, asked("srv-3", STANDALONE)]
+        place = await lost_request(stage, session, *news)
+        async with getting(b, session, place) as resumed:
+            assert (await resumed.rest())[-1]["error"]["data"]["reason"] == "node_lost"
+
+        async def withdrawn() -> bool:
+            loaded = Batch([], answers="srv-1", uncancel="x")
+            try:
+                await stage.store.append(session_key(session.id), loaded)
+            except NotPending:
+                return True
+            return False
+
+        await eventually(withdrawn)
+        assert await stage.is_pending(session, "srv-3")
+        assert not await stage.is_pending(session, "srv-2")
+
+
+async def test_large_requests_of_a_lost_owner_are_run_by_the_next(make_store: MakeStore) -> None:
+    """P7: they are found by the beginnings of what is in the log, and read one by one."""
+    brought: list[Brought] = []
+
+    async def rehydrate(connection: Any) -> None:
+        stage.open("rehydrated")
+
+    options = {"placement": "owner", "rehydrate": rehydrate, "window": 0.02}
+    async with staged(measured(make_store, brought), **options) as (stage, a, b, c):
+        talking(stage)
+        session = await a.open()
+        key = session_key(session.id)
+        await stage.store.update(key, {OWNER: b"gone-00000000"})
+        held = node_of(a).sessions[key].held
+        assert held is not None
+        assert await held.look()
+        posts = [
+            asyncio.create_task(member.post(call("wait", f"r{n}", padding="p" * LARGE), session))
+            for n, member in enumerate((b, c))
+        ]
+        await stage.reached("rehydrated")
+        stage.open("go on")
+        for answer in await asyncio.gather(*posts):
+            assert texts_of(messages(answer)) == ["waiting", "done"]
+        check_bounded(brought)
+
+
+# ---- what a connection keeps
+
+
+async def test_connection_keeps_no_more_settled_requests_than_it_may(memory: MakeStore) -> None:
+    """P10: however many are answered while it is silent; none of those that it is past."""
+    async with staged(memory) as (stage, a, b, _):
+        talking(stage)
+        session = await a.open()
+        key = session_key(session.id)
+        async with getting(b, session) as older, getting(b, session) as newer:
+            await older.event()
+            await newer.event()
+            replies = [draft(Kind.REPLY, b'{"jsonrpc":"2.0","id":"srv-%d","result":{}}' % n) for n in range(3000)]
+            for start in range(0, 3000, 500):
+                await stage.store.append(key, Batch(replies[start : start + 500]))
+            await a.post(call("tell", text="fence"), session)
+            assert text_of(await newer.message()) == "fence"
+            readers = [reader for reader in node_of(b).readers if isinstance(reader, Listener)]
+            assert len(readers) == 2
+            head = (await stage.store.load(key)).head.position
+            await eventually(lambda: all(reader._seen.position >= head for reader in readers))
+            assert min(len(reader._settled) for reader in readers) == 0
+            assert max(len(reader._settled) for reader in readers) <= 1000
+        await eventually(lambda: not node_of(b).cluster.hearers)
+
+
+async def test_nothing_of_what_a_client_said_of_itself_outlives_its_session(memory: MakeStore) -> None:
+    """P10: a node keeps it parsed for those who say the same, while there are any."""
+    async with staged(memory, session_idle_timeout=0.5, unconfirmed_lifetime=None) as (stage, a, b, _):
+        talking(stage)
+        names = [f"client {number}" for number in range(20)]
+        for name in names:
+            session = await a.open(capabilities={"experimental": {name: {}}})
+            assert (await b.post(call("quick"), session)).status_code == 200
+        assert len(INTRODUCTIONS)
+        await eventually(lambda: not len(INTRODUCTIONS))
