@@ -12,7 +12,7 @@ import pytest
 from nonstick import current_connection
 from nonstick.events import EventId, Kind, kind_of, parse_event_id
 from nonstick.security import session_key
-from nonstick.store import MAX_READ_BYTES, Cursor, Event, Store
+from nonstick.store import MAX_CLIP, MAX_READ_BYTES, Cursor, Event, Skimmed, Store
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing.cluster import Member, Session
 from tests.cluster.conftest import MakeStore, one
@@ -883,3 +883,38 @@ async def test_a_client_that_goes_stops_nothing(make_store: MakeStore) -> None:
             stage.open(door)
         async with getting(c, session, stream.last_id) as resumed:
             assert texts_of(await resumed.rest()) == ["1", "done"]
+
+
+async def test_stream_whose_beginning_is_missed_once_goes_on() -> None:
+    """P3, P9: what came before a trim, its end too, may still be on its way to the node that looks."""
+    misses = 0
+
+    class Forgetful(MemoryStore):
+        async def skim(self, key: str, after: Cursor, *, limit: int = 256, clip: int = MAX_CLIP) -> list[Skimmed]:
+            nonlocal misses
+            if limit == 1 and after.position == stream_of_it - 1 and misses < 1:
+                misses += 1
+                stage.open("missed")
+                return []
+            return await super().skim(key, after, limit=limit, clip=clip)
+
+    stream_of_it = 0
+    async with staged(one(Forgetful())) as (stage, a, _, c):
+        counting(stage)
+
+        @stage.tool
+        async def wait(ctx: Context, arguments: dict[str, Any]) -> str:
+            await say(ctx, "waiting")
+            await stage.door("go on")
+            return "done"
+
+        session = await a.open()
+        async with posting(a, session, call("wait")) as stream:
+            place = (await stream.event()).id
+            await stream.message()
+            async with getting(c, session, place) as resumed:
+                assert text_of(await resumed.message()) == "waiting"
+                stream_of_it = next(event.stream for event in await stage.log(session) if event.stream)
+                await stage.reached("missed")
+                stage.open("go on")
+                assert texts_of(await resumed.rest()) == ["done"]

@@ -20,8 +20,20 @@ from nonstick.errors import (
     TooManySessions,
     Trimmed,
 )
+from nonstick.follow import Slice
 from nonstick.guard import GuardedStore
-from nonstick.store import NEW_STREAM, Batch, Cursor, Draft, Store, Wake
+from nonstick.store import (
+    MAX_CLIP,
+    MAX_READ_BYTES,
+    NEW_STREAM,
+    Batch,
+    Cursor,
+    Draft,
+    Event,
+    Skimmed,
+    Store,
+    Wake,
+)
 from nonstick.stores.memory import MemoryStore
 from tests.cluster.commanded import CALLS, every_error, make
 
@@ -280,3 +292,57 @@ def test_a_watch_that_raises_is_no_watch(caplog: pytest.LogCaptureFixture) -> No
     stop = GuardedStore(Watchless()).watch(KEY, lambda _: None)
     stop()
     assert "the store has a defect" in caplog.text
+
+
+class Overtaxed(MemoryStore):
+    """Answers in time only what is small enough."""
+
+    def __init__(self, most_events: int, most_bytes: int) -> None:
+        super().__init__()
+        self.most = most_events, most_bytes
+        self.asked: list[tuple[int, int]] = []
+
+    async def read(self, key: str, after: Cursor, *, limit: int = 256, max_bytes: int = MAX_READ_BYTES) -> list[Event]:
+        self.asked.append((limit, max_bytes))
+        if limit > self.most[0] or max_bytes > self.most[1]:
+            raise StoreUnavailable("no answer in time")
+        return await super().read(key, after, limit=limit, max_bytes=max_bytes)
+
+    async def skim(self, key: str, after: Cursor, *, limit: int = 256, clip: int = MAX_CLIP) -> list[Skimmed]:
+        self.asked.append((limit, 0))
+        if limit > self.most[0]:
+            raise StoreUnavailable("no answer in time")
+        return await super().skim(key, after, limit=limit, clip=clip)
+
+
+async def test_read_that_failed_is_repeated_for_less() -> None:
+    """P9, P10: what was too much for the store once is not asked of it again."""
+    async with GuardedStore(Overtaxed(20, 70_000)) as guarded:
+        store = guarded.store
+        assert isinstance(store, Overtaxed)
+        await guarded.create(KEY, {}, lifetime=60)
+        await guarded.append(KEY, Batch([Draft(bytes(8), b"x")]))
+        assert len(await guarded.read(KEY, Cursor(0), limit=256, max_bytes=1 << 20)) == 1
+        assert store.asked == [(256, 1 << 20), (64, 1 << 18), (16, 1 << 16)]
+        del store.asked[:]
+        assert len(await guarded.skim(KEY, Cursor(0), limit=256)) == 1
+        assert store.asked == [(256, 0), (64, 0), (16, 0)]
+
+
+async def test_slice_stays_small_until_something_is_read_and_grows_again() -> None:
+    """P9, P10: also between the calls of one reader, whose patience ran out in between."""
+    async with GuardedStore(Overtaxed(0, 0), patience=0.001) as guarded:
+        store = guarded.store
+        assert isinstance(store, Overtaxed)
+        await guarded.create(KEY, {}, lifetime=60)
+        part = Slice(256, 1 << 20)
+        for _ in range(6):
+            with pytest.raises(StoreUnavailable):
+                await part.read(guarded, KEY, Cursor(0))
+        assert store.asked == [(256, 1 << 20), (64, 1 << 18), (16, 1 << 16), (4, 1 << 14), (1, 1 << 12), (1, 1 << 10)]
+        store.most = (256, 1 << 20)
+        del store.asked[:]
+        for _ in range(6):
+            await part.read(guarded, KEY, Cursor(0))
+        assert store.asked[0] == (1, 1 << 8)
+        assert store.asked[-1] == (256, 1 << 18)

@@ -177,6 +177,20 @@ class AppendContract(ContractFixtures):
         await clock.advance(WRITER_SECONDS * 2)
         assert await b.append(log, last) == Appended(2, True, 9, 2)
 
+    async def test_writer_of_a_kept_stream_is_remembered_for_what_it_wrote_elsewhere(
+        self, a: Store, b: Store, log: str, clock: Clock
+    ) -> None:
+        """A writer belongs to its stream, also while it writes to the standalone stream in between."""
+        if not clock.exact:
+            pytest.skip("would take minutes of the real clock")
+        await a.append(log, Batch(drafts(b"opened"), writer="w", sequence=1, stream=NEW_STREAM))
+        aside = Batch(drafts(b"aside"), writer="w", sequence=2)
+        await a.append(log, aside)
+        for _ in range(2):
+            await clock.advance(WRITER_SECONDS + 1)
+            await a.append(log, Batch(drafts(b"x")))
+        assert (await b.append(log, aside)).duplicate
+
     # ---- streams
 
     async def test_new_stream_is_named_by_its_first_position(self, a: Store, b: Store, log: str) -> None:

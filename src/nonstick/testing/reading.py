@@ -5,7 +5,18 @@ from __future__ import annotations
 import pytest
 
 from nonstick.errors import Diverged, SessionNotFound, StreamClosed, Trimmed
-from nonstick.store import MAX_CLIP, MAX_READ, MAX_READ_BYTES, NEW_STREAM, Appended, Batch, Cursor, Event, Store
+from nonstick.store import (
+    MAX_CLIP,
+    MAX_READ,
+    MAX_READ_BYTES,
+    NEW_STREAM,
+    STANDALONE,
+    Appended,
+    Batch,
+    Cursor,
+    Event,
+    Store,
+)
 from nonstick.testing.base import ContractFixtures
 from nonstick.testing.record import LONG
 from nonstick.testing.tools import BEGINNING, drafts, open_stream, read_all, skim_all, texts
@@ -168,6 +179,20 @@ class ReadContract(ContractFixtures):
         left = [event for event in before if event.stream != one]
         assert await read_all(a, key) == left
         assert await a.append(key, Batch(drafts(b"y"))) == Appended(len(before) + 1, False, 5 + 6 + 1 + 1, 8)
+
+    async def test_trim_of_a_stream_keeps_what_lies_between_its_events(
+        self, a: Store, b: Store, key: str, five: list[Event]
+    ) -> None:
+        """`trim` drops all of the closed `streams`: not what was appended to others, or to none, meanwhile."""
+        one, two = await open_stream(a, key), await open_stream(a, key)
+        for stream in (one, STANDALONE, two, one, STANDALONE):
+            await a.append(key, Batch(drafts(b"x"), stream=stream))
+        await a.append(key, Batch(drafts(b"end"), stream=one, terminal=True))
+        before = await read_all(a, key)
+        await b.trim(key, streams=[one], standalone_before=3)
+        kept = [event for event in before if event.stream != one and event.position not in (1, 2)]
+        assert await read_all(a, key) == kept
+        assert [event.stream for event in kept] == [0, 0, 0, two, 0, two, 0]
 
     async def test_trim_passes_over_what_is_open_or_unknown(
         self, a: Store, b: Store, key: str, five: list[Event]

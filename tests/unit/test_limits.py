@@ -1,0 +1,64 @@
+"""What is admitted of a request, to the byte (P10)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from nonstick.limits import arrived
+from nonstick.wire import Refusal
+
+pytestmark = pytest.mark.anyio
+
+LIMIT = 1000
+
+
+class Client:
+    """Sends a body in such pieces, and counts how many were asked for."""
+
+    def __init__(self, *pieces: int) -> None:
+        self._pieces: Iterator[tuple[int, int]] = iter(enumerate(pieces, 1))
+        self._count = len(pieces)
+        self.asked = 0
+
+    async def receive(self) -> Any:
+        self.asked += 1
+        number, size = next(self._pieces)
+        return {"type": "http.request", "body": b"x" * size, "more_body": number < self._count}
+
+
+async def body_of(client: Client, *, declared: int | None = None) -> bytes:
+    headers = [] if declared is None else [(b"content-length", b"%d" % declared)]
+    body, _ = await arrived({"type": "http", "headers": headers}, client.receive, limit=LIMIT, seconds=5, until_closing={})
+    return body
+
+
+@pytest.mark.parametrize("pieces", [(LIMIT,), (1, LIMIT - 1), (LIMIT - 1, 1), (LIMIT, 0)])
+async def test_body_of_exactly_the_limit_is_taken(pieces: tuple[int, ...]) -> None:
+    assert len(await body_of(Client(*pieces))) == LIMIT
+    assert len(await body_of(Client(*pieces), declared=LIMIT)) == LIMIT
+
+
+@pytest.mark.parametrize("pieces", [(LIMIT + 1,), (1, LIMIT), (LIMIT, 1)])
+async def test_body_of_one_byte_more_is_refused(pieces: tuple[int, ...]) -> None:
+    with pytest.raises(Refusal) as refused:
+        await body_of(Client(*pieces))
+    assert refused.value.status == 413
+
+
+async def test_body_that_says_it_is_too_long_is_not_asked_for() -> None:
+    client = Client(LIMIT + 1)
+    with pytest.raises(Refusal):
+        await body_of(client, declared=LIMIT + 1)
+    assert client.asked == 0
+
+
+async def test_body_without_a_length_is_received_no_further_than_the_limit() -> None:
+    """Whoever sends for ever is not read for ever."""
+    client = Client(*[100] * 10_000)
+    with pytest.raises(Refusal) as refused:
+        await body_of(client)
+    assert refused.value.status == 413
+    assert client.asked == LIMIT // 100 + 1

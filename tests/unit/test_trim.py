@@ -1,0 +1,48 @@
+"""What a node remembers of logs that it looked through (P10)."""
+
+from __future__ import annotations
+
+from nonstick.outline import Amount
+from nonstick.testing import ManualClock
+from nonstick.trim import Look, Looks
+
+
+def test_look_is_remembered_for_some_minutes() -> None:
+    clock = ManualClock()
+    looks = Looks(clock)
+    looks.put("k", Amount(10, 1), {})
+    assert looks.get("k") is not None
+    assert looks.get("k", 0.0) is None
+    assert looks.get("other") is None
+    clock._now += 299
+    assert looks.get("k") is not None
+    clock._now += 1
+    assert looks.get("k") is None
+    looks.put("other", Amount(), {})
+    assert list(looks.kept) == ["other"]
+
+
+def test_however_many_logs_are_over_their_bounds_the_latest_looks_are_kept() -> None:
+    looks = Looks(ManualClock())
+    for number in range(1000):
+        looks.put(f"{number}", Amount(10, 1), {1: Amount(5, 1)})
+    assert list(looks.kept) == [f"{number}" for number in range(1000 - 256, 1000)]
+    looks.put("900", Amount(20, 1), {})
+    assert len(looks.kept) == 256
+    assert list(looks.kept)[-1] == "900"
+
+
+def test_gain_is_what_came_since_and_what_ended() -> None:
+    look = Look(0.0, Amount(100, 10), {1: Amount(40, 4), 2: Amount(50, 5)})
+    assert look.gain(Amount(130, 12)) == Amount(30, 2)
+    look.note(Amount(130, 12), None)
+    look.note(Amount(131, 13), 1)
+    look.note(Amount(132, 14), 1)
+    look.note(Amount(133, 15), 99)
+    assert look.gain(Amount(133, 15)) == Amount(73, 9)
+
+
+def test_log_that_another_node_trimmed_is_taken_as_it_is_now() -> None:
+    look = Look(0.0, Amount(100, 10))
+    look.note(Amount(20, 2), None)
+    assert look.gain(Amount(90, 9)) == Amount(70, 7)
