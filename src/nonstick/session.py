@@ -481,6 +481,8 @@ class Session:
             self._before_open.append(event)
             return
         await self._sender.send(event, expect)
+        # A store may answer without a wait. Whoever tells without end would hold the event loop, and it all in memory.
+        await asyncio.sleep(0)
 
     async def close_standalone(self) -> None:
         """`close_standalone_sse_stream`: the connection to the standalone stream is closed; the client comes back."""

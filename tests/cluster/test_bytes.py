@@ -17,7 +17,7 @@ from nonstick.introductions import INTRODUCTIONS
 from nonstick.listener import Listener
 from nonstick.record import OWNER
 from nonstick.security import session_key
-from nonstick.store import MAX_READ_BYTES, NEW_STREAM, STANDALONE, Batch, Cursor, Event, Skimmed, Store
+from nonstick.store import MAX_READ_BYTES, NEW_STREAM, STANDALONE, Appended, Batch, Cursor, Event, Skimmed, Store
 from nonstick.stores.memory import MemoryStore
 from nonstick.stores.redis import RedisStore
 from nonstick.testing import ValkeyServer
@@ -79,6 +79,11 @@ class Measured:
         entries = await self._store.skim(*args, **options)
         self._brought.append(Brought("skim", [len(entry.event.data) for entry in entries]))
         return entries
+
+    async def append(self, key: str, batch: Batch) -> Appended:
+        if batch.settle is not None and not batch.events:
+            self._brought.append(Brought(f"settle {batch.settle}", []))
+        return await self._store.append(key, batch)
 
     async def __aenter__(self) -> Self:
         await self._store.__aenter__()
@@ -320,6 +325,40 @@ async def test_room_that_was_held_is_free_again_when_the_request_never_streams(m
             assert texts_of(await stream.rest()) == ["done"]
 
 
+# ---- who tells without end
+
+
+async def test_handler_that_tells_without_end_lets_others_have_their_turns(memory: MakeStore) -> None:
+    """P10: on a store whose calls never wait, too; else all that is told waits in memory for those who listen."""
+    async with staged(memory) as (stage, a, b, _):
+        turns = 0
+        during: list[int] = []
+
+        @stage.tool
+        async def tell_much(ctx: Context, arguments: dict[str, Any]) -> str:
+            for number in range(100):
+                before = turns
+                await announce(ctx, f"{number}" + " " * 50_000)
+                during.append(turns - before)
+            return "told"
+
+        async def turn() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        session = await a.open()
+        async with getting(b, session) as listening:
+            await listening.event()
+            turning = asyncio.create_task(turn())
+            assert text_of((await b.post(call("tell_much"), session)).json()) == "told"
+            turning.cancel()
+            assert min(during) >= 1
+            for number in range(100):
+                assert text_of(await listening.message()).strip() == f"{number}"
+
+
 # ---- trimming
 
 
@@ -451,7 +490,8 @@ async def test_what_a_lost_node_asked_is_not_pending_for_ever(make_store: MakeSt
         )
         return Batch([draft(Kind.MESSAGE, body)], stream=stream, expect=[name])
 
-    async with staged(make_store) as (stage, a, b, _):
+    brought: list[Brought] = []
+    async with staged(measured(make_store, brought)) as (stage, a, b, _):
         session = await a.open()
         answer = pydantic_core.to_json({"jsonrpc": "2.0", "id": "srv-2", "result": {"y": "y" * 5000}})
         reply = Batch([draft(Kind.REPLY, answer)], settle="srv-2")
@@ -469,6 +509,7 @@ async def test_what_a_lost_node_asked_is_not_pending_for_ever(make_store: MakeSt
             return False
 
         await eventually(withdrawn)
+        assert [call_.method for call_ in brought if call_.method.startswith("settle")] == ["settle srv-1"]
         assert await stage.is_pending(session, "srv-3")
         assert not await stage.is_pending(session, "srv-2")
 

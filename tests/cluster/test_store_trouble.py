@@ -22,7 +22,8 @@ from nonstick.testing import FaultProxy, ValkeyServer
 from nonstick.testing.cluster import Cluster, Member, Session
 from tests.cluster.conftest import one
 from tests.cluster.servers import World, answer, call, error, eventually, messages, opening, request
-from tests.cluster.stage import DownStore, ask, staged
+from tests.cluster.sse import posting
+from tests.cluster.stage import DownStore, ask, say, staged, text_of
 
 pytestmark = pytest.mark.anyio
 
@@ -386,3 +387,29 @@ async def test_what_a_handler_gets_does_not_say_where_the_store_is(
         response = await a.post(call("name"), session)
         assert error(response)["message"] == "failed: the session store cannot be reached"
         assert "cut off by the test" in caplog.text
+
+
+async def test_what_waits_for_a_store_that_is_away_is_bounded_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """P9, P10: the latest messages come once it is back; and the end."""
+    monkeypatch.setattr("nonstick.exchange._EMIT_PATIENCE", 0.01)
+    store = DownStore(MemoryStore(), "append", after=False)
+    async with staged(one(store)) as (stage, a, _b, _c):
+
+        @stage.tool
+        async def count(ctx: Any, arguments: dict[str, Any]) -> str:
+            await say(ctx, "first")
+            store.holding = True
+            for number in range(40):
+                await say(ctx, f"{number}" + " " * 100_000)
+            store.holding = False
+            return "done"
+
+        session = await a.open()
+        async with posting(a, session, call("count")) as stream:
+            assert text_of(await stream.message()) == "first"
+            told = [text_of(message) for message in await stream.rest()]
+        assert told[-1] == "done"
+        assert told[-2].strip() == "39"
+        # The first is in doubt, not lost: it is repeated.
+        assert told[0].strip() == "0"
+        assert 500_000 < sum(map(len, told)) < 1_200_000

@@ -298,3 +298,15 @@ def test_keys_come_in_either_alphabet_and_from_the_environment() -> None:
     assert keys_from({}) is None
     with pytest.raises(ConfigurationError, match="NONSTICK_ENCRYPTION_KEYS"):
         keys_from({"NONSTICK_ENCRYPTION_KEYS": " "})
+
+
+async def test_keys_that_somebody_made_up_fill_neither_the_log_nor_the_memory(caplog: pytest.LogCaptureFixture) -> None:
+    """P10: whoever can write to the store may name any number of them."""
+    inner = MemoryStore()
+    store = EncryptedStore(inner, [NEW])
+    await inner.create(ALICE, {}, lifetime=60)
+    for number in range(300):
+        await inner.append(ALICE, Batch([draft(b"\0NE1" + number.to_bytes(4) + bytes(80))]))
+        with pytest.raises(Undecryptable):
+            await store.read(ALICE, Cursor(number))
+    assert len(store._told) == len(caplog.records) == 100
