@@ -31,7 +31,9 @@ class Client:
 
 async def body_of(client: Client, *, declared: int | None = None) -> bytes:
     headers = [] if declared is None else [(b"content-length", b"%d" % declared)]
-    body, _ = await arrived({"type": "http", "headers": headers}, client.receive, limit=LIMIT, seconds=5, until_closing={})
+    body, _ = await arrived(
+        {"type": "http", "headers": headers}, client.receive, limit=LIMIT, seconds=5, until_closing={}
+    )
     return body
 
 
