@@ -59,6 +59,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from nonstick import notice, portable, tracing, wire
 from nonstick.cluster import Cluster
+from nonstick.company import warned_of_company
 from nonstick.deadline import Deadline
 from nonstick.encryption import EncryptedStore
 from nonstick.errors import ConfigurationError, NonstickError, NotRunning, SessionNotFound, StoreUnavailable
@@ -331,8 +332,9 @@ class SessionManager:
             offer(self.app)
         settings = self.settings
         room = Room(settings.max_state_records, settings.max_state_records_per_principal)
-        async with GuardedStore(self.store) as store, self.cluster.taking_part(store, room):
-            yield store
+        with warned_of_company(self.store.url):
+            async with GuardedStore(self.store) as store, self.cluster.taking_part(store, room):
+                yield store
 
     @asynccontextmanager
     async def _serving(self, store: GuardedStore, state: Any) -> AsyncIterator[None]:

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from mcp.server import MCPServer
 
+import nonstick
 from tests.cluster.servers import call, opening
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
@@ -88,14 +90,16 @@ class Connection:
 
 
 @asynccontextmanager
-async def workers(home: Path) -> AsyncIterator[tuple[int, Process, Path]]:
+async def workers(
+    home: Path, source: str = SERVER, *, count: int = WORKERS
+) -> AsyncIterator[tuple[int, Process, Path]]:
     """`uvicorn server:app --workers 4`."""
-    (home / "server.py").write_text(SERVER)
+    (home / "server.py").write_text(source)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
     log = home / "log"
-    command = ["-m", "uvicorn", "server:app", "--workers", str(WORKERS), "--port", str(port), "--log-level", "warning"]
+    command = ["-m", "uvicorn", "server:app", "--workers", str(count), "--port", str(port), "--log-level", "warning"]
     with log.open("wb") as out:
         process = await asyncio.create_subprocess_exec(sys.executable, *command, cwd=home, stdout=out, stderr=STDOUT)
     try:
@@ -189,3 +193,30 @@ def _text(response: Response) -> tuple[int, str]:
         body = [line for line in body.splitlines() if line.startswith(b"data: {")][-1][6:]
     message = json.loads(body)
     return message["id"], message["result"]["content"][0]["text"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the name is one of Linux")
+async def test_workers_that_share_no_memory_are_warned_of(tmp_path: Path) -> None:
+    """P1: a session that one of them opens is unknown to the others. One process alone is told nothing."""
+    source = SERVER.replace("sqlite:///sessions.db", "memory:").replace(", node_header=True", "")
+    async with workers(tmp_path, LOGGING + source, count=2) as (_, process, log):
+        async with asyncio.timeout(DEADLINE):
+            # The fence: both workers have started.
+            while log.read_text().count("serves sessions of") < 2:
+                assert process.returncode is None
+                await asyncio.sleep(0.05)
+        said = log.read_text()
+        assert said.count("another worker of this server runs beside this one") == 1
+
+
+LOGGING: Final = "import logging\n\nlogging.basicConfig(level=logging.INFO)\n"
+DEADLINE: Final = 90.0
+
+
+async def test_two_apps_in_one_process_are_company_to_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    """Each has a memory of its own, and says so in its URL; and one that serves anew is alone again."""
+    for _ in range(2):
+        one, other = (nonstick.app(MCPServer("x"), store="memory:") for _ in range(2))
+        async with one.lifespan(), other.lifespan():
+            pass
+    assert "another worker" not in caplog.text
