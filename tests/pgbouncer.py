@@ -17,7 +17,7 @@ import pytest
 from nonstick.testing import PostgresServer
 from nonstick.testing.servers import free_port
 
-START_SECONDS = 15.0
+START_SECONDS = 120.0
 
 CONFIG = """\
 [databases]

@@ -49,7 +49,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::mcp.shared.exceptions.MCPDeprecationWarning"),
 ]
 
-SECONDS = 20.0
+SECONDS = 120.0
 MakeStore = Callable[[], Any]
 
 

@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Call to deprecated:DeprecationWarning"),
 ]
 
-SECONDS = 30.0
+SECONDS = 120.0
 
 
 class Greeter(Middleware):

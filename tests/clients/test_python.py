@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::mcp.shared.exceptions.MCPDeprecationWarning"),
 ]
 
-SECONDS = 20.0
+SECONDS = 120.0
 WATCHED = "test://watched-resource"
 ROOT = "file:///home"
 

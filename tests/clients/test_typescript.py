@@ -15,7 +15,7 @@ from tests.conformance.nodes import SDK, balanced, serving
 pytestmark = pytest.mark.anyio
 
 HOME = Path(__file__).resolve().parent
-SECONDS = 90.0
+SECONDS = 240.0
 
 VERSIONS = ("2024-11-05", "2025-03-26", "2025-06-18", "2025-11-25")
 """Every version that opens a session."""

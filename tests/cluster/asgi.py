@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message
 
 from tests.cluster.sse import Sse
 
-DEADLINE = 30.0
+DEADLINE = 60.0
 """Seconds that a test waits for something before it fails."""
 
 

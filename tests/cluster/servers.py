@@ -19,7 +19,7 @@ from nonstick import current_connection
 Context = ServerRequestContext[Any, Any]
 Tool = Callable[[Context, dict[str, Any]], Awaitable[Any]]
 
-DEADLINE = 15.0
+DEADLINE = 60.0
 """Seconds that a test waits for a condition before it fails."""
 
 

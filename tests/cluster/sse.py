@@ -14,7 +14,7 @@ import httpx2
 
 from nonstick.testing.cluster import Member, Session
 
-DEADLINE = 15.0
+DEADLINE = 60.0
 """Seconds that a test waits for something before it fails."""
 
 

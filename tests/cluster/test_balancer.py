@@ -13,7 +13,7 @@ from nonstick.testing.balancer import Backend, Balancer, Exchange
 
 pytestmark = pytest.mark.anyio
 
-DEADLINE = 10.0
+DEADLINE = 60.0
 
 Script = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 

@@ -27,7 +27,7 @@ from nonstick.testing import PostgresServer
 from nonstick.testing.servers import ValkeyServer
 from nonstick.testing.valkey_cluster import ask as administer
 
-DEADLINE = 40.0
+DEADLINE = 120.0
 
 SOURCE = """
 from mcp.server import MCPServer

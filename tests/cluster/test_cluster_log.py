@@ -42,11 +42,11 @@ class Node:
             await asyncio.wait([task])
 
         stack.push_async_callback(stop)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await joined.wait()
 
     async def hear(self) -> ServerEvent:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             return await self.heard.get()
 
 

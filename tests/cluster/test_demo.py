@@ -13,7 +13,7 @@ import pytest
 
 from nonstick.testing.servers import ValkeyServer
 
-DEADLINE = 100.0
+DEADLINE = 240.0
 
 COMMAND = [sys.executable, "-m", "nonstick", "demo"]
 

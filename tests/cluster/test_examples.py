@@ -179,7 +179,7 @@ async def test_watchers_on_other_nodes_hear_of_the_change(tmp_path: Path, monkey
         await watcher.subscribe_resource("home://thermostat")
         async with Client(f"{balancer.url}/mcp", mode="legacy", read_timeout_seconds=40) as other:
             await other.call_tool("set_thermostat", {"degrees": 23})
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await heard.wait()
         read = await watcher.read_resource("home://thermostat")
         assert "23 degrees" in read.model_dump_json()

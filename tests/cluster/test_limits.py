@@ -267,7 +267,7 @@ async def trickle(member: Member, headers: dict[str, str]) -> tuple[int, Any]:
 
     sending = asyncio.create_task(send())
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             head = await reader.readuntil(b"\r\n\r\n")
             (length,) = [int(line[15:]) for line in head.split(b"\r\n") if line.startswith(b"content-length:")]
             body = await reader.readexactly(length)

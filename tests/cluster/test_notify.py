@@ -247,7 +247,7 @@ async def test_broadcasts_while_connections_take_over_are_heard_once(make_store:
                 group.create_task(listen(stream))
             await telling
             await c.app.cluster.notify_resource_updated("x://fence")
-            async with asyncio.timeout(15):
+            async with asyncio.timeout(60):
                 await complete.wait()
             await a.delete(session)
         for stream in streams:

@@ -16,7 +16,7 @@ from tests.cluster.stage import node_of
 pytestmark = pytest.mark.anyio
 
 VERSION = "2026-07-28"
-DEADLINE = 15.0
+DEADLINE = 60.0
 ABOUT_CLIENT = {
     "io.modelcontextprotocol/protocolVersion": VERSION,
     "io.modelcontextprotocol/clientInfo": {"name": "test", "version": "1"},

@@ -23,8 +23,8 @@ __all__ = ["ROOT", "SDK", "Answer", "Server", "Setup", "StoreKind", "balanced", 
 ROOT: Final = Path(__file__).resolve().parents[2]
 """The repository: the processes import the server from here."""
 
-START_SECONDS: Final = 30.0
-STOP_SECONDS: Final = 10.0
+START_SECONDS: Final = 120.0
+STOP_SECONDS: Final = 60.0
 POLL_SECONDS: Final = 0.02
 
 LOGS: Final = "NONSTICK_TEST_LOGS"

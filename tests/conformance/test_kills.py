@@ -64,7 +64,7 @@ async def requested(method: str, node: Node, kills: Kills) -> AsyncIterator[Bala
 async def test_no_kill_takes_a_post_along() -> None:
     """The POST's stream has ended, and has settled, before its node is killed."""
     node, kills = Node(), Kills(0.01)
-    async with asyncio.timeout(10), requested("POST", node, kills) as balancer, kills.happening(balancer, {NAME: node}):
+    async with asyncio.timeout(60), requested("POST", node, kills) as balancer, kills.happening(balancer, {NAME: node}):
         (exchange,) = balancer.exchanges
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(node.killed.wait(), 0.2)
@@ -78,7 +78,7 @@ async def test_no_kill_takes_a_post_along() -> None:
 async def test_an_open_get_does_not_hold_a_kill_up() -> None:
     """It is resumed on another node, so its node may go; what was broken is counted."""
     node, kills = Node(), Kills(0.01)
-    async with asyncio.timeout(10), requested("GET", node, kills) as balancer, kills.happening(balancer, {NAME: node}):
+    async with asyncio.timeout(60), requested("GET", node, kills) as balancer, kills.happening(balancer, {NAME: node}):
         await node.killed.wait()
         assert balancer.exchanges[0].total is None
     assert (kills.count, kills.streams) == (1, 1)

@@ -18,7 +18,7 @@ import pytest
 from nonstick.errors import ConfigurationError
 from nonstick.testing import ValkeyServer
 
-SECONDS = 10.0
+SECONDS = 60.0
 
 
 def ask(server: ValkeyServer, *lines: str) -> list[bytes]:

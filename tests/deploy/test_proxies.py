@@ -30,7 +30,7 @@ pytestmark = pytest.mark.anyio
 
 DEPLOY: Final = Path(__file__).parents[2] / "deploy"
 NODES: Final = ("node-1", "node-2", "node-3")
-DEADLINE: Final = 40.0
+DEADLINE: Final = 120.0
 
 
 class Site:

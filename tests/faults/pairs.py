@@ -15,7 +15,7 @@ from nonstick.testing import FaultProxy, PostgresServer, ValkeyServer
 __all__ = ["Pair", "PostgresPair", "ValkeyPair"]
 
 _POLL = 0.005
-_DEADLINE = 30.0
+_DEADLINE = 120.0
 
 
 class Pair(ABC):

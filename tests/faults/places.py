@@ -103,7 +103,7 @@ async def asked(member: Member, session: Session) -> list[httpx2.Response]:
 
 async def repeated(ask: Callable[[], Awaitable[httpx2.Response]], *, until: int, allowed: Iterable[int]) -> None:
     """Asks until the status is `until`; each one before it must be allowed."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while (status := (await ask()).status_code) != until:
             assert status in allowed, status
             await asyncio.sleep(0.02)
@@ -111,7 +111,7 @@ async def repeated(ask: Callable[[], Awaitable[httpx2.Response]], *, until: int,
 
 async def reached(store: Store) -> None:
     """Returns once the store answers."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while True:
             try:
                 await store.ping()

@@ -110,7 +110,7 @@ class Stage:
 
     async def recorded(self, label: str, *what: str, count: int = 1) -> Ran:
         """Returns the `count`th record of these kinds once it is there."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while True:
                 found = [ran for ran in self.runs(label) if ran.what in what]
                 if len(found) >= count:

@@ -449,7 +449,7 @@ async def test_log_without_tags_is_caught_when_the_store_loses_its_end(
 
 async def ended(store: MemoryStore, call: Call) -> None:
     """Returns once the call's terminal event is in the log."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while True:
             for session in store._sessions.values():
                 if any(b'"result"' in event.data for event in session.events.values()):

@@ -19,7 +19,7 @@ async def test_what_is_late_is_a_timeout() -> None:
 
 
 async def test_what_is_in_time_is_left_alone() -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         with Deadline(0.01):
             await asyncio.sleep(0)
         await asyncio.sleep(0.05)

@@ -197,7 +197,7 @@ async def test_wake_of_an_encrypted_store_says_read_whatever_it_carries() -> Non
     store = await written(inner)
     woken: asyncio.Queue[Any] = asyncio.Queue()
     store.watch(ALICE, woken.put_nowait)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         assert await woken.get() is None
         await store.append(ALICE, Batch([draft(b"news")]))
         assert await woken.get() is None

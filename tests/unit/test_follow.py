@@ -19,7 +19,7 @@ from nonstick.stores.memory import MemoryStore
 pytestmark = pytest.mark.anyio
 
 KEY = "k" * 40
-DEADLINE = 20.0
+DEADLINE = 60.0
 
 
 class Careless(MemoryStore):

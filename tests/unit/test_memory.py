@@ -37,7 +37,7 @@ async def test_instance_is_open_until_the_last_of_its_users_left() -> None:
             await store.create("key", {}, lifetime=10)
         woken = asyncio.Event()
         store.watch("key", lambda events: woken.set())
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(60):
             await woken.wait()
             woken.clear()
             async with store:

@@ -44,7 +44,7 @@ class PartlyAway(MemoryStore):
 async def running(store: Store, *, open_sessions: int = 0, **settings: Any) -> AsyncIterator[Node]:
     """A node with so many sessions that are in use: "0", "1", ..."""
     server: Server[Any] = Server("test")
-    async with GuardedStore(store, patience=0.05) as guarded, asyncio.timeout(20):
+    async with GuardedStore(store, patience=0.05) as guarded, asyncio.timeout(60):
         node = Node(server, None, guarded, Settings(**settings), name=None, cluster=Cluster.apart())
         for number in range(open_sessions):
             session = node.sessions[str(number)] = Session(node, f"id {number}", str(number))

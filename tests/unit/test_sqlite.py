@@ -80,7 +80,7 @@ def keeper(path: Path, clock: Clock) -> Iterator[Keeper]:
 
 
 async def eventually(condition: Callable[[], bool | Awaitable[bool]]) -> None:
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(60):
         while True:
             held = condition()
             if held if isinstance(held, bool) else await held:
@@ -201,7 +201,7 @@ async def appender(path: Path, name: str, count: int) -> AsyncIterator[asyncio.s
 
 async def line(process: asyncio.subprocess.Process) -> str:
     assert process.stdout is not None
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         return (await process.stdout.readline()).decode().strip()
 
 
@@ -289,7 +289,7 @@ async def test_file_that_stays_locked_is_unavailable_and_the_repeat_is_written_o
     await store.create("key", {}, lifetime=600)
     batch = Batch([Draft(TAG, b"data")], writer="w", sequence=1)
     with locked(path):
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(60):
             with pytest.raises(StoreUnavailable, match="locked"):
                 await store.append("key", batch)
     assert not (await store.append("key", batch)).duplicate
@@ -623,7 +623,7 @@ async def watched(store: SQLiteStore, key: str) -> list[Event]:
         seen.extend(() if news is None else news.events)
 
     store.watch(key, wake)
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(60):
         await watching.wait()
     return seen
 
@@ -697,7 +697,7 @@ async def test_feed_looks_less_often_while_nothing_comes(path: Path) -> None:
         await here.create("k", {}, lifetime=60.0)
         woken = asyncio.Event()
         stop = here.watch("k", lambda _: woken.set())
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await woken.wait()
         feed = here._feed
         assert await feed._step() == 0.005

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Cluster", "Member", "Session"]
 
 HEADERS = {"accept": "application/json, text/event-stream", "content-type": "application/json"}
-_START_SECONDS = 20.0
+_START_SECONDS = 120.0
 
 
 class _Server(uvicorn.Server):

@@ -24,7 +24,7 @@ from nonstick.testing.servers import free_port
 
 __all__ = ["PostgresServer", "postgres_folder"]
 
-START_SECONDS: Final = 30.0
+START_SECONDS: Final = 120.0
 """How long a server may take to accept connections, recovery after a kill included."""
 
 # As for every server here (`servers.DIE_WITH_PARENT`), but the user is changed first: that takes the kernel's promise

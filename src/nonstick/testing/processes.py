@@ -19,7 +19,7 @@ from nonstick.testing.servers import DIE_WITH_PARENT, free_port
 
 __all__ = ["NodeProcess"]
 
-START_SECONDS: Final = 30.0
+START_SECONDS: Final = 120.0
 """How long a node may take to listen: it imports everything first, maybe on a busy machine."""
 
 _POLL: Final = 0.01

@@ -22,7 +22,7 @@ from nonstick.errors import ConfigurationError
 
 __all__ = ["ReservedPort", "ValkeyServer", "valkey_binary"]
 
-START_SECONDS: Final = 15.0
+START_SECONDS: Final = 120.0
 """How long a server may take to answer its first PING."""
 
 # The child asks the kernel to kill it when its parent dies, however that happens, and becomes the server. Not with

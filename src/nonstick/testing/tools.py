@@ -35,7 +35,7 @@ __all__ = [
     "texts",
 ]
 
-DEADLINE = 15.0
+DEADLINE = 60.0
 """Seconds that a test waits for a condition before it fails. Far above what any store needs, even on a busy machine."""
 
 BEGINNING = Cursor(0)

@@ -39,7 +39,7 @@ def ask(server: ValkeyServer, *command: str | int | bytes) -> Any:
         return client.execute_command(*command)
 
 
-def until(condition: Callable[[], bool], what: str, *, seconds: float = 30.0) -> None:
+def until(condition: Callable[[], bool], what: str, *, seconds: float = 120.0) -> None:
     """Blocks until it holds; a server that does not answer counts as not yet.
 
     Raises:
