@@ -1,0 +1,146 @@
+"""What else may happen while a node drains, and at its very end (P8)."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import httpx2
+import pytest
+from mcp.server import MCPServer
+from mcp.server.mcpserver import Context as ToolContext
+
+import nonstick
+from nonstick import current_connection
+from nonstick.record import OWNER
+from nonstick.security import session_key
+from nonstick.session import Session
+from nonstick.store import Batch
+from nonstick.stores.memory import MemoryStore
+from nonstick.testing.cluster import HEADERS
+from tests.cluster.conftest import MakeStore, one
+from tests.cluster.servers import opening
+from tests.cluster.sse import DEADLINE, getting, posting
+from tests.cluster.stage import Context, HeldStore, call, eventually, node_of, staged, text_of
+from tests.cluster.test_placement import desk, lose
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_request_that_comes_while_the_lifespan_ends_is_served() -> None:
+    """P8: a host may still have connections then; 500 would say that nonstick does not run."""
+    began, may_end, leave = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    server = MCPServer[Any]("ends")
+
+    @server.tool()
+    async def wait(ctx: ToolContext[Any, Any]) -> str:
+        began.set()
+        await may_end.wait()
+        return "done"
+
+    @server.tool()
+    async def quick() -> str:
+        return "quick"
+
+    app = nonstick.app(server, store="memory:", grace=DEADLINE, window=DEADLINE)
+    running = asyncio.Event()
+
+    async def live() -> None:
+        async with app.lifespan():
+            running.set()
+            await leave.wait()
+
+    host = asyncio.create_task(live())
+    transport = httpx2.ASGITransport(app=app)
+    async with asyncio.timeout(DEADLINE), httpx2.AsyncClient(transport=transport) as client:
+        await running.wait()
+        url = "http://127.0.0.1:8000/mcp"
+        opened = await client.post(url, json=opening(), headers=HEADERS)
+        headers = {**HEADERS, "mcp-session-id": opened.headers["mcp-session-id"]}
+        waiting = asyncio.create_task(client.post(url, json=call("wait", 1), headers=headers))
+        await began.wait()
+        leave.set()
+        await eventually(lambda: app.manager._node is None or app.manager._node.draining)
+        assert text_of((await client.post(url, json=call("quick", 2), headers=headers)).json()) == "quick"
+        may_end.set()
+        assert text_of((await waiting).json()) == "done"
+        await host
+        assert (await client.post(url, json=call("quick", 3), headers=headers)).status_code == 500
+
+
+async def test_node_that_stops_gives_its_lease_back(make_store: MakeStore) -> None:
+    """P7, P8: nobody waits until it would have lapsed."""
+    async with staged(make_store, lease=600.0) as (_, a, b, __):
+        name = a.app.manager.node
+
+        async def holds() -> bool:
+            return not await node_of(b).store.lapsed([name])
+
+        await eventually(holds)
+        await a.stop()
+        assert await node_of(b).store.lapsed([name]) == {name}
+
+
+async def test_node_that_drains_takes_no_session_over(make_store: MakeStore) -> None:
+    """P7, P8: what waits is run elsewhere, where it may stay."""
+    async with desk(make_store, movable=True, grace=DEADLINE) as (stage, a, b, c):
+        session = await a.open()
+        key = session_key(session.id)
+        await lose(stage, session, a)
+        b.app.manager.begin_drain()
+        placement = node_of(b).placement
+        await placement.settle(Session(node_of(b), session.id, key), gone="gone-00000000")
+        assert key not in placement._working
+        assert (await stage.store.load(key)).fields[OWNER] == b"gone-00000000"
+        # A client of it is handed over, with what it asked in the log.
+        async with posting(b, session, call("use", 1)) as stream:
+            events = await stream.events()
+            assert events[-1].retry == 1000
+        async with getting(c, session, events[0].id) as resumed:
+            assert text_of((await resumed.rest())[-1]) == "101"
+        assert (await stage.store.load(key)).fields[OWNER] == node_of(c).id.encode()
+
+
+async def test_relayed_request_is_not_run_on_a_state_that_is_being_cleaned_up() -> None:
+    """P7, P8: its owner took it over, and stopped before it heard so."""
+    stores: list[HeldStore] = []
+    shared = one(MemoryStore())
+
+    def takes_over(key: str, batch: Batch) -> bool:
+        return batch.take_over
+
+    def make_store() -> Any:
+        stores.append(HeldStore(shared(), "append", after=True, when=takes_over))
+        return stores[-1]
+
+    async with desk(make_store, movable=True, window=0.02) as (stage, a, b, _):
+        ran: list[str] = []
+
+        @stage.tool
+        async def owe(ctx: Context, arguments: dict[str, Any]) -> str:
+            stage.open_page(current_connection())
+            current_connection().exit_stack.push_async_callback(stage.door, "cleaned up")
+            return "owed"
+
+        @stage.tool
+        async def count(ctx: Context, arguments: dict[str, Any]) -> str:
+            ran.append(str(current_connection().state.get("page")))
+            return "counted"
+
+        session = await a.open()
+        assert text_of((await a.post(call("owe", 1), session)).json()) == "owed"
+        for store in stores:
+            store.holding = True
+        held = stores[1]  # the first is the stage's own
+        async with posting(b, session, call("count", 2)) as stream:
+            await held.held.wait()
+            stopping = asyncio.create_task(a.stop())
+            holding = node_of(a).sessions[session_key(session.id)].held
+            assert holding is not None
+            await eventually(lambda: not holding.ready or bool(ran))
+            held.released.set()
+            outcome = await stream.outcome()
+            assert outcome["error"]["data"] == {"reason": "node_lost", "retrySafe": True}
+            assert ran == []
+            stage.open("cleaned up")
+            await stopping
