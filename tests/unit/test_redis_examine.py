@@ -77,6 +77,45 @@ async def test_missing_permissions_are_named_with_the_command_that_grants_them(
     assert "HSET" in others["permissions"].text
 
 
+async def test_user_who_may_use_the_channels_alone_is_told_of(server: ValkeyServer, admin: Any) -> None:
+    """P14: it reads what is announced, or announces; who has the sessions as well gains nothing by that."""
+    users = {
+        "listener": ["on", ">a", "resetkeys", "&*", "-@all", "+subscribe"],
+        "sender": ["on", ">b", "~other:*", "resetchannels", "&mine:*", "+@all"],
+        "reader": ["on", ">c", "~mine:*", "&mine:*", "-@all", "+subscribe", "+xrange", "+publish"],
+        "operator": ["on", ">d", "~*", "&*", "+@all"],
+        "elsewhere": ["on", ">e", "~other:*", "resetchannels", "&other:*", "+@all"],
+        "nobody": ["off", ">f", "resetkeys", "&*", "+@all"],
+    }
+    try:
+        for name, rules in users.items():
+            await admin.execute_command("ACL", "SETUSER", name, *rules)
+        channels = by_subject(await RedisStore(server.url, prefix="mine").examine())["channels"]
+        assert channels.level == "warning"
+        for outsider in ("listener (hears)", "sender (hears and sends)", "reader (sends)"):
+            assert outsider in channels.text
+        assert not [name for name in ("operator", "elsewhere", "nobody", "default") if name in channels.text]
+        assert "resetchannels" in channels.advice
+    finally:
+        await admin.execute_command("ACL", "DELUSER", *users, "limited")
+    channels = by_subject(await RedisStore(server.url, prefix="mine").examine())["channels"]
+    assert channels.level == "ok"
+    assert "has no password" in channels.text
+
+
+async def test_user_who_may_not_ask_for_the_rules_is_told_that_they_are_not_known(
+    server: ValkeyServer, admin: Any
+) -> None:
+    """Nothing is said to be well that was not looked at."""
+    await admin.execute_command(*["ACL", "SETUSER", "plain", "on", ">hunter2", "~mine:*", "&mine:*", "+@all", "-acl"])
+    try:
+        url = server.url.replace("redis://", "redis://plain:hunter2@")
+        channels = by_subject(await RedisStore(url, prefix="mine").examine())["channels"]
+        assert (channels.level, "is not known" in channels.text) == ("ok", True)
+    finally:
+        await admin.execute_command("ACL", "DELUSER", "plain")
+
+
 async def test_wrong_password_is_unavailable_and_not_repeated(server: ValkeyServer) -> None:
     """`Examinable.examine`: StoreUnavailable if it lets nobody in; the message holds no credentials (P13)."""
     with pytest.raises(StoreUnavailable) as refused:

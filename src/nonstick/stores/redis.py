@@ -60,6 +60,7 @@ from nonstick.store import (
 )
 from nonstick.stores import redis_examine
 from nonstick.stores.bounds import check_bounds
+from nonstick.stores.redis_channels import check_channels
 from nonstick.stores.redis_cluster import ClusterServers
 from nonstick.stores.redis_groups import Groups
 from nonstick.stores.redis_proof import Proof
@@ -590,8 +591,11 @@ class _RedisLease:
 async def _examine(servers: Servers, prefix: str, *, cluster: bool) -> list[Finding]:
     """What each server is and may do. On more than one, each text names its server."""
     findings: list[Finding] = []
+    key = secrets.token_hex(20)
     for address, call in await servers.each():
         here = [*await redis_examine.check_server(call, cluster=cluster), await redis_examine.check_clock(call)]
+        if not any(finding.blocks for finding in here):
+            here.append(await check_channels(call, prefix=prefix, key=key))
         findings += [replace(one, text=f"{address.place}: {one.text}") for one in here] if cluster else here
     if any(finding.blocks for finding in findings):
         return findings
@@ -600,7 +604,7 @@ async def _examine(servers: Servers, prefix: str, *, cluster: bool) -> list[Find
         key = next((str(part) for part in command if str(part).startswith(f"{prefix}:")), "")
         return await servers.call(key, *command)
 
-    return findings + await redis_examine.check_permissions(routed, prefix=prefix, key=secrets.token_hex(20))
+    return findings + await redis_examine.check_permissions(routed, prefix=prefix, key=key)
 
 
 # ---- between Python and the scripts
