@@ -505,6 +505,7 @@ class DocumentStore:
             version = versions.get(key)
             if watch in self._watches and (watch not in self._seen or self._seen[watch] != version):
                 self._seen[watch] = version
+                # "Read". A store that knows them may say the new events, after the entry that they follow: `News`.
                 wake(None)
 
     # ---- nodes and the store itself

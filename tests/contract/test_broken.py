@@ -12,7 +12,19 @@ from typing import Any
 import pytest
 
 from nonstick.errors import Diverged, Fenced, NotPending, SessionNotFound, StoreError, StreamClosed, Trimmed
-from nonstick.store import MAX_CLIP, MAX_READ_BYTES, STANDALONE, Appended, Batch, Cursor, Event, Loaded, Skimmed, Wake
+from nonstick.store import (
+    MAX_CLIP,
+    MAX_READ_BYTES,
+    STANDALONE,
+    Appended,
+    Batch,
+    Cursor,
+    Event,
+    Loaded,
+    News,
+    Skimmed,
+    Wake,
+)
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing import ManualClock, StoreContract, check_programs
 from nonstick.testing.append import empty_log
@@ -273,6 +285,29 @@ class LeavesAWindow(MemoryStore):
         return super().watch(key, lambda news: wake(news) if news else None)
 
 
+class NamesAnotherEntryBefore(MemoryStore):
+    """Its wakes say the right events, after an entry that is not in the log."""
+
+    def watch(self, key: str, wake: Wake) -> Callable[[], None]:
+        return super().watch(
+            key, lambda news: wake(news and News(Cursor(news.after.position, b"another!"), news.events))
+        )
+
+
+class NamesNoTag(MemoryStore):
+    """Its wakes name the position before their events alone, which another entry may have after a loss."""
+
+    def watch(self, key: str, wake: Wake) -> Callable[[], None]:
+        return super().watch(key, lambda news: wake(news and news._replace(after=Cursor(news.after.position))))
+
+
+class SaysEventsAlone(MemoryStore):
+    """As stores did to 0.1: nothing tells whether these events continue a log."""
+
+    def watch(self, key: str, wake: Wake) -> Callable[[], None]:
+        return super().watch(key, lambda news: wake(news and list(news.events)))  # type: ignore[arg-type]
+
+
 class KeepsCalling(MemoryStore):
     def watch(self, key: str, wake: Wake) -> Callable[[], None]:
         super().watch(key, wake)
@@ -343,6 +378,9 @@ BROKEN = {
         "test_end_of_the_session_wakes_its_followers",
     ],
     LeavesAWindow: ["test_watch_first_says_read", "test_follower_begins_where_it_is_told"],
+    NamesAnotherEntryBefore: ["test_news_name_the_entry_that_they_follow"],
+    NamesNoTag: ["test_news_name_the_entry_that_they_follow", "test_news_name_an_entry_that_was_dropped_or_say_read"],
+    SaysEventsAlone: ["test_append_wakes_the_watchers_on_every_node"],
     KeepsCalling: ["test_watch_that_was_stopped_is_not_called"],
     NeverLapses: ["test_lease_holds_until_it_lapses_by_the_stores_clock"],
 }

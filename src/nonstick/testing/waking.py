@@ -19,7 +19,6 @@ class Wakes:
         self._changed = asyncio.Event()
 
     def __call__(self, news: News | None) -> None:
-        assert news is None or isinstance(news, News), "a wake says None or `News`"
         self.calls.append(news)
         self._changed.set()
 
@@ -29,6 +28,7 @@ class Wakes:
             while len(self.calls) <= than:
                 self._changed.clear()
                 await self._changed.wait()
+        assert all(news is None or isinstance(news, News) for news in self.calls), "a wake says None, or `News`"
 
 
 class WatchContract(ContractFixtures):
