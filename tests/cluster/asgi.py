@@ -33,6 +33,9 @@ class Call:
         self._sent = False
         self._gone = asyncio.Event()
         self._changed = asyncio.Event()
+        self._reads = asyncio.Event()
+        self._reads.set()
+        self._stuck = asyncio.Event()
         common = {"host": "127.0.0.1:80", "accept": "application/json, text/event-stream"}
         common |= {"content-type": "application/json"} if message is not None else {}
         scope = {
@@ -64,6 +67,9 @@ class Call:
         return {"type": "http.disconnect"}
 
     async def _send(self, message: Message) -> None:
+        if not self._reads.is_set():
+            self._stuck.set()
+            await self._reads.wait()
         if message["type"] == "http.response.start":
             self.status = message["status"]
             self.headers = {name.decode(): value.decode() for name, value in message["headers"]}
@@ -116,8 +122,24 @@ class Call:
         """Returns once the response has ended."""
         await self.until(lambda: self.ended)
 
-    async def close(self) -> None:
+    def stop_reading(self) -> None:
+        """From here on nothing is taken of what the app sends."""
+        self._reads.clear()
+
+    async def is_stuck(self) -> None:
+        """Returns once the app waits for something to be taken."""
+        async with asyncio.timeout(DEADLINE):
+            await self._stuck.wait()
+
+    def read_on(self) -> None:
+        self._reads.set()
+
+    def go(self) -> None:
         """The client goes."""
         self._gone.set()
+
+    async def close(self) -> None:
+        """The client goes, and the app has noticed."""
+        self.go()
         async with asyncio.timeout(DEADLINE):
             await asyncio.wait([self._task])

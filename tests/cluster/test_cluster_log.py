@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import secrets
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mcp.server.request_state import InvalidRequestState
@@ -14,13 +16,18 @@ from mcp.shared.subscriptions import ResourceUpdated, ServerEvent, ToolsListChan
 
 import nonstick.cluster
 from nonstick import Cluster, EncryptedStore
+from nonstick.cluster import CLUSTER_KEY
 from nonstick.errors import Undecryptable
-from nonstick.events import Kind, draft
+from nonstick.events import Kind, draft, kind_of
 from nonstick.guard import GuardedStore
 from nonstick.store import Batch, Cursor, Store
 from nonstick.stores import open_store
+from nonstick.stores.memory import MemoryStore
+from tests.cluster.stage import HeldStore, eventually
 
 pytestmark = pytest.mark.anyio
+
+KEYS = "request-state-keys"
 
 
 class Node:
@@ -105,6 +112,51 @@ async def test_a_rotated_key_seals_only_when_every_node_accepts_it(
         assert after[:9] != before[:9], "the key's fingerprint has changed"
         assert b.cluster.request_state_security.codec.unseal(before) == b"before"
         assert b.cluster.request_state_security.codec.unseal(after) == b"after"
+
+
+async def test_a_new_key_is_known_everywhere_before_anything_is_sealed_with_it(
+    make_store: Callable[[], Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of the two steps adds it as the last one, also where a node hears of that late."""
+    monkeypatch.setattr(nonstick.cluster, "_SPREAD_SECONDS", 3600.0)
+    async with AsyncExitStack() as stack:
+        a = Node(make_store())
+        await a.start(stack)
+        old = a.cluster.request_state_security.codec.seal(b"old")
+        fields = (await a.store.load(CLUSTER_KEY)).fields
+        rotation = asyncio.create_task(a.cluster.rotate_request_state_key())
+
+        async def said() -> bool:
+            return any(kind_of(event.data) is Kind.KEYS for event in await a.store.read(CLUSTER_KEY, Cursor(0)))
+
+        await eventually(said)
+        changed = (await a.store.load(CLUSTER_KEY)).fields
+        # A node that starts now knows both; one that has not heard of it has the old one alone.
+        before, after = (json.loads(found[KEYS]) for found in (fields, changed))
+        assert after[:-1] == before
+        assert len(after) == len(before) + 1
+        assert a.cluster.request_state_security.codec.seal(b"new")[:8] == old[:8], "the key's fingerprint"
+        rotation.cancel()
+        await asyncio.wait([rotation])
+
+
+async def test_keys_that_change_while_a_node_starts_are_known_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the log says of it is taken before anybody here listens."""
+    monkeypatch.setattr(nonstick.cluster, "_SPREAD_SECONDS", 0.0)
+    memory = MemoryStore()
+    held: Any = HeldStore(memory, "read", after=False)
+    async with AsyncExitStack() as stack:
+        a, b = Node(memory), Node(held)
+        await a.start(stack)
+        held.holding = True
+        starting = asyncio.create_task(b.start(stack))
+        async with asyncio.timeout(10):
+            await held.held.wait()
+        await a.cluster.rotate_request_state_key()
+        held.released.set()
+        await starting
+        token = a.cluster.request_state_security.codec.seal(b"state")
+        assert b.cluster.request_state_security.codec.unseal(token) == b"state"
 
 
 async def test_key_that_is_gone_takes_only_what_was_said_under_it(make_store: Callable[[], Store]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pydantic_core
 
 from nonstick.events import Kind, draft
-from nonstick.store import STANDALONE, Event
+from nonstick.store import STANDALONE, Cursor, Event
 from nonstick.turns import Turns
 
 
@@ -114,6 +114,46 @@ def test_one_whose_node_died_counts_as_having_read_what_it_began_with() -> None:
     turn.give_up()
     assert open_before(turns, 2) is None
     assert turns.read_before(2) == 4
+
+
+def test_an_older_turn_that_never_left_holds_up_nobody_after_one_that_left() -> None:
+    """P3: what the older one carried, the one after it waited for."""
+    turns = noted(("l", "old", 0), ("l", "one", 0), ("x", "one", 2), ("l", "two", 2))
+    assert open_before(turns, 4) is None
+    assert turns.read_before(4) == 2
+
+
+def test_where_a_turn_is_open_the_next_one_begins_where_that_began() -> None:
+    """P3: not where an older one got to; nobody knows yet how far it will get."""
+    turns = noted(("l", "one", 0), ("x", "one", 1), ("l", "two", 7), ("l", "three", 0))
+    assert open_before(turns, 4) == "two"
+    assert turns.read_before(4) == 7
+
+
+def test_what_a_turn_says_that_it_read_counts_only_of_that_entry() -> None:
+    """P9: it left before its node knew that the store had lost the entry, whose position was given out again."""
+    turns = noted(("l", "one", 0), ("y", "one", None), ("y", "one", None))
+    there = turns.tag_at(2)
+    assert there is not None
+    for tag, read in ((there, 2), (b"another.", 0)):
+        again = noted(("l", "one", 0))
+        again.trail.append(Cursor(2, there))
+        body = {"listener": "one", "read": 2, "tag": tag.hex()}
+        event = draft(Kind.LEFT, pydantic_core.to_json(body))
+        again.note(Event(4, event.tag, STANDALONE, event.data))
+        assert again.read_before(5) == read
+
+
+def test_a_lost_place_leads_to_where_the_first_went_on_who_came_with_it() -> None:
+    """P9: on every node, whoever comes later."""
+    turns = Turns()
+    assert turns.found_again(None) is None
+    assert turns.found_again("9.00") is None
+    for position, since in ((5, 4), (8, 7)):
+        body = {"listener": f"{position}", "node": "n", "since": since, "lost": "9.00"}
+        event = draft(Kind.LISTENING, pydantic_core.to_json(body))
+        turns.note(Event(position, event.tag, STANDALONE, event.data))
+    assert turns.found_again("9.00") == 4
 
 
 def test_a_turn_whose_beginning_was_trimmed_still_tells_how_far_it_got() -> None:
