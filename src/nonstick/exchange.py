@@ -85,6 +85,9 @@ _TOO_MANY: Final = wire.Refusal(
     429, "Too many sessions of this principal are open; end one with DELETE, or wait until one expires", retry_after=10
 )
 
+_MOST_TRIES: Final = 3
+"""Tasks that are to tell one request's end, one after the other: somebody may cancel each of them."""
+
 _EMIT_PATIENCE: Final = 20.0
 _RETRY_PAUSE: Final = 1.0
 
@@ -149,6 +152,8 @@ class Exchange:
         """Its end is told without waiting for its handler."""
         self._concluded = False
         """Its end was told, or is another's to tell."""
+        self._tries = 0
+        """Tasks, beside the handler's, that were to tell its end."""
         self._body: bytes | None = None
         """The answer, once the handler has ended."""
         self._window: asyncio.TimerHandle | None = None
@@ -319,12 +324,14 @@ class Exchange:
     def _ran(self, _: asyncio.Task[None]) -> None:
         """The task has ended. If it did not tell the request's end, another one does, which nobody cancels (P16)."""
         node = self.session.node
-        if not self._concluded and not node.stopped:
+        if not self._concluded and not node.stopped and self._tries < _MOST_TRIES:
+            self._tries += 1
             node.spawn(self._conclude()).add_done_callback(self._ran)
             return
         if not self._concluded:
             self._closed = True
             self._leave()
+            self._outlet.end()
         if not self._is_decided:
             # Nobody shall wait for what will not come.
             if self._window is None:

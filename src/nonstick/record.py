@@ -260,7 +260,7 @@ class SessionState(dict[str, Any]):
         return changed | (self._saved.keys() - self.keys())
 
     def _differs(self, key: str, value: Any) -> bool:
-        if self._secret and value == self._secret:
+        if self._secret and type(value) is str and value == self._secret:
             return False
         try:
             return self._saved.get(key) != to_json(key, value)
@@ -292,7 +292,7 @@ def to_json(key: str, value: Any) -> bytes:
     try:
         if _is_json(value):
             return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
-    except (ValueError, RecursionError):
+    except Exception:  # noqa: S110 - what is no plain value may raise anything when it is looked at
         pass
     raise StateNotJSON(
         f"session state {key!r} holds a {type(value).__name__} that JSON cannot hold as it is, so other nodes could "

@@ -272,6 +272,8 @@ class Ends(Stage):
             case "streams":
                 await say(ctx, "begun")
                 await self.door(params.root["way"])
+            case "says":
+                await say(ctx, "begun")
             case "asks":
                 await ask(ctx)
             case "reports":

@@ -232,6 +232,8 @@ class HeldStore:
         self._when = when
         self.holding = False
         self.held = asyncio.Event()
+        self.count = 0
+        """Calls that were held up, or that could not be reached."""
         self.released = asyncio.Event()
 
     def __getattr__(self, name: str) -> Any:
@@ -274,6 +276,7 @@ class DownStore(HeldStore):
                 return await method(*args, **options)
             if self._after:
                 await method(*args, **options)
+            self.count += 1
             self.held.set()
             raise StoreUnavailable("cut off by the test")
 

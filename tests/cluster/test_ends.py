@@ -10,6 +10,7 @@ from typing import Any
 
 import pydantic_core
 import pytest
+from mcp_types import INTERNAL_ERROR
 
 from nonstick import current_connection
 from nonstick.events import EventId, Kind, draft
@@ -330,3 +331,67 @@ async def test_clean_up_may_end_in_any_way(memory: MakeStore, exits: list[Exit])
             await eventually(lambda: session_key(session.id) not in node_of(b).sessions)  # noqa: B023
             assert (await b.post(call("owe", way=name), session)).status_code == 404
     assert [type(told) for told in exits] == [SystemExit, KeyboardInterrupt]
+
+
+class Evil(dict[str, Any]):
+    """Nobody looks into it unpunished."""
+
+    def items(self) -> Any:
+        raise ArithmeticError("not today")
+
+
+async def test_state_that_raises_when_it_is_looked_at_is_an_error_and_the_next_request_is_served(
+    memory: MakeStore,
+) -> None:
+    """P16, P2."""
+    async with ends(memory) as (stage, a, b, c):
+
+        @stage.tool
+        async def spoil(ctx: Context, arguments: dict[str, Any]) -> str:
+            state = current_connection().state
+            if arguments["spoils"]:
+                state["list"] = []
+                state["list"].append(Evil(a=1))
+            return str(sorted(state))
+
+        session = await a.open()
+        async with getting(b, session):  # the view stays
+            spoiled = (await b.post(call("spoil", 1, spoils=True), session)).json()
+            assert (spoiled["id"], spoiled["error"]["code"]) == (1, INTERNAL_ERROR)
+            assert "JSON cannot hold" in spoiled["error"]["message"]
+            for member in (b, c):
+                assert text_of((await member.post(call("spoil", 2, spoils=False), session)).json()) == "[]"
+
+
+@pytest.mark.parametrize("times", [2, 1000])
+async def test_end_is_told_or_refused_though_whoever_tells_it_is_cancelled(memory: MakeStore, times: int) -> None:
+    """P16: by a handler that cancels every task it finds, say. The client never waits for ever."""
+    loop, left = asyncio.get_running_loop(), times
+
+    def cancelling(loop: Any, work: Any, **more: Any) -> asyncio.Task[Any]:
+        nonlocal left
+        task: asyncio.Task[Any] = asyncio.Task(work, loop=loop, **more)
+        if work.__qualname__ == "Exchange._conclude" and left:
+            left -= 1
+            task.cancel()
+        return task
+
+    factory: Any = cancelling
+    async with ends(memory) as (_, a, b, _):
+        session = await a.open()
+        loop.set_task_factory(factory)
+        try:
+            for phase in ("", "says"):
+                left = times
+                async with posting(b, session, end_by("its own cancellation", phase)) as stream:
+                    response = await stream.response()
+                    if times == 2:
+                        WAYS["its own cancellation"].check(await stream.outcome(), 1)
+                    elif phase:
+                        assert [one.get("method") for one in await stream.rest()] == ["notifications/message"]
+                    else:
+                        assert response.status_code == 500
+        finally:
+            loop.set_task_factory(None)
+        async with posting(b, session, end_by("a result", "", 2)) as stream:
+            WAYS["a result"].check(await stream.answer(), 2)

@@ -1,0 +1,257 @@
+"""One POST with a request, where its client, its store or its session goes away in the middle."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from mcp_types import INTERNAL_ERROR
+
+from nonstick import current_connection, session_state
+from nonstick.security import session_key
+from nonstick.session import Session as View
+from nonstick.store import Store
+from nonstick.testing.cluster import HEADERS, Member, Session
+from tests.cluster.conftest import MakeStore
+from tests.cluster.sse import DEADLINE, posting
+from tests.cluster.stage import (
+    Context,
+    DownStore,
+    HeldStore,
+    accept,
+    ask,
+    call,
+    cancel,
+    eventually,
+    node_of,
+    say,
+    staged,
+    text_of,
+    texts_of,
+)
+
+pytestmark = pytest.mark.anyio
+
+FOR_EVER = 600.0
+"""A window that does not pass: the node does not follow the log."""
+
+
+def view(member: Member, session: Session) -> View:
+    """What the node holds of the session."""
+    return node_of(member).sessions[session_key(session.id)]
+
+
+def has_ended(session: View, key: str) -> bool:
+    """Whether the handler of this request has ended, and the request has not."""
+    return key in session.exchanges and not session.exchanges[key].can_send_request
+
+
+async def test_handler_whose_caller_was_cancelled_before_the_answer_runs_to_its_end(memory: MakeStore) -> None:
+    """P3: a middleware's timeout, say; more than a client's connection would have taken is sent to nobody."""
+    async with staged(memory) as (stage, a, _, _):
+
+        @stage.tool
+        async def talk(ctx: Context, arguments: dict[str, Any]) -> str:
+            stage.open("begun")
+            await stage.door("go on")
+            for _ in range(4):
+                await say(ctx, "x" * 200_000)
+            stage.open("done")
+            return "done"
+
+        session = await a.open()
+        caller = asyncio.create_task(_call_app(a, session, call("talk")))
+        await stage.reached("begun")
+        caller.cancel()
+        await asyncio.wait([caller])
+        stage.open("go on")
+        await stage.reached("done")
+
+
+async def _call_app(member: Member, session: Session, message: dict[str, Any]) -> None:
+    """As an ASGI server would."""
+    headers = {**HEADERS, **session.headers, "host": "127.0.0.1:80"}
+    scope: dict[str, Any] = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": "/mcp",
+        "raw_path": b"/mcp",
+        "root_path": "",
+        "query_string": b"",
+        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 80),
+    }
+    body = [{"type": "http.request", "body": json.dumps(message).encode(), "more_body": False}]
+
+    async def receive() -> Any:
+        if body:
+            return body.pop()
+        return await asyncio.Event().wait()
+
+    async def send(part: Any) -> None:
+        await asyncio.Event().wait()
+
+    await member.app(scope, receive, send)
+
+
+@pytest.mark.parametrize("how", ["saves", "streams"])
+async def test_request_whose_session_ended_elsewhere_within_its_window_gets_404(
+    make_store: MakeStore, how: str
+) -> None:
+    """P6, P9: not 503, with which the client would try for ever."""
+    async with staged(make_store, window=FOR_EVER) as (stage, a, b, c):
+
+        @stage.tool
+        async def work(ctx: Context, arguments: dict[str, Any]) -> str:
+            stage.open("begun")
+            await stage.door("go on")
+            current_connection().state["kept"] = 1
+            if how == "streams":
+                await say(ctx, "said")
+            return "done"
+
+        session = await a.open()
+        async with posting(b, session, call("work")) as stream:
+            await stage.reached("begun")
+            assert (await c.delete(session)).status_code == 200
+            stage.open("go on")
+            response = await stream.response()
+            assert response.status_code == 404
+            assert "retry-after" not in response.headers
+
+
+async def test_state_that_was_set_while_a_request_waits_to_be_saved_is_not_undone(memory: MakeStore) -> None:
+    """P2: what it saves is looked up once it is its turn."""
+    stores: list[HeldStore] = []
+
+    def make() -> Store:
+        stores.append(HeldStore(memory(), "update", after=False))
+        return stores[-1]
+
+    async with staged(make) as (stage, a, b, c):
+
+        @stage.tool
+        async def early(ctx: Context, arguments: dict[str, Any]) -> str:
+            current_connection().state["key"] = "early"
+            return "done"
+
+        @stage.tool
+        async def late(ctx: Context, arguments: dict[str, Any]) -> str:
+            await session_state().set("key", "late")
+            return "done"
+
+        @stage.tool
+        async def get(ctx: Context, arguments: dict[str, Any]) -> str:
+            return str(current_connection().state["key"])
+
+        session = await a.open()
+        held = stores[2]
+        held.holding = True
+        async with posting(b, session, call("late", 1)) as setting:
+            async with asyncio.timeout(DEADLINE):
+                await held.held.wait()
+            async with posting(b, session, call("early", 2)) as saving:
+                await eventually(lambda: has_ended(view(b, session), "2"))
+                held.holding = False
+                held.released.set()
+                assert text_of(await setting.answer()) == "done"
+                assert text_of(await saving.answer()) == "done"
+        for member in (c, b):
+            assert text_of((await member.post(call("get"), session)).json()) == "late"
+
+
+async def test_log_level_holds_at_once_for_what_runs_on_the_same_node(memory: MakeStore) -> None:
+    """P2: though that does not follow the log yet."""
+    async with staged(memory, window=FOR_EVER) as (stage, a, b, _):
+
+        @stage.tool
+        async def talk(ctx: Context, arguments: dict[str, Any]) -> str:
+            stage.open("begun")
+            await stage.door("go on")
+            await say(ctx, "unwanted")
+            return "done"
+
+        session = await a.open()
+        async with posting(b, session, call("talk")) as stream:
+            await stage.reached("begun")
+            level = {"jsonrpc": "2.0", "id": 2, "method": "logging/setLevel", "params": {"level": "error"}}
+            assert "result" in (await b.post(level, session)).json()
+            stage.open("go on")
+            assert text_of(await stream.answer()) == "done"
+
+
+async def test_reply_that_the_log_cannot_take_is_503_and_counts_once_it_can(
+    memory: MakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P4, P9: 202 means that the handler gets it."""
+    monkeypatch.setattr("nonstick.manager._NOTICE_PATIENCE", 0.05)
+    stores: list[DownStore] = []
+
+    def make() -> Store:
+        stores.append(DownStore(memory(), "append", after=False))
+        return stores[-1]
+
+    async with staged(make) as (stage, a, b, c):
+
+        @stage.tool
+        async def name(ctx: Context, arguments: dict[str, Any]) -> str:
+            return str((await ask(ctx))["content"]["name"])
+
+        session = await a.open()
+        async with posting(b, session, call("name")) as stream:
+            question = await stream.message()
+            stores[3].holding = True
+            refused = await c.post(accept(question), session)
+            assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+            assert refused.json()["error"]["code"] == INTERNAL_ERROR
+            stores[3].holding = False
+            assert (await c.post(accept(question), session)).status_code == 202
+            assert texts_of(await stream.rest()) == ["Ada"]
+
+
+async def test_cancel_reaches_a_request_though_a_later_one_loaded_a_newer_log(memory: MakeStore) -> None:
+    """P5: the node follows from where the earliest of what runs there began."""
+    async with staged(memory, window=0.5) as (stage, a, b, c):
+
+        @stage.tool
+        async def wait(ctx: Context, arguments: dict[str, Any]) -> str:
+            stage.open("begun")
+            await stage.door("never")
+            return "done"
+
+        @stage.tool
+        async def quick(ctx: Context, arguments: dict[str, Any]) -> str:
+            return "quick"
+
+        session = await a.open()
+        async with posting(b, session, call("wait", 1)) as stream:
+            await stage.reached("begun")
+            assert (await c.post(cancel(1), session)).status_code == 202
+            assert text_of((await b.post(call("quick", 2), session)).json()) == "quick"
+            assert (await stream.outcome())["error"]["message"] == "Request cancelled"
+
+
+async def test_log_is_followed_no_longer_than_anything_runs(make_store: MakeStore) -> None:
+    """P10: when the last request has ended, nothing watches the session."""
+    async with staged(make_store, window=0.02) as (stage, a, b, _):
+
+        @stage.tool
+        async def wait(ctx: Context, arguments: dict[str, Any]) -> str:
+            stage.open("begun")
+            await stage.door("go on")
+            return "done"
+
+        session = await a.open()
+        async with posting(b, session, call("wait")) as stream:
+            await stage.reached("begun")
+            followed = view(b, session).follower
+            await eventually(lambda: followed.subscriptions > 0)
+            stage.open("go on")
+            assert text_of(await stream.outcome()) == "done"
+        await eventually(lambda: followed.subscriptions == 0)
