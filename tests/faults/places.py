@@ -34,7 +34,7 @@ class Place:
     def url(self, by: FaultProxy | None = None) -> str:
         """Where a node finds it, directly or by way of a proxy."""
         base = self.server.url if by is None else by.url
-        return f"{base}?prefix={self.name}&empty_grace=1" if self.kind == "valkey" else f"{base}?schema={self.name}"
+        return f"{base}?{'prefix' if self.kind == 'valkey' else 'schema'}={self.name}&empty_grace=1"
 
     def make(self) -> Store:
         return open_store(self.url())

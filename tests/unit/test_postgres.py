@@ -348,8 +348,8 @@ async def test_everything_is_under_one_schema(store: PostgresStore, schema: str,
 
 
 async def test_unlogged_store_is_empty_after_a_crash_and_works(own: PostgresServer) -> None:
-    """`unlogged`: what a crash took is gone, not half there; the tables need not be made again (P9)."""
-    async with PostgresStore(own.url, schema="unlogged", unlogged=True) as store:
+    """`unlogged`: what a crash took is gone, not half there; the tables need not be made again (P9, P15)."""
+    async with PostgresStore(own.url, schema="unlogged", unlogged=True, empty_grace=0.1) as store:
         await store.create("key", {"x": b"1"}, lifetime=LONG)
         await store.append("key", Batch(drafts(b"1")))
         own.restart(keep_data=True)
@@ -360,8 +360,8 @@ async def test_unlogged_store_is_empty_after_a_crash_and_works(own: PostgresServ
 
 
 async def test_tables_that_were_lost_are_made_again(own: PostgresServer) -> None:
-    """A server that comes back empty needs no restart of the nodes (P9)."""
-    async with PostgresStore(own.url) as store:
+    """A server that comes back empty needs no restart of the nodes (P9, P15)."""
+    async with PostgresStore(own.url, empty_grace=0.1) as store:
         await store.create("key", {}, lifetime=LONG)
         own.restart(keep_data=False)
         with pytest.raises(SessionNotFound):
@@ -886,3 +886,78 @@ async def test_store_works_without_prepared_statements(server: PostgresServer, s
         assert (await store.load("key")).fields == {}
         assert texts(await read_all(store, "key")) == [b"1"]
         assert await store.delete("key")
+
+
+async def test_database_that_lost_its_tables_is_not_believed_for_the_grace_period(
+    server: PostgresServer, schema: str, sql: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """P15: what it does not have is unavailable, new sessions open at once; then its mark is another one."""
+    async with PostgresStore(server.url, schema=schema, empty_grace=1.0) as store:
+        await store.create("key", {}, lifetime=LONG)
+        with pytest.raises(SessionNotFound):
+            await store.load("nobody")
+        mark = await sql(f"SELECT mark FROM {schema}.mark")
+        await sql(f"DROP SCHEMA {schema} CASCADE")
+        calls: dict[str, Callable[[], Awaitable[Any]]] = {
+            "load": lambda: store.load("key"),
+            "update": lambda: store.update("key", {"a": b"1"}),
+            "delete": lambda: store.delete("key"),
+            "append": lambda: store.append("key", Batch(drafts(b"x"))),
+            "read": lambda: store.read("key", Cursor(0)),
+            "skim": lambda: store.skim("key", Cursor(0)),
+            "lapsed": lambda: store.lapsed(["node"]),
+        }
+        for call in calls.values():
+            with pytest.raises(StoreUnavailable, match="empty or of another history"):
+                await call()
+        await store.create("young", {}, lifetime=LONG)
+        assert (await store.load("young")).fields == {}
+        async with asyncio.timeout(20):
+            while True:
+                try:
+                    await store.load("key")
+                except StoreUnavailable:
+                    await asyncio.sleep(0.05)
+                except SessionNotFound:
+                    break
+        assert await store.lapsed(["node"]) == {"node"}
+        assert await sql(f"SELECT mark FROM {schema}.mark") not in ("", mark)
+    told = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(told) == 2
+    assert "bring that back now" in told[0]
+    assert "404 from now on" in told[1]
+
+
+async def test_tables_that_are_brought_back_in_time_end_no_session(
+    server: PostgresServer, schema: str, sql: Any
+) -> None:
+    """P15: nobody ever heard "gone", and nothing is doubted any more."""
+    async with PostgresStore(server.url, schema=schema) as store:
+        await store.create("key", {"a": b"1"}, lifetime=LONG)
+        await sql(f"ALTER SCHEMA {schema} RENAME TO {schema}_away")
+        with pytest.raises(StoreUnavailable, match="empty or of another history"):
+            await store.load("key")
+        await sql(f"DROP SCHEMA {schema} CASCADE")
+        await sql(f"ALTER SCHEMA {schema}_away RENAME TO {schema}")
+        assert (await store.load("key")).fields == {"a": b"1"}
+        with pytest.raises(SessionNotFound):
+            await store.load("nobody")
+
+
+async def test_unlogged_tables_that_a_crash_has_emptied_are_doubted(schema: str) -> None:
+    """P15: the mark goes where the sessions go."""
+    with PostgresServer() as own:
+        async with PostgresStore(own.url, schema=schema, unlogged=True) as store:
+            await store.create("key", {}, lifetime=LONG)
+            with pytest.raises(SessionNotFound):
+                await store.load("nobody")
+            await asyncio.to_thread(own.restart, keep_data=True)
+            async with asyncio.timeout(20):
+                with pytest.raises(StoreUnavailable, match="empty or of another history"):
+                    while True:
+                        try:
+                            await store.load("key")
+                        except StoreUnavailable as error:
+                            if "empty" in str(error):
+                                raise
+                            await asyncio.sleep(0.05)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import secrets
 from collections.abc import Callable, Collection, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -46,6 +47,7 @@ from nonstick.store import (
 )
 from nonstick.stores import postgres_examine
 from nonstick.stores.bounds import check_bounds
+from nonstick.stores.postgres_history import History
 from nonstick.stores.postgres_news import Announcer, Listener
 from nonstick.stores.postgres_pool import STANDBY, TROUBLE, Pool, SchemaMissing, connect, connected, refusal
 from nonstick.stores.postgres_schema import plan, prepare
@@ -86,6 +88,17 @@ _ARGUMENTS: Final = {
     "live": 1,
     "ping": 0,
 }
+
+_SAYS_GONE: Final = {
+    "load": "NOT f.live",
+    "update": "f.f IS NULL",
+    "delete": "NOT f.f",
+    "extend": "f.outcome = 'gone'",
+    "read": "f.outcome = 'gone'",
+    "skim": "f.outcome = 'gone'",
+    "live": "true",
+}
+"""When an answer says that something is gone. It then has the database's mark in its last column, "" for none."""
 
 _REFUSALS: Final = {
     "gone": (SessionNotFound, "no live session has this key"),
@@ -133,6 +146,8 @@ class PostgresStore:
         unlogged: When the tables are made: unlogged. Faster, not replicated, and empty after a crash of the server.
         pool_size: Connections at most, besides the one that listens and the lease's.
         migrate: Make and upgrade the tables as needed. Else that is refused, and left to `nonstick migrate`.
+        empty_grace: Seconds for which a database that has lost its data is not believed when it says that a session is
+            gone: somebody may bring the data back (P15).
         timeout: Seconds that any call waits for its answer, connecting included.
         max_waiting: Calls that may be under way at once; beyond that they fail immediately (P10).
         heartbeat: Seconds between two proofs of life on the connection that listens.
@@ -153,6 +168,7 @@ class PostgresStore:
         unlogged: bool | None = None,
         pool_size: int | None = None,
         migrate: bool | None = None,
+        empty_grace: float | None = None,
         timeout: float = 2.0,
         max_waiting: int = 10_000,
         heartbeat: float = 3.0,
@@ -166,6 +182,7 @@ class PostgresStore:
             unlogged=unlogged,
             pool_size=pool_size,
             migrate=migrate,
+            empty_grace=empty_grace,
         )
         self._timeout = timeout
         self._max_waiting = max_waiting
@@ -173,13 +190,16 @@ class PostgresStore:
         self._sweep_interval = sweep_interval
         self._calls = {
             # In the same statement, so in the same server: see `Pool.fetch`.
-            name: f"SELECT f.*, pg_is_in_recovery() AS {STANDBY} "  # noqa: S608 - checked name
+            name: f"SELECT f.*, pg_is_in_recovery() AS {STANDBY}, "  # noqa: S608 - checked name
+            f"CASE WHEN {_SAYS_GONE.get(name, 'false')} THEN "
+            f"coalesce((SELECT m.mark FROM \"{self._address.schema}\".mark m), '') END AS mark "
             f'FROM "{self._address.schema}".{name}({_placeholders(count)}) AS f'
             for name, count in _ARGUMENTS.items()
         }
         self._open: Pool | None = None
         self._ready: asyncio.Task[None] | None = None
         self._keeper: asyncio.Task[None] | None = None
+        self._history = History(self.url, look=self._mark, make=self._mark_made, grace=self._address.empty_grace)
         self._announcer = Announcer(self._notify)
         self._listener = Listener(self._address.direct(), self._announcer, connect_timeout=timeout, interval=heartbeat)
 
@@ -216,6 +236,7 @@ class PostgresStore:
         assert self._keeper is not None
         self._keeper.cancel()
         await asyncio.wait([self._keeper])
+        await self._history.close()
         await self._listener.close()
         await self._announcer.close(self._timeout)
         await self._pool.close()
@@ -314,12 +335,12 @@ class PostgresStore:
     async def read(self, key: str, after: Cursor, *, limit: int = 256, max_bytes: int = MAX_READ_BYTES) -> list[Event]:
         check_bounds(limit=limit, max_bytes=max_bytes)
         rows = await self._rows_after("read", key, after, limit, max_bytes)
-        return [Event(position, tag, stream, data) for _, position, tag, stream, data, _ in rows]
+        return [Event(position, tag, stream, data) for _, position, tag, stream, data, *_ in rows]
 
     async def skim(self, key: str, after: Cursor, *, limit: int = 256, clip: int = MAX_CLIP) -> list[Skimmed]:
         check_bounds(limit=limit, clip=clip)
         rows = await self._rows_after("skim", key, after, limit, clip)
-        return [Skimmed(Event(position, tag, stream, data), size) for _, position, tag, stream, data, size, _ in rows]
+        return [Skimmed(Event(position, tag, stream, data), size) for _, position, tag, stream, data, size, *_ in rows]
 
     async def _rows_after(self, name: str, key: str, after: Cursor, *bounds: int) -> list[Any]:
         rows = await self._call(name, key, min(after.position, _MOST), after.tag, *bounds)
@@ -375,11 +396,14 @@ class PostgresStore:
         pool = self._pool
         await self._prepared()
         try:
-            return await pool.fetch(self._calls[name], *args, done=done)
+            rows = await pool.fetch(self._calls[name], *args, done=done)
         except SchemaMissing:
             self._ready = None
-        await self._prepared()
-        return await pool.fetch(self._calls[name], *args, done=done)
+            await self._prepared()
+            rows = await pool.fetch(self._calls[name], *args, done=done)
+        if rows and (mark := rows[0][-1]) is not None:
+            self._history.check(mark or None)
+        return rows
 
     async def _prepared(self) -> None:
         """Returns once the schema has been looked at, which is done once, for all who wait for it.
@@ -403,8 +427,25 @@ class PostgresStore:
     async def _prepare(self) -> None:
         async def work(connection: Connection) -> None:
             await prepare(connection, self._address, migrate=self._address.migrate)
+            if self._history.known is None:
+                self._history.known = await self._mark_at(connection) or await self._mark_made_at(connection)
 
         await self._pool.use(work, timeout=MIGRATE_SECONDS)
+
+    async def _mark(self) -> str | None:
+        return await self._pool.use(self._mark_at)
+
+    async def _mark_made(self) -> str:
+        return await self._pool.use(self._mark_made_at)
+
+    async def _mark_at(self, connection: Connection) -> str | None:
+        mark: str | None = await connection.fetchval(f'SELECT mark FROM "{self._address.schema}".mark')  # noqa: S608
+        return mark
+
+    async def _mark_made_at(self, connection: Connection) -> str:
+        query = f'INSERT INTO "{self._address.schema}".mark (mark) VALUES ($1) ON CONFLICT DO NOTHING'  # noqa: S608
+        await connection.execute(query, secrets.token_hex(8))
+        return await self._mark_at(connection) or ""
 
     def _appended(self, key: str, batch: Batch, answer: Any) -> None:
         """Announces what an append wrote; of a duplicate, whose first announcement may be lost, that there was one."""

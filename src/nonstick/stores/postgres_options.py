@@ -27,6 +27,10 @@ def _number(value: str) -> int:
     return int(value) if value.isascii() and value.isdigit() else 0
 
 
+def _seconds(value: str) -> float:
+    return float(value) if value.isascii() and value.replace(".", "", 1).isdigit() else -1.0
+
+
 def _flag(value: str) -> bool | None:
     return _YES.get(value.lower())
 
@@ -38,6 +42,7 @@ OWN: Final[dict[str, Callable[[str], Any]]] = {
     "prepared": _flag,
     "pool_size": _number,
     "migrate": _flag,
+    "empty_grace": _seconds,
 }
 """The store's own, and how each is read."""
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Self
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from nonstick.errors import ConfigurationError
+from nonstick.store import EMPTY_GRACE_SECONDS
 from nonstick.stores.postgres_options import OWN, read
 
 __all__ = ["Address"]
@@ -36,6 +38,7 @@ class Address:
     prepared: bool = True
     pool_size: int = 10
     migrate: bool = True
+    empty_grace: float = EMPTY_GRACE_SECONDS
     connect_timeout: float | None = None
     system_authorities: bool = False
 
@@ -47,6 +50,8 @@ class Address:
                 raise ConfigurationError(f"{name} in the store URL must be true or false")
         if self.pool_size < 1:
             raise ConfigurationError("the store's pool_size must be a number from 1")
+        if not 0 <= self.empty_grace < math.inf:
+            raise ConfigurationError("the store's empty_grace must be a number of seconds, such as 15")
 
     @classmethod
     def parse(cls, url: str, **given: Any) -> Self:
