@@ -373,7 +373,7 @@ def _option(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{value!r} is no value of {name}: give a number, true, false or null"
+            f'{value!r} is no value of {name}: give a number, true, false, null, or a list as ["a", "b"]'
         ) from None
 
 

@@ -969,7 +969,7 @@ def _check_relayed(settings: Settings, store: Store) -> None:
         if getattr(settings, name) and not getattr(store, "encrypts", False):
             raise ConfigurationError(
                 f"{name} has parts of requests written into the store, which may be credentials: give encryption_keys= "
-                "too, the first of them no plaintext"
+                "too (for nonstick serve: NONSTICK_ENCRYPTION_KEYS), the first of them no plaintext"
             )
 
 

@@ -51,6 +51,9 @@ HARMLESS: Final = frozenset(
 
 _LATIN: Final = "latin-1"
 
+_TELLING: Final = 16
+"""Characters of a token that are in no other text by chance."""
+
 _ID: Final = "\0session\0"
 """Stands for the session's id, which routes of one's own may have in the path, and proxies in headers."""
 
@@ -81,10 +84,26 @@ def pack(request: Request, *, more: Collection[str] = (), query: bool = False) -
         "client": scope.get("client"),
         "server": scope.get("server"),
         "headers": [(name, value) for name, value in headers if name in HARMLESS or name in more],
-        "user": user.access_token.model_dump(mode="json", exclude={"token"})
-        if isinstance(user, AuthenticatedUser)
-        else None,
+        "user": _described(user.access_token) if isinstance(user, AuthenticatedUser) else None,
     }
+
+
+def _described(token: AccessToken) -> dict[str, Any]:
+    """What the token says of its user, in the SDK's own fields: not itself, which some verifiers put into claims."""
+    fields = token.model_dump(mode="json", include=AccessToken.model_fields.keys() - {"token"})
+    described: dict[str, Any] = _without(fields, token.token)
+    return described
+
+
+def _without(value: Any, secret: str) -> Any:
+    """The value, with nothing where it has this text."""
+    if isinstance(value, dict):
+        return {name: _without(inner, secret) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_without(inner, secret) for inner in value]
+    if isinstance(value, str) and (value == secret or (len(secret) >= _TELLING and secret in value)):
+        return ""
+    return value
 
 
 def unpack(packed: Mapping[str, Any], session_id: str) -> Request:

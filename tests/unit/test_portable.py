@@ -64,3 +64,20 @@ def test_of_what_a_request_says_only_what_is_known_to_hold_no_credentials_travel
     there = unpack(json.loads(json.dumps(pack(request))), session_id)
     assert set(there.headers) == HARMLESS | {"mcp-session-id"}
     assert there.url.query == ""
+
+
+def test_token_is_not_written_where_its_verifier_has_put_it_once_more() -> None:
+    """P13: into claims, as FastMCP's for debugging does, or into fields of a kind of its own."""
+
+    class Verified(AccessToken):
+        refresh: str = "r3fresh"
+
+    token = "t0ken-of-some-length"
+    claims = {"token": token, "iss": "here", "deep": [{"header": f"Bearer {token}"}, 7], "sub": "ada"}
+    user = AuthenticatedUser(Verified(token=token, client_id="ada", scopes=["read"], claims=claims))
+    request = Request({"type": "http", "method": "POST", "path": "/", "headers": [], "user": user})
+    text = json.dumps(pack(request))
+    assert token not in text
+    assert "r3fresh" not in text
+    there = unpack(json.loads(text), new_session_id()).user.access_token
+    assert there.claims == {"token": "", "iss": "here", "deep": [{"header": ""}, 7], "sub": "ada"}
