@@ -60,15 +60,22 @@ class Slice:
     async def read(self, store: GuardedStore, key: str, after: Cursor) -> list[Event]:
         """As `Store.read`, but goes on with what is left where the entry at the cursor was trimmed."""
         with self._learning():
-            return await store.read_on(key, after, limit=self._events, max_bytes=self._size)
+            events = await store.read_on(key, after, limit=self._events, max_bytes=self._size)
+        if events:
+            # There may be many such slices, and stores that answer without a wait: others get their turns.
+            await asyncio.sleep(0)
+        return events
 
     async def skim(self, store: GuardedStore, key: str, after: Cursor, *, clip: int = MAX_CLIP) -> list[Skimmed]:
         """As `Store.skim`, but goes on as `read` does."""
         with self._learning():
             try:
-                return await store.skim(key, after, limit=self._events, clip=clip)
+                entries = await store.skim(key, after, limit=self._events, clip=clip)
             except Trimmed:
-                return await store.skim(key, Cursor(after.position), limit=self._events, clip=clip)
+                entries = await store.skim(key, Cursor(after.position), limit=self._events, clip=clip)
+        if entries:
+            await asyncio.sleep(0)
+        return entries
 
     @contextlib.contextmanager
     def _learning(self) -> Iterator[None]:

@@ -519,6 +519,8 @@ class Listener(Reader):
                 if search is not None:
                     search.note(event)
                 self._note(event)
+            # This connection's own turn is not begun yet.
+            self._turns.forget()
 
     def _note(self, event: Event) -> None:
         """Keeps account of whose turn it is and which server requests are settled. Large events may be cut off."""

@@ -236,10 +236,9 @@ class Trimmer:
             )
 
     async def _outline(self) -> Outline:
-        """The log as it is. Others get their turn of the event loop between its pages."""
+        """The log as it is. Others get their turns of the event loop between its pages."""
         outline, part, after = Outline(), Slice(MAX_READ), 0
         while entries := await part.skim(self._node.store, self._key, Cursor(after), clip=2):
             outline.add(entries)
             after = entries[-1].event.position
-            await asyncio.sleep(0)
         return outline

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -95,9 +96,10 @@ class Turns:
                 self._asking.append(Turn(body["listener"], body["node"], event.position, 0))
         elif kind is Kind.CARRYING:
             name = decode(event.data)["listener"]
-            for turn in self._turns:
+            for turn in reversed(self._turns):
                 if turn.name == name:
                     turn.shown = event.position
+                    break
         elif kind is Kind.LEFT:
             body = decode(event.data)
             read = body["read"]
@@ -184,5 +186,6 @@ class Turns:
                 del self._turns[:index]
                 return
 
-    def _before(self, position: int) -> list[Turn]:
-        return [turn for turn in reversed(self._turns) if turn.position < position]
+    def _before(self, position: int) -> Iterator[Turn]:
+        # One by one: of many, mostly the first is what is looked for.
+        return (turn for turn in reversed(self._turns) if turn.position < position)

@@ -650,3 +650,36 @@ async def test_follower_goes_on_after_an_error_that_no_store_may_raise(caplog: p
         subscription.close()
     assert not store.broken
     assert "its log could not be read" in caplog.text
+
+
+async def test_long_backlog_lets_others_have_their_turns() -> None:
+    """P10: on a store whose calls never wait, too."""
+    turns = 0
+    read: list[int] = []
+
+    class Counted(MemoryStore):
+        async def read(
+            self, key: str, after: Cursor, *, limit: int = 256, max_bytes: int = MAX_READ_BYTES
+        ) -> list[Event]:
+            read.append(turns)
+            return await super().read(key, after, limit=limit, max_bytes=max_bytes)
+
+    async def turn() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async with Counted() as store:
+        await store.create(KEY, {}, lifetime=600)
+        for _ in range(40):
+            await append(store, 100)
+        turning = asyncio.create_task(turn())
+        follower = Follower(GuardedStore(store), KEY)
+        subscription = follower.subscribe(Cursor(0))
+        assert await collect(subscription, 4000) == between(1, 4000)
+        subscription.close()
+        turning.cancel()
+    assert len(read) > 10
+    # The follower and its subscription may each read once in a turn.
+    assert max(read.count(turn) for turn in read) <= 2

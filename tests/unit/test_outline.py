@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import random
-import sys
-from collections.abc import Callable
-from types import FrameType
-from typing import Any
 
 import pytest
 
 from nonstick.events import Kind, draft
 from nonstick.outline import Amount, Outline, Portion, Waste
 from nonstick.store import STANDALONE, Event, Skimmed
+from tests.unit.steps import steps
 
 MEGABYTE = 1024 * 1024
 
@@ -197,24 +194,6 @@ def test_what_is_left_is_within_the_bounds_or_cannot_go(seed: int) -> None:
     if waste.portions:
         assert amount(log.entries).exceeds(bounds, 0.5)
     assert all(isinstance(portion, Portion) for portion in waste.portions)
-
-
-def steps(work: Callable[[], object]) -> int:
-    """Lines of Python that this executes: what it costs, on any machine."""
-    count = 0
-
-    def trace(frame: FrameType, event: str, argument: Any) -> Any:
-        nonlocal count
-        count += event == "line"
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        work()
-    finally:
-        sys.settrace(before)
-    return count
 
 
 @pytest.mark.parametrize("kind", ["many streams", "long streams", "interleaved", "standalone"])

@@ -7,6 +7,7 @@ import pydantic_core
 from nonstick.events import Kind, draft
 from nonstick.store import STANDALONE, Cursor, Event
 from nonstick.turns import Turns
+from tests.unit.steps import steps
 
 
 def noted(*entries: tuple[str, str, int | None]) -> Turns:
@@ -215,3 +216,17 @@ def test_a_turn_on_a_node_of_the_last_release_has_heard_nothing() -> None:
     take(turns, 4, Kind.LEFT, listener="old", read=3)
     turns.forget()
     assert heard(turns, 5) == 7
+
+
+def test_ten_times_the_turns_take_ten_times_the_steps() -> None:
+    """P10: a client that comes back without end fills its log with them; reading it holds up nobody else."""
+
+    def coming(count: int) -> None:
+        turns = Turns()
+        for number in range(count):
+            take(turns, 3 * number + 1, Kind.LISTENING, listener=f"{number}", heard="5.")
+            take(turns, 3 * number + 2, Kind.CARRYING, listener=f"{number}")
+            take(turns, 3 * number + 3, Kind.LISTENING, listener=f"{number} of 0.1")
+
+    coming(1)
+    assert steps(lambda: coming(500)) < 14 * steps(lambda: coming(50))
