@@ -364,8 +364,13 @@ async def test_handler_that_tells_without_end_lets_others_have_their_turns(memor
 
 async def test_log_that_cannot_be_trimmed_is_not_read_for_every_small_request(make_store: MakeStore) -> None:
     """P10: nor are its bodies; though nothing of the session is left on the node between two requests."""
-    brought: list[Brought] = []
-    async with staged(measured(make_store, brought), window=0.02, max_log_bytes=2 * MEGABYTE) as (stage, a, b, c):
+    by_node: list[list[Brought]] = []
+
+    def make() -> Store:
+        by_node.append([])
+        return measured(make_store, by_node[-1])()
+
+    async with staged(make, window=0.02, max_log_bytes=2 * MEGABYTE) as (stage, a, b, c):
         talking(stage)
 
         @stage.tool
@@ -380,6 +385,7 @@ async def test_log_that_cannot_be_trimmed_is_not_read_for_every_small_request(ma
             for _ in range(25):
                 await stream.message()
             await eventually(lambda: not node_of(c).sessions)
+            brought = by_node[-1]
             del brought[:]
             for number in range(20):
                 async with posting(c, session, call("wait", number, name="small")) as small:
