@@ -57,7 +57,7 @@ from nonstick.guard import PATIENCE, GuardedStore
 from nonstick.probing import is_probe
 from nonstick.security import identity
 from nonstick.sender import Sender
-from nonstick.state_store import Room, StateStore
+from nonstick.state_store import Allowance, StateStore
 from nonstick.store import MAX_READ, Appended, Batch, Cursor, Event, Loaded, Store
 from nonstick.stores import open_store
 from nonstick.wire import STORE_AWAY
@@ -134,7 +134,7 @@ class Cluster:
         self._security = RequestStateSecurity(codec=self._codec, ttl=request_state_ttl)
         self._taken: set[str] = set()
         self._state = StateStore()
-        self._room = Room()
+        self._room = Allowance()
         self.broadcasts = Broadcasts(_LOG_EVENTS)
         self.hearers: set[Hearer] = set()
         """Connections that are told when there is something new."""
@@ -283,12 +283,12 @@ class Cluster:
         return self._on.url == store.url and not store.url.startswith("memory:")
 
     @asynccontextmanager
-    async def taking_part(self, store: GuardedStore, room: Room | None = None) -> AsyncIterator[None]:
+    async def taking_part(self, store: GuardedStore, room: Allowance | None = None) -> AsyncIterator[None]:
         """Follows the cluster log meanwhile. `store` is open, and has this room for FastMCP's state."""
         if not self.nodes:
             # It belongs to one event loop.
             self._following, self._tried = asyncio.Lock(), asyncio.Event()
-            self._room = room or Room()
+            self._room = room or Allowance()
         self.nodes += 1
         self._on = store.store
         joined = self._bus.joined = self._bus.joined or asyncio.Event()

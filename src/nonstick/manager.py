@@ -84,7 +84,7 @@ from nonstick.security import (
 )
 from nonstick.session import Session, as_number, request_key
 from nonstick.sessionless import Contained, forget_session, listens
-from nonstick.state_store import Room, within_request
+from nonstick.state_store import Allowance, within_request
 from nonstick.store import STANDALONE, Batch, Loaded, Store
 from nonstick.stores import open_store
 from nonstick.transport import TRANSPORT
@@ -331,7 +331,7 @@ class SessionManager:
         if not self.stateless:
             offer(self.app)
         settings = self.settings
-        room = Room(settings.max_state_records, settings.max_state_records_per_principal)
+        room = Allowance(settings.max_state_records, settings.max_state_records_per_principal)
         with warned_of_company(self.store.url):
             async with GuardedStore(self.store) as store, self.cluster.taking_part(store, room):
                 yield store

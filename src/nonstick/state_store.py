@@ -39,7 +39,7 @@ from nonstick.session import Session, current_session
 from nonstick.stores.memory import MemoryStore
 from nonstick.wire import STORE_AWAY
 
-__all__ = ["MAX_STATE", "PROBE", "Room", "StateStore", "within_request"]
+__all__ = ["MAX_STATE", "PROBE", "Allowance", "StateStore", "within_request"]
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ _EVERYBODY: Final = "state"
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class Allowance:
     """How many values may have records of their own, in the whole store; None for any number (P10).
 
     Attributes:
@@ -123,10 +123,10 @@ class StateStore:
 
     def __init__(self) -> None:
         self._store = GuardedStore(MemoryStore())
-        self._room = Room()
+        self._room = Allowance()
         self._server = ""
 
-    def use(self, store: GuardedStore, room: Room, server: str = "") -> None:
+    def use(self, store: GuardedStore, room: Allowance, server: str = "") -> None:
         """Keeps everything there from now on; what is outside of sessions apart from what other servers keep."""
         self._store = store
         self._room = room
@@ -296,7 +296,7 @@ class _InOpening:
 class _Own:
     """The field of a record that a value has for itself."""
 
-    def __init__(self, store: GuardedStore, key: str, field: str, room: Room) -> None:
+    def __init__(self, store: GuardedStore, key: str, field: str, room: Allowance) -> None:
         self.field = field
         self._store = store
         self._key = key

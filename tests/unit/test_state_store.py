@@ -18,7 +18,7 @@ from nonstick.guard import GuardedStore
 from nonstick.node import Node, Settings
 from nonstick.security import new_session_id, session_key
 from nonstick.session import Session
-from nonstick.state_store import MAX_STATE, Room, StateStore
+from nonstick.state_store import MAX_STATE, Allowance, StateStore
 from nonstick.store import Loaded
 from nonstick.stores.memory import MemoryStore
 from nonstick.wire import STORE_AWAY
@@ -37,7 +37,7 @@ def kept() -> MemoryStore:
 @pytest.fixture
 def state(kept: MemoryStore) -> StateStore:
     state = StateStore()
-    state.use(GuardedStore(kept), Room())
+    state.use(GuardedStore(kept), Allowance())
     return state
 
 
@@ -171,7 +171,7 @@ async def test_record_of_a_session_is_reached_only_by_what_was_admitted_to_it(
 
 async def test_there_is_room_for_so_many_values_outside_of_sessions(kept: MemoryStore, state: StateStore) -> None:
     """P10: one that is replaced takes no further place, one that is deleted gives its place back."""
-    state.use(GuardedStore(kept), Room(records=3))
+    state.use(GuardedStore(kept), Allowance(records=3))
     for number in (0, 1, 2, 0, 1):
         await state.put(f"session:anon:{number}", {"value": number})
     with pytest.raises(StateFull, match=r"max_state_records\)"):
@@ -185,7 +185,7 @@ async def test_there_is_room_for_so_many_values_outside_of_sessions(kept: Memory
 
 async def test_each_principal_has_room_for_so_many(kept: MemoryStore, state: StateStore) -> None:
     """P10."""
-    state.use(GuardedStore(kept), Room(per_principal=1))
+    state.use(GuardedStore(kept), Allowance(per_principal=1))
 
     async def put(who: str, key: str) -> None:
         token = AccessToken(token=f"token of {who}", client_id="app", subject=who, scopes=[])
@@ -235,7 +235,7 @@ async def test_store_that_is_away_is_said_without_its_name() -> None:
             raise StoreUnavailable("cache.internal:6379 refused")
 
     state = StateStore()
-    state.use(GuardedStore(Away(), patience=0.01), Room())
+    state.use(GuardedStore(Away(), patience=0.01), Allowance())
     with pytest.raises(StoreUnavailable) as caught:
         await state.get("a")
     assert str(caught.value) == STORE_AWAY
