@@ -21,6 +21,7 @@ from nonstick.stores import sqlite_file
 from nonstick.stores.sqlite import SQLiteStore
 from nonstick.stores.sqlite_file import DatabaseFile, checkpoints_race, network_filesystem
 from nonstick.stores.sqlite_keeper import CHECKPOINT_BYTES, Keeper
+from nonstick.testing.tools import read_all
 
 pytestmark = pytest.mark.anyio
 
@@ -530,7 +531,7 @@ async def test_write_ahead_log_is_emptied_when_it_is_large(store: SQLiteStore, p
     assert wal_size(path) >= CHECKPOINT_BYTES
     keeper.keep()
     assert wal_size(path) == 0
-    assert len(await store.read("key", Cursor(0))) == CHECKPOINT_BYTES // 250_000 + 1
+    assert len(await read_all(store, "key")) == CHECKPOINT_BYTES // 250_000 + 1
 
 
 async def test_one_process_at_a_time_checkpoints(store: SQLiteStore, path: Path, clock: Clock, keeper: Keeper) -> None:
