@@ -61,5 +61,6 @@ async def test_what_was_published_is_repeated() -> None:
                     sent += 1
                     while await pubsub.get_message(ignore_subscribe_messages=True, timeout=0.01):
                         heard += 1
-            at_work.cancel()
-            await asyncio.gather(at_work, return_exceptions=True)
+            while not at_work.done():
+                at_work.cancel()
+                await asyncio.wait([at_work], timeout=0.05)
