@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ from nonstick.stores import sqlite_file
 from nonstick.stores.sqlite import SQLiteStore
 from nonstick.stores.sqlite_file import DatabaseFile, checkpoints_race, network_filesystem
 from nonstick.stores.sqlite_keeper import CHECKPOINT_BYTES, Keeper
-from nonstick.testing.tools import read_all
+from nonstick.testing.tools import drafts, read_all
 
 pytestmark = pytest.mark.anyio
 
@@ -707,3 +708,79 @@ async def test_feed_looks_less_often_while_nothing_comes(path: Path) -> None:
         await there.append("k", Batch([Draft(TAG, b"news")]))
         assert await feed._step() == 0.005
         stop()
+
+
+# ---- a file that is removed or replaced while nodes run
+
+
+def remove(path: Path) -> None:
+    """As somebody who tidies up."""
+    for companion in ("", "-wal", "-shm"):
+        path.with_name(path.name + companion).unlink(missing_ok=True)
+
+
+async def test_process_whose_file_was_removed_does_not_say_that_a_session_is_gone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """P15: another process has made the file anew, and has the session. In the end both have the same file."""
+    path = tmp_path / "sessions.db"
+    async with SQLiteStore(path, empty_grace=1.0) as old:
+        await old.create("before", {}, lifetime=600)
+        with pytest.raises(SessionNotFound):
+            await old.load("nobody")
+        lease = old.lease("old")
+        await asyncio.to_thread(lease.renew, 600)
+        remove(path)
+        async with SQLiteStore(path) as new:
+            await new.create("after", {"a": b"1"}, lifetime=600)
+            calls: dict[str, Callable[[], Awaitable[Any]]] = {
+                "load": lambda: old.load("after"),
+                "update": lambda: old.update("after", {"a": b"2"}),
+                "delete": lambda: old.delete("after"),
+                "append": lambda: old.append("after", Batch(drafts(b"x"))),
+                "read": lambda: old.read("after", Cursor(0)),
+                "skim": lambda: old.skim("after", Cursor(0)),
+                "lapsed": lambda: old.lapsed(["new"]),
+            }
+            for call in calls.values():
+                with pytest.raises(StoreUnavailable, match="removed or replaced"):
+                    await call()
+            assert (await old.load("before")).fields == {}
+            async with asyncio.timeout(20):
+                while True:
+                    try:
+                        assert (await old.load("after")).fields == {"a": b"1"}
+                        break
+                    except StoreUnavailable:
+                        await asyncio.sleep(0.05)
+            with pytest.raises(SessionNotFound):
+                await old.load("before")
+            await asyncio.to_thread(lease.renew, 600)
+            assert await new.lapsed(["old"]) == set()
+            woken: asyncio.Queue[object] = asyncio.Queue()
+            old.watch("after", woken.put_nowait)
+            async with asyncio.timeout(20):
+                assert await woken.get() is None
+                await new.append("after", Batch(drafts(b"x")))
+                assert await woken.get() is not None
+        await asyncio.to_thread(lease.close, release=True)
+    told = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(told) == 2
+    assert "stop every node" in told[0]
+
+
+async def test_process_notices_by_itself_that_its_file_was_replaced(tmp_path: Path) -> None:
+    """P15: also one that is never asked for what is not there: it would serve for ever what nobody else sees."""
+    path = tmp_path / "sessions.db"
+    async with SQLiteStore(path, empty_grace=0.1) as old:
+        await old.create("before", {}, lifetime=600)
+        remove(path)
+        async with SQLiteStore(path), asyncio.timeout(20):
+            while True:
+                try:
+                    await old.load("before")
+                except SessionNotFound:
+                    break
+                except StoreUnavailable:
+                    pass
+                await asyncio.sleep(0.05)

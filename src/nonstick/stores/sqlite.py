@@ -17,6 +17,7 @@ from nonstick.errors import NonstickError, SessionNotFound, StoreUnavailable
 from nonstick.examine import Finding
 from nonstick.migrate import Plan, Step
 from nonstick.store import (
+    EMPTY_GRACE_SECONDS,
     MAX_CLIP,
     MAX_READ_BYTES,
     Appended,
@@ -51,6 +52,8 @@ class SQLiteStore:
         poll_interval: Seconds between two looks for what other processes appended, while somebody watches. At
             least 0.05 once nothing has come for a second.
         clock: The store's clock, in seconds; by default the machine's time since boot, kept up over reboots.
+        empty_grace: Seconds after which a process goes on with another file, if its own was removed or replaced. Until
+            then it does not believe its own that a session is gone (P15).
 
     Raises:
         ConfigurationError: On entering: a network file system, a file of another application or of a newer version.
@@ -62,8 +65,9 @@ class SQLiteStore:
         *,
         poll_interval: float = 0.005,
         clock: Callable[[], float] | None = None,
+        empty_grace: float = EMPTY_GRACE_SECONDS,
     ) -> None:
-        self._file = DatabaseFile(path, clock)
+        self._file = DatabaseFile(path, clock, grace=empty_grace)
         self._engine = Engine(self._file)
         self._feed = Feed(self._engine, poll_interval)
         self._keeper = Keeper(self._file)
@@ -100,9 +104,13 @@ class SQLiteStore:
             pass
 
     async def load(self, key: str, *, renew: bool = True) -> Loaded:
-        loaded, stale = await self._engine.run(lambda db: rows.load(db, self._file.now(), key))
-        if stale and renew and not await self._engine.write(lambda db, now: rows.renew(db, now, (key,))):
-            raise SessionNotFound("no live session has this key")
+        try:
+            loaded, stale = await self._engine.run(lambda db: rows.load(db, self._file.now(), key))
+            if stale and renew and not await self._engine.write(lambda db, now: rows.renew(db, now, (key,))):
+                raise SessionNotFound("no live session has this key")
+        except SessionNotFound:
+            self._file.check_loss()
+            raise
         return loaded
 
     async def update(
@@ -113,7 +121,11 @@ class SQLiteStore:
         expect: Mapping[str, bytes | None] | None = None,
         lifetime: float | None = None,
     ) -> bool:
-        return await self._engine.write(lambda db, now: rows.update(db, now, key, changes, expect or {}, lifetime))
+        try:
+            return await self._engine.write(lambda db, now: rows.update(db, now, key, changes, expect or {}, lifetime))
+        except SessionNotFound:
+            self._file.check_loss()
+            raise
 
     async def touch(self, keys: Collection[str]) -> None:
         if keys:
@@ -123,22 +135,36 @@ class SQLiteStore:
         ended = await self._engine.write(lambda db, now: rows.delete(db, now, key))
         if ended:
             self._feed.announce_end(key)
+        # Also where it was there: the file that has the name now may have it too.
+        self._file.check_loss()
         return ended
 
     # ---- the log
 
     async def append(self, key: str, batch: Batch) -> Appended:
-        written = await self._engine.write(lambda db, now: rows.append(db, now, key, batch))
+        try:
+            written = await self._engine.write(lambda db, now: rows.append(db, now, key, batch))
+        except SessionNotFound:
+            self._file.check_loss()
+            raise
         self._feed.announce(key, written)
         return written.appended
 
     async def read(self, key: str, after: Cursor, *, limit: int = 256, max_bytes: int = MAX_READ_BYTES) -> list[Event]:
         check_bounds(limit=limit, max_bytes=max_bytes)
-        return await self._engine.run(lambda db: rows.read(db, self._file.now(), key, after, limit, max_bytes))
+        try:
+            return await self._engine.run(lambda db: rows.read(db, self._file.now(), key, after, limit, max_bytes))
+        except SessionNotFound:
+            self._file.check_loss()
+            raise
 
     async def skim(self, key: str, after: Cursor, *, limit: int = 256, clip: int = MAX_CLIP) -> list[Skimmed]:
         check_bounds(limit=limit, clip=clip)
-        return await self._engine.run(lambda db: rows.skim(db, self._file.now(), key, after, limit, clip))
+        try:
+            return await self._engine.run(lambda db: rows.skim(db, self._file.now(), key, after, limit, clip))
+        except SessionNotFound:
+            self._file.check_loss()
+            raise
 
     async def trim(self, key: str, *, streams: Collection[int] = (), standalone_before: int = 0) -> None:
         await self._engine.write(lambda db, now: rows.trim(db, now, key, streams, standalone_before))
@@ -153,7 +179,9 @@ class SQLiteStore:
 
     async def lapsed(self, nodes: Collection[str]) -> set[str]:
         live = await self._engine.run(lambda db: db.execute(SQL["live_nodes"], (self._file.now(),)).fetchall())
-        return set(nodes) - {node for (node,) in live}
+        if gone := set(nodes) - {node for (node,) in live}:
+            self._file.check_loss()
+        return gone
 
     async def ping(self) -> None:
         await self._engine.write(lambda db, now: db.execute(SQL["ping"], (now,)))
@@ -190,6 +218,7 @@ class _SQLiteLease:
         self._file = file
         self._node = node
         self._db: sqlite3.Connection | None = None
+        self._db_of = file.generation
         self._asked = False
 
     def renew(self, seconds: float) -> None:
@@ -209,7 +238,10 @@ class _SQLiteLease:
         self._drop()
 
     def _write(self, statement: str, values: Callable[[float], tuple[object, ...]]) -> None:
+        if self._db_of != self._file.generation:
+            self._drop()
         if self._db is None:
+            self._db_of = self._file.generation
             self._db = self._file.connect(BUSY_SECONDS)
         transact(self._db, self._file.now, lambda db, now: db.execute(SQL[statement], values(now)))
 

@@ -33,6 +33,8 @@ class Engine:
         self._opening: asyncio.Task[None] | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._patient: sqlite3.Connection | None = None  # the thread's
+        # Of the file, when each was opened.
+        self._inline_of = self._patient_of = file.generation
 
     def start(self) -> None:
         self._thread = ThreadPoolExecutor(1, "nonstick-sqlite")
@@ -55,6 +57,8 @@ class Engine:
             StoreUnavailable: The file cannot be opened, or the store is not entered.
             ConfigurationError: See `DatabaseFile.connect`.
         """
+        if self._inline_of != self.file.generation:
+            self._drop_inline()
         # It may have been dropped again by somebody who got it a moment earlier.
         while self._inline is None:
             if self._opening is None:
@@ -99,6 +103,7 @@ class Engine:
 
     async def _open(self) -> None:
         try:
+            self._inline_of = self.file.generation
             self._inline = await asyncio.get_running_loop().run_in_executor(self._pool(), self.file.connect)
         except sqlite3.Error as error:
             raise self.file.unavailable(error) from error
@@ -110,7 +115,10 @@ class Engine:
         pause = 0.0005
         while True:
             try:
+                if self._patient_of != self.file.generation:
+                    self._drop_patient()
                 if self._patient is None:
+                    self._patient_of = self.file.generation
                     self._patient = self.file.connect()
                 return work(self._patient)
             except sqlite3.Error as error:

@@ -20,6 +20,7 @@ from typing import Final, TypeVar
 
 from nonstick.errors import ConfigurationError, StoreUnavailable, StoreUnusable
 from nonstick.migrate import Plan, Step
+from nonstick.store import EMPTY_GRACE_SECONDS
 
 __all__ = [
     "BUSY_SECONDS",
@@ -85,9 +86,19 @@ class DatabaseFile:
         path: The file; its directory must exist. Kept as an absolute path.
         clock: The store's clock; by default the machine's time since boot, which all its processes share and which
             no correction of the wall clock moves.
+        grace: Seconds for which another file of this name is not taken for the store.
+
+    Attributes:
+        generation: Goes up when another file is taken for the store: connections made before lead to the old one.
     """
 
-    def __init__(self, path: str | os.PathLike[str], clock: Callable[[], float] | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        clock: Callable[[], float] | None = None,
+        *,
+        grace: float = EMPTY_GRACE_SECONDS,
+    ) -> None:
         name = os.fspath(path)
         if not name or name.startswith((":memory:", "file:")):
             raise ConfigurationError(f"{name!r} is not the path of a file; for a store in memory use the URL memory:")
@@ -95,6 +106,12 @@ class DatabaseFile:
         self.path = Path(os.path.realpath(name))
         self._boot, self._clock = ("", clock) if clock is not None else _machine_clock()
         self._shift = 0.0
+        self.generation = 0
+        self._grace = grace
+        # Device and inode. While a connection is open no other file can get them.
+        self._known: tuple[int, int] | None = None
+        self._missed_at: float | None = None
+        self._looking = threading.Lock()
 
     def now(self) -> float:
         """Seconds by the store's clock. Right once a connection was opened."""
@@ -132,10 +149,53 @@ class DatabaseFile:
         try:
             self._prepare(db)
             db.execute(f"PRAGMA busy_timeout = {int(busy * 1000)}")
+            if self._known is None:
+                self._known = self._named()
         except BaseException:
             db.close()
             raise
         return db
+
+    def look(self) -> bool:
+        """Whether the file of this name is the one that was opened. If not for the whole grace period, it counts anew.
+
+        A file that was removed or replaced lives on in the processes that have it open, and in no other (P15).
+        """
+        with self._looking:
+            if self._known is None or self._named() == self._known:
+                self._missed_at = None
+                return True
+            now = time.monotonic()
+            if self._missed_at is None:
+                self._missed_at = now
+                _log.error(
+                    "%s was removed or replaced while this process uses it. For %g s what it does not have is answered "
+                    "503. Put the file back now, by its old inode, or stop every node; else this process goes on with "
+                    "the file that has this name then",
+                    self.path,
+                    self._grace,
+                )
+            if now - self._missed_at >= self._grace:
+                self._missed_at, self._known = None, None
+                self.generation += 1
+                _log.error("%s: this process goes on with the file that has this name now", self.path)
+            return False
+
+    def check_loss(self) -> None:
+        """Returns if the file that is open can know that something is not there.
+
+        Raises:
+            StoreUnavailable: It was removed or replaced.
+        """
+        if not self.look():
+            raise StoreUnavailable(f"{self.path} was removed or replaced while this process uses it")
+
+    def _named(self) -> tuple[int, int] | None:
+        try:
+            found = self.path.stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
 
     def plan(self) -> Plan:
         """What separates the file from one that this code uses. Opens it for reading; makes none.

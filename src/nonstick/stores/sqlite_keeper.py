@@ -42,6 +42,7 @@ class Keeper:
         self._name = secrets.token_hex(8)
         self._stop = threading.Event()
         self._db: sqlite3.Connection | None = None
+        self._db_of = file.generation
         self._thread: ThreadPoolExecutor | None = None
         self._task: asyncio.Task[None] | None = None
         self._keeping = False
@@ -69,7 +70,11 @@ class Keeper:
     def keep(self) -> None:
         """Does what there is to do, unless another process does. Blocks; raises nothing."""
         try:
+            self._file.look()
+            if self._db_of != self._file.generation:
+                self._drop()
             if self._db is None:
+                self._db_of = self._file.generation
                 self._db = self._file.connect(_WAIT)
             db = self._db
             large = self._is_large()
