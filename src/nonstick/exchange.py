@@ -286,7 +286,7 @@ class Exchange:
     # ---- the handler's side
 
     async def _run(self) -> None:
-        """Runs the handler, and tells its end, unless the handler left this task unfit for that: see `_ran`."""
+        """Runs the handler, and tells its end. If the handler left this task unfit for that, `_ran` sees to it."""
         self._window = asyncio.get_running_loop().call_later(self._settings.window, self._window_passed)
         _attempt.set(self.attempt - self._first_attempt + 1)
         self.session.make_current()
@@ -306,9 +306,7 @@ class Exchange:
             if self._body is None:
                 self._body = self._told(exception)
             return
-        task = asyncio.current_task()
-        if task is None or not task.cancelling():
-            await self._conclude()
+        await self._conclude()
 
     async def _promote_first(self) -> bool:
         """Makes the request a stream before its handler runs. False if that is the end of it already."""
@@ -573,9 +571,11 @@ class Exchange:
             self._answer_with(_FULL if error.group == EVERYBODY else _TOO_MANY)
             return
         except AlreadyExists:
-            # What is there is nobody's whom this client could ask for it. The next try draws another id.
-            self._answer_with(wire.unavailable("The session could not be opened. Try again."))
-            return
+            if not self._tries:
+                # What is there is nobody's whom this client could ask for it. The next try draws another id.
+                self._answer_with(wire.unavailable("The session could not be opened. Try again."))
+                return
+            # The task before this one made it, and was cancelled before it heard so.
         self._visible = True
         session.record = Record.from_fields(fields)
         session.unconfirmed = settings.confirms

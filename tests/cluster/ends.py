@@ -158,6 +158,11 @@ async def _leave_scope_open() -> Any:
     return {"value": "said"}
 
 
+async def _leave_cancelled_scope_open() -> Any:
+    anyio.CancelScope().__enter__().cancel()
+    return {"value": "said"}
+
+
 async def _raise_in_open_scope() -> Any:
     anyio.CancelScope(shield=True).__enter__()
     raise ValueError("in a scope")
@@ -218,6 +223,7 @@ WAYS: Final[dict[str, Way]] = {
     "its own cancellation, later": Way(_cancel_itself_soon, None),
     "its own cancellation, swallowed": Way(_cancel_and_swallow, None),
     "a scope left open": Way(_leave_scope_open, None),
+    "a scope left open and cancelled": Way(_leave_cancelled_scope_open, None),
     "an exception in a scope left open": Way(_raise_in_open_scope, 0, "in a scope"),
 }
 

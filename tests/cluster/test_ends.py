@@ -148,9 +148,9 @@ async def test_state_is_kept_however_the_handler_ended(memory: MakeStore) -> Non
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-async def test_every_end_of_a_middleware_in_the_handshake_is_one_answer(memory: MakeStore, after: bool) -> None:
+async def test_every_end_of_a_middleware_in_the_handshake_is_one_answer(make_store: MakeStore, after: bool) -> None:
     """P16, P2: and a session that did not open leaves nothing."""
-    async with ends(memory) as (stage, a, _, _):
+    async with ends(make_store) as (stage, a, _, _):
         stage.opening_after = after
         hello = {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "t", "version": "1"}}
         for name, stage.opening in ALL.items():

@@ -1,0 +1,172 @@
+"""A request whose node is gone, or that its session's owner cannot make sense of: it ends once, and not too early."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Collection
+from typing import Any
+
+import mcp_types as types
+import pydantic_core
+import pytest
+from mcp.server import Server
+
+from nonstick.events import EventId, Kind, draft
+from nonstick.security import session_key
+from nonstick.store import NEW_STREAM, Batch, Cursor, Store
+from nonstick.testing.cluster import Member, Session
+from tests.cluster.conftest import MakeStore
+from tests.cluster.sse import getting, posting
+from tests.cluster.stage import Context, HeldStore, Stage, call, cancel, eventually, node_of, text_of
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(autouse=True)
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who reads looks often after the node that should write."""
+    monkeypatch.setattr("nonstick.rescue._BETWEEN_LOOKS", 0.05)
+    monkeypatch.setattr("nonstick.listener._LIVENESS_POLL", 0.05)
+
+
+class Safe(Stage):
+    """Its tool `count` may be called again."""
+
+    def __init__(self, make_store: MakeStore, **options: Any) -> None:
+        super().__init__(make_store, **options)
+        self.runs = 0
+        self.tool(self.count)
+
+    def server(self) -> Server[Any]:
+        return Server("safe", version="1", on_list_tools=self._list, on_call_tool=self._call)
+
+    async def count(self, ctx: Context, arguments: dict[str, Any]) -> str:
+        self.runs += 1
+        return f"run {self.runs}"
+
+    async def _list(self, ctx: Context, params: types.PaginatedRequestParams | None) -> types.ListToolsResult:
+        annotations = types.ToolAnnotations(idempotent_hint=True)
+        tool = types.Tool(name="count", input_schema={"type": "object"}, annotations=annotations)
+        return types.ListToolsResult(tools=[tool])
+
+
+async def opened(stage: Stage, session: Session, message: dict[str, Any], **more: Any) -> str:
+    """The stream of this request, which a node opened that is not there any more; returns its event id."""
+    body = {"node": "gone-00000000", "attempt": 5, "request": message, **more}
+    event = draft(Kind.OPENED, pydantic_core.to_json(body))
+    batch = Batch([event], writer=secrets.token_hex(4), sequence=1, stream=NEW_STREAM, attempt=5)
+    first = (await stage.store.append(session_key(session.id), batch)).first
+    return EventId(first, Cursor(first, event.tag), message["id"]).seal(session.id)
+
+
+async def test_lost_request_is_run_again_for_who_resumes(memory: MakeStore) -> None:
+    """P7: what the tests below take away from."""
+    async with Safe(memory, reexecute="idempotent") as stage:
+        a, b, c = stage.cluster
+        session = await a.open()
+        place = await opened(stage, session, call("count"))
+        async with getting(b, session, place) as here, getting(c, session, place) as there:
+            assert text_of((await here.rest())[-1]) == text_of((await there.rest())[-1]) == "run 1"
+
+
+async def test_request_that_was_cancelled_before_its_node_was_lost_is_not_run_again(memory: MakeStore) -> None:
+    """P5, P7: its client hears of the cancel."""
+    async with Safe(memory, reexecute="idempotent") as stage:
+        a, b, c = stage.cluster
+        session = await a.open()
+        place = await opened(stage, session, call("count"))
+        assert (await c.post(cancel(1), session)).status_code == 202
+        async with getting(b, session, place) as stream:
+            [answer] = await stream.rest()
+        assert answer["error"]["message"] == "Request cancelled"
+        assert stage.runs == 0
+
+
+async def test_node_whose_lease_is_seen_lapsed_once_loses_nothing(memory: MakeStore) -> None:
+    """P7: after an outage of the store every lease has lapsed, and the living need a moment."""
+    looks: list[bool] = []
+
+    class Blinking(HeldStore):
+        """Says once that a node is dead."""
+
+        async def lapsed(self, nodes: Collection[str]) -> set[str]:
+            looks.append(not looks)
+            return set(nodes) if looks[-1] else set()
+
+    async with Safe(lambda: _as_store(Blinking(memory(), "", after=False)), reexecute="idempotent") as stage:
+        a, b, _ = stage.cluster
+        session = await a.open()
+        place = await opened(stage, session, call("count"))
+        async with getting(b, session, place) as stream:
+            await eventually(lambda: len(looks) > 4)
+            assert await stage.kinds(session) == [Kind.OPENED]
+            assert not stream.waiting
+        assert stage.runs == 0
+
+
+def _as_store(store: Any) -> Store:
+    kept: Store = store
+    return kept
+
+
+@pytest.mark.parametrize("broken", [{}, {"http": {}, "since": 0, "version": "2025-11-25"}], ids=["nothing", "no http"])
+async def test_relayed_request_that_its_owner_cannot_read_is_answered(
+    memory: MakeStore, broken: dict[str, Any]
+) -> None:
+    """P16, P12: of another release, say; who relayed it would wait for ever."""
+    async with Safe(memory, placement="owner") as stage:
+        a, b, _ = stage.cluster
+        session = await a.open()
+        place = await opened(stage, session, call("count", "broken"), relay=broken)
+        async with getting(b, session, place) as stream:
+            [answer] = await stream.rest()
+        assert answer["id"] == "broken"
+        assert answer["error"]["data"] == {"reason": "request_not_started", "retrySafe": True}
+        assert text_of((await b.post(call("count"), session)).json()) == "run 1"
+
+
+async def test_relayed_request_whose_answer_cannot_be_read_ends_for_a_client_that_cannot_come_back(
+    memory: MakeStore,
+) -> None:
+    """P16: it has no event id yet."""
+    async with Safe(memory, placement="owner") as stage:
+        a, b, _ = stage.cluster
+
+        @stage.tool
+        async def wait(ctx: Context, arguments: dict[str, Any]) -> str:
+            stage.open("begun")
+            await stage.door("never")
+            return "done"
+
+        session = await a.open(version="2025-06-18")
+        async with posting(b, session, call("wait")) as stream:
+            await stage.reached("begun")
+            [exchange] = _running(a, session)
+            garbage = Batch([draft(Kind.TAKEN, b"{")], stream=exchange.stream, attempt=exchange.attempt)
+            await stage.store.append(session_key(session.id), garbage)
+            [answer] = await stream.rest()
+        assert (answer["id"], answer["error"]["data"]["reason"]) == (1, "answer_unread")
+
+
+def _running(member: Member, session: Session) -> list[Any]:
+    return list(node_of(member).sessions[session_key(session.id)].exchanges.values())
+
+
+async def test_session_that_is_taken_passes_over_what_it_cannot_read(memory: MakeStore) -> None:
+    """P7, P16: one event that no release writes keeps nobody from the others."""
+
+    async def rehydrate(_: Any) -> None:
+        await asyncio.sleep(0)
+
+    async with Safe(memory, placement="owner", rehydrate=rehydrate) as stage:
+        a, b, _ = stage.cluster
+        session = await a.open()
+        key = session_key(session.id)
+        await stage.store.append(
+            key, Batch([draft(Kind.OPENED, b'{"node": 1}')], stream=NEW_STREAM, writer="w", sequence=1)
+        )
+        a.app.manager.begin_drain()
+        await eventually(lambda: key not in node_of(a).sessions)
+        async with posting(b, session, call("count")) as stream:
+            assert text_of(await stream.outcome()) == "run 1"
