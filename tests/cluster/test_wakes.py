@@ -8,6 +8,7 @@ and others follow it at once.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Literal
@@ -352,6 +353,96 @@ async def test_cancel_in_a_place_that_was_given_out_before_is_not_taken_for_an_o
             assert (await late).json()["error"]["message"] == "Request cancelled"
         stage.open("end")
         assert text_of((await older).json()) == "done"
+
+
+async def test_reply_before_a_newer_head_reaches_the_handler_after_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """P4, P14: the log is gone through anew from its beginning, not from where the node last heard that it ends."""
+    monkeypatch.setattr("nonstick.follow._FIRST_POLL", 1.0)
+    async with misinformed() as (stage, store, _a, b, c):
+
+        @stage.tool
+        async def question(ctx: Context, args: dict[str, Any]) -> str:
+            return str((await ask(ctx))["content"]["name"])
+
+        @stage.tool
+        async def quick(ctx: Context, args: dict[str, Any]) -> str:
+            return "done"
+
+        session = await b.open()
+        async with posting(b, session, call("question", 1)) as stream:
+            asked = await stream.message()
+            view = node_of(b).sessions[session_key(session.id)]
+            await eventually(lambda: view.follower._reading is None)
+            store.mode = "phantom, then lost"
+            assert (await c.post(accept(asked), session)).status_code == 202
+            assert text_of((await b.post(call("quick", 2), session)).json()) == "done"
+            assert view.head == store.head(session_key(session.id))
+            assert texts_of(await stream.rest()) == ["Ada"]
+
+
+async def test_cancel_before_a_newer_head_reaches_a_request_within_its_window() -> None:
+    """P5: each request that runs is looked after from where its own record was loaded."""
+    async with staged(one(MemoryStore()), window=1.0) as (stage, _a, b, c):
+
+        @stage.tool
+        async def think(ctx: Context, args: dict[str, Any]) -> str:
+            await stage.door("end")
+            return "done"
+
+        @stage.tool
+        async def quick(ctx: Context, args: dict[str, Any]) -> str:
+            return "done"
+
+        session = await b.open()
+        key = session_key(session.id)
+        running = asyncio.create_task(b.post(call("think", "first"), session))
+        await eventually(lambda: key in node_of(b).sessions and "first" in node_of(b).sessions[key].exchanges)
+        assert (await c.post(cancel("first"), session)).status_code == 202
+        assert text_of((await b.post(call("quick", "second"), session)).json()) == "done"
+        async with asyncio.timeout(DEADLINE):
+            assert text_of(messages(await running)[-1]) == "Request cancelled"
+
+
+class Watched(MemoryStore):
+    """Knows how many watches there are of each log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.watches: Counter[str] = Counter()
+
+    def watch(self, key: str, wake: Wake) -> Callable[[], None]:
+        stop = super().watch(key, wake)
+        self.watches[key] += 1
+
+        def stopped() -> None:
+            stop()
+            self.watches[key] -= 1
+
+        return stopped
+
+
+async def test_log_is_watched_no_longer_than_anything_of_its_session_runs() -> None:
+    """P10: nor is it read then."""
+    store = Watched()
+    async with staged(one(store), window=0.05) as (stage, _a, b, c):
+
+        @stage.tool
+        async def wait(ctx: Context, args: dict[str, Any]) -> str:
+            await say(ctx, "begun")
+            await stage.door("end")
+            return "done"
+
+        session = await b.open()
+        key = session_key(session.id)
+        async with posting(b, session, call("wait")) as stream, getting(c, session) as standalone:
+            await begun(b, session, stream)
+            await standalone.event()
+            view = node_of(b).sessions[key]
+            assert store.watches[key] == 2
+            stage.open("end")
+            assert texts_of(await stream.rest()) == ["done"]
+        await eventually(lambda: view.follower.subscriptions == 0)
+        await eventually(lambda: store.watches[key] == 0)
 
 
 def test_every_mode_but_one_tells_of_a_phantom() -> None:
