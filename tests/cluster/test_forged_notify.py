@@ -81,7 +81,7 @@ def schema() -> str:
     return f"test_{secrets.token_hex(6)}"
 
 
-@pytest.fixture(params=["in clear", "encrypted"])
+@pytest.fixture(params=["in clear", pytest.param("encrypted", marks=pytest.mark.slow)])
 def make(request: pytest.FixtureRequest, postgres: PostgresServer, schema: str) -> MakeStore:
     keys = [secrets.token_bytes(32)]
 

@@ -104,7 +104,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nonstick.follow._FIRST_POLL", 0.2)
 
 
-@pytest.fixture(params=["lost", "phantom", "phantom, then lost"])
+@pytest.fixture(params=["lost", "phantom", pytest.param("phantom, then lost", marks=pytest.mark.slow)])
 def mode(request: pytest.FixtureRequest) -> Any:
     return request.param
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -15,10 +16,12 @@ from typing import TypeVar
 import pytest
 
 from nonstick.errors import AlreadyExists, ConfigurationError, Diverged, SessionNotFound, StoreUnavailable
+from nonstick.follow import Follower
 from nonstick.guard import GuardedStore
 from nonstick.store import NEW_STREAM, Batch, Cursor, Event, Store
 from nonstick.stores import open_store
-from nonstick.stores.redis import RedisStore
+from nonstick.stores.redis import _APPEND, RedisStore
+from nonstick.stores.resp import pack
 from nonstick.testing import (
     Opener,
     StoreContract,
@@ -344,6 +347,117 @@ async def test_failover_that_lost_acknowledged_writes_is_divergence(
             await store.read(key, lost)
         assert texts(await store.read(key, kept)) == [b"other"] * 3
     await asyncio.to_thread(come_back, group, old)
+
+
+class Followed:
+    """A node's place in a log: what it was given since it was last told of a loss."""
+
+    def __init__(self, store: Store, key: str) -> None:
+        self._follower = Follower(GuardedStore(store), key)
+        self.seen: list[Event] = []
+        self.losses = 0
+
+    async def run(self) -> None:
+        subscription = self._follower.subscribe(Cursor(0))
+        try:
+            while True:
+                try:
+                    self.seen += await subscription.next()
+                except StoreUnavailable:
+                    pass
+                except Diverged:
+                    subscription.close()
+                    self.seen, self.losses = [], self.losses + 1
+                    subscription = self._follower.subscribe(Cursor(0))
+        finally:
+            subscription.close()
+
+    async def has(self, log: list[Event]) -> bool:
+        return self.seen == log
+
+
+@asynccontextmanager
+async def followed(store: Store, key: str) -> AsyncIterator[Followed]:
+    place = Followed(store, key)
+    task = asyncio.create_task(place.run())
+    yield place
+    task.cancel()
+    await asyncio.wait([task])
+
+
+@pytest.mark.slow
+async def test_entry_in_the_place_of_one_that_a_failover_lost_is_delivered(
+    cluster: ValkeyCluster, prefix: str, key: str
+) -> None:
+    """P3, P14: a node had the last event, which the replica did not; the next one takes its position."""
+    old = cluster.primary(slot_name(key))
+    (replica,) = cluster.replicas(old)
+    async with opened(cluster.url, prefix) as store, opened(cluster.url, prefix) as other:
+        await store.create(key, {}, lifetime=LONG)
+        async with followed(other, key) as place:
+            await store.append(key, Batch(drafts(b"kept")))
+            await eventually(lambda: has_all_of(replica, old))
+            await stop_replication(old, replica)
+            await store.append(key, Batch(drafts(b"lost")))
+            await eventually(lambda: are(place.seen, 2))
+            old.kill()
+            replica.thaw()
+            await repeated(lambda: store.append(key, Batch(drafts(b"next"), writer="w", sequence=1)))
+            await repeated(lambda: store.append(key, Batch(drafts(b"last"), writer="w", sequence=2)))
+            log = await read_all(store, key)
+            assert texts(log) == [b"kept", b"next", b"last"]
+            await eventually(lambda: place.has(log))
+            assert place.losses
+    await asyncio.to_thread(come_back, cluster, old)
+
+
+@pytest.mark.slow
+async def test_what_a_thawed_primary_announces_displaces_nothing(cluster: ValkeyCluster, prefix: str, key: str) -> None:
+    """P3, P14: it runs what lay in its buffers before it hears that it was replaced, and tells everybody of it."""
+    name = slot_name(key)
+    old = cluster.primary(name)
+    (replica,) = cluster.replicas(old)
+    async with opened(cluster.url, prefix) as store, opened(cluster.url, prefix) as other:
+        await store.create(key, {}, lifetime=LONG)
+        async with followed(other, key) as place:
+            await store.append(key, Batch(drafts(b"kept")))
+            await eventually(lambda: are(place.seen, 1))
+            await eventually(lambda: has_all_of(replica, old))
+            script = old.port, script_of(key, prefix)
+            with socket.create_connection(("127.0.0.1", script[0])) as waiting:
+                old.freeze()
+                try:
+                    waiting.sendall(script[1])
+                    await asyncio.to_thread(cluster.wait_for_successor, name, old)
+                finally:
+                    old.thaw()
+                for n in range(1, 4):
+                    await repeated(lambda: store.append(key, Batch(drafts(b"%d" % n), writer="w", sequence=n)))  # noqa: B023
+                log = await read_all(store, key)
+                await eventually(lambda: place.has(log))
+    await asyncio.to_thread(cluster.wait_until_ok)
+
+
+def script_of(key: str, prefix: str) -> bytes:
+    """The command that appends one event to this log."""
+    stem = f"{prefix}:{{{key}}}:"
+    args = (
+        "EVALSHA",
+        _APPEND.sha,
+        3,
+        f"{stem}r",
+        f"{stem}w",
+        f"{stem}l",
+        f"{stem}c0",
+        "",
+        0,
+        0,
+        1,
+        "",
+        b"phantom!",
+        b"phantom",
+    )
+    return pack(args)
 
 
 async def has_all_of(replica: ValkeyServer, primary: ValkeyServer) -> bool:
