@@ -76,9 +76,9 @@ def is_lost(warning: str) -> bool:
     return "standalone stream are lost" in warning
 
 
-@pytest.mark.parametrize("new", [0, 2, 30], ids="{} new".format)
+@pytest.mark.parametrize("new", [0, 30], ids="{} new".format)
 @pytest.mark.parametrize("seen", [False, True], ids=["unseen", "seen by a node"])
-@pytest.mark.parametrize("has", [3, 5, 6, 9], ids="client has {}".format)
+@pytest.mark.parametrize("has", [3, 6, 9], ids="client has {}".format)
 async def test_whoever_comes_back_after_a_loss_gets_exactly_what_is_new_on_every_node(
     has: int, seen: bool, new: int, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -755,7 +755,12 @@ async def play_all(world: World, cases: list[Case], kinds: dict[str, Kind], at_o
     assert fired > len(cases) * 0.8
 
 
-@pytest.fixture
+some_or_every = pytest.mark.parametrize(
+    "every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["some", "every"]
+)
+
+
+@pytest.fixture(autouse=True)
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Patience is short, so that hundreds of cases run in seconds."""
     for module, name, seconds in (
@@ -821,8 +826,7 @@ def chosen(cases: list[Case], seed: int) -> list[Case]:
     return list(dict.fromkeys([*firsts.values(), *more]))
 
 
-@pytest.mark.usefixtures("hurried")
-@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["some", "every"])
+@some_or_every
 async def test_every_error_of_every_store_call_is_answered_as_documented(every: bool) -> None:
     """P9: no 500, nothing hangs, no end is lost, nothing is left behind, and then the session works."""
     async with leaving_nothing() as world:
@@ -831,8 +835,7 @@ async def test_every_error_of_every_store_call_is_answered_as_documented(every: 
         await play_all(world, cases if every else chosen(cases, SEED), KINDS)
 
 
-@pytest.mark.usefixtures("hurried")
-@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["some", "every"])
+@some_or_every
 async def test_every_error_of_every_store_call_is_answered_as_documented_where_one_node_holds_the_session(
     every: bool,
 ) -> None:
@@ -869,6 +872,12 @@ async def play_apart(cases: list[Case], play: Play, at_once: int = 25, **options
     assert fired > len(cases) / 3
 
 
+def one_of_each(cases: list[Case]) -> list[Case]:
+    """Of each method, each error once."""
+    dice = random.Random(SEED)
+    return list({(case.method, case.error): case for case in dice.sample(cases, len(cases))}.values())
+
+
 def cases_for(kind: str, *methods: str, nths: range = range(1, 2)) -> list[Case]:
     names = (*ERRORS, HANG)
     return [
@@ -880,8 +889,8 @@ def cases_for(kind: str, *methods: str, nths: range = range(1, 2)) -> list[Case]
     ]
 
 
-@pytest.mark.usefixtures("hurried")
-async def test_every_error_of_the_cluster_log_ends_in_everyone_being_told() -> None:
+@some_or_every
+async def test_every_error_of_the_cluster_log_ends_in_everyone_being_told(every: bool) -> None:
     """P9, P11: the call raises `StoreUnavailable` or nothing, and once it was made every client has heard of it."""
 
     async def play(world: World, case: Case) -> None:
@@ -908,12 +917,13 @@ async def test_every_error_of_the_cluster_log_ends_in_everyone_being_told() -> N
         await eventually(lambda: world.got.count("PromptsListChanged") >= 3)
         await hears.close()
 
-    await play_apart(cases_for("notify", "load", "create", "update", "append", "read", "watch", nths=range(1, 3)), play)
+    cases = cases_for("notify", "load", "create", "update", "append", "read", "watch", nths=range(1, 3))
+    await play_apart(cases if every else one_of_each(cases), play)
 
 
-@pytest.mark.usefixtures("hurried")
+@some_or_every
 async def test_every_error_while_keys_are_changed_ends_with_keys_that_both_nodes_have(
-    monkeypatch: pytest.MonkeyPatch,
+    every: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """P9: the rotation raises `StoreUnavailable` or nothing, and may be called again."""
     monkeypatch.setattr(cluster, "_SPREAD_SECONDS", 0.1)
@@ -936,7 +946,8 @@ async def test_every_error_while_keys_are_changed_ends_with_keys_that_both_nodes
 
         await eventually(shared)
 
-    await play_apart(cases_for("rotate", "load", "update", "append", nths=range(1, 4)), play)
+    cases = cases_for("rotate", "load", "update", "append", nths=range(1, 4))
+    await play_apart(cases if every else one_of_each(cases), play)
 
 
 def _methods(hears: Call) -> list[str]:
@@ -950,8 +961,8 @@ def unseals(codec: Any, sealed: str) -> bool:
         return False
 
 
-@pytest.mark.usefixtures("hurried")
-async def test_every_error_while_a_lost_node_is_looked_at_ends_its_request_once() -> None:
+@some_or_every
+async def test_every_error_while_a_lost_node_is_looked_at_ends_its_request_once(every: bool) -> None:
     """P7, P9: of all that the client's connection asks the store."""
 
     async def play(world: World, case: Case) -> None:
@@ -977,11 +988,11 @@ async def test_every_error_while_a_lost_node_is_looked_at_ends_its_request_once(
 
     # Each waits for its node to be seen dead twice.
     cases = cases_for("rescue", "lapsed", "read", "append", "watch", nths=range(1, 3))
-    await play_apart(cases, play, at_once=len(cases))
+    await play_apart(cases if every else one_of_each(cases), play, at_once=len(cases))
 
 
-@pytest.mark.usefixtures("hurried")
-async def test_every_error_during_a_drain_leaves_each_request_one_end_and_the_node_gone_in_time() -> None:
+@some_or_every
+async def test_every_error_during_a_drain_leaves_each_request_one_end_and_the_node_gone_in_time(every: bool) -> None:
     """P8, P9: what the store did not take of the end, another node says."""
 
     async def play(world: World, case: Case) -> None:
@@ -1001,11 +1012,12 @@ async def test_every_error_during_a_drain_leaves_each_request_one_end_and_the_no
         world.a = world.b
         client.is_told(await client.outcome(sent, "w"))
 
-    await play_apart(cases_for("drain", "append", "update", "read", "load", nths=range(1, 3)), play)
+    cases = cases_for("drain", "append", "update", "read", "load", nths=range(1, 3))
+    await play_apart(cases if every else one_of_each(cases), play)
 
 
-@pytest.mark.usefixtures("hurried")
-async def test_every_error_of_what_concerns_no_session_is_away_for_whoever_asks() -> None:
+@some_or_every
+async def test_every_error_of_what_concerns_no_session_is_away_for_whoever_asks(every: bool) -> None:
     """P9: readiness says so; what is renewed is renewed the next time."""
 
     async def play(world: World, case: Case) -> None:
@@ -1028,4 +1040,5 @@ async def test_every_error_of_what_concerns_no_session_is_away_for_whoever_asks(
         await client.works_at(world.b)
         await hears.close()
 
-    await play_apart(cases_for("none", "ping", "touch"), play, session_idle_timeout=3.0)
+    cases = cases_for("none", "ping", "touch")
+    await play_apart(cases if every else one_of_each(cases), play, session_idle_timeout=3.0)
