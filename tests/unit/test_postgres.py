@@ -815,6 +815,25 @@ async def test_news_of_this_process_are_whole_and_those_of_others_a_hint(
         assert seen == await read_all(store, "key")
 
 
+async def test_everybody_is_told_to_read_some_times_a_second_at_most(
+    server: PostgresServer, store: PostgresStore, sql: Any
+) -> None:
+    """P10, P14: one short payload costs work in proportion to all that is watched, and any role may send it."""
+    schema = store._address.schema
+    await store.create("key", {}, lifetime=LONG)
+    async with PostgresStore(server.url, schema=schema) as other, watching(store, "key") as hints:
+        loop = asyncio.get_running_loop()
+        began, sent = loop.time(), 500
+        for _ in range(sent):
+            await sql("SELECT pg_notify($1, $2)", schema, "anybody\n ")
+        async with aclosing(follow(store, "key")) as followed:
+            await other.append("key", Batch(drafts(b"fence")))
+            assert texts(await take(followed, 1)) == [b"fence"]
+        assert 1 <= hints.qsize() <= 3 + (loop.time() - began) / 0.2
+        while hints.qsize():
+            assert hints.get_nowait() is None
+
+
 async def test_subscription_that_went_silent_is_replaced(
     server: PostgresServer, schema: str, caplog: pytest.LogCaptureFixture
 ) -> None:

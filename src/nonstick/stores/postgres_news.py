@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, Any, Final
@@ -46,6 +47,9 @@ _MAX_WAITING: Final = 10_000
 """News that may wait for the server. Beyond that everybody is told to read."""
 
 _EVERYBODY: Final = " "
+
+_EVERYBODY_SECONDS: Final = 0.2
+"""Between two times that everybody is told to read, which anybody may say and costs in proportion to the watches."""
 
 _PROOF: Final = "!"
 """Begins what a process sends to itself. No key does."""
@@ -141,6 +145,9 @@ class Listener:
         self._interval = interval
         self._watches = Watches()
         self._in_force = False
+        self._telling: asyncio.TimerHandle | None = None
+        """Will tell everybody to read."""
+        self._told_at = -math.inf
         self._proof = ""
         self._heard = False
         """Whether what this process sent itself last came back."""
@@ -162,6 +169,8 @@ class Listener:
     async def close(self) -> None:
         self._closed = True
         self._watches.clear()
+        if self._telling is not None:
+            self._telling.cancel()
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
@@ -218,7 +227,17 @@ class Listener:
         if not self._watches:
             return
         if body.startswith(_EVERYBODY) or "\n" + _EVERYBODY in body:
-            self._watches.announce_all()
+            self._tell_everybody()
             return
         for key in {line.partition(" ")[0] for line in body.split("\n")}:
             self._watches.announce(key, None)
+
+    def _tell_everybody(self) -> None:
+        loop = asyncio.get_running_loop()
+
+        def tell() -> None:
+            self._telling, self._told_at = None, loop.time()
+            self._watches.announce_all()
+
+        if self._telling is None:
+            self._telling = loop.call_at(max(loop.time(), self._told_at + _EVERYBODY_SECONDS), tell)
