@@ -75,3 +75,33 @@ async def test_of_two_deadlines_the_one_that_passed_says_so(inner: float, outer:
     except TimeoutError:
         said = "outer"
     assert said == ("inner" if inner < outer else "outer")
+
+
+async def test_deadline_that_is_hastened_passes_at_once() -> None:
+    """Also one that has no time of its own; one that passed by itself was not hastened."""
+    for seconds in (None, 60.0):
+        deadline = Deadline(seconds)
+        with pytest.raises(TimeoutError), deadline:
+            asyncio.get_running_loop().call_soon(deadline.hasten)
+            await asyncio.Event().wait()
+        assert deadline.was_hastened
+    passed = Deadline(0.0)
+    with pytest.raises(TimeoutError), passed:
+        await asyncio.Event().wait()
+    passed.hasten()
+    assert not passed.was_hastened
+
+
+async def test_cancellation_that_comes_with_a_hastened_deadline_stays_one() -> None:
+    deadline = Deadline(None)
+
+    async def wait() -> None:
+        with deadline:
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(wait())
+    await asyncio.sleep(0)
+    deadline.hasten()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
