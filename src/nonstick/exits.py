@@ -16,7 +16,7 @@ from typing import Any, Final, NoReturn
 
 import uvicorn
 
-__all__ = ["Exit", "draining_on_signals", "end_loop", "stop_host"]
+__all__ = ["Exit", "draining_on_signals", "end_loop", "exit_status", "note_exit", "stop_host"]
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
@@ -88,6 +88,21 @@ def stop_host() -> bool:
     else:
         signal.raise_signal(signal.SIGTERM)
     return True
+
+
+_status = 0
+
+
+def note_exit(error: Exit) -> None:
+    """Remembers with which status the process is to end, for who ends it by force."""
+    global _status
+    code = getattr(error, "code", None)
+    _status = code if isinstance(code, int) else 0 if code is None else 1
+
+
+def exit_status() -> int:
+    """The status that a handler in this process said; 0 if none did."""
+    return _status
 
 
 def end_loop(error: Exit, after: asyncio.Task[Any] | None = None) -> None:

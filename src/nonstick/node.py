@@ -24,7 +24,7 @@ from mcp_types import INTERNAL_ERROR, ErrorData
 from nonstick.cluster import CLUSTER_KEY, Cluster
 from nonstick.deadline import Deadline
 from nonstick.errors import SessionNotFound, StoreError, StoreUnavailable
-from nonstick.exits import Exit, draining_on_signals, end_loop, stop_host
+from nonstick.exits import Exit, draining_on_signals, end_loop, note_exit, stop_host
 from nonstick.guard import GuardedStore
 from nonstick.introductions import INTRODUCTIONS
 from nonstick.limits import Room
@@ -459,6 +459,7 @@ class Node:
         if self._exit is not None:
             return
         self._exit = error
+        note_exit(error)
         logger.warning("a handler raised %s: this node drains, then its process ends", type(error).__name__)
         self.begin_drain()
         self._host_stops = stop_host()

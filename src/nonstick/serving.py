@@ -36,6 +36,7 @@ from nonstick.adopt import Adopted, take_over
 from nonstick.app import app as make_app
 from nonstick.encryption import keys_from
 from nonstick.errors import ConfigurationError, NonstickError, StoreUnavailable, StoreUnusable, Undecryptable
+from nonstick.exits import exit_status
 from nonstick.manager import Options
 from nonstick.node import GONE_AFTER, SEND_TIMEOUT, seconds_left_here
 from nonstick.protocols import Draining
@@ -352,7 +353,7 @@ def _end_after(seconds: float) -> None:
     logger.warning("the process ends without handlers that did not stop when they were cancelled")
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(exit_status())
 
 
 def _serve_in_children(settings: Settings, listener: socket.socket) -> int:

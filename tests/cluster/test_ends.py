@@ -40,6 +40,13 @@ def exits(monkeypatch: pytest.MonkeyPatch) -> list[Exit]:
 
 
 @pytest.fixture(autouse=True)
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who reads looks often after the node that should write."""
+    monkeypatch.setattr("nonstick.rescue._BETWEEN_LOOKS", 0.05)
+    monkeypatch.setattr("nonstick.listener._LIVENESS_POLL", 0.05)
+
+
+@pytest.fixture(autouse=True)
 def quiet(caplog: pytest.LogCaptureFixture) -> None:
     """The SDK logs what handlers of notifications raise, which no report can hold."""
     caplog.set_level(logging.CRITICAL, logger="mcp")

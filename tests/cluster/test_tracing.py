@@ -145,7 +145,7 @@ async def test_server_requests_are_traced_as_by_the_sdk(tmp_path: Path) -> None:
                 assert (parent["name"], parent["trace"]) == ("tools/call tool", SECOND)
 
 
-@pytest.mark.parametrize("placement", ["any", "owner"])
+@pytest.mark.parametrize("placement", [pytest.param("any", marks=pytest.mark.slow), "owner"])
 async def test_handler_runs_in_its_own_requests_trace(tmp_path: Path, placement: str) -> None:
     """P18: and never in that of who opened the session, wherever it runs."""
     async with traces(tmp_path, placement) as (found, a, b):

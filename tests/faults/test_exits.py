@@ -24,7 +24,11 @@ TOLD = {"reason": "server_exit", "retrySafe": False}
 
 
 @pytest.mark.parametrize(
-    ("loop", "thread"), [("uvloop", False), ("asyncio", True)], ids=["in the loop", "in a thread, without uvloop"]
+    ("loop", "thread"),
+    [
+        pytest.param("uvloop", False, id="in the loop"),
+        pytest.param("asyncio", True, id="in a thread, without uvloop", marks=pytest.mark.slow),
+    ],
 )
 async def test_exit_is_told_once_and_waits_for_what_runs(stage: Stage, loop: str, thread: bool) -> None:
     """P8, P16: others finish or are handed over; the process ends with the status; the end is read on another node."""
@@ -66,6 +70,7 @@ import asyncio
 import sys
 
 from mcp.server import MCPServer
+from mcp.server.mcpserver import Context
 
 mcp = MCPServer("exiting")
 
@@ -76,12 +81,22 @@ async def leave(status: int) -> str:
 
 
 @mcp.tool()
+async def stubborn(ctx: Context) -> str:
+    await ctx.report_progress(0.5)
+    while True:
+        try:
+            await asyncio.sleep(60)
+        except BaseException:
+            pass
+
+
+@mcp.tool()
 async def interrupt() -> str:
     raise KeyboardInterrupt
 """
 
 
-@pytest.mark.parametrize(("tool", "status"), [("leave", 5), ("interrupt", 0)])
+@pytest.mark.parametrize(("tool", "status"), [("leave", 5), pytest.param("interrupt", 0, marks=pytest.mark.slow)])
 async def test_nonstick_serve_ends_with_the_status_that_a_tool_said(
     home: Path, start: Start, tool: str, status: int
 ) -> None:
@@ -102,6 +117,29 @@ async def test_nonstick_serve_ends_with_the_status_that_a_tool_said(
     assert answer.json()["error"]["data"] == TOLD
     assert await asyncio.to_thread(served.stop, signal.SIGCONT) == status
     assert "Traceback" not in str(served.seen)
+
+
+@pytest.mark.slow
+async def test_status_that_a_tool_said_is_that_of_a_process_that_had_to_be_ended(home: Path, start: Start) -> None:
+    """P8, P16: another tool did not stop when it was cancelled."""
+    (home / "exiting.py").write_text(EXITING)
+    served = start("exiting.py", "--grace", "0.5")
+    url = await asyncio.to_thread(served.url)
+    headers = await asyncio.to_thread(initialize, url)
+
+    def calling(tool: str, **arguments: object) -> dict[str, object]:
+        meta = {"progressToken": tool}
+        params = {"name": tool, "arguments": arguments, "_meta": meta}
+        return {"jsonrpc": "2.0", "id": tool, "method": "tools/call", "params": params}
+
+    async with (
+        httpx2.AsyncClient() as client,
+        client.stream("POST", url, json=calling("stubborn"), headers=headers) as stream,
+    ):
+        assert "progress" in await anext(text async for text in stream.aiter_text() if "progress" in text)
+        answer = await client.post(url, json=calling("leave", status=5), headers=headers)
+        assert answer.json()["error"]["data"] == TOLD
+        assert await asyncio.to_thread(served.stop, signal.SIGCONT) == 5
 
 
 HOST = """
