@@ -81,9 +81,9 @@ async def test_node_that_stops_gives_its_lease_back(make_store: MakeStore) -> No
         assert await node_of(b).store.lapsed([name]) == {name}
 
 
-async def test_node_that_drains_takes_no_session_over(make_store: MakeStore) -> None:
+async def test_node_that_drains_takes_no_session_over(memory: MakeStore) -> None:
     """P7, P8: what waits is run elsewhere, where it may stay."""
-    async with desk(make_store, movable=True, grace=DEADLINE) as (stage, a, b, c):
+    async with desk(memory, movable=True, grace=DEADLINE) as (stage, a, b, c):
         session = await a.open()
         key = session_key(session.id)
         await lose(stage, session, a)

@@ -200,6 +200,7 @@ async def test_process_is_gone_in_time_whatever_its_clients_and_its_handlers_do(
                 writer.transport.abort()
 
 
+@pytest.mark.slow
 async def test_worker_processes_are_gone_in_time_too(tmp_path: Path) -> None:
     """P8."""
     async with running(tmp_path, *SERVED, "--workers", "2", name="a") as a:

@@ -227,9 +227,9 @@ async def test_client_that_polls_keeps_its_session_while_its_tool_works() -> Non
             assert text_of((await resumed.rest())[-1]) == "awake"
 
 
-async def test_owner_lets_a_session_expire_whose_client_vanished_elsewhere(make_store: MakeStore) -> None:
+async def test_owner_lets_a_session_expire_whose_client_vanished_elsewhere(memory: MakeStore) -> None:
     """P10: with `placement="owner"`: a relayed request runs on the node that holds the session."""
-    async with idle_soon(make_store, placement="owner") as (stage, a, b, _):
+    async with idle_soon(memory, placement="owner") as (stage, a, b, _):
         session = await a.open()
         async with posting(b, session, call("sleep", 1, name="relayed")) as stream:
             await stage.reached("at relayed")
@@ -269,9 +269,9 @@ async def test_handler_of_a_session_that_is_not_confirmed_works_on_for_as_long_a
 # ---- the deadline of a server request
 
 
-async def test_server_request_that_nobody_answers_ends_by_itself(make_store: MakeStore) -> None:
+async def test_server_request_that_nobody_answers_ends_by_itself(memory: MakeStore) -> None:
     """P10: after `server_request_timeout`, though the client is there, who is told so. One's own time is kept."""
-    async with staged(make_store, server_request_timeout=0.5) as (stage, a, b, _):
+    async with staged(memory, server_request_timeout=0.5) as (stage, a, b, _):
 
         @stage.tool
         async def elicit(ctx: Context, arguments: dict[str, Any]) -> str:
