@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -25,7 +26,7 @@ from starlette.requests import Request
 
 from nonstick import dice, notice, portable, wire
 from nonstick.errors import Diverged, Fenced, SessionNotFound, StoreUnavailable, StreamClosed
-from nonstick.events import Kind, decode, draft, kind_of
+from nonstick.events import Kind, decode, draft, glimpse, kind_of
 from nonstick.exchange import Exchange
 from nonstick.follow import Slice, whole
 from nonstick.guard import patiently
@@ -36,11 +37,13 @@ from nonstick.security import without_text
 from nonstick.session import Session, request_key
 from nonstick.store import MAX_READ, Batch, Cursor, Event, Skimmed
 
-__all__ = ["SESSION_LOST", "Failure", "Holding", "OpenStream", "Survey", "announce", "survey"]
+__all__ = ["SESSION_LOST", "Failure", "Holding", "OpenStream", "Survey", "announce", "end_lost", "survey"]
 
 logger = logging.getLogger(__name__)
 
 _RETRY_PAUSE: Final = 1.0
+_CERTAIN_AFTER: Final = 1.0
+"""Seconds that a node must be seen dead for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +114,22 @@ async def survey(session: Session) -> Survey:
         raise StoreUnavailable("the session's log lost entries while it was read") from None
 
 
-async def _survey(session: Session) -> Survey:
+async def _survey(session: Session, only: Callable[[Skimmed], bool] = lambda _: True) -> Survey:
+    head, unfinished = await _unfinished(session)
+    # One after the other: a relayed request may be as long as any.
+    found: list[OpenStream] = []
+    for opened, taken in unfinished:
+        try:
+            if only(taken or opened) and (one := await _open_stream(session, opened, taken)) is not None:
+                found.append(one)
+        except (LookupError, TypeError, ValueError) as error:
+            # Not what any release writes: it keeps nobody from the others.
+            _pass_over(session, opened.event, error)
+    return Survey(head, found)
+
+
+async def _unfinished(session: Session) -> tuple[Cursor, list[tuple[Skimmed, Skimmed | None]]]:
+    """The log's head; and of each stream that has not ended how it was opened, and who took it over last."""
     store, key, part = session.node.store, session.key, Slice(MAX_READ)
     opened: dict[int, Skimmed] = {}
     taken: dict[int, Skimmed] = {}
@@ -127,16 +145,7 @@ async def _survey(session: Session) -> Survey:
                 case Kind.TERMINAL:
                     opened.pop(entry.event.stream, None)
         head = entries[-1].event.cursor
-    # One after the other: a relayed request may be as long as any.
-    found: list[OpenStream] = []
-    for stream, entry in opened.items():
-        try:
-            if (one := await _open_stream(session, entry, taken.get(stream))) is not None:
-                found.append(one)
-        except (LookupError, TypeError, ValueError) as error:
-            # Not what any release writes: it keeps nobody from the others.
-            _pass_over(session, entry.event, error)
-    return Survey(head, found)
+    return head, [(entry, taken.get(stream)) for stream, entry in opened.items()]
 
 
 async def _open_stream(session: Session, opened: Skimmed, taken: Skimmed | None) -> OpenStream | None:
@@ -410,6 +419,31 @@ def _pass_over(session: Session, event: Event, error: Exception) -> None:
 async def announce(session: Session, owner: str) -> None:
     """Says in the log who holds the session now, for an owner of old, and for who waits for one."""
     await session.append(Batch([draft(Kind.OWNER, pydantic_core.to_json({"node": owner}))]))
+
+
+async def end_lost(session: Session) -> bool:
+    """Ends the streams of nodes that are gone: nobody may ever resume them, and the log keeps what has not ended.
+
+    Returns whether there were any.
+
+    Raises:
+        SessionNotFound, StoreUnavailable: As the store's methods.
+    """
+    store = session.node.store
+    nodes = {
+        str(glimpse((taken or opened).event.data).get("node")) for opened, taken in (await _unfinished(session))[1]
+    }
+    lost = await store.lapsed(nodes - {session.node.id})
+    if not lost:
+        return False
+    # Twice, because after an outage of the store every lease has lapsed.
+    await asyncio.sleep(_CERTAIN_AFTER)
+    lost &= await store.lapsed(lost)
+    found = await _survey(session, lambda entry: glimpse(entry.event.data).get("node") in lost)
+    ended = [stream for stream in found.open if not stream.relayed]
+    for stream in ended:
+        await stream.end(session, _NODE_LOST)
+    return bool(ended)
 
 
 async def _end_stream(session: Session, stream: int, attempt: int, body: bytes) -> None:

@@ -221,7 +221,13 @@ class Session:
     @cached_property
     def trimmer(self) -> Trimmer:
         """Of the session's log."""
-        return Trimmer(self.node, self.key, self._log)
+        return Trimmer(self.node, self.key, self._log, end_lost=self._end_lost)
+
+    async def _end_lost(self) -> bool:
+        # Imported here: what it knows of a log is about sessions.
+        from nonstick.holding import end_lost
+
+        return await end_lost(self)
 
     @cached_property
     def listeners(self) -> Room:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -78,11 +78,13 @@ class Looks:
 
     Attributes:
         kept: By the session's key, the oldest first.
+        under_way: The logs that are being looked through, and trimmed.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self.kept: dict[str, Look] = {}
+        self.under_way: dict[str, asyncio.Task[None]] = {}
 
     def get(self, key: str, seconds: float = _REMEMBERED_SECONDS) -> Look | None:
         """The latest look at this log, if it is no older."""
@@ -121,16 +123,17 @@ class Trimmer:
 
     Args:
         amount: Of the log when its record was loaded.
+        end_lost: Ends streams in the log that nobody else would end; whether there were any.
     """
 
-    def __init__(self, node: Node, key: str, amount: Amount) -> None:
+    def __init__(self, node: Node, key: str, amount: Amount, *, end_lost: Callable[[], Awaitable[bool]]) -> None:
         self._node = node
         self._key = key
         self._size, self._events = amount
         """As the last append or trim left it, as far as this node knows."""
+        self._end_lost = end_lost
         self._held = 0
         """Bytes that are about to be appended."""
-        self._trimming: asyncio.Task[None] | None = None
 
     def note(self, appended: Appended, *, ended: int | None) -> None:
         """An append left this much in the log. It may have `ended` a stream, which may go now."""
@@ -154,8 +157,8 @@ class Trimmer:
 
     async def full(self) -> bool:
         """Whether the log is far over its bounds, and trimming does not help: a stream that has not ended fills it."""
-        while self._is_full and self._trimming is not None:
-            await asyncio.wait([self._trimming])
+        while self._is_full and await self._trimmed():
+            pass
         return self._is_full
 
     @property
@@ -169,10 +172,11 @@ class Trimmer:
         Raises:
             Refusal: There is no room, because requests that have not ended fill the log.
         """
+        while not self._has_room(size) and await self._trimmed():
+            pass
         if not self._has_room(size) and self._may_gain(size):
             self._begin(size)
-        while not self._has_room(size) and self._trimming is not None:
-            await asyncio.wait([self._trimming])
+            await self._trimmed()
         if not self._has_room(size):
             raise wire.Refusal(
                 429,
@@ -204,8 +208,21 @@ class Trimmer:
             self._begin()
 
     def _begin(self, room: int = 0) -> None:
-        if self._trimming is None:
-            self._trimming = self._node.spawn(self._trim(self._bounds(room)))
+        under_way, key = self._node.looks.under_way, self._key
+        if key not in under_way:
+            under_way[key] = self._node.spawn(self._trim(self._bounds(room)))
+            under_way[key].add_done_callback(lambda _: under_way.pop(key, None))
+
+    async def _trimmed(self) -> bool:
+        """Waits for the end of what is under way, whoever began it. Whether anything was."""
+        looks = self._node.looks
+        task = looks.under_way.get(self._key)
+        if task is None or task.done():
+            return False
+        await asyncio.wait([task])
+        if (look := looks.kept.get(self._key)) is not None:
+            self._size, self._events = look.left
+        return True
 
     def _bounds(self, room: int = 0) -> Amount:
         settings = self._node.settings
@@ -215,6 +232,9 @@ class Trimmer:
         try:
             outline = await self._outline()
             waste = outline.waste(bounds, _AIM)
+            if outline.amount.minus(waste.amount).exceeds(bounds) and await self._end_lost():
+                outline = await self._outline()
+                waste = outline.waste(bounds, _AIM)
             for streams, before in waste.portions:
                 await self._node.store.trim(self._key, streams=streams, standalone_before=before)
                 await asyncio.sleep(0)
@@ -222,8 +242,6 @@ class Trimmer:
             logger.debug("session %s: could not trim its log: %s", self._key[:12], error)
         else:
             self._account(outline, waste)
-        finally:
-            self._trimming = None
 
     def _account(self, outline: Outline, waste: Waste) -> None:
         left = outline.amount.minus(waste.amount)
