@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -95,6 +96,7 @@ class Process:
             env=os.environ
             | {"NONSTICK_STORE": f"sqlite:///{home}/sessions.db", "GRACE": str(GRACE), "PYTHONPATH": str(home)},
             stdin=subprocess.DEVNULL,
+            start_new_session=True,
         )
 
     async def started(self) -> None:
@@ -121,8 +123,9 @@ class Process:
 
     async def clean(self) -> None:
         await self.client.aclose()
-        if self._child.poll() is None:
-            self._child.kill()
+        # With the processes that it started, which a SIGKILL of it alone would leave behind.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._child.pid, signal.SIGKILL)
         self._child.wait()
 
     post = Member.post
