@@ -488,7 +488,7 @@ async def test_cancel_that_says_its_reason_first_stops_the_request_of_a_lost_nod
             assert text_of((await resumed.rest())[-1]) == "Request cancelled"
 
 
-async def test_what_a_lost_node_asked_is_not_pending_for_ever(make_store: MakeStore) -> None:
+async def test_what_a_lost_node_asked_is_not_pending_for_ever(memory: MakeStore) -> None:
     """P10: with the end of its request; what was answered, and what others ask, is left alone."""
 
     def asked(name: str, stream: int) -> Batch:
@@ -498,7 +498,7 @@ async def test_what_a_lost_node_asked_is_not_pending_for_ever(make_store: MakeSt
         return Batch([draft(Kind.MESSAGE, body)], stream=stream, expect=[name])
 
     brought: list[Brought] = []
-    async with staged(measured(make_store, brought)) as (stage, a, b, _):
+    async with staged(measured(memory, brought)) as (stage, a, b, _):
         session = await a.open()
         answer = pydantic_core.to_json({"jsonrpc": "2.0", "id": "srv-2", "result": {"y": "y" * 5000}})
         reply = Batch([draft(Kind.REPLY, answer)], settle="srv-2")
@@ -521,7 +521,7 @@ async def test_what_a_lost_node_asked_is_not_pending_for_ever(make_store: MakeSt
         assert not await stage.is_pending(session, "srv-2")
 
 
-async def test_large_requests_of_a_lost_owner_are_run_by_the_next(make_store: MakeStore) -> None:
+async def test_large_requests_of_a_lost_owner_are_run_by_the_next(memory: MakeStore) -> None:
     """P7: they are found by the beginnings of what is in the log, and read one by one."""
     brought: list[Brought] = []
 
@@ -529,7 +529,7 @@ async def test_large_requests_of_a_lost_owner_are_run_by_the_next(make_store: Ma
         stage.open("rehydrated")
 
     options = {"placement": "owner", "rehydrate": rehydrate, "window": 0.02}
-    async with staged(measured(make_store, brought), **options) as (stage, a, b, c):
+    async with staged(measured(memory, brought), **options) as (stage, a, b, c):
         talking(stage)
         session = await a.open()
         key = session_key(session.id)
