@@ -66,9 +66,8 @@ LOST_SECONDS: Final = 75.0
 STALL: Final = 5.0
 AROUND: Final = 0.05
 """Seconds before and after a SIGTERM within which every request of every client goes to the node that gets it."""
-GONE_SECONDS: Final = GRACE + 6.0
-"""The last words of what is ended after the grace period, and 2 s each for a store that is away: to say the end of what
-runs, and to give the lease back."""
+GONE_SECONDS: Final = GRACE + 2.0
+"""All that a node does after the grace period, whatever its clients, handlers and the store do."""
 SLACK: Final = 15.0
 """Seconds until the end of a session whose client went away has come, at most, on a busy machine."""
 SHOWN: Final = 30
