@@ -93,6 +93,16 @@ async def test_restart_keeps_what_was_committed_or_nothing(server: PostgresServe
 
 
 @pytest.mark.slow
+async def test_standby_that_took_over_starts_empty_when_its_data_are_lost(server: PostgresServer) -> None:
+    """There is no primary any more from which it could copy them."""
+    with PostgresServer() as first, PostgresServer(standby_of=first) as second:
+        assert await ask(second, "SELECT pg_promote()")
+        first.kill()
+        second.restart(keep_data=False)
+        assert await ask(second, "SELECT pg_is_in_recovery()") is False
+
+
+@pytest.mark.slow
 async def test_killed_server_refuses_and_leaves_no_process(server: PostgresServer) -> None:
     """`kill`: SIGKILL for all of its processes; returns once they are gone."""
     before = processes(server)

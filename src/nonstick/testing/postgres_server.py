@@ -165,6 +165,8 @@ class PostgresServer:
         self.kill()
         if not keep_data:
             shutil.rmtree(self._data)
+            # With no data it is nobody's standby, and copies none.
+            self._primary = None
         self.start()
 
     def freeze(self) -> None:
