@@ -141,7 +141,7 @@ class ServedGround(Ground):
     async def way(self, node: str) -> str:
         proxy = await self.stack.enter_async_context(FaultProxy(self.pair.primary.url))
         self.proxies[node] = proxy
-        return proxy.url
+        return f"{proxy.url}?empty_grace={EMPTY_GRACE:g}"
 
     def deeds(self) -> dict[str, Deed]:
         return {"server restarted": self._restart, "server frozen": self._freeze}
@@ -199,9 +199,6 @@ class PostgresGround(ServedGround):
 
 class ValkeyGround(ServedGround):
     kind = ValkeyPair
-
-    async def way(self, node: str) -> str:
-        return f"{await super().way(node)}?empty_grace={EMPTY_GRACE:g}"
 
     def deeds(self) -> dict[str, Deed]:
         return super().deeds() | {"memory full": self._fill, "wakes repeated": self._repeat}

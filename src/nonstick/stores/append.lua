@@ -19,7 +19,7 @@ local continues = not opens and stream ~= '0'
 local mine = 'w' .. writer
 
 local known = redis.call('HMGET', record, '#x', '#h', '#b')
-if not known[1] then return refuse('gone') end
+if not known[1] then return gone() end
 local position, size, count, tag = head(known[2])
 local now = clock()
 local book

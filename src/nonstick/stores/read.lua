@@ -2,7 +2,7 @@
 -- entries after the position: the first, and more while their data are together no more than so many bytes. Those that are
 -- cut off have a fourth pair, their size.
 local known = redis.call('HMGET', record, '#x', '#h', '#d', '#b')
-if not known[1] then return refuse('gone') end
+if not known[1] then return gone() end
 local position, tag, limit = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3])
 local last, size, count, last_tag = head(known[2])
 if known[4] and redis.call('EXISTS', books) == 0 then

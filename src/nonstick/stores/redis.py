@@ -92,11 +92,16 @@ class _Script(NamedTuple):
     source: str
 
 
-def _script(name: str) -> _Script:
+def _script(name: str) -> tuple[_Script, _Script]:
+    """As it is on one server, and on a Cluster."""
+    return _variant(name, "true"), _variant(name, "false")
+
+
+def _variant(name: str, alone: str) -> _Script:
     folder = resources.files("nonstick.stores")
     constants = (
         f"local CANCEL_MS, WRITER_MS, INLINE_BYTES = {CANCEL_SECONDS * 1000}, {WRITER_SECONDS * 1000}, {INLINE_BYTES}\n"
-        f"local MAX_CANCELS = {MAX_CANCELS}\n"
+        f"local MAX_CANCELS, ALONE = {MAX_CANCELS}, {alone}\n"
     )
     source = constants + (folder / "shared.lua").read_text() + (folder / f"{name}.lua").read_text()
     return _Script(hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest(), source)
@@ -189,8 +194,9 @@ class RedisStore:
         self._subscriber: Subscriber[News] | None = None
         # On a Cluster a session's groups have slots of their own, so that no script can write to both.
         self._groups: Groups | None = None
+        self._on_cluster = self._deployment.kind == "cluster"
         self._indexed_by_scripts = prefix
-        if self._deployment.kind == "cluster":
+        if self._on_cluster:
             self._groups = Groups(
                 prefix,
                 run=self._run_for_group,
@@ -253,7 +259,7 @@ class RedisStore:
 
     async def _run(
         self,
-        script: _Script,
+        script: tuple[_Script, _Script],
         key: str,
         *args: Arg,
         replicated: bool = False,
@@ -268,15 +274,19 @@ class RedisStore:
         names = (stem + "r", stem + "w", stem + "l")
         answer = await self._evaluate(script, names, args, replicated=replicated and self._replicated)
         reply = answer[0]
-        if (type(reply) is bytes and reply in _REFUSALS) or (says_no is not None and says_no(reply)):
+        if (
+            (type(reply) is bytes and reply in _REFUSALS)
+            or (type(reply) is list and reply and reply[0] == b"gone")
+            or (says_no is not None and says_no(reply))
+        ):
             reply = await self._believed(
                 answer,
                 names[0],
                 lambda: self._evaluate(script, names, args, replicated=replicated and self._replicated),
-                lambda reply: (type(reply) is bytes and reply in _REFUSALS) or (says_no is not None and says_no(reply)),
+                lambda reply: _refusal_in(reply) is not None or (says_no is not None and says_no(reply)),
             )
-            if type(reply) is bytes and reply in _REFUSALS:
-                raise _REFUSALS[reply](_MESSAGES[reply])
+            if (refusal := _refusal_in(reply)) is not None:
+                raise _REFUSALS[refusal](_MESSAGES[refusal])
         return reply
 
     async def _run_for_group(self, name: str, *args: Arg) -> Any:
@@ -301,8 +311,11 @@ class RedisStore:
         loop = asyncio.get_running_loop()
         limit, pause = loop.time() + self._limits.timeout, 0.0
         while says_no(reply := answer[0]):
-            prove = self._proof.of_loss if _is_loss(reply) else self._proof.of_owner
-            if await prove(key, *answer[1:]):
+            if _is_loss(reply):
+                proven = await self._proof.of_loss(key, *answer[1:], mark=_mark_in(reply))
+            else:
+                proven = await self._proof.of_owner(key, *answer[1:])
+            if proven:
                 break
             if loop.time() >= limit:
                 raise StoreUnavailable("the store's servers do not agree on which of them has the session: try again")
@@ -312,10 +325,15 @@ class RedisStore:
         return reply
 
     async def _evaluate(
-        self, script: _Script, keys: tuple[str, ...], args: tuple[Arg, ...], *, replicated: bool = False
+        self,
+        variants: tuple[_Script, _Script],
+        keys: tuple[str, ...],
+        args: tuple[Arg, ...],
+        *,
+        replicated: bool = False,
     ) -> Answer:
         """The script's answer. A script that the server does not know has not run: it is sent whole."""
-        ask, tail = self._servers.ask, (len(keys), *keys, *args)
+        ask, tail, script = self._servers.ask, (len(keys), *keys, *args), variants[self._on_cluster]
         try:
             return await ask(keys[0], "EVALSHA", script.sha, *tail, replicated=replicated)
         except ScriptMissing:
@@ -418,7 +436,7 @@ class RedisStore:
             return True
 
         args = (self._indexed_by_scripts, key, self._channel(key))
-        _, groups = await self._run(_DELETE, key, *args, says_no=says_no)
+        _, groups, *_ = await self._run(_DELETE, key, *args, says_no=says_no)
         if self._groups is not None:
             await self._groups.leave(key, _lines(groups))
         return any(ended)
@@ -628,7 +646,18 @@ def _is_trimmed(reply: Any) -> bool:
 
 def _is_loss(reply: Any) -> bool:
     """Whether it says that something is gone, or was never there; and not only that it is not as it should be."""
-    return reply is None or reply == b"gone" or (type(reply) is list and reply[:1] == [0])
+    return reply is None or (type(reply) is list and reply[0] in (0, b"gone"))
+
+
+def _refusal_in(reply: Any) -> bytes | None:
+    if type(reply) is list and reply and reply[0] == b"gone":
+        return b"gone"
+    return reply if type(reply) is bytes and reply in _REFUSALS else None
+
+
+def _mark_in(reply: Any) -> bytes | None:
+    """The mark that goes along with the answer that something is gone, where there is one server."""
+    return reply[-1] if reply is not None else None
 
 
 def _first_given(*values: float | None) -> float:

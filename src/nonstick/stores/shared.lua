@@ -1,4 +1,4 @@
--- Stands before every script. Lines before it define CANCEL_MS, WRITER_MS, INLINE_BYTES and MAX_CANCELS.
+-- Stands before every script. Lines before it define CANCEL_MS, WRITER_MS, INLINE_BYTES, MAX_CANCELS and ALONE.
 --
 -- KEYS of every script about one session (all in one hash slot, by the {key} in their names):
 --   1 record, a hash: "f" .. name = a field; "#x" = "<lifetime ms> <expires ms>"; "#g" = its groups, one a line;
@@ -20,6 +20,12 @@ local record, books, log = KEYS[1], KEYS[2], KEYS[3]
 local function refuse(with)
   redis.call('HDEL', record, '#')
   return with
+end
+
+-- "gone", and with it the mark of this server's history, which says whether it can know: redis_proof.py. On a Cluster the
+-- marks have slots of their own, and the client asks for one.
+local function gone()
+  return refuse({'gone', ALONE and redis.call('GET', string.match(record, '^(.-):{') .. ':mark') or ''})
 end
 
 local function clock()

@@ -1,6 +1,6 @@
 -- ARGV: position before which the standalone stream is dropped, then streams.
 local known = redis.call('HMGET', record, '#x', '#h')
-if not known[1] then return refuse('gone') end
+if not known[1] then return gone() end
 local position, size, count, tag = head(known[2])
 local before = tonumber(ARGV[1])
 local PAGE = 16

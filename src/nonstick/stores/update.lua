@@ -1,6 +1,6 @@
 -- ARGV: prefix, member, new lifetime in ms or 0; number of fields that must have a value, that must be absent, that are
 -- set, that are removed; then these, the first and third kind with their values.
-if redis.call('HEXISTS', record, '#x') == 0 then return refuse('gone') end
+if redis.call('HEXISTS', record, '#x') == 0 then return gone() end
 local has, lacks, sets = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local at = 8
 for _ = 1, has do
