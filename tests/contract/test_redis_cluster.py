@@ -443,7 +443,7 @@ def script_of(key: str, prefix: str) -> bytes:
     stem = f"{prefix}:{{{key}}}:"
     args = (
         "EVALSHA",
-        _APPEND.sha,
+        _APPEND[1].sha,
         3,
         f"{stem}r",
         f"{stem}w",
