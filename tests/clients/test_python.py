@@ -213,7 +213,7 @@ async def test_a_session_is_used_on_every_node_and_ends_everywhere(nodes: Balanc
         "mcp-protocol-version": "2025-11-25",
     }
     ping = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
-    async with httpx2.AsyncClient() as http:
+    async with httpx2.AsyncClient(timeout=60) as http:
         for _ in range(NODES):
             assert (await http.post(f"{nodes.url}/mcp", json=ping, headers=headers)).status_code == 404
             assert (await http.get(f"{nodes.url}/mcp", headers=headers)).status_code == 404

@@ -232,7 +232,7 @@ async def test_request_goes_on_when_its_client_disconnects(cluster: Cluster, sha
     """P3: also what it saves is saved."""
     a, b, _c = cluster
     session = await a.open()
-    async with httpx2.AsyncClient(verify=False) as client:
+    async with httpx2.AsyncClient(verify=False, timeout=60) as client:
         message = call("wait", door="d", kept="yes")
         posting = asyncio.create_task(client.post(a.url, json=message, headers={**HEADERS, **session.headers}))
         await shared.saw("at d")

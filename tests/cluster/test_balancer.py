@@ -58,13 +58,13 @@ async def closed_port() -> int:
 
 
 async def test_each_request_of_one_connection_goes_to_the_next_node() -> None:
-    async with three_nodes() as nodes, Balancer(nodes) as balancer, httpx2.AsyncClient() as client:
+    async with three_nodes() as nodes, Balancer(nodes) as balancer, httpx2.AsyncClient(timeout=60) as client:
         assert [(await client.get(balancer.url)).text for _ in range(5)] == ["a", "b", "c", "a", "b"]
 
 
 async def test_random_pick_repeats_from_its_seed() -> None:
     async def picks(seed: int) -> str:
-        async with Balancer(nodes, pick="random", seed=seed) as balancer, httpx2.AsyncClient() as client:
+        async with Balancer(nodes, pick="random", seed=seed) as balancer, httpx2.AsyncClient(timeout=60) as client:
             return "".join([(await client.get(balancer.url)).text for _ in range(20)])
 
     async with three_nodes() as nodes:
@@ -77,7 +77,7 @@ async def test_random_pick_repeats_from_its_seed() -> None:
 async def test_node_that_refuses_is_passed_over() -> None:
     async with three_nodes() as nodes:
         nodes[1] = Backend("b", await closed_port())
-        async with Balancer(nodes) as balancer, httpx2.AsyncClient() as client:
+        async with Balancer(nodes) as balancer, httpx2.AsyncClient(timeout=60) as client:
             served = [(await client.get(balancer.url)).text for _ in range(6)]
             assert set(served) == {"a", "c"}
             assert [exchange.backend for exchange in balancer.exchanges] == served
@@ -86,7 +86,7 @@ async def test_node_that_refuses_is_passed_over() -> None:
 async def test_no_node_at_all_is_a_502() -> None:
     reports = asyncio.Queue[Exchange]()
     dead = Backend("a", await closed_port())
-    async with Balancer([dead], observe=reports.put_nowait) as balancer, httpx2.AsyncClient() as client:
+    async with Balancer([dead], observe=reports.put_nowait) as balancer, httpx2.AsyncClient(timeout=60) as client:
         assert (await client.get(balancer.url)).status_code == 502
         exchange = await asyncio.wait_for(reports.get(), DEADLINE)
     assert (exchange.status, exchange.backend, exchange.complete) == (502, "", False)
@@ -104,7 +104,7 @@ async def test_response_streams_unbuffered() -> None:
         writer.write(b"6\r\nsecond\r\n0\r\n\r\n")
         await writer.drain()
 
-    async with node("a", script) as a, Balancer([a]) as balancer, httpx2.AsyncClient() as client:
+    async with node("a", script) as a, Balancer([a]) as balancer, httpx2.AsyncClient(timeout=60) as client:
         async with asyncio.timeout(DEADLINE), client.stream("GET", balancer.url) as response:
             parts = response.aiter_raw()
             assert await anext(parts) == b"first"
@@ -130,7 +130,7 @@ async def test_request_body_streams_unbuffered() -> None:
         await arrived.wait()
         yield b"second"
 
-    async with node("a", script) as a, Balancer([a]) as balancer, httpx2.AsyncClient() as client:
+    async with node("a", script) as a, Balancer([a]) as balancer, httpx2.AsyncClient(timeout=60) as client:
         async with asyncio.timeout(DEADLINE):
             assert (await client.post(balancer.url, content=parts())).status_code == 202
 
@@ -145,7 +145,7 @@ async def test_client_that_goes_away_is_gone_for_the_node() -> None:
             await reader.read()
         gone.set()
 
-    async with node("a", script) as a, Balancer([a]) as balancer, httpx2.AsyncClient() as client:
+    async with node("a", script) as a, Balancer([a]) as balancer, httpx2.AsyncClient(timeout=60) as client:
         async with asyncio.timeout(DEADLINE):
             async with client.stream("GET", balancer.url):
                 pass
@@ -162,7 +162,7 @@ async def test_cut_exchange_is_a_lost_connection_for_both_sides_and_no_other() -
             await reader.read()
         gone.set()
 
-    async with node("a", script) as a, node("b", says("b")) as b, httpx2.AsyncClient() as client:
+    async with node("a", script) as a, node("b", says("b")) as b, httpx2.AsyncClient(timeout=60) as client:
         async with Balancer([a, b]) as balancer, asyncio.timeout(DEADLINE):
             async with client.stream("GET", balancer.url) as response:
                 assert (await client.get(balancer.url)).text == "b"
@@ -182,7 +182,7 @@ async def test_node_that_dies_is_a_lost_connection_for_the_client() -> None:
         await writer.drain()
         writer.transport.abort()
 
-    async with node("a", script) as a, Balancer([a]) as balancer, httpx2.AsyncClient() as client:
+    async with node("a", script) as a, Balancer([a]) as balancer, httpx2.AsyncClient(timeout=60) as client:
         async with asyncio.timeout(DEADLINE):
             with pytest.raises(httpx2.TransportError):
                 await client.get(balancer.url)
@@ -204,7 +204,7 @@ async def test_node_that_dies_before_it_answers_is_not_replaced() -> None:
         node("a", script) as a,
         node("b", script) as b,
         Balancer([a, b]) as balancer,
-        httpx2.AsyncClient() as client,
+        httpx2.AsyncClient(timeout=60) as client,
         asyncio.timeout(DEADLINE),
     ):
         with pytest.raises(httpx2.TransportError):
@@ -223,7 +223,11 @@ async def test_exchange_records_the_json_rpc_message() -> None:
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json; x=y\r\ncontent-length: 2\r\n\r\n{}")
         await writer.drain()
 
-    async with node("a", script) as a, Balancer([a], observe=observe) as balancer, httpx2.AsyncClient() as client:
+    async with (
+        node("a", script) as a,
+        Balancer([a], observe=observe) as balancer,
+        httpx2.AsyncClient(timeout=60) as client,
+    ):
         body = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "count"}}
         assert (await client.post(f"{balancer.url}/mcp?x=1", json=body)).json() == {}
         async with asyncio.timeout(DEADLINE):
@@ -237,6 +241,6 @@ async def test_exchange_records_the_json_rpc_message() -> None:
 
 async def test_large_response_arrives_whole_before_the_connection_closes() -> None:
     body = "x" * 3_000_000
-    async with node("a", says(body)) as a, Balancer([a]) as balancer, httpx2.AsyncClient() as client:
+    async with node("a", says(body)) as a, Balancer([a]) as balancer, httpx2.AsyncClient(timeout=60) as client:
         response = await client.get(balancer.url, headers={"connection": "close"})
         assert len(response.content) == len(body)

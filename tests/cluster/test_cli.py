@@ -161,7 +161,7 @@ def initialize(url: str) -> dict[str, str]:
 
 def list_tools(url: str, headers: dict[str, str]) -> int:
     message = {"jsonrpc": "2.0", "id": 2, "method": "tools/list"}
-    return httpx2.post(url, json=message, headers=headers).status_code
+    return httpx2.post(url, json=message, headers=headers, timeout=DEADLINE).status_code
 
 
 def nonstick(home: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -186,7 +186,7 @@ def test_session_of_one_process_is_served_by_another(start: Start) -> None:
     opened, other = first.url(), second.url()
     headers = initialize(opened)
     assert list_tools(other, headers) == 200
-    assert httpx2.delete(other, headers=headers).status_code == 200
+    assert httpx2.delete(other, headers=headers, timeout=DEADLINE).status_code == 200
     assert list_tools(opened, headers) == 404
 
 
@@ -223,8 +223,8 @@ def test_fastmcp_server_and_its_app_are_served(start: Start, home: Path) -> None
     headers = initialize(opened)
     assert list_tools(other, headers) == 200
     call = {"jsonrpc": "2.0", "id": 2, "method": "tools/call", "params": {"name": "fail", "arguments": {"a": 1}}}
-    assert httpx2.post(other, json=call, headers=headers).json()["result"]["isError"]
-    assert httpx2.get(other.replace("/shop", "/readyz")).status_code == 200
+    assert httpx2.post(other, json=call, headers=headers, timeout=DEADLINE).json()["result"]["isError"]
+    assert httpx2.get(other.replace("/shop", "/readyz"), timeout=DEADLINE).status_code == 200
     assert not [one for one in server.seen + app.seen if one["level"] == "warning" and "FastMCP" in one["message"]]
     assert (server.stop(), app.stop()) == (0, 0)
     with pytest.raises(AssertionError):
@@ -245,7 +245,7 @@ def test_probes_answer_and_sigterm_ends_with_status_0(start: Start) -> None:
     served = start("server.py")
     url = root(served.url())
     for probe, said in (("/healthz", "ok"), ("/readyz", "ready")):
-        answer = httpx2.get(url + probe)
+        answer = httpx2.get(url + probe, timeout=DEADLINE)
         assert (answer.status_code, answer.json()) == (200, {"status": said})
     assert served.stop() == 0
 
@@ -293,7 +293,7 @@ def test_reload_serves_the_changed_file(start: Start, home: Path) -> None:
     (home / "server.py").write_text(SOURCE.replace('MCPServer("served")', 'MCPServer("changed")'))
     params = {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "test", "version": "1"}}
     message = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": params}
-    answer = httpx2.post(served.url(), json=message, headers=HEADERS)
+    answer = httpx2.post(served.url(), json=message, headers=HEADERS, timeout=DEADLINE)
     assert answer.json()["result"]["serverInfo"]["name"] == "changed"
 
 
@@ -302,12 +302,12 @@ def test_node_is_not_ready_while_its_store_is_away(start: Start) -> None:
     """P9: it stays up, and recovers without a restart."""
     with ValkeyServer() as valkey:
         url = root(start("server.py", store=valkey.url).url())
-        assert httpx2.get(f"{url}/readyz").status_code == 200
+        assert httpx2.get(f"{url}/readyz", timeout=DEADLINE).status_code == 200
         valkey.kill()
         answer = httpx2.get(f"{url}/readyz", timeout=DEADLINE)
         assert answer.status_code == 503
         assert answer.json()["reason"] == "the session store cannot be reached"
-        assert httpx2.get(f"{url}/healthz").status_code == 200
+        assert httpx2.get(f"{url}/healthz", timeout=DEADLINE).status_code == 200
         valkey.start()
         limit = time.monotonic() + DEADLINE
         while httpx2.get(f"{url}/readyz", timeout=DEADLINE).status_code != 200:
@@ -319,8 +319,10 @@ def test_foreign_host_header_is_refused_on_loopback_only(start: Start) -> None:
     """As with the SDK: protection against DNS rebinding."""
     local, public = start("server.py"), start("server.py", "--host", "0.0.0.0")
     foreign = {"host": "mcp.example.com"}
-    assert httpx2.get(local.url(), headers=foreign).status_code == 421
-    assert httpx2.get(public.url().replace("0.0.0.0", "127.0.0.1"), headers=foreign).status_code == 400
+    assert httpx2.get(local.url(), headers=foreign, timeout=DEADLINE).status_code == 421
+    assert (
+        httpx2.get(public.url().replace("0.0.0.0", "127.0.0.1"), headers=foreign, timeout=DEADLINE).status_code == 400
+    )
 
 
 def test_log_names_the_node_and_no_session(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,7 +332,7 @@ def test_log_names_the_node_and_no_session(start: Start, monkeypatch: pytest.Mon
     url = served.url()
     headers = initialize(url)
     list_tools(url, headers)
-    httpx2.delete(url, headers=headers)
+    httpx2.delete(url, headers=headers, timeout=DEADLINE)
     served.stop()
     served.wait_for(f"Finished server process [{served.seen[-1]['pid']}]")
     assert {record["node"].rpartition("-")[0] for record in served.seen if record["logger"] == "uvicorn.access"} == {
@@ -348,7 +350,9 @@ def test_head_that_does_not_end_is_refused(start: Start) -> None:
     """P10: before it fills the memory, in the middle of one header or after many."""
     served = start("server.py")
     port = int(served.url().split(":")[2].split("/")[0])
-    with httpx2.Client(transport=httpx2.HTTPTransport(retries=6)) as patient:  # it says so just before it listens
+    with httpx2.Client(
+        transport=httpx2.HTTPTransport(retries=6), timeout=DEADLINE
+    ) as patient:  # it says so just before it listens
         assert patient.get(f"http://127.0.0.1:{port}/healthz").status_code == 200
     for endless in (b"x: " + b"y" * 100_000, b"x: y\r\n" * 20_000):
         with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
@@ -360,14 +364,14 @@ def test_head_that_does_not_end_is_refused(start: Start) -> None:
             with contextlib.suppress(ConnectionError):
                 answer = client.recv(1000)
             assert answer[:12] in (b"", b"HTTP/1.1 431")
-    assert httpx2.get(f"http://127.0.0.1:{port}/healthz").status_code == 200
+    assert httpx2.get(f"http://127.0.0.1:{port}/healthz", timeout=DEADLINE).status_code == 200
 
 
 @pytest.mark.slow
 def test_settings_are_given_by_their_names(start: Start, home: Path) -> None:
     """P10: every limit can be set, and what cannot work is said in one paragraph."""
     served = start("server.py", "--set", "max_header_bytes=2000", "--set", "unconfirmed_lifetime=null")
-    with httpx2.Client(transport=httpx2.HTTPTransport(retries=6)) as patient:
+    with httpx2.Client(transport=httpx2.HTTPTransport(retries=6), timeout=DEADLINE) as patient:
         answer = patient.post(served.url(), json={}, headers={**HEADERS, "x": "y" * 3000})
     assert answer.status_code == 431
     ended = nonstick(home, "serve", "server.py", "--port", "0", "--set", "max_sessions=0")

@@ -60,7 +60,7 @@ async def test_example_serves_a_session_from_two_nodes(
         served = {exchange.backend for exchange in balancer.exchanges if exchange.rpc == "tools/call"}
         assert served == {"a", "b"}
         if target == "examples.mounted:site":
-            async with httpx2.AsyncClient() as http:
+            async with httpx2.AsyncClient(timeout=60) as http:
                 assert (await http.get(f"{balancer.url}/readyz")).json() == "ready"
 
 

@@ -47,7 +47,7 @@ async def running(host: Any) -> AsyncIterator[httpx2.AsyncClient]:
 
 
 def client_of(host: Any) -> httpx2.AsyncClient:
-    return httpx2.AsyncClient(transport=httpx2.ASGITransport(app=host), base_url=BASE, headers=HEADERS)
+    return httpx2.AsyncClient(transport=httpx2.ASGITransport(app=host), base_url=BASE, headers=HEADERS, timeout=60)
 
 
 async def open_session(client: httpx2.AsyncClient, path: str = "/mcp") -> Session:

@@ -176,7 +176,9 @@ async def test_replicas_agree_wherever_they_are_mounted_and_whatever_their_proxi
     async with running(first) as a, running(mounted) as b, running(third) as c:
         session = await open_session(a)
         shown = httpx2.ASGITransport(app=first, root_path="/shown")
-        async with httpx2.AsyncClient(transport=shown, base_url="http://127.0.0.1:8000", headers=HEADERS) as d:
+        async with httpx2.AsyncClient(
+            transport=shown, base_url="http://127.0.0.1:8000", headers=HEADERS, timeout=60
+        ) as d:
             for client, path, named in (
                 (a, "/mcp", "other.example"),
                 (b, "/v1/mcp", "shop.example"),

@@ -32,6 +32,7 @@ from nonstick.testing.cluster import HEADERS, Member, Session
 from nonstick.testing.servers import free_port
 from tests.cluster.sse import DEADLINE, getting, posting
 from tests.cluster.stage import call, eventually, text_of
+from tests.pace import in_time
 
 pytestmark = pytest.mark.anyio
 
@@ -116,10 +117,12 @@ class Process:
         """SIGTERM. How long it took to end, which must be less than this."""
         began = time.monotonic()
         self._child.send_signal(signal.SIGTERM)
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(2 * DEADLINE):
             while self._child.poll() is None:  # noqa: ASYNC110 - a process sets no event
                 await asyncio.sleep(0.01)
-        return time.monotonic() - began
+        took = time.monotonic() - began
+        assert in_time(took, seconds), took
+        return took
 
     async def clean(self) -> None:
         await self.client.aclose()

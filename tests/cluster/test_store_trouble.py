@@ -24,6 +24,7 @@ from tests.cluster.conftest import one
 from tests.cluster.servers import World, answer, call, error, eventually, messages, opening, request
 from tests.cluster.sse import posting
 from tests.cluster.stage import DownStore, ask, say, staged, text_of
+from tests.pace import in_time
 
 pytestmark = pytest.mark.anyio
 
@@ -59,7 +60,7 @@ async def cluster(valkey: ValkeyServer, proxy: FaultProxy, shared: World) -> Asy
 def within(seconds: float) -> Iterator[None]:
     started = time.monotonic()
     yield
-    assert time.monotonic() - started < seconds
+    assert in_time(time.monotonic() - started, seconds)
 
 
 def assert_unavailable(response: httpx2.Response) -> None:

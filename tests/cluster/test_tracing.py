@@ -57,7 +57,7 @@ class Traces:
     def __init__(self, home: Path) -> None:
         self._home = home
         self._file = home / "spans.jsonl"
-        self.http = httpx2.AsyncClient()
+        self.http = httpx2.AsyncClient(timeout=60)
 
     def node(self, name: str, **env: str) -> NodeProcess:
         return NodeProcess(

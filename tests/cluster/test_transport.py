@@ -75,7 +75,9 @@ async def pod(make_store: MakeStore, user: str = "") -> AsyncIterator[Pod]:
     transport = httpx2.ASGITransport(app=Starlette(routes=[Mount("/", authenticated)]))
     async with (
         manager.run(),
-        httpx2.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000", headers=HEADERS) as client,
+        httpx2.AsyncClient(
+            transport=transport, base_url="http://127.0.0.1:8000", headers=HEADERS, timeout=60
+        ) as client,
     ):
         yield Pod(manager, client)
 
@@ -161,7 +163,9 @@ async def test_new_session_is_opened_once() -> None:
     transport = httpx2.ASGITransport(app=session.handle_request)
     async with (
         manager.run(),
-        httpx2.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000", headers=HEADERS) as client,
+        httpx2.AsyncClient(
+            transport=transport, base_url="http://127.0.0.1:8000", headers=HEADERS, timeout=60
+        ) as client,
     ):
         with pytest.raises(SessionNotFound):
             await nonstick.Session.hydrate(session.id, manager=manager)
@@ -206,7 +210,9 @@ async def test_manager_takes_an_mcp_server() -> None:
     transport = httpx2.ASGITransport(app=nonstick.Session(manager).handle_request)
     async with (
         manager.run(),
-        httpx2.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000", headers=HEADERS) as client,
+        httpx2.AsyncClient(
+            transport=transport, base_url="http://127.0.0.1:8000", headers=HEADERS, timeout=60
+        ) as client,
     ):
         opened = await client.post("/", json=opening())
         headers = {"mcp-session-id": opened.headers["mcp-session-id"]}

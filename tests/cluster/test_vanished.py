@@ -37,6 +37,7 @@ from tests.cluster.stage import (
     text_of,
 )
 from tests.cluster.test_sessionless_drain import Tools, listening
+from tests.pace import in_time
 
 pytestmark = [pytest.mark.anyio, quiet]
 
@@ -127,29 +128,45 @@ async def vanish_at(stage: Stage, member: Member, tool: str, **arguments: Any) -
 
 
 @asynccontextmanager
-async def idle_soon(store: MakeStore, **options: Any) -> AsyncIterator[tuple[Stage, Member, Member, Member]]:
-    async with staged(store, window=0.02, app_options={"session_idle_timeout": IDLE}, **options) as on_stage:
+async def idle_soon(
+    store: MakeStore, *, idle: float = IDLE, **options: Any
+) -> AsyncIterator[tuple[Stage, Member, Member, Member]]:
+    async with staged(store, window=0.02, app_options={"session_idle_timeout": idle}, **options) as on_stage:
         waiting(on_stage[0])
         yield on_stage
 
 
 async def test_clients_that_vanished_give_all_their_places_back(make_store: MakeStore) -> None:
     """P10: whatever the server waits for; and one that is there, at another node, keeps its session."""
-    async with idle_soon(make_store, max_streams_per_node=len(WAYS) + 1) as (stage, a, b, c):
+    for idle in (IDLE, 4 * IDLE, 16 * IDLE):
+        if await clients_vanish(make_store, idle):
+            return
+    pytest.fail("seven clients did not come and go within an idle time")
+
+
+async def clients_vanish(make_store: MakeStore, idle: float) -> bool:
+    """Whether they did so within an idle time, as they have to: on a busy machine it may have to be longer."""
+    async with idle_soon(make_store, idle=idle, max_streams_per_node=len(WAYS) + 1) as (stage, a, b, c):
         present = await c.open(capabilities={"elicitation": {"form": {}}})
         async with posting(a, present, call("elicit", 1, name="present")) as asked:
             last = (await asked.event()).id
             question = await asked.message()
         async with getting(b, present, last) as resumed:
+            began = asyncio.get_running_loop().time()
             gone = [await vanish_at(stage, a, tool, **arguments) for tool, arguments in WAYS.items()]
-            assert (await a.post(call("sleep", 2), present)).status_code == 503
+            refused = await a.post(call("sleep", 2, name="one too many"), present)
+            if asyncio.get_running_loop().time() - began >= idle:
+                return False
+            assert refused.status_code == 503
             # An idle session, and the longest time between two looks at its log.
-            async with asyncio.timeout(IDLE + 5.0 + 2.0):
-                await eventually(lambda: len(node_of(a).requests) == 1)
+            began = asyncio.get_running_loop().time()
+            await eventually(lambda: len(node_of(a).requests) == 1)
+            assert in_time(asyncio.get_running_loop().time() - began, idle + 5.0 + 2.0)
             for session in gone:
                 assert (await c.post(notification("notifications/x"), session)).status_code == 404
             assert (await c.post(accept(question), present)).status_code == 202
             assert text_of((await resumed.rest())[-1]) == "{'name': 'Ada'}"
+    return True
 
 
 async def test_pings_of_fastmcp_do_not_keep_a_session_whose_client_vanished() -> None:

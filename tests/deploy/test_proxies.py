@@ -87,7 +87,7 @@ class Site:
         limit = time.monotonic() + DEADLINE
         while True:
             try:
-                if httpx2.get(url).status_code == 200:
+                if httpx2.get(url, timeout=DEADLINE).status_code == 200:
                     return
             except httpx2.TransportError:
                 pass

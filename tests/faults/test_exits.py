@@ -112,7 +112,7 @@ async def test_nonstick_serve_ends_with_the_status_that_a_tool_said(
         "method": "tools/call",
         "params": {"name": tool, "arguments": {"status": status} if status else {}},
     }
-    async with httpx2.AsyncClient() as client:
+    async with httpx2.AsyncClient(timeout=60) as client:
         answer = await client.post(url, json=message, headers=headers)
     assert answer.json()["error"]["data"] == TOLD
     assert await asyncio.to_thread(served.stop, signal.SIGCONT) == status
@@ -133,7 +133,7 @@ async def test_status_that_a_tool_said_is_that_of_a_process_that_had_to_be_ended
         return {"jsonrpc": "2.0", "id": tool, "method": "tools/call", "params": params}
 
     async with (
-        httpx2.AsyncClient() as client,
+        httpx2.AsyncClient(timeout=60) as client,
         client.stream("POST", url, json=calling("stubborn"), headers=headers) as stream,
     ):
         assert "progress" in await anext(text async for text in stream.aiter_text() if "progress" in text)

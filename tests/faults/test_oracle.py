@@ -315,7 +315,7 @@ class Bench:
 @asynccontextmanager
 async def bench(*stores: MemoryStore) -> AsyncIterator[tuple[Bench, Session]]:
     made = Bench(stores)
-    async with made.cluster, httpx2.AsyncClient() as http:
+    async with made.cluster, httpx2.AsyncClient(timeout=60) as http:
         patience = Patience(idle=10.0, call=20.0)
         client = Session(http, list(made.cluster), made.history, random.Random(1), name="s", patience=patience)
         await client.open()

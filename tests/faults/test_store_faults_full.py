@@ -180,7 +180,7 @@ PAGE = 4096
 @pytest.mark.slow
 async def test_sqlite_file_that_cannot_grow_is_503_and_streams_go_on_when_it_can(tmp_path: Path) -> None:
     """P9: on real nodes, whose files have a limit."""
-    async with Stage(f"sqlite:///{tmp_path}/sessions.db", tmp_path) as stage, httpx2.AsyncClient() as http:
+    async with Stage(f"sqlite:///{tmp_path}/sessions.db", tmp_path) as stage, httpx2.AsyncClient(timeout=60) as http:
         a, b = await stage.start(2)
         client = stage.client(nodes=[a, b], patience=Patience(idle=5.0, call=30.0))
         await client.open()

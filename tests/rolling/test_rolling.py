@@ -43,7 +43,7 @@ async def serves(node: NodeProcess) -> str:
     client = {"name": "test", "version": "1"}
     params = {"protocolVersion": VERSION, "capabilities": {}, "clientInfo": client}
     message = {"jsonrpc": "2.0", "id": 0, "method": "initialize", "params": params}
-    async with httpx2.AsyncClient() as http:
+    async with httpx2.AsyncClient(timeout=60) as http:
         answer = await http.post(node.url, json=message, headers=HEADERS)
     version: str = answer.json()["result"]["serverInfo"]["version"]
     return version

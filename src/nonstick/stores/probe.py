@@ -70,6 +70,7 @@ async def _open(host: str, port: int, context: ssl.SSLContext | None = None) -> 
         yield reader, writer
     finally:
         writer.transport.abort()
+        await asyncio.sleep(0)  # in which the socket is closed: this loop may not run any more afterwards
 
 
 _Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]

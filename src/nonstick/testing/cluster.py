@@ -47,7 +47,7 @@ class Member:
         self.url = f"http://127.0.0.1:{self.port}/mcp"
         config = uvicorn.Config(application, log_level="error", timeout_graceful_shutdown=5)
         self.server = _Server(config)
-        self.client = httpx2.AsyncClient(timeout=30, verify=False)  # loading certificates takes long, for nothing
+        self.client = httpx2.AsyncClient(timeout=60, verify=False)  # loading certificates takes long, for nothing
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
