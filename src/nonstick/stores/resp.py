@@ -327,7 +327,7 @@ async def _connect(wire: Wire, address: Address, timeout: float) -> None:
     elif address.tls is None:
         await loop.create_connection(lambda: wire, address.host, address.port)
     else:
-        opening = loop.create_task(loop.create_connection(lambda: wire, address.host, address.port, ssl=address.tls))
+        opening = apart.spawn(loop.create_connection(lambda: wire, address.host, address.port, ssl=address.tls))
         try:
             await asyncio.wait([opening], timeout=timeout / 10)
             # A server without TLS may wait for the end of what it takes for a line.

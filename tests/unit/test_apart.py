@@ -1,0 +1,59 @@
+"""Tasks and timers that belong to no request, and that there are no others in the background."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from contextvars import ContextVar
+from pathlib import Path
+
+import pytest
+
+from nonstick import apart
+
+SOURCES = Path(apart.__file__).parent
+TEAM: ContextVar[str] = ContextVar("team")
+
+IN_THE_CALLERS = {
+    "apart.py": 2,
+    # Timers of one request, or of one call.
+    "exchange.py": 2,
+    "session.py": 1,
+    "deadline.py": 1,
+    # Of one call to the store, whose spans belong to the caller's.
+    "stores/postgres_pool.py": 1,
+    "stores/redis.py": 1,
+    "stores/redis_sentinel.py": 1,
+    # Of a connection, before a request has come by it; of the process.
+    "heads.py": 1,
+    "protocols.py": 1,
+    "node.py": 2,
+    "stores/postgres_news.py": 1,
+}
+"""How many tasks and timers of each module begin in the context of who begins them, or say which is theirs."""
+
+
+@pytest.mark.anyio
+async def test_what_is_begun_apart_knows_nothing_of_who_began_it() -> None:
+    """P18."""
+
+    async def see() -> str:
+        return TEAM.get("none")
+
+    TEAM.set("mine")
+    assert await asyncio.create_task(see()) == "mine"
+    assert await apart.spawn(see()) == "none"
+    seen: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    apart.later(0.0, lambda: seen.set_result(TEAM.get("none")))
+    assert await seen == "none"
+
+
+def test_every_task_and_timer_says_whose_context_it_begins_in() -> None:
+    """P18: a new one is begun by `Node.spawn` or by `apart`; or, for one request alone, is counted here."""
+    begins = re.compile(r"(?:create_task|ensure_future|call_later|call_at)\(")
+    found = {
+        path.relative_to(SOURCES).as_posix(): len(begins.findall(path.read_text()))
+        for path in SOURCES.rglob("*.py")
+        if path.parent.name != "testing"
+    }
+    assert {name: count for name, count in found.items() if count} == IN_THE_CALLERS
