@@ -326,13 +326,16 @@ class Session:
                 await asyncio.sleep(PAUSE)
 
     async def _connect(self) -> int:
-        """One connection to the standalone stream, until it ends. Its status; 0 if there was none."""
+        """One connection to the standalone stream, until it ends. Its status; 0 if there was none.
+
+        200 of one that this side broke off: it may have been sent something.
+        """
         self._connection = self._spawn(self.resume(self._standalone))
         try:
             await asyncio.wait([self._connection])
         finally:
             self._connection.cancel()
-        return 0 if self._connection.cancelled() else self._connection.result()
+        return 200 if self._connection.cancelled() else self._connection.result()
 
     # ---- a call
 
