@@ -243,7 +243,7 @@ class _Later:
         self.server: Server[Any] | None = None
 
     def take(self) -> None:
-        # Who asks before the lifespan, or without it, is told what is missing.
+        # A request that comes before the lifespan, or without it, is told what is missing.
         self.place.asgi.session_manager = self.manager
 
     @asynccontextmanager

@@ -1,7 +1,7 @@
 """Tasks and timers that belong to no request.
 
-asyncio gives a task the context of who began it. What goes on for others, or for ever, would then keep one request's
-variables, its user and its trace, and go on in them: it begins in an empty context.
+asyncio gives a task the context of the code that began it. What goes on for others, or for ever, would then keep one
+request's variables, its user and its trace, and go on in them: it begins in an empty context.
 """
 
 from __future__ import annotations

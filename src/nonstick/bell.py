@@ -8,7 +8,7 @@ __all__ = ["Bell"]
 
 
 class Bell:
-    """Wakes all who wait when it is rung. It keeps nothing: who comes later waits for the next time.
+    """Wakes all who wait when it is rung. It keeps nothing: whoever comes later waits for the next time.
 
     So look whether there is anything to wait for, and wait, with no other `await` in between.
     """

@@ -267,7 +267,7 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         default=[],
         metavar="NAME=VALUE",
         help="any other setting of nonstick.app(), say max_sessions=50000 or send_timeout=10; may be given several "
-        "times. The limits and their defaults are in docs/limits.md",
+        "times. The limits and their defaults are in docs/limits.md, the other settings in docs/cli.md",
     )
     parser.add_argument(
         "--log-format",

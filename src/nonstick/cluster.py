@@ -360,7 +360,7 @@ class Cluster:
                 joined.clear()
             except StoreUnavailable as error:
                 self._settle(error if isinstance(error, StoreUnusable | Undecryptable) else None)
-                # Who listens here already does not hear what was said until then.
+                # Clients that listen here already do not hear what was said until then.
                 lost = lost or not joined.is_set()
                 await asyncio.sleep(_PAUSE)
 

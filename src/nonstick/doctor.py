@@ -139,7 +139,7 @@ async def _try_session(a: Store, b: Store) -> list[Finding]:
         appends = await _measure(lambda: a.append(key, Batch([_draft()], writer="doctor", sequence=next(numbers))))
         findings = [_latency("load", loads), _latency("append", appends)]
         findings += [await _try_sharing(a, b, key), await _try_wakes(a, b, key)]
-    findings.append(await _try_end(b, key))
+    findings.append(await _try_end(a, b, key))
     return findings
 
 
@@ -222,9 +222,8 @@ async def _try_wakes(a: Store, b: Store, key: str) -> Finding:
         wakes.stop()
     if not took:
         return Finding("error", "wakes", "appends on one node do not wake the other", _WAKE_ADVICE)
-    text = (
-        f"{len(took)} of {WAKES} arrived on another node, p50 {1000 * statistics.median(took):.2f} ms after the append"
-    )
+    where = "on the one node" if a is b else "on another node"
+    text = f"{len(took)} of {WAKES} arrived {where}, p50 {1000 * statistics.median(took):.2f} ms after the append"
     return Finding("ok" if len(took) == WAKES else "warning", "wakes", text, "" if len(took) == WAKES else _WAKE_ADVICE)
 
 
@@ -260,11 +259,12 @@ _TORN: Final = (
 )
 
 
-async def _try_end(b: Store, key: str) -> Finding:
+async def _try_end(a: Store, b: Store, key: str) -> Finding:
     try:
         await b.load(key)
     except SessionNotFound:
-        return Finding("ok", "end", "a session that one node ends is gone on the other")
+        where = "" if a is b else " on the other"
+        return Finding("ok", "end", f"a session that one node ends is gone{where}")
     return Finding("error", "end", "a session that one node ended lives on at another", _TORN)
 
 

@@ -410,7 +410,7 @@ class Exchange:
             result = await self.session.runner.on_request(self, message.method, message.params)
             return wire.result_body(message.id, result)
         except (asyncio.CancelledError, GeneratorExit):
-            # Maybe of this task, and so for who began it.
+            # Maybe of this task, and so for the code that began it.
             raise
         except BaseException as exception:
             return self._told(exception)
@@ -831,7 +831,7 @@ class Exchange:
                 logger.debug("session %s: %s", self.session.key[:12], type(error).__name__)
 
     def _give_up_stream(self) -> None:
-        """The stream is another node's, or lost. Who holds an id of it learns more by resuming; others here."""
+        """The stream is another node's, or lost. A client that has an id of it learns more by resuming; others here."""
         self._answer_with(None)
         if not self._gave_id:
             self._outlet.put(wire.sse_message(wire.error_body(self.message.id, wire.STREAM_LOST)))

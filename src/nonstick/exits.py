@@ -94,7 +94,7 @@ _status = 0
 
 
 def note_exit(error: Exit) -> None:
-    """Remembers with which status the process is to end, for who ends it by force."""
+    """Remembers with which status the process is to end, for the code that ends it by force."""
     global _status
     code = getattr(error, "code", None)
     _status = code if isinstance(code, int) else 0 if code is None else 1
@@ -109,7 +109,7 @@ def end_loop(error: Exit, after: asyncio.Task[Any] | None = None) -> None:
     """Has the event loop end with this error, so that the process ends as the handler wanted it to.
 
     Args:
-        after: What is to be done first. Who waits for that task gets the time to return, but not to wait again.
+        after: What is to be done first. Code that waits for that task has time to return, but not to wait again.
     """
     loop = asyncio.get_running_loop()
 

@@ -206,7 +206,7 @@ class GuardedStore:
         try:
             return self.store.watch(key, wake)
         except StoreError as error:
-            # Who follows the log looks for itself as well, if not as soon.
+            # Those who follow the log look for themselves as well, if not as soon.
             _report(error)
             return _nothing
 
@@ -280,7 +280,7 @@ def _nothing() -> None:
 
 
 async def patiently(call: Callable[[], Awaitable[T]], *, pause: float = 1.0) -> T:
-    """What the store answers, as soon as it can be reached: for who has nobody to tell that it cannot.
+    """What the store answers, as soon as it can be reached: for callers that have nobody to tell that it cannot.
 
     Args:
         pause: Seconds between two tries.

@@ -323,7 +323,7 @@ class Holding:
         except SessionNotFound:
             self._node.spawn(session.end())
         except Diverged:
-            # The store lost the stream: who reads it finds out.
+            # The store lost the stream: whoever reads it finds out.
             pass
         except Exception as error:
             # What another release wrote, maybe: its client shall not wait for ever (P16).
@@ -417,7 +417,7 @@ def _pass_over(session: Session, event: Event, error: Exception) -> None:
 
 
 async def announce(session: Session, owner: str) -> None:
-    """Says in the log who holds the session now, for an owner of old, and for who waits for one."""
+    """Says in the log who holds the session now, for an owner of old, and for requests that wait for one."""
     await session.append(Batch([draft(Kind.OWNER, pydantic_core.to_json({"node": owner}))]))
 
 

@@ -610,7 +610,7 @@ class Listener(Reader):
             "listener": self._turn,
             "node": self.session.node.id,
             "since": self._where_to_begin(),
-            # Who is being told of everything has not heard it all.
+            # A client that is being told of everything has not heard it all.
             "heard": None if self._told else cursor_text(self._where_to_hear_on()),
         }
         if self._lost is not None:
@@ -799,7 +799,7 @@ class Listener(Reader):
     def _put_everything(self, at: Cursor, head: Cursor) -> None:
         """Nobody knows any more what the client has missed: it is told once that anything may have changed.
 
-        Each event id says what was told last, so that one who comes back with it is told of the rest.
+        Each event id says what was told last, so that a client which comes back with it is told of the rest.
         """
         server = self.session.node.server
         changed = [what for request, what in LISTS.items() if server.get_request_handler(request) is not None]

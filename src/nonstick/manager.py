@@ -107,7 +107,7 @@ _GIVEN_OTHERWISE: Final = {
 }
 
 _OFTEN: Final = ("notifications/progress", "notifications/cancelled")
-"""Notifications that concern nobody but who waits for them, unless the server says otherwise."""
+"""Notifications that concern nobody but those who wait for them, unless the server says otherwise."""
 
 _LONGEST_URI: Final = 2048
 """Characters of a resource's URI that a record keeps."""

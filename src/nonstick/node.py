@@ -319,7 +319,7 @@ class Node:
 
         Args:
             context: A request's, for what is done for that request alone; by default an empty one. What goes on for
-                others must not go on in the context of who happened to begin it.
+                others must not go on in the context of the request that happened to begin it.
         """
         task = asyncio.create_task(work, context=Context() if context is None else context)
         self._tasks.add(task)
@@ -365,7 +365,7 @@ class Node:
                     # Loaded, so that it comes under the encryption key of today, too.
                     await self.store.load(CLUSTER_KEY)
             except SessionNotFound:
-                pass  # who follows it makes it anew
+                pass  # whoever follows it makes it anew
             except StoreUnavailable:
                 late = True
             for start in range(0, len(keys), _TOUCHED_AT_ONCE):

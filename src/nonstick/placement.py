@@ -37,7 +37,7 @@ _CERTAIN_AFTER: Final = 1.0
 _FORGET_AFTER: Final = 30.0
 
 _LINGER: Final = 5.0
-"""Seconds for which a lost session stays in the store, so that who reads its streams reads their end."""
+"""Seconds for which a lost session stays in the store, so that whoever reads its streams reads their end."""
 
 _PARTING: Final = 5.0
 """Seconds, at most, for telling the store at the end of a drain."""

@@ -129,7 +129,7 @@ class Rescue:
                 self._session.key, Cursor(self._probe), limit=MAX_READ, clip=2
             )
         except Diverged:
-            # The store lost the question. Whether it lost of the stream as well, who follows it finds out.
+            # The store lost the question. Whoever follows the stream finds out whether it lost of that too.
             self._quiet_since, self._probe = now, None
             return False
         if any(event.stream == self._stream and kind_of(event.data) is not Kind.PROBE for event, _ in entries):

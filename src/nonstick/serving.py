@@ -299,7 +299,7 @@ class _Ready:
         except StoreUnusable as error:
             return _not_ready(f"the session store cannot be used: {error}")
         except (TimeoutError, StoreUnavailable) as error:
-            # The address of the store is for the log: who asks here may be anybody.
+            # The address of the store is for the log: anybody may ask here.
             logger.warning("not ready: %s", str(error) or f"the store did not answer within {PING_SECONDS:.0f} s")
             return _not_ready("the session store cannot be reached")
         except NonstickError as error:

@@ -379,7 +379,7 @@ class Store(Protocol):
         ...
 
     async def skim(self, key: str, after: Cursor, *, limit: int = 256, clip: int = MAX_CLIP) -> list[Skimmed]:
-        """As `read`, with the first `clip` bytes of each event alone: for who looks for something in a whole log.
+        """As `read`, with the first `clip` bytes of each event alone: for looking for something in a whole log.
 
         Args:
             after: Exclusive.

@@ -35,7 +35,7 @@ _FULL: Final = 2.0
 """At so many times its bounds a log that cannot be trimmed takes no more."""
 
 _SOON: Final = 1.0
-"""Seconds, at least, between two looks for one who waits for room: other nodes may have ended streams meanwhile."""
+"""Seconds, at least, between two looks for a request that waits for room: other nodes may have ended streams."""
 
 _REMEMBERED: Final = 256
 _REMEMBERED_SECONDS: Final = 300.0

@@ -66,6 +66,15 @@ async def test_healthy_store_is_well_and_keeps_nothing_of_the_doctors(server: Va
         assert [key for key in await admin.keys("*") if key not in (b"nonstick:ping", b"nonstick:mark")] == []
 
 
+async def test_store_of_one_process_is_not_said_to_be_shared() -> None:
+    """One instance acts as both nodes, and nothing is said of another one."""
+    findings = await diagnose(MemoryStore, alone=True)
+    found = by_subject(findings)
+    assert "nobody shares" in found["sharing"].text
+    assert found["wakes"].text.startswith("10 of 10 arrived on the one node")
+    assert found["end"].text == "a session that one node ends is gone"
+
+
 @pytest.mark.usefixtures("impatient")
 async def test_store_that_tells_nothing_of_itself_is_tried_all_the_same() -> None:
     """A store of somebody else's needs no method beside the protocol's."""

@@ -98,7 +98,7 @@ async def _shakes_hands(host: str, port: int) -> bool:
 
 
 async def wants_certificate(host: str, port: int, *, seconds: float) -> bool:
-    """Whether a TLS server there turns away who shows no certificate."""
+    """Whether a TLS server there turns away clients that show no certificate."""
     try:
         async with asyncio.timeout(seconds):
             # Up to this version it fails the handshake; later ones end that first, and then close.

@@ -142,7 +142,7 @@ class RedisStore:
         url: `redis://[[user]:password@]host[:port][/db]`, `rediss://` likewise with TLS (with `ssl_ca_certs` and the
             like as query parameters), or `unix:///path/to.sock[?db=1]`: the forms of redis-py. Or
             `redis+cluster://host[:port][,host[:port]...]`, or `redis+sentinel://host[:port][,...]/service[/db]`, the
-            hosts being Sentinels, who may have a login of their own (`?sentinel_username=`, `?sentinel_password=`).
+            hosts being Sentinels, which may have a login of their own (`?sentinel_username=`, `?sentinel_password=`).
         prefix: Of all keys and channels. Deployments that share a server need different ones.
         durability: "replicated": creating a session, a server's request to the client, and the end of a stream count
             only once a replica has them too, and with them all that went before. While no replica keeps up these fail

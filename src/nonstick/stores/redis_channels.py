@@ -2,7 +2,7 @@
 
 What nodes announce there is whole events, so that another node need not read them. A user who may subscribe sees what
 clients are sent; one who may publish can show them what was never appended, and answer in their place. Who may read and
-write the sessions themselves gains nothing by that, so only who may not is told of.
+write the sessions themselves gains nothing by that, so only users who may not are told of.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ async def check_channels(call: Callable[..., Awaitable[Any]], *, prefix: str, ke
             "warning",
             _SUBJECT,
             f"users without a right to the sessions may use what nodes tell each other: {', '.join(outsiders)}. "
-            "Who hears it sees what clients are sent, and who sends can show them anything",
+            "Whoever hears it sees what clients are sent, and whoever sends can show them anything",
             "ACL SETUSER name resetchannels, then only the channels that it needs, on every server; then ACL SAVE or "
             "the same in the server's configuration.",
         )

@@ -103,7 +103,7 @@ class ClusterServers:
             try:
                 server = self._server(address)
                 if not asking:
-                    # Who asks another one, in the middle of a migration, vouches for it.
+                    # A member that asks another one, in the middle of a migration, vouches for it.
                     owner, openings = server, server.openings
                 reply = await server.call(args, asking=asking, replicated=replicated, timeout=left)
                 return reply, owner, openings
@@ -122,7 +122,7 @@ class ClusterServers:
                 self._refresh()
                 raise
             except asyncio.CancelledError:
-                # Who waits no longer than this call does is gone first, and yet its server may hang, and be replaced.
+                # A caller may be gone before this call is out of time, and yet the server may hang, and be replaced.
                 if loop.time() - began >= self._patience():
                     self._refresh()
                 raise

@@ -1,7 +1,7 @@
 """The primary that Redis Sentinels name: found anew for every connection, and left as soon as they name another.
 
 For a while after a failover Sentinels disagree: most of them may still name the old primary. Each failover has a
-number, higher than all before it (`config-epoch`), so the one who names the highest is right, however few say so.
+number, higher than all before it (`config-epoch`), so the one that names the highest is right, however few say so.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ class Servers(Protocol):
         ...
 
     async def is_owner(self, key: str, server: Server) -> bool:
-        """Whether this server still has the key, as others say who can know, and are asked now (P15).
+        """Whether this server still has the key, as others say that can know, and are asked now (P15).
 
         Raises:
             StoreUnavailable: None of them answers.

@@ -171,7 +171,7 @@ def refusal(message: str) -> StoreUnavailable:
     if message.startswith("NOSCRIPT"):
         return ScriptMissing("the store does not know the script")
     if (to := _REDIRECTION.match(message)) is not None:
-        # "?" is said by who was told to give host names, and knows none.
+        # "?" is said by a server that was told to give host names, and knows none.
         return Redirected(_ADVICE["MOVED"], to[2].removeprefix("?"), int(to[3]), asking=to[1] == "ASK")
     if (code := _CODE.search(message)) is not None:
         return _KINDS.get(code[1], StoreUnavailable)(_ADVICE[code[1]])
