@@ -351,7 +351,9 @@ class Exchange:
                 await self._give_up(error)
             except Exception as error:
                 logger.error(
-                    "the end of %r could not be told as it was", self.message.method, exc_info=without_text(error)
+                    "the answer to %r could not be written as it was; the client gets an error instead",
+                    self.message.method,
+                    exc_info=without_text(error),
                 )
                 await self._say_untold()
         self._concluded = True
@@ -373,7 +375,11 @@ class Exchange:
                     # A stream may have been opened that nobody would end.
                     await self._end_stream(wire.error_body(self.message.id, _NOT_RUN), {})
             case _:
-                logger.error("session %s: a request ended with %s", self.session.key[:12], type(error).__name__)
+                logger.error(
+                    "session %s: the end of a request could not be stored: %s",
+                    self.session.key[:12],
+                    type(error).__name__,
+                )
                 await self._say_untold()
 
     async def _say_untold(self) -> None:

@@ -959,7 +959,7 @@ def _header_names(value: object) -> tuple[str, ...]:
         raise ConfigurationError(f'relay_headers must be names of headers, as in ["x-api-key"], not {value!r}')
     lower = tuple(name.lower() for name in names)
     if MCP_SESSION_ID_HEADER in lower:
-        raise ConfigurationError(f"relay_headers: handlers see {MCP_SESSION_ID_HEADER} anyway, and no log has it")
+        raise ConfigurationError(f"leave {MCP_SESSION_ID_HEADER} out of relay_headers: handlers see it anyway")
     return lower
 
 
@@ -969,7 +969,7 @@ def _check_relayed(settings: Settings, store: Store) -> None:
         if getattr(settings, name) and not getattr(store, "encrypts", False):
             raise ConfigurationError(
                 f"{name} has parts of requests written into the store, which may be credentials: give encryption_keys= "
-                "too (for nonstick serve: NONSTICK_ENCRYPTION_KEYS), the first of them no plaintext"
+                "too (for nonstick serve: NONSTICK_ENCRYPTION_KEYS); the first of them must not be plaintext"
             )
 
 
@@ -990,4 +990,4 @@ def _check_number(name: str, value: object) -> None:
     if value < 0 or (value == 0 and name not in _MAY_BE_ZERO):
         raise ConfigurationError(f"{name} must be {'zero or ' if name in _MAY_BE_ZERO else ''}a positive number")
     if name in _SHARES and value > 1:
-        raise ConfigurationError(f"{name} must be a share, at most 1, not {value!r}")
+        raise ConfigurationError(f"{name} must be a share, more than 0 and at most 1, not {value!r}")

@@ -236,14 +236,14 @@ class Node:
             503,
             "This node is running as many requests as it may; try again",
             share=settings.max_principal_share,
-            share_message="This node is running as many requests of yours as of one principal it may; wait for some",
+            share_message="You have as many requests running on this node as one principal may; wait for some to end",
         )
         self.listeners = Room(
             settings.max_listeners_per_node,
             503,
             "As many streams are open on this node as it may keep; try again",
             share=settings.max_principal_share,
-            share_message="As many streams of yours are open on this node as one principal may have; close one",
+            share_message="You have as many streams open on this node as one principal may; close one",
         )
         self.sessionless = Sessionless(SHUT_DOWN, lifetime=settings.connection_lifetime)
         self.draining = False
@@ -293,7 +293,7 @@ class Node:
                 end_loop(self._exit, after=asyncio.current_task())
 
     async def _clean_up(self) -> None:
-        """Runs what sessions owe when they leave this node."""
+        """Runs the clean-up of the sessions that are here (`exit_stack`)."""
         await self.placement.give_up_all()
         closing = [session.close() for session in list(self.sessions.values())]
         for error in await asyncio.gather(*closing, return_exceptions=True):
@@ -307,7 +307,7 @@ class Node:
         if task.done():
             task.result()
         else:
-            logger.warning("what sessions owe at their end was not done in time")
+            logger.warning("the clean-up of sessions (exit_stack) was not done in time, and is cancelled")
             task.cancel()
 
     def _seconds_left(self, reserve: float = 0.0) -> float:

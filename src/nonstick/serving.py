@@ -350,7 +350,7 @@ def _end_in_time() -> None:
 def _end_after(seconds: float) -> None:
     time.sleep(seconds)
     # Not reached where the interpreter came to its end.
-    logger.warning("the process ends without handlers that did not stop when they were cancelled")
+    logger.warning("handlers did not stop when they were cancelled: the process ends all the same")
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_status())

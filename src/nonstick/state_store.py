@@ -361,7 +361,9 @@ class _InRequest:
         try:
             await self._own.put(data, lifetime=lifetime)
         except StateFull as error:
-            logger.warning("what a request keeps is not there for the tasks that it begins: %s", error)
+            logger.warning(
+                "background tasks do not find what the request that began them kept (ctx.set_state()): %s", error
+            )
 
     async def drop(self) -> bool:
         if self._request.travels:

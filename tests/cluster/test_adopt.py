@@ -393,7 +393,7 @@ async def test_event_store_of_fastmcps_app_is_refused_when_it_starts() -> None:
     ("arguments", "reason"),
     [
         ({"windov": 1}, "unknown option 'windov'"),
-        ({"store": "mongodb://x"}, "scheme is none that is known"),
+        ({"store": "mongodb://x"}, "scheme is not known"),
         ({"max_sessions": 3}, "give max_sessions= where the app is made"),
     ],
 )

@@ -352,7 +352,7 @@ async def _rebuild(_: object) -> None:
         ({"answer": "xml"}, "answer must be one of auto, sse, json"),
         ({"second_listener": "both"}, "second_listener must be one of takeover, reject"),
         ({"reexecute": "always"}, "reexecute must be one of never, idempotent"),
-        ({"store": "mongodb://x"}, "scheme is none that is known"),
+        ({"store": "mongodb://x"}, "scheme is not known"),
         ({"store": None}, "store must be a URL or a Store, not NoneType"),
         ({"store": ""}, "store"),
     ],

@@ -26,8 +26,8 @@ from tests.cluster.test_sessionless_drain import ABOUT_CLIENT, VERSION
 
 pytestmark = pytest.mark.anyio
 
-FULL_OF_REQUESTS = "This node is running as many requests of yours as of one principal it may; wait for some"
-FULL_OF_STREAMS = "As many streams of yours are open on this node as one principal may have; close one"
+FULL_OF_REQUESTS = "You have as many requests running on this node as one principal may; wait for some to end"
+FULL_OF_STREAMS = "You have as many streams open on this node as one principal may; close one"
 
 
 class Tokens:

@@ -72,9 +72,7 @@ def open_store(store: str | Store) -> Store:
         case "postgresql" | "postgres":
             return _postgres(store)
         case _:
-            raise ConfigurationError(
-                f"the store URL's scheme is none that is known{_hint(scheme)}; possible are {_POSSIBLE}"
-            )
+            raise ConfigurationError(f"the store URL's scheme is not known{_hint(scheme)}; possible are {_POSSIBLE}")
 
 
 def _cleaned(url: str) -> str:
