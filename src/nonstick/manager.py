@@ -121,8 +121,6 @@ _MAY_BE_NONE: Final = (
     "unconfirmed_lifetime",
 )
 _SHARES: Final = ("max_principal_share",)
-_WITH_THE_SDKS_NAMES: Final = {"max_request_body_size", "max_sessions", "retry_interval", "session_idle_timeout"}
-"""Settings that are arguments of their own."""
 
 _HEADER_NAME: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 
@@ -920,7 +918,7 @@ def _settings(options: Options, **more: Any) -> Settings:
         if name in _GIVEN_OTHERWISE:
             raise ConfigurationError(f"{name} is no option: {_GIVEN_OTHERWISE[name]}")
         if name not in Options.__optional_keys__:
-            known = ", ".join(sorted(Options.__optional_keys__ | _WITH_THE_SDKS_NAMES))
+            known = ", ".join(sorted(Options.__optional_keys__))
             raise ConfigurationError(f"unknown option {name!r}; there are: {known}")
         if name == "rehydrate":
             _check_rehydrate(value)
