@@ -36,7 +36,7 @@ from mcp.shared.subscriptions import (
 )
 from mcp_types import INTERNAL_ERROR
 
-from nonstick import apart
+from nonstick import background
 from nonstick.broadcast import LISTS, METHODS, NOWHERE, Broadcasts
 from nonstick.encryption import EncryptedStore
 from nonstick.errors import (
@@ -292,7 +292,7 @@ class Cluster:
         self.nodes += 1
         self._on = store.store
         joined = self._bus.joined = self._bus.joined or asyncio.Event()
-        task = apart.spawn(self.keep(store, joined), name="cluster log")
+        task = background.spawn(self.keep(store, joined), name="cluster log")
         task.add_done_callback(_report)
         try:
             try:

@@ -16,7 +16,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
-from nonstick import apart
+from nonstick import background
 from nonstick.bell import Bell
 from nonstick.errors import Diverged, SessionNotFound, StoreUnavailable, Trimmed
 from nonstick.guard import LESS, GuardedStore
@@ -306,7 +306,7 @@ class Follower:
         if self._reading is None:
             if self._timer is not None:
                 self._timer.cancel()
-            self._reading = apart.spawn(self._keep_reading(), name=f"follow {self.key[:12]}")
+            self._reading = background.spawn(self._keep_reading(), name=f"follow {self.key[:12]}")
 
     async def _keep_reading(self) -> None:
         clock = asyncio.get_running_loop().time
@@ -334,7 +334,7 @@ class Follower:
             self._timer.cancel()
         self._heard = False
         delay = self._poll * random.uniform(0.5, 1.0)  # noqa: S311
-        self._timer = apart.later(delay, self._look)
+        self._timer = background.later(delay, self._look)
 
     def _look(self) -> None:
         trusted = self._heard and asyncio.get_running_loop().time() - self._pace.read_at < _LONGEST_TRUST

@@ -24,7 +24,7 @@ from mcp_types import RequestId
 from mcp_types.version import is_version_at_least
 from starlette.types import Receive, Send
 
-from nonstick import apart, dice, wire
+from nonstick import background, dice, wire
 from nonstick.broadcast import LISTS, NOWHERE, Broadcast
 from nonstick.deadline import Deadline
 from nonstick.errors import Diverged, SessionNotFound, StoreError, StoreUnavailable
@@ -193,7 +193,7 @@ class _Following:
                 return []
             if events := self._subscription.take():
                 return events
-            self._next = apart.spawn(self._subscription.next())
+            self._next = background.spawn(self._subscription.next())
         # A read of a slow store goes on meanwhile: begun anew each time, it would never come to its end.
         await asyncio.wait([self._next], timeout=silence)
         if not self._next.done():

@@ -59,7 +59,6 @@ from starlette.types import Message, Receive, Scope, Send
 
 from nonstick import notice, portable, tracing, wire
 from nonstick.cluster import Cluster
-from nonstick.company import warned_of_company
 from nonstick.deadline import Deadline
 from nonstick.encryption import EncryptedStore
 from nonstick.errors import ConfigurationError, NonstickError, NotRunning, SessionNotFound, StoreUnavailable
@@ -89,6 +88,7 @@ from nonstick.store import STANDALONE, Batch, Loaded, Store
 from nonstick.stores import open_store
 from nonstick.transport import TRANSPORT
 from nonstick.trim import Hold
+from nonstick.unshared_memory import warned_of_unshared_memory
 
 __all__ = ["Options", "SessionManager", "is_stateless"]
 
@@ -332,7 +332,7 @@ class SessionManager:
             offer(self.app)
         settings = self.settings
         room = Allowance(settings.max_state_records, settings.max_state_records_per_principal)
-        with warned_of_company(self.store.url):
+        with warned_of_unshared_memory(self.store.url):
             async with GuardedStore(self.store) as store, self.cluster.taking_part(store, room):
                 yield store
 

@@ -29,7 +29,7 @@ from mcp_types.version import LATEST_HANDSHAKE_VERSION
 from starlette.requests import Request
 
 from nonstick import tracing, wire
-from nonstick.aside import cancel_params, progress_params
+from nonstick.clipping import cancel_params, progress_params
 from nonstick.errors import Diverged, NotPending, SessionNotFound, StoreUnavailable
 from nonstick.events import Kind, body_of, decode, draft, kind_of
 from nonstick.follow import Follower

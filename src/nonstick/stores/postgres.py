@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from nonstick import apart
+from nonstick import background
 from nonstick.errors import (
     AlreadyExists,
     ConfigurationError,
@@ -227,7 +227,7 @@ class PostgresStore:
         except BaseException:
             await self._open.close()
             raise
-        self._keeper = apart.spawn(self._keep(), name="nonstick: keep PostgreSQL")
+        self._keeper = background.spawn(self._keep(), name="nonstick: keep PostgreSQL")
         return self
 
     async def __aexit__(
@@ -414,7 +414,7 @@ class PostgresStore:
         """
         task = self._ready
         if task is None:
-            self._ready = task = apart.spawn(self._prepare())
+            self._ready = task = background.spawn(self._prepare())
         if not task.done():
             await asyncio.wait([task], timeout=self._timeout)
             if not task.done():

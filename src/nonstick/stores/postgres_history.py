@@ -15,7 +15,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from nonstick import apart
+from nonstick import background
 from nonstick.errors import ConfigurationError, StoreUnavailable
 
 __all__ = ["History"]
@@ -66,7 +66,7 @@ class History:
                 self._url,
                 self._grace,
             )
-            self._doubt = apart.spawn(self._wait(), name="nonstick: doubt PostgreSQL")
+            self._doubt = background.spawn(self._wait(), name="nonstick: doubt PostgreSQL")
         raise StoreUnavailable("the store is empty or of another history: it is not believed for a while")
 
     async def close(self) -> None:

@@ -23,7 +23,7 @@ import secrets
 from collections.abc import Awaitable, Callable, Iterable
 from typing import TYPE_CHECKING, Any, Final
 
-from nonstick import apart
+from nonstick import background
 from nonstick.errors import NonstickError, StoreUnavailable
 from nonstick.store import News, Wake
 from nonstick.stores.postgres_pool import TROUBLE, backoff, connect, refusal
@@ -94,7 +94,7 @@ class Announcer:
             self._keys = {_EVERYBODY: None}
         self._keys[key] = None
         if self._task is None and not self._closed:
-            self._task = apart.spawn(self._run(), name="nonstick: announce on PostgreSQL")
+            self._task = background.spawn(self._run(), name="nonstick: announce on PostgreSQL")
 
     async def send_to_self(self, proof: str) -> bool:
         """Sends a payload without news, in whose place is this; whether that went well."""
@@ -159,7 +159,7 @@ class Listener:
         if self._in_force:
             watch.call_soon(None)
         if self._task is None and not self._closed:
-            self._task = apart.spawn(self._run(), name="nonstick: listen to PostgreSQL")
+            self._task = background.spawn(self._run(), name="nonstick: listen to PostgreSQL")
         return stop
 
     def announce(self, key: str, news: News | None) -> None:

@@ -17,9 +17,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
-from nonstick import apart
+from nonstick import background
 from nonstick.errors import ConfigurationError, StoreUnavailable, StoreUnusable
-from nonstick.stores import probe
+from nonstick.stores import diagnosis
 from nonstick.stores.postgres_url import Address
 
 try:
@@ -164,10 +164,10 @@ def _first_sentence(error: asyncpg.exceptions.ClientConfigurationError) -> str:
 async def _mistake(error: OSError, address: Address, timeout: float) -> str | None:
     """What is wrong with the URL or the server, if that is why there is no connection; None for mere trouble."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        return probe.distrust(error, "name its authority with sslrootcert=FILE in the URL")
+        return diagnosis.distrust(error, "name its authority with sslrootcert=FILE in the URL")
     if address.server is None or isinstance(error, ConnectionRefusedError | socket.gaierror):
         return None
-    spoken = await probe.spoken_at(*address.server, seconds=timeout * (1 - _CONNECT_SHARE))
+    spoken = await diagnosis.spoken_at(*address.server, seconds=timeout * (1 - _CONNECT_SHARE))
     if spoken == "postgres" and "rejected SSL upgrade" in str(error):
         return (
             "the store's server has no TLS, which sslmode in the URL demands: turn TLS on there (ssl = on), "
@@ -176,7 +176,7 @@ async def _mistake(error: OSError, address: Address, timeout: float) -> str | No
     return _SPOKEN.get(spoken)
 
 
-_SPOKEN: Final[dict[probe.Protocol | None, str]] = {
+_SPOKEN: Final[dict[diagnosis.Protocol | None, str]] = {
     "redis": "what answers there is a Redis or Valkey server: write redis:// in the store's URL, or another port",
     "http": "what answers there is a web server, no PostgreSQL: correct host and port in the store's URL",
     "tls": "what answers there speaks TLS and is no PostgreSQL: correct host and port in the store's URL; if it is a "
@@ -297,7 +297,7 @@ class Pool:
             raise type(self._refused)(*self._refused.args)
         self._failures += 1
         try:
-            connection = await apart.spawn(connect(self._address, timeout=self._timeout))
+            connection = await background.spawn(connect(self._address, timeout=self._timeout))
         except BaseException as error:
             # Calls in the meantime get the same answer: a server in trouble is not to be asked by each of them.
             self._refused = refusal(TimeoutError() if isinstance(error, asyncio.CancelledError) else error)
@@ -326,7 +326,7 @@ class Pool:
             self._discard(self._idle.pop()[0])
 
     def _discard(self, connection: Connection) -> None:
-        task = apart.spawn(_close(connection))
+        task = background.spawn(_close(connection))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Final
 
-from nonstick import apart
+from nonstick import background
 from nonstick.errors import StoreUnavailable, StoreUnusable
 from nonstick.stores.redis_servers import Answer, Limits, Server
 from nonstick.stores.redis_url import Address, Deployment
@@ -219,7 +219,7 @@ class ClusterServers:
         now = asyncio.get_running_loop().time()
         if self._refreshing is None and not self._closed and now - self._refreshed >= pause:
             self._refreshed = now
-            self._refreshing = apart.spawn(self._read_table(), name="nonstick-redis-cluster")
+            self._refreshing = background.spawn(self._read_table(), name="nonstick-redis-cluster")
 
     async def _read_table(self) -> None:
         """Asks one member after the other, in any order: one that was cut off may be out of date, or silent."""

@@ -26,7 +26,7 @@ import secrets
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
-from nonstick import apart
+from nonstick import background
 from nonstick.errors import StoreUnavailable
 from nonstick.guard import patiently
 from nonstick.stores.redis_servers import Server, Servers
@@ -64,7 +64,7 @@ class Proof:
         self._checks: dict[tuple[str, Server, int], asyncio.Task[bool]] = {}
         # By the place of the server that is not believed: what waits for the end of its grace period.
         self._doubts: dict[str, asyncio.Task[None]] = {}
-        self._learning = apart.spawn(patiently(self._learn), name="nonstick-redis-marks")
+        self._learning = background.spawn(patiently(self._learn), name="nonstick-redis-marks")
 
     async def close(self) -> None:
         tasks = [self._learning, *self._checks.values(), *self._doubts.values()]
@@ -115,7 +115,7 @@ class Proof:
         """What `check` finds out, for all who want to know it at once."""
         task = self._checks.get(what)
         if task is None:
-            self._checks[what] = task = apart.spawn(check(), name="nonstick-redis-proof")
+            self._checks[what] = task = background.spawn(check(), name="nonstick-redis-proof")
             task.add_done_callback(lambda _: self._checks.pop(what))
         await asyncio.wait([task])
         if task.cancelled():
@@ -142,7 +142,7 @@ class Proof:
             return False
         if not has_its_mark:
             if place not in self._doubts:
-                self._doubts[place] = apart.spawn(self._wait(key, server, place), name="nonstick-redis-doubt")
+                self._doubts[place] = background.spawn(self._wait(key, server, place), name="nonstick-redis-doubt")
             raise self._unavailable(place)
         server.proven = openings, until
         return True

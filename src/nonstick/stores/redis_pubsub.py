@@ -16,7 +16,7 @@ import secrets
 from collections.abc import Awaitable, Callable
 from typing import Any, Generic, TypeVar
 
-from nonstick import apart
+from nonstick import background
 from nonstick.errors import StoreUnavailable
 from nonstick.security import without_text
 from nonstick.stores.redis_url import Address
@@ -81,7 +81,7 @@ class Subscriber(Generic[T]):
         watchers[token] = wake
         self._wanted.set()
         if self._task is None and not self._closed:
-            self._task = apart.spawn(self._run(), name="nonstick-redis-subscriber")
+            self._task = background.spawn(self._run(), name="nonstick-redis-subscriber")
         return lambda: self._stop(name, token)
 
     def reopen(self) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from typing import Any, Final, NamedTuple
 
-from nonstick import apart
+from nonstick import background
 from nonstick.errors import StoreUnavailable, StoreUnusable
 from nonstick.stores.redis_pubsub import Subscriber
 from nonstick.stores.redis_servers import Answer, Limits, Server, examine_briefly
@@ -269,7 +269,7 @@ class SentinelServers:
             return
         self._look_again = True
         if self._looking is None:
-            self._looking = apart.spawn(self._look(), name="nonstick-redis-sentinel")
+            self._looking = background.spawn(self._look(), name="nonstick-redis-sentinel")
 
     async def _look(self) -> None:
         try:

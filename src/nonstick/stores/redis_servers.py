@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from nonstick import apart
+from nonstick import background
 from nonstick.errors import StoreUnavailable, StoreUnusable
 from nonstick.stores.redis_examine import check_server
 from nonstick.stores.redis_url import Address
@@ -258,7 +258,7 @@ class _Confirmed:
         confirmed: asyncio.Future[None] = loop.create_future()
         self._waiting.append((confirmed, losses))
         if self._task is None:
-            self._task = apart.spawn(self._confirm(), name="nonstick-redis-confirm")
+            self._task = background.spawn(self._confirm(), name="nonstick-redis-confirm")
         await confirmed
         return reply
 

@@ -25,9 +25,9 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, NoReturn, cast
 
-from nonstick import apart
+from nonstick import background
 from nonstick.errors import ConfigurationError, StoreUnavailable, StoreUnusable
-from nonstick.stores import probe
+from nonstick.stores import diagnosis
 from nonstick.stores.redis_url import Address
 
 try:
@@ -153,7 +153,7 @@ _UNUSABLE: Final = {
 
 _UNKNOWN: Final = re.compile(r"ERR unknown (?:sub)?command '?`?([A-Za-z|]{1,40})")
 
-_SPOKEN: Final[dict[probe.Protocol, str]] = {
+_SPOKEN: Final[dict[diagnosis.Protocol, str]] = {
     "redis": "the store has no TLS on this port: write redis instead of rediss in its URL, or name the port with it",
     "tls": "the store wants TLS on this port: write rediss instead of redis in its URL, or name the port without it",
     "postgres": "what answers there is a PostgreSQL server: write postgresql:// in the store's URL, or another port",
@@ -295,12 +295,12 @@ async def open_wire(
 async def _mistake(error: Exception, address: Address, timeout: float) -> str | None:
     """What is wrong with the URL or the server, if that is why there is no connection; None for mere trouble."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        return probe.distrust(error, "name its authority with ssl_ca_certs=FILE in the URL")
+        return diagnosis.distrust(error, "name its authority with ssl_ca_certs=FILE in the URL")
     if address.path or not isinstance(error, ConnectionError | ssl.SSLError) or isinstance(error, _DOWN):
         return None
     spoken = await _spoken_at(address, timeout / 2)
     if spoken == "tls" and address.tls is not None:
-        wanted = await probe.wants_certificate(address.host, address.port, seconds=timeout / 2)
+        wanted = await diagnosis.wants_certificate(address.host, address.port, seconds=timeout / 2)
         return _CERTIFICATE if wanted and "ssl_certfile" not in address.tls_options else None
     if spoken is None or (spoken == "redis" and address.tls is None):
         return f"{_GARBAGE}: correct host and port in the store's URL" if str(error) == _GARBAGE else None
@@ -327,7 +327,7 @@ async def _connect(wire: Wire, address: Address, timeout: float) -> None:
     elif address.tls is None:
         await loop.create_connection(lambda: wire, address.host, address.port)
     else:
-        opening = apart.spawn(loop.create_connection(lambda: wire, address.host, address.port, ssl=address.tls))
+        opening = background.spawn(loop.create_connection(lambda: wire, address.host, address.port, ssl=address.tls))
         try:
             await asyncio.wait([opening], timeout=timeout / 10)
             # A server without TLS may wait for the end of what it takes for a line.
@@ -339,8 +339,8 @@ async def _connect(wire: Wire, address: Address, timeout: float) -> None:
             await asyncio.wait([opening])
 
 
-async def _spoken_at(address: Address, seconds: float) -> probe.Protocol | None:
-    return await probe.spoken_at(address.host, address.port, seconds=seconds)
+async def _spoken_at(address: Address, seconds: float) -> diagnosis.Protocol | None:
+    return await diagnosis.spoken_at(address.host, address.port, seconds=seconds)
 
 
 async def _log_in(wire: Wire, address: Address, name: str) -> None:
@@ -489,9 +489,9 @@ class Connection:
         else:
             self._backlog.append(packed)
             if self._connecting is None:
-                self._connecting = apart.spawn(self._connect(), name="nonstick-redis-connect")
+                self._connecting = background.spawn(self._connect(), name="nonstick-redis-connect")
         if self._timer is None:
-            self._timer = apart.later(_SWEEP_SECONDS, self._sweep)
+            self._timer = background.later(_SWEEP_SECONDS, self._sweep)
         return future
 
     def reopen(self, reason: str) -> None:
@@ -622,4 +622,4 @@ class Connection:
         for future, deadline, _, _ in self._waiting:
             if now >= deadline and not future.done():
                 future.set_exception(self._late())
-        self._timer = apart.later(_SWEEP_SECONDS, self._sweep)
+        self._timer = background.later(_SWEEP_SECONDS, self._sweep)

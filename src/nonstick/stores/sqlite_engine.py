@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from nonstick import apart
+from nonstick import background
 from nonstick.errors import StoreUnavailable
 from nonstick.stores.sqlite_file import BUSY_SECONDS, DatabaseFile, is_busy, is_misuse, is_passing, transact
 
@@ -62,7 +62,7 @@ class Engine:
         # It may have been dropped again by somebody who got it a moment earlier.
         while self._inline is None:
             if self._opening is None:
-                self._opening = apart.spawn(self._open(), name="nonstick: open SQLite")
+                self._opening = background.spawn(self._open(), name="nonstick: open SQLite")
                 self._opening.add_done_callback(_look_at)
             # Shielded: others wait for it too.
             await asyncio.shield(self._opening)

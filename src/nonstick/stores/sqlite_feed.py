@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any, Final
 
-from nonstick import apart
+from nonstick import background
 from nonstick.errors import NonstickError
 from nonstick.store import MAX_READ_BYTES, Cursor, Event, News, Wake
 from nonstick.stores.sqlite_engine import Engine
@@ -58,7 +58,7 @@ class Feed:
         # Whoever begins to wait mostly has asked for something.
         self._news_at = time.monotonic()
         if self._task is None:
-            self._task = apart.spawn(self._poll(), name="nonstick: watch SQLite")
+            self._task = background.spawn(self._poll(), name="nonstick: watch SQLite")
         else:
             asyncio.get_running_loop().call_soon(self._greet, watch)
         return stop

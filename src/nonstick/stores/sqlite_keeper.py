@@ -10,7 +10,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
-from nonstick import apart
+from nonstick import background
 from nonstick.errors import NonstickError
 from nonstick.stores.sqlite_file import SQL, DatabaseFile, checkpoints_race, transact
 from nonstick.stores.sqlite_rows import purge, untidy
@@ -50,7 +50,7 @@ class Keeper:
     def start(self) -> None:
         self._stop.clear()
         self._thread = ThreadPoolExecutor(1, "nonstick-sqlite-keeper")
-        self._task = apart.spawn(self._run(self._thread), name="nonstick: keep SQLite")
+        self._task = background.spawn(self._run(self._thread), name="nonstick: keep SQLite")
 
     async def close(self) -> None:
         self._stop.set()

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-__all__ = ["warned_of_company"]
+__all__ = ["warned_of_unshared_memory"]
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ _holders: list[socket.socket] = []
 
 
 @contextmanager
-def warned_of_company(store_url: str) -> Iterator[None]:
+def warned_of_unshared_memory(store_url: str) -> Iterator[None]:
     """Logs a warning if this store is in memory, and another worker has one too. To be held while the app serves."""
     if not store_url.startswith("memory:") or sys.platform != "linux":
         yield

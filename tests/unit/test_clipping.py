@@ -7,7 +7,7 @@ from typing import Any
 import pydantic_core
 import pytest
 
-from nonstick.aside import LONGEST_TEXT, cancel_params, progress_params
+from nonstick.clipping import LONGEST_TEXT, cancel_params, progress_params
 from nonstick.limits import LONGEST_ID
 from nonstick.session import request_key
 

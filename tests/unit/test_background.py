@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from nonstick import apart
+from nonstick import background
 
-SOURCES = Path(apart.__file__).parent
+SOURCES = Path(background.__file__).parent
 TEAM: ContextVar[str] = ContextVar("team")
 
 IN_THE_CALLERS = {
-    "apart.py": 2,
+    "background.py": 2,
     # Timers of one request, or of one call.
     "exchange.py": 2,
     "session.py": 1,
@@ -30,11 +30,11 @@ IN_THE_CALLERS = {
     "node.py": 2,
     "stores/postgres_news.py": 1,
 }
-"""How many tasks and timers of each module begin in the context of who begins them, or say which is theirs."""
+"""How many tasks and timers of each module begin in the context of their caller, or say in which they begin."""
 
 
 @pytest.mark.anyio
-async def test_what_is_begun_apart_knows_nothing_of_who_began_it() -> None:
+async def test_what_is_begun_in_the_background_keeps_nothing_of_its_callers_context() -> None:
     """P18."""
 
     async def see() -> str:
@@ -42,14 +42,14 @@ async def test_what_is_begun_apart_knows_nothing_of_who_began_it() -> None:
 
     TEAM.set("mine")
     assert await asyncio.create_task(see()) == "mine"
-    assert await apart.spawn(see()) == "none"
+    assert await background.spawn(see()) == "none"
     seen: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    apart.later(0.0, lambda: seen.set_result(TEAM.get("none")))
+    background.later(0.0, lambda: seen.set_result(TEAM.get("none")))
     assert await seen == "none"
 
 
 def test_every_task_and_timer_says_whose_context_it_begins_in() -> None:
-    """P18: a new one is begun by `Node.spawn` or by `apart`; or, for one request alone, is counted here."""
+    """P18: a new one is begun by `Node.spawn` or by `background`; or, for one request alone, is counted here."""
     begins = re.compile(r"(?:create_task|ensure_future|call_later|call_at)\(")
     found = {
         path.relative_to(SOURCES).as_posix(): len(begins.findall(path.read_text()))
