@@ -16,7 +16,7 @@ from typing import Any, Final, NoReturn
 
 import uvicorn
 
-__all__ = ["Exit", "draining_on_signals", "end_loop", "exit_status", "note_exit", "stop_host"]
+__all__ = ["Exit", "draining_on_signals", "end_loop", "exit_status", "is_the_end", "note_exit", "stop_host"]
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
@@ -105,6 +105,14 @@ def exit_status() -> int:
     return _status
 
 
+_is_the_end = False
+
+
+def is_the_end() -> bool:
+    """Whether all is done that was to be done before a handler's exit ends the event loop."""
+    return _is_the_end
+
+
 def end_loop(error: Exit, after: asyncio.Task[Any] | None = None) -> None:
     """Has the event loop end with this error, so that the process ends as the handler wanted it to.
 
@@ -114,6 +122,8 @@ def end_loop(error: Exit, after: asyncio.Task[Any] | None = None) -> None:
     loop = asyncio.get_running_loop()
 
     def end() -> NoReturn:
+        global _is_the_end
+        _is_the_end = True
         raise error
 
     if after is None:

@@ -49,6 +49,7 @@ __all__ = [
     "Node",
     "Settings",
     "begin_drain_here",
+    "exit_in",
     "seconds_left_here",
 ]
 
@@ -188,6 +189,14 @@ def begin_drain_here() -> None:
     for node in list(_running):
         if node.loop is loop:
             node.begin_drain()
+
+
+def exit_in(loop: asyncio.AbstractEventLoop, error: Exit) -> bool:
+    """Has a node that runs in this loop, once that goes on, do what a handler's exit does. Whether there is one."""
+    node = next((node for node in list(_running) if node.loop is loop), None)
+    if node is not None:
+        loop.call_soon(node.exit, error, context=Context())
+    return node is not None
 
 
 def seconds_left_here() -> float:

@@ -322,6 +322,7 @@ def _uvicorn_options(settings: Settings) -> dict[str, Any]:
         "log_level": settings.log_level,
         "lifespan": "on",
         "http": Draining,
+        "loop": "nonstick.loop:Loop",
         "timeout_graceful_shutdown": settings.grace + _AFTER_GRACE,
     }
 

@@ -93,6 +93,26 @@ async def stubborn(ctx: Context) -> str:
 @mcp.tool()
 async def interrupt() -> str:
     raise KeyboardInterrupt
+
+
+@mcp.tool()
+async def leave_in_a_task(ctx: Context, status: int) -> str:
+    async def inner() -> None:
+        sys.exit(status)
+
+    left.set()
+    await asyncio.create_task(inner())
+
+
+left = asyncio.Event()
+
+
+@mcp.tool()
+async def wait(ctx: Context) -> str:
+    await ctx.report_progress(0.5)
+    await left.wait()
+    await asyncio.sleep(0.5)
+    return "waited"
 """
 
 
@@ -116,6 +136,30 @@ async def test_nonstick_serve_ends_with_the_status_that_a_tool_said(
         answer = await client.post(url, json=message, headers=headers)
     assert answer.json()["error"]["data"] == TOLD
     assert await asyncio.to_thread(served.stop, signal.SIGCONT) == status
+    assert "Traceback" not in str(served.seen)
+
+
+async def test_exit_in_a_task_that_a_tool_began_drains_under_nonstick_serve(home: Path, start: Start) -> None:
+    """P8, P16: though asyncio raises it out of the event loop; another request comes to its end."""
+    (home / "exiting.py").write_text(EXITING)
+    served = start("exiting.py", "--grace", "5")
+    url = await asyncio.to_thread(served.url)
+    headers = await asyncio.to_thread(initialize, url)
+
+    def calling(tool: str, **arguments: object) -> dict[str, object]:
+        params = {"name": tool, "arguments": arguments, "_meta": {"progressToken": tool}}
+        return {"jsonrpc": "2.0", "id": tool, "method": "tools/call", "params": params}
+
+    async with (
+        httpx2.AsyncClient(timeout=30) as client,
+        client.stream("POST", url, json=calling("wait"), headers=headers) as stream,
+    ):
+        lines = stream.aiter_lines()
+        assert "progress" in await anext(line async for line in lines if line.startswith("data: {"))
+        answer = await client.post(url, json=calling("leave_in_a_task", status=5), headers=headers)
+        assert answer.json()["error"]["data"] == TOLD
+        assert '"waited"' in await anext(line async for line in lines if '"result"' in line)
+    assert await asyncio.to_thread(served.stop, signal.SIGCONT) == 5
     assert "Traceback" not in str(served.seen)
 
 
