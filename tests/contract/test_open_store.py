@@ -10,6 +10,7 @@ import pytest
 from nonstick.errors import ConfigurationError
 from nonstick.stores import open_store
 from nonstick.stores.memory import MemoryStore
+from nonstick.stores.postgres import PostgresStore
 from nonstick.stores.redis import RedisStore
 from nonstick.stores.sqlite import SQLiteStore
 from nonstick.testing import ValkeyServer
@@ -111,3 +112,14 @@ def test_redis_without_its_packages_says_what_to_install(monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "hiredis", None)
     with pytest.raises(ConfigurationError, match=r"pip install 'nonstick\[redis\]'"):
         open_store("redis://cache:6379")
+
+
+@pytest.mark.parametrize("seconds", [-1.0, float("inf"), float("nan")])
+def test_impossible_grace_for_an_empty_server_is_refused(seconds: float, tmp_path: Path) -> None:
+    """P15: by every store that has one."""
+    with pytest.raises(ConfigurationError, match="empty_grace must be a number of seconds"):
+        SQLiteStore(tmp_path / "x.db", empty_grace=seconds)
+    with pytest.raises(ConfigurationError, match="empty_grace must be a number of seconds"):
+        RedisStore("redis://localhost", empty_grace=seconds)
+    with pytest.raises(ConfigurationError, match="empty_grace must be a number of seconds"):
+        PostgresStore("postgresql://localhost/x", empty_grace=seconds)

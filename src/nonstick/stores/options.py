@@ -1,18 +1,33 @@
-"""What every store's URL has in common: how a mistake in it is told without quoting it, for it may hold a password."""
+"""What the options of all stores have in common.
+
+A mistake in a URL is told without quoting it, because it may hold a password.
+"""
 
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable
 from typing import Final
 
 from nonstick.errors import ConfigurationError
 
-__all__ = ["close_to", "unknown_option"]
+__all__ = ["checked_grace", "close_to", "unknown_option"]
 
 _NAME: Final = re.compile(r"[A-Za-z][A-Za-z_.]{0,39}")
 """What is taken for an option's name; other things may be a part of a password with an unescaped '?' or '&'."""
+
+
+def checked_grace(seconds: float) -> float:
+    """These seconds, if they can be an `empty_grace`.
+
+    Raises:
+        ConfigurationError: They cannot.
+    """
+    if not 0 <= seconds < math.inf:
+        raise ConfigurationError("the store's empty_grace must be a number of seconds, such as 15")
+    return seconds
 
 
 def unknown_option(name: str, known: Iterable[str], advice: str = "") -> ConfigurationError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Self
@@ -10,6 +9,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from nonstick.errors import ConfigurationError
 from nonstick.store import EMPTY_GRACE_SECONDS
+from nonstick.stores.options import checked_grace
 from nonstick.stores.postgres_options import OWN, read
 
 __all__ = ["Address"]
@@ -50,8 +50,7 @@ class Address:
                 raise ConfigurationError(f"{name} in the store URL must be true or false")
         if self.pool_size < 1:
             raise ConfigurationError("the store's pool_size must be a number from 1")
-        if not 0 <= self.empty_grace < math.inf:
-            raise ConfigurationError("the store's empty_grace must be a number of seconds, such as 15")
+        checked_grace(self.empty_grace)
 
     @classmethod
     def parse(cls, url: str, **given: Any) -> Self:

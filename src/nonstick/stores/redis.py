@@ -60,6 +60,7 @@ from nonstick.store import (
 )
 from nonstick.stores import redis_examine
 from nonstick.stores.bounds import check_bounds
+from nonstick.stores.options import checked_grace
 from nonstick.stores.redis_channels import check_channels
 from nonstick.stores.redis_cluster import ClusterServers
 from nonstick.stores.redis_groups import Groups
@@ -172,8 +173,8 @@ class RedisStore:
         heartbeat: float = 3.0,
         empty_grace: float | None = None,
     ) -> None:
-        if empty_grace is not None and not 0 <= empty_grace < math.inf:
-            raise ConfigurationError("the store's empty_grace must be a number of seconds")
+        if empty_grace is not None:
+            checked_grace(empty_grace)
         if not prefix or not prefix.isascii() or not prefix.isprintable() or set(prefix) & set("{} "):
             raise ConfigurationError("the store's prefix must be visible ASCII without braces")
         self._deployment = Deployment.parse(url)

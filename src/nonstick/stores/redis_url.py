@@ -143,7 +143,7 @@ class Deployment:
         """
         url, options = _taken_out(url)
         durability = _durability(options.get("durability"))
-        empty_grace = seconds(options.get("empty_grace"))
+        empty_grace = grace(options.get("empty_grace"))
         scheme, _, rest = url.partition("://")
         base, _, group = scheme.lower().partition("+")
         if not group:
@@ -205,8 +205,8 @@ def _durability(value: str | None) -> Durability | None:
     raise ConfigurationError("durability in the store URL must be primary or replicated")
 
 
-def seconds(value: str | None) -> float | None:
-    """`empty_grace` of a URL, or none."""
+def grace(value: str | None) -> float | None:
+    """`empty_grace` of a URL, or none, in seconds."""
     if value is None:
         return None
     if not (value.isascii() and value.replace(".", "", 1).isdigit()):

@@ -32,6 +32,7 @@ from nonstick.store import (
 from nonstick.stores import sqlite_examine
 from nonstick.stores import sqlite_rows as rows
 from nonstick.stores.bounds import check_bounds
+from nonstick.stores.options import checked_grace
 from nonstick.stores.sqlite_engine import Engine
 from nonstick.stores.sqlite_feed import Feed
 from nonstick.stores.sqlite_file import BUSY_SECONDS, SQL, DatabaseFile, transact
@@ -67,7 +68,7 @@ class SQLiteStore:
         clock: Callable[[], float] | None = None,
         empty_grace: float = EMPTY_GRACE_SECONDS,
     ) -> None:
-        self._file = DatabaseFile(path, clock, grace=empty_grace)
+        self._file = DatabaseFile(path, clock, grace=checked_grace(empty_grace))
         self._engine = Engine(self._file)
         self._feed = Feed(self._engine, poll_interval)
         self._keeper = Keeper(self._file)
