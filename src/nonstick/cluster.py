@@ -329,7 +329,7 @@ class Cluster:
         """
         async with self._following:
             self._codec.use([])
-            self._state.use(store, self._room, self._servers[0] if self._servers else "")
+            self._state.use(store, self._room, self._servers)
             try:
                 await self._keep(store, joined)
             finally:

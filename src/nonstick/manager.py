@@ -339,6 +339,7 @@ class SessionManager:
     @asynccontextmanager
     async def _serving(self, store: GuardedStore, state: Any) -> AsyncIterator[None]:
         node = Node(self.app, state, store, self.settings, name=self._node_name, cluster=self.cluster)
+        node.whose = identity(self.namespace)
         with node.signals():
             async with node:
                 self._node = node
@@ -500,7 +501,7 @@ class SessionManager:
         principal = principal_of(scope)
         room.check(principal)
         try:
-            with room.held(object(), principal), within_request(travels=self.has_tasks):
+            with room.held(object(), principal), within_request(server=node.whose, travels=self.has_tasks):
                 await node.sessionless.serve(self._modern.handle_request, scope, body, receive, send)
         finally:
             node.left()

@@ -235,6 +235,8 @@ class Node:
         self.store = store
         self.settings = settings
         self.cluster = cluster
+        self.whose = ""
+        """Identity of the server, as the cluster knows it."""
         self.counters = Counters()
         self.looks = Looks()
         """At logs that are over their bounds, or were."""

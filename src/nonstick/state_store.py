@@ -91,9 +91,11 @@ class _Request:
     """What one request without a session keeps.
 
     Attributes:
+        server: Identity of the server whose request it is.
         travels: A background task that it begins may look for this, on any node: it is kept in the store as well.
     """
 
+    server: str
     travels: bool
     values: dict[str, bytes] = field(default_factory=dict[str, bytes])
 
@@ -102,9 +104,9 @@ _request: ContextVar[_Request | None] = ContextVar("nonstick_request_state", def
 
 
 @contextmanager
-def within_request(*, travels: bool) -> Iterator[None]:
-    """What runs in here is one request that has no session."""
-    token = _request.set(_Request(travels))
+def within_request(*, server: str, travels: bool) -> Iterator[None]:
+    """What runs in here is one request, of the server of this identity, that has no session."""
+    token = _request.set(_Request(server, travels))
     try:
         yield
     finally:
@@ -124,13 +126,13 @@ class StateStore:
     def __init__(self) -> None:
         self._store = GuardedStore(MemoryStore())
         self._room = Allowance()
-        self._server = ""
+        self._servers: Sequence[str] = ()
 
-    def use(self, store: GuardedStore, room: Allowance, server: str = "") -> None:
-        """Keeps everything there from now on; what is outside of sessions apart from what other servers keep."""
+    def use(self, store: GuardedStore, room: Allowance, servers: Sequence[str] = ()) -> None:
+        """Keeps everything there from now on; what is outside of sessions for each of these servers apart."""
         self._store = store
         self._room = room
-        self._server = server
+        self._servers = servers
 
     # ---- AsyncKeyValue
 
@@ -201,22 +203,39 @@ class StateStore:
         session, request = current_session(), _request.get()
         if colon and session is not None and whose == session.id:
             return _InOpening(session, field) if session.is_opening else _InSession(session, field)
-        own = _Own(self._store, FIELD + identity(self._server, name), field, self._room)
+        server = self._server_of(session, request)
+        own = _Own(self._store, FIELD + identity(server, name), field, self._room)
         if colon and request is not None and whose == _name_of_request():
             return _InRequest(request, field, own)
         return own
 
+    def _server_of(self, session: Session | None, request: _Request | None) -> str:
+        """Identity of the server whose work this is: several in one process may be built with this store."""
+        if session is not None:
+            return session.node.whose
+        if request is not None:
+            return request.server
+        # A background task's.
+        context = _fastmcp_context()
+        named = "" if context is None else identity(context.fastmcp.name)
+        return named if named in self._servers else next(iter(self._servers), "")
 
-def _name_of_request() -> str | None:
-    """The name under which FastMCP keeps what belongs to the request that is served here."""
+
+def _fastmcp_context() -> Any:
+    """What FastMCP knows of the request or task that runs here, if anything."""
     fastmcp = sys.modules.get("fastmcp.server.dependencies")
     if fastmcp is None:
         return None
     try:
-        name: str = fastmcp.get_context().session_id
+        return fastmcp.get_context()
     except RuntimeError:
         return None
-    return name
+
+
+def _name_of_request() -> str | None:
+    """The name under which FastMCP keeps what belongs to the request that is served here."""
+    context = _fastmcp_context()
+    return None if context is None else context.session_id
 
 
 def _principal() -> bytes:

@@ -308,6 +308,26 @@ async def test_state_of_fastmcp_servers_on_one_store_is_apart(memory: MakeStore)
         assert told == [None, None, "a", "b"]
 
 
+async def test_state_of_fastmcp_servers_on_one_cluster_is_apart_and_replicas_agree(memory: MakeStore) -> None:
+    """P1: two servers in one process, of which another one runs the second alone; with a session and without."""
+    ada, both = {"authorization": "Bearer ada"}, nonstick.Cluster()
+    apps = [nonstick.app(fastmcp(both, name), store=memory(), cluster=both, grace=1.0) for name in ("shop", "bank")]
+    async with members(*apps, fastmcp_app("bank", memory())) as (shop, bank, alone):
+
+        async def remember(member: Member, value: str, session: Session | None = None) -> Any:
+            if session is None:
+                result = await without_session(member, "remember", headers=ada, value=value)
+            else:
+                result = messages(await member.post(call("remember", value=value), session))[-1]["result"]
+            return result["structuredContent"]["value"]
+
+        told = [await remember(*each) for each in ((shop, "a"), (bank, "b"), (alone, "c"), (shop, "d"), (bank, "e"))]
+        assert told == [None, None, "b", "a", "c"]
+        session = await bank.open(authorization="Bearer ada")
+        assert [await remember(bank, "f", session), await remember(alone, "g", session)] == ["e", "f"]
+        assert await remember(shop, "h", await shop.open(authorization="Bearer ada")) == "d"
+
+
 async def test_replicas_of_a_fastmcp_server_without_a_name_agree(
     memory: MakeStore, caplog: pytest.LogCaptureFixture
 ) -> None:
