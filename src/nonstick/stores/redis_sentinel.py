@@ -34,7 +34,7 @@ _LATE_SECONDS: Final = 0.25
 """How long the other Sentinels are waited for once most have answered: one of them may know of a later failover."""
 
 _STARTED_OVER_SECONDS: Final = 60.0
-"""After so long Sentinels who all have forgotten the last failover are taken for new ones, which count from 0."""
+"""After so long Sentinels that all have forgotten the last failover are taken for new ones, which count from 0."""
 
 
 class _View(NamedTuple):
