@@ -170,8 +170,8 @@ class DatabaseFile:
                 self._missed_at = now
                 _log.error(
                     "%s was removed or replaced while this process uses it. For %g s what it does not have is answered "
-                    "503. Move the file back now if it was moved (a copy is another file), or stop every node. Else this "
-                    "process goes on with the file that has this name then",
+                    "503. Move the file back now if it was moved (a copy is another file), or stop every node. Else "
+                    "this process goes on with the file that has this name then",
                     self.path,
                     self._grace,
                 )
