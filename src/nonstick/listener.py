@@ -466,6 +466,14 @@ class Listener(Reader):
             return False
         return bool(found) and found[0].event.cursor == cursor
 
+    async def _goes_on_after(self, position: int) -> bool:
+        """Whether the store can tell what came after this position: not where it lost all of the log up to there."""
+        try:
+            await self.session.node.store.skim(self.session.key, Cursor(position), limit=1, clip=0)
+        except Diverged:
+            return False
+        return True
+
     async def _go_on(self, places: Sequence[Cursor], *, own: Cursor | None) -> int:
         """Takes the whole log into account, in which the store has lost entries. Up to where the client has it (P9).
 
@@ -477,6 +485,8 @@ class Listener(Reader):
         head = (await session.node.store.load(session.key)).head.position
         await self._scan(Cursor(0), search)
         start = search.latest(head)
+        if start is not None and not await self._goes_on_after(start):
+            start = None
         if own is not None and (start is None or start < own.position):
             self._lost = cursor_text(own)
         known = self._turns.found_again(self._lost)
@@ -484,6 +494,9 @@ class Listener(Reader):
             logger.warning("session %s: events of its standalone stream are lost", session.key[:12])
         if start is None:
             start = search.new_after(head) if known is None else known
+            if not await self._goes_on_after(start):
+                # The store lost the whole log: all that is there now is new.
+                start = 0
         self._given = deque((place for place in self._given if place.position <= start), maxlen=MAX_PLACES)
         return start
 
