@@ -28,6 +28,7 @@ IN_THE_CALLERS = {
     "heads.py": 1,
     "protocols.py": 1,
     "node.py": 2,
+    "loop.py": 1,
     "stores/postgres_news.py": 1,
 }
 """How many tasks and timers of each module begin in the context of their caller, or say in which they begin."""
