@@ -278,7 +278,7 @@ async def test_a_session_with_an_open_stream_does_not_expire(make_store: MakeSto
 
 async def test_requests_keep_a_session_alive(make_store: MakeStore) -> None:
     """P1: the expiry slides."""
-    async with staged(make_store, app_options={"session_idle_timeout": 1.0}, ping_interval=0.3) as (stage, a, b, c):
+    async with staged(make_store, app_options={"session_idle_timeout": 2.5}, ping_interval=0.4) as (stage, a, b, c):
         playing(stage)
         session, metronome = await a.open(), await a.open()
         async with getting(c, metronome) as beats:

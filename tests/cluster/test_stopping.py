@@ -245,6 +245,8 @@ async def hosted(
     """What talks to the app, and the task that ends when its host has."""
     listener = socket.socket(proto=socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))
+    # The app may be ready before its host listens.
+    listener.listen()
     member: Any = Member("a", app)
     member.port = listener.getsockname()[1]
     member.url = f"http://127.0.0.1:{member.port}/mcp"

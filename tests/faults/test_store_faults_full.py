@@ -25,6 +25,7 @@ from tests.faults.stage import Stage
 
 if sys.platform == "linux":
     import resource
+import time
 
 pytestmark = [
     pytest.mark.anyio,
@@ -65,10 +66,11 @@ def full_disk(server: ValkeyServer) -> Iterator[None]:
     home = Path(f"/proc/{server.pid}/cwd").resolve()
     sizes = [path.stat().st_size for path in home.glob("appendonlydir/*.incr.aof")]
     with files_at_most(max(sizes), server.pid), redis.Redis(port=server.port, protocol=2) as admin:
-        try:
-            admin.set("filler", "x", px=1)  # executed, and then it cannot be saved
-        except redis.ResponseError:
-            pass
+        with pytest.raises(redis.ResponseError):
+            # Executed, and then it cannot be saved; found out later where the disk is busy.
+            for _ in range(3000):
+                admin.set("filler", "x", px=1)
+                time.sleep(0.01)
         yield
 
 
