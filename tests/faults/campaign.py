@@ -52,7 +52,7 @@ NODES: Final = 3
 PATIENT: Final = 6
 """Clients whose tools take their time."""
 HURRIED: Final = 8
-"""Clients that send one short request after the other."""
+"""Clients that send one short request after the other, unless told otherwise."""
 VANISHING: Final = 1
 """Clients that go away in the middle, one after the other."""
 LEASE: Final = 2.0
@@ -92,6 +92,7 @@ class Campaign:
         calm: Seconds between two faults of a kind, times this.
         losing: Also have the store lose what it has acknowledged. To see that through takes longer.
         vanishing: Also have clients go away for ever. To see their sessions' end takes a lifetime.
+        hurried: How many clients send one short request after the other.
         violations: What the oracle found.
     """
 
@@ -103,6 +104,7 @@ class Campaign:
     calm: float = 1.0
     losing: bool = True
     vanishing: bool = True
+    hurried: int = HURRIED
     violations: list[Violation] = field(default_factory=list)
     faults: Counter[str] = field(default_factory=Counter)
     records: list[Record] = field(default_factory=list)
@@ -130,7 +132,7 @@ class Campaign:
 
     async def _fight(self) -> None:
         self._over = time.monotonic() + self.seconds
-        makers = {"client": PATIENT, "hurried": HURRIED, "vanishing": VANISHING * self.vanishing}
+        makers = {"client": PATIENT, "hurried": self.hurried, "vanishing": VANISHING * self.vanishing}
         work = [
             asyncio.create_task(self._work(f"{kind} {number}"))
             for kind, count in makers.items()
@@ -335,6 +337,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults.campaign", description=__doc__)
     parser.add_argument("--seconds", type=float, help="how long faults are injected (60, or without end)")
     parser.add_argument("--requests", type=int, help="until so many HTTP requests were answered")
+    parser.add_argument("--hurried", type=int, default=HURRIED, help="clients that send short requests all the time")
     parser.add_argument("--calm", type=float, default=1.0, help="seconds between faults, times this")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--store", choices=list(GROUNDS), default="valkey")
@@ -355,6 +358,7 @@ def main() -> int:
             requests=arguments.requests or inf,
             calm=arguments.calm,
             losing=not arguments.lossless,
+            hurried=arguments.hurried,
         )
         asyncio.run(campaign.run())
         print(report(campaign))
