@@ -123,3 +123,18 @@ def test_impossible_grace_for_an_empty_server_is_refused(seconds: float, tmp_pat
         RedisStore("redis://localhost", empty_grace=seconds)
     with pytest.raises(ConfigurationError, match="empty_grace must be a number of seconds"):
         PostgresStore("postgresql://localhost/x", empty_grace=seconds)
+
+
+def test_sqlite_url_takes_its_option_and_no_other(tmp_path: Path) -> None:
+    """What follows a question mark is never taken for a part of the file's name."""
+    store = open_store(f"sqlite:///{tmp_path}/x.db?empty_grace=2.5")
+    assert store.url == f"sqlite:///{tmp_path}/x.db"
+    for wrong, said in (
+        ("empty_grac=1", "Did you mean empty_grace"),
+        ("mode=ro", "that is not known"),
+        ("empty_grace=", "a number of seconds"),
+    ):
+        with pytest.raises(ConfigurationError, match=said):
+            open_store(f"sqlite:///{tmp_path}/x.db?{wrong}")
+    with pytest.raises(ConfigurationError, match="name a file"):
+        open_store("sqlite:///?empty_grace=1")

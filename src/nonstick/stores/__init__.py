@@ -7,7 +7,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from nonstick.errors import ConfigurationError
 from nonstick.store import Store
-from nonstick.stores.options import close_to
+from nonstick.stores.options import close_to, grace_in, unknown_option
 
 __all__ = ["open_store"]
 
@@ -36,11 +36,15 @@ _SCHEMES: Final = (
 )
 
 
+_SQLITE_OPTIONS: Final = ("empty_grace",)
+
+
 def open_store(store: str | Store) -> Store:
     """The store that a URL names, not yet entered; a store is passed through.
 
     * `memory:`: in this process only. Two calls make two stores.
-    * `sqlite:///relative.db`, `sqlite:////absolute.db`: a file on a local disk. The path is taken as it stands.
+    * `sqlite:///relative.db`, `sqlite:////absolute.db`: a file on a local disk. The path is taken as it stands,
+      up to a `?`; `?empty_grace=15` is described at `SQLiteStore`.
     * `redis://`, `rediss://`, `unix://`: Redis or Valkey (`valkey://` and `valkeys://` are the same as the first two).
       `?prefix=name` puts the store's keys under that name; `?durability=replicated` is described at `RedisStore`.
     * `redis+cluster://host:port,host:port`, `redis+sentinel://host:port,host:port/service/db`, with `rediss+` for TLS:
@@ -102,14 +106,18 @@ def _memory(url: str) -> Store:
 
 
 def _sqlite(url: str) -> Store:
-    path = url[len("sqlite:///") :]
+    path, _, options = url[len("sqlite:///") :].partition("?")
     if not url.lower().startswith("sqlite:///") or not path:
         raise ConfigurationError("name a file: sqlite:///relative/file.db or sqlite:////absolute/file.db")
     if path == ":memory:":
         raise ConfigurationError("an SQLite database in memory cannot be shared: use 'memory:'")
+    given = dict(parse_qsl(options, keep_blank_values=True))
+    for name in given:
+        if name not in _SQLITE_OPTIONS:
+            raise unknown_option(name, _SQLITE_OPTIONS)
     from nonstick.stores.sqlite import SQLiteStore
 
-    return SQLiteStore(path)
+    return SQLiteStore(path, empty_grace=grace_in(given["empty_grace"])) if given else SQLiteStore(path)
 
 
 def _redis(url: str) -> Store:

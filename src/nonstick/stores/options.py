@@ -13,7 +13,7 @@ from typing import Final
 
 from nonstick.errors import ConfigurationError
 
-__all__ = ["checked_grace", "close_to", "unknown_option"]
+__all__ = ["checked_grace", "close_to", "grace_in", "unknown_option"]
 
 _NAME: Final = re.compile(r"[A-Za-z][A-Za-z_.]{0,39}")
 """What is taken for an option's name; other things may be a part of a password with an unescaped '?' or '&'."""
@@ -28,6 +28,17 @@ def checked_grace(seconds: float) -> float:
     if not 0 <= seconds < math.inf:
         raise ConfigurationError("the store's empty_grace must be a number of seconds, such as 15")
     return seconds
+
+
+def grace_in(text: str) -> float:
+    """The seconds that a URL gives as `empty_grace`.
+
+    Raises:
+        ConfigurationError: It gives none.
+    """
+    if not (text.isascii() and text.replace(".", "", 1).isdigit()):
+        raise ConfigurationError("empty_grace in the store URL must be a number of seconds, such as 15")
+    return float(text)
 
 
 def unknown_option(name: str, known: Iterable[str], advice: str = "") -> ConfigurationError:

@@ -8,7 +8,7 @@ from typing import Any, Final, Literal
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
 
 from nonstick.errors import ConfigurationError
-from nonstick.stores.options import unknown_option
+from nonstick.stores.options import grace_in, unknown_option
 
 __all__ = ["Address", "Deployment", "Durability"]
 
@@ -143,7 +143,7 @@ class Deployment:
         """
         url, options = _taken_out(url)
         durability = _durability(options.get("durability"))
-        empty_grace = grace(options.get("empty_grace"))
+        empty_grace = grace_in(options["empty_grace"]) if "empty_grace" in options else None
         scheme, _, rest = url.partition("://")
         base, _, group = scheme.lower().partition("+")
         if not group:
@@ -203,15 +203,6 @@ def _durability(value: str | None) -> Durability | None:
         case _:
             pass
     raise ConfigurationError("durability in the store URL must be primary or replicated")
-
-
-def grace(value: str | None) -> float | None:
-    """`empty_grace` of a URL, or none, in seconds."""
-    if value is None:
-        return None
-    if not (value.isascii() and value.replace(".", "", 1).isdigit()):
-        raise ConfigurationError("empty_grace in the store URL must be a number of seconds, such as 15")
-    return float(value)
 
 
 def _halves(rest: str) -> tuple[str, str, str]:
