@@ -106,6 +106,14 @@ _GIVEN_OTHERWISE: Final = {
     "retry_interval": "give retry_interval= to nonstick.app() or SessionManager(), in milliseconds",
 }
 
+_NO_NAME: Final = "mcp-server"
+"""What the SDK calls an `MCPServer` that was given no name."""
+
+_UNNAMED: Final = (
+    "this server has no name, and by its name and path its sessions are told from those of other servers on the same "
+    'store. Give it one, MCPServer("shop"), or namespace= to nonstick'
+)
+
 _OFTEN: Final = ("notifications/progress", "notifications/cancelled")
 """Notifications that concern nobody but those who wait for them, unless the server says otherwise."""
 
@@ -345,6 +353,8 @@ class SessionManager:
                 self._node = node
                 whose = (self.namespace, self._endpoint)
                 logger.info("node %s serves sessions of %r at %r from %s", node.id, *whose, self.store.url)
+                if self.namespace == _NO_NAME and not self.store.url.startswith("memory:"):
+                    logger.warning(_UNNAMED)
                 contained: Any = Contained(node)
                 self.app.middleware.insert(0, contained)
                 try:

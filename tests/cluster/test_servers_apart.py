@@ -343,6 +343,20 @@ async def test_replicas_of_a_fastmcp_server_without_a_name_agree(
     assert sum("has no name" in record.getMessage() for record in caplog.records) == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "said"), [(None, {}, 1), (None, {"namespace": "shop"}, 0), ("shop", {}, 0)]
+)
+async def test_server_without_a_name_is_told_to_have_one(
+    name: str | None, options: Any, said: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """P1: two of them on one store would serve each other's sessions."""
+    app = nonstick.app(MCPServer(name), store=f"sqlite:///{tmp_path}/sessions.db", **options)
+    with caplog.at_level(logging.WARNING, "nonstick"):
+        async with members(app):
+            pass
+    assert sum("has no name" in record.getMessage() for record in caplog.records) == said
+
+
 # ---- what everyone is told
 
 
