@@ -45,6 +45,7 @@ from tests.faults.client import Patience
 from tests.faults.grounds import GROUNDS, Ground, StoreKind
 from tests.faults.stage import Stage
 from tests.faults.work import Worker
+from tests.pace import in_time
 
 __all__ = ["Campaign", "StoreKind", "report"]
 
@@ -224,7 +225,9 @@ class Campaign:
     async def _drain(self, node: NodeProcess, rng: random.Random) -> None:
         self._note("drain", node.name)
         await self._terminate_under_arrivals(node, rng)
-        if not await node.wait(GONE_SECONDS):
+        terminated = time.monotonic()
+        gone = await node.wait(4 * GONE_SECONDS)
+        if not gone or not in_time(time.monotonic() - terminated, GONE_SECONDS):
             self.violations.append(Violation("P8", f"{node.name} was not gone {GONE_SECONDS:g} s after SIGTERM"))
             node.kill()
         await node.start()

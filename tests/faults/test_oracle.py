@@ -114,6 +114,21 @@ LATER_NEWS = replace(SECOND_NEWS, at=2.0, place=Place(0, 7))
             ],
             id="told when it is replayed",
         ),
+        pytest.param(
+            [
+                *[CALL, FIRST, SECOND, replace(LOSS, since=0.9, at=2.4, until=2.5)],
+                replace(TOLD, place=Place(1, 4)),
+                Replayed(4, "s", "x", Place(1, 4), [], True),
+            ],
+            id="replayed after its end at a position given out again",
+        ),
+        pytest.param(
+            [
+                *[CALL, FIRST, SECOND, replace(LOSS, since=0.9, at=2.4, until=2.5), replace(TOLD, place=None)],
+                Replayed(4, "s", "x", Place(1, 1), [(Place(1, 2), FIRST.message)], False),
+            ],
+            id="replayed from a place that is left, of a stream that goes on",
+        ),
         pytest.param([YOUNG, *SOUND, LOSS, Answered(4, 3, "s", "POST", 404)], id="a young session"),
         pytest.param([Opened(0, 0, "s"), *SOUND, LOSS_OF_ALL, Answered(4, 3, "s", "POST", 404)], id="every session"),
         pytest.param([NEWS, LOSS, SECOND_NEWS, NEWS_END, *NEWS_RUNS, Caught(3, "s")], id="news"),

@@ -484,12 +484,32 @@ def _a_replay_is_the_rest(index: _Index) -> Iterator[Violation]:
     """P3: from any event id, on any node, exactly the rest of that stream, and then its end."""
     for replay in index.replays:
         chain = index.chains.get((replay.session, replay.chain), [])
-        rest = [(got.place, got.message) for got in chain if got.place and got.place.position > replay.after.position]
+        if _was_told_of_a_loss_alone(index, replay, chain):
+            continue
+        rest = _rest(chain, replay.after)
         found = list(replay.events)
         if found != rest and not _is_cut_short(index, replay, chain, rest):
             yield Violation("P3", f"a replay of {replay.chain!r} gave other events than before", (replay, *chain[-2:]))
         if not replay.ended:
             yield Violation("P3", f"a replay of {replay.chain!r}, which is finished, did not end", (replay,))
+
+
+def _rest(chain: Sequence[Got], after: Place) -> list[tuple[Place, Mapping[str, Any]]]:
+    """What arrived after this place. Lost positions are given out again, so the order decides where it can."""
+    placed = [(got.place, got.message) for got in chain if got.place is not None]
+    at = max((n for n, (place, _) in enumerate(placed) if place == after), default=None)
+    if at is not None:
+        return placed[at + 1 :]
+    return [(place, message) for place, message in placed if place.position > after.position]
+
+
+def _was_told_of_a_loss_alone(index: _Index, replay: Replayed, chain: Sequence[Got]) -> bool:
+    """Whether only the client's own place was lost, and it was told so: the stream may go on from an older one."""
+    if not chain or chain[-1].place is not None:
+        return False
+    data = (chain[-1].message.get("error") or {}).get("data") or {}
+    lost = index.may_have_lost(index.calls[replay.chain].at, chain[-1].at, seen=chain[-1].at)
+    return data.get("reason") == "stream_lost" and lost
 
 
 def _is_cut_short(
