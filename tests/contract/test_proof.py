@@ -16,6 +16,7 @@ from nonstick.errors import SessionNotFound, StoreError, StoreUnavailable
 from nonstick.store import Batch, Cursor, Store
 from nonstick.stores.redis import RedisStore
 from nonstick.stores.redis_cluster import key_slot
+from nonstick.stores.redis_proof import PROVEN_SECONDS
 from nonstick.testing import ValkeyCluster, ValkeySentinel, ValkeyServer
 from nonstick.testing.tools import deadline, drafts, eventually, texts
 from nonstick.testing.valkey_cluster import ask
@@ -374,6 +375,26 @@ async def test_marks_move_with_their_slots(calm: ValkeyCluster, settled: RedisSt
     async with RedisStore(calm.url, prefix=settled.namespace) as fresh:
         for store in (settled, fresh):
             assert all(await asyncio.gather(*(is_gone(store, made_up()) for _ in range(30))))
+
+
+async def test_server_whose_marks_were_all_moved_is_neither_doubted_nor_silent(
+    calm: ValkeyCluster, settled: RedisStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    """P15: though nobody asks for a key in the slots that were moved, by which a node would hear of it."""
+    source, to, _ = calm.nodes
+    slots = {key_slot(f"{settled.namespace}:mark:{n}") for n in range(64)}
+    key = next(
+        key for key in iter(made_up, "") if calm.primary(slot := key_slot(f"{{{key}}}")) is source and slot not in slots
+    )
+    assert await is_gone(settled, key)
+    for slot in slots:
+        if calm.primary(slot) is source:
+            await asyncio.to_thread(calm.migrate_slot, slot, to)
+    await asyncio.sleep(PROVEN_SECONDS)  # so long what was proven before counts
+    await eventually(lambda: is_gone(settled, key))
+    async with RedisStore(calm.url, prefix=settled.namespace) as fresh:
+        assert await is_gone(fresh, key)
+    assert "another history" not in caplog.text
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ from nonstick.guard import patiently
 from nonstick.stores.redis_servers import Server, Servers
 from nonstick.stores.resp import Redirected, TryAgain
 
-__all__ = ["Proof"]
+__all__ = ["PROVEN_SECONDS", "Proof"]
 
 logger = logging.getLogger("nonstick.store")
 
@@ -202,12 +202,17 @@ class Proof:
             try:
                 value = await server.call(("GET", name))
             except (Redirected, TryAgain):
+                # Who follows that learns where it is now, and so which marks this server should have.
+                await self._servers.call(name, "GET", name)
                 continue
             told = True
             if value is not None:
                 new[name] = value
         if not told:
             raise StoreUnavailable(f"the marks of {server.place} are being moved: try again")
+        if not new and server.proven[0] == server.openings:
+            # Since it was connected to it has had a mark, and now has keys without one: slots were moved, none is lost.
+            new = await self._make(names)
         self._known |= new
         return bool(new)
 
