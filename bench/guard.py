@@ -297,14 +297,18 @@ def committed() -> dict[str, dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--commit", action="store_true", help="write them to bench/guard.json")
-    commit = parser.parse_args().commit
+    parser.add_argument("--json", action="store_true", help="print them as JSON")
+    arguments = parser.parse_args()
     before = committed() if COMMITTED.exists() else {}
     now = asyncio.run(figures())
+    if arguments.json:
+        print(json.dumps({name: figure._asdict() for name, figure in now.items()}))
+        return
     for name, figure in now.items():
         was = f"; committed: {before[name]['calls']} calls" if name in before else ""
         counts = f"{figure.calls:6} calls, {figure.instructions:7} instructions, {figure.garbage:3} objects of garbage"
         print(f"{name:22} {counts}, store {figure.trips}{was}")
-    if commit:
+    if arguments.commit:
         kept = {name: {"trips": figure.trips, "calls": figure.calls} for name, figure in now.items()}
         COMMITTED.write_text(json.dumps(kept, indent=2) + "\n")
 
