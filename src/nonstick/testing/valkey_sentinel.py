@@ -132,18 +132,26 @@ class ValkeySentinel:
     def wait_until_whole(self) -> None:
         """Returns once the primary can be lost again: all Sentinels name it and miss nobody, and replicas have all.
 
-        "All" is what the primary had when this was called.
+        "All" is what the primary had when this was called, or when it took over meanwhile: on a busy machine the
+        Sentinels may replace one that nobody harmed.
         """
+        self.wait_until_ok()
         primary = self.primary
         head = ask(primary, "ROLE")[1]
-        self.wait_until_ok()
 
         def whole() -> bool:
+            nonlocal primary, head
+            if self.primary is not primary:
+                primary = self.primary
+                head = ask(primary, "ROLE")[1]
+            others = [server for server in self.servers if server is not primary]
+            for stray in (server for server in others if not _follows(server, primary)):
+                ask(stray, "REPLICAOF", "127.0.0.1", primary.port)
             views = [_facts(watcher) for watcher in self.sentinels]
             return (
                 {view["port"] for view in views} == {str(primary.port)}
                 and all(view["flags"] == "master" for view in views)
-                and all(ask(server, "ROLE")[4] >= head for server in self.servers if server is not primary)
+                and all(_follows(server, primary) and ask(server, "ROLE")[4] >= head for server in others)
             )
 
         until(whole, "the Sentinels agree and the replicas have everything", seconds=60.0)
