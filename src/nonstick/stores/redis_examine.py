@@ -6,7 +6,6 @@ All of it works with a function that runs one command, so it serves one server a
 from __future__ import annotations
 
 import re
-import secrets
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
@@ -15,7 +14,7 @@ from nonstick.errors import StoreUnavailable
 from nonstick.examine import Finding
 from nonstick.stores.clocks import clock_finding
 
-__all__ = ["HARMLESS", "Call", "check_clock", "check_permissions", "check_server", "examine"]
+__all__ = ["HARMLESS", "Call", "check_clock", "check_permissions", "check_server"]
 
 Call = Callable[..., Awaitable[Any]]
 """Runs a command on one server and returns its reply; raises StoreUnavailable also where the server refuses it."""
@@ -57,22 +56,6 @@ HARMLESS: Final[tuple[tuple[str | int, ...], ...]] = (
     ("EVAL", "return 1", 1, "{key}"),
 )
 """Every command that the scripts and the store use, in a form that leaves nothing behind."""
-
-
-async def examine(call: Call, *, prefix: str, cluster: bool = False) -> list[Finding]:
-    """Everything about one server.
-
-    Args:
-        cluster: The URL is one for a Cluster, so that its members are in order; else they are not.
-
-    Raises:
-        StoreUnavailable: The server cannot be reached, or lets nobody in.
-    """
-    findings = await check_server(call, cluster=cluster)
-    findings.append(await check_clock(call))
-    if not any(finding.blocks for finding in findings):
-        findings += await check_permissions(call, prefix=prefix, key=secrets.token_hex(20))
-    return findings
 
 
 async def check_server(call: Call, *, cluster: bool = False) -> list[Finding]:
