@@ -16,7 +16,7 @@ from starlette.applications import Starlette
 
 from nonstick.errors import ConfigurationError
 from nonstick.probing import probed
-from nonstick.security import without_text
+from nonstick.security import UNNAMED, without_text
 from nonstick.session import current_session
 from nonstick.state_store import PROBE
 
@@ -62,12 +62,6 @@ _NOT_SHARED: Final = (
 _TASKS_APART: Final = (
     "FastMCP server %r keeps its background tasks in this process: asked for at another node, a task is unknown. Give "
     "them a Redis or Valkey that all nodes share: FASTMCP_DOCKET_URL=redis://..., or TasksExtension(url=...)"
-)
-
-
-_UNNAMED: Final = (
-    "this FastMCP server has no name, and by its name and path its sessions are told from those of other servers on "
-    'the same store. Give it one, FastMCP("shop"), or namespace= to nonstick'
 )
 
 
@@ -199,7 +193,7 @@ async def check_state(app: Starlette, cluster: Cluster) -> None:
     if not is_server(server):
         return
     if _is_nameless(server):
-        logger.warning(_UNNAMED)
+        logger.warning(UNNAMED, "FastMCP")
     for one in await without_shared_state(server, cluster):
         logger.warning(_NOT_SHARED, one.name)
     # Servers that are mounted in it have no tasks of their own: FastMCP gives them those of the outermost.

@@ -73,6 +73,7 @@ from nonstick.placement import Rehydrate
 from nonstick.record import CONFIRMED, Record
 from nonstick.relay import Relay, packed, relay_notice
 from nonstick.security import (
+    UNNAMED,
     identity,
     is_session_id,
     is_session_of,
@@ -108,11 +109,6 @@ _GIVEN_OTHERWISE: Final = {
 
 _NO_NAME: Final = "mcp-server"
 """What the SDK calls an `MCPServer` that was given no name."""
-
-_UNNAMED: Final = (
-    "this server has no name, and by its name and path its sessions are told from those of other servers on the same "
-    'store. Give it one, MCPServer("shop"), or namespace= to nonstick'
-)
 
 _OFTEN: Final = ("notifications/progress", "notifications/cancelled")
 """Notifications that concern nobody but those who wait for them, unless the server says otherwise."""
@@ -354,7 +350,7 @@ class SessionManager:
                 whose = (self.namespace, self._endpoint)
                 logger.info("node %s serves sessions of %r at %r from %s", node.id, *whose, self.store.url)
                 if self.namespace == _NO_NAME and not self.store.url.startswith("memory:"):
-                    logger.warning(_UNNAMED)
+                    logger.warning(UNNAMED, "MCPServer")
                 contained: Any = Contained(node)
                 self.app.middleware.insert(0, contained)
                 try:

@@ -21,6 +21,7 @@ from starlette.types import Scope
 
 __all__ = [
     "MAX_DEPTH",
+    "UNNAMED",
     "identity",
     "is_session_id",
     "is_session_of",
@@ -42,6 +43,13 @@ MAX_DEPTH: Final = 64
 
 _LONGEST_CHAIN: Final = 16
 """Causes of an exception that a log shows, one after the other."""
+
+
+UNNAMED: Final = (
+    "this %s server has no name, and by its name and path its sessions are told from those of other servers on the "
+    "same store. Give it one when it is made, or namespace= to nonstick"
+)
+"""Warns of two such servers on one store, which would serve each other's sessions."""
 
 
 def identity(*parts: str) -> str:
