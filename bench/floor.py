@@ -18,7 +18,7 @@ from typing import Any
 from bench.figures import share_of
 from bench.load import runner
 from nonstick.testing import ValkeyServer
-from nonstick.testing.servers import free_port
+from nonstick.testing.servers.valkey import free_port
 
 __all__ = ["main"]
 

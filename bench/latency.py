@@ -26,7 +26,7 @@ from bench.client import Client, text_of
 from bench.figures import share_of
 from bench.load import runner
 from nonstick.testing import PostgresServer, ValkeyServer
-from nonstick.testing.processes import NodeProcess
+from nonstick.testing.servers.processes import NodeProcess
 
 STORES: Final = ("memory", "sqlite", "valkey", "postgres")
 

@@ -19,7 +19,7 @@ import psutil
 
 from bench.opponents import Opponent
 from nonstick.testing import PostgresServer, ValkeyServer
-from nonstick.testing.servers import DIE_WITH_PARENT, free_port
+from nonstick.testing.servers.valkey import DIE_WITH_PARENT, free_port
 
 __all__ = ["Stage", "Stores", "raise_file_limit"]
 

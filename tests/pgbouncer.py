@@ -15,7 +15,7 @@ from typing import Self
 import pytest
 
 from nonstick.testing import PostgresServer
-from nonstick.testing.servers import free_port
+from nonstick.testing.servers.valkey import free_port
 
 START_SECONDS = 120.0
 

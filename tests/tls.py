@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from nonstick.testing.servers import ValkeyServer
+from nonstick.testing.servers.valkey import ValkeyServer
 
 
 def self_signed(folder: Path) -> Path:

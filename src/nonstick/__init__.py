@@ -9,14 +9,14 @@ where sessions live). Errors are in `nonstick.errors`, the store contract suite 
 
 from nonstick.adopt import adopt
 from nonstick.app import App, app
-from nonstick.cluster import Cluster
-from nonstick.encryption import EncryptedStore
-from nonstick.exchange import current_attempt
-from nonstick.manager import SessionManager
-from nonstick.session import current_connection
-from nonstick.state import session_state
+from nonstick.cluster.cluster import Cluster
+from nonstick.http.manager import SessionManager
+from nonstick.http.transport import Session
+from nonstick.session.exchange import current_attempt
+from nonstick.session.live import current_connection
+from nonstick.session.state import session_state
 from nonstick.store import Store
-from nonstick.transport import Session
+from nonstick.stores.encrypted import EncryptedStore
 
 __all__ = [
     "App",

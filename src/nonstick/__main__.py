@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from nonstick.cli import main
+from nonstick.commands.cli import main
 
 sys.exit(main())

@@ -20,10 +20,10 @@ from starlette.applications import Starlette
 from starlette.routing import BaseRoute, Host, Mount, Route, Router
 from starlette.types import ASGIApp
 
-from nonstick import fastmcp_server
-from nonstick.cluster import Cluster
+from nonstick import fastmcp as fastmcp_server
+from nonstick.cluster.cluster import Cluster
 from nonstick.errors import ConfigurationError
-from nonstick.manager import Options, SessionManager
+from nonstick.http.manager import Options, SessionManager
 from nonstick.store import Store
 
 __all__ = ["Adopted", "adopt", "take_over"]

@@ -15,11 +15,11 @@ from starlette.applications import Starlette
 from starlette.routing import BaseRoute, Match, Route
 from starlette.types import Receive, Scope, Send
 
-from nonstick import fastmcp_server
+from nonstick import fastmcp as fastmcp_server
 from nonstick.adopt import Adopted, take_over
-from nonstick.cluster import Cluster
+from nonstick.cluster.cluster import Cluster
 from nonstick.errors import ConfigurationError
-from nonstick.manager import Options, SessionManager, is_stateless
+from nonstick.http.manager import Options, SessionManager, is_stateless
 from nonstick.store import Store
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ Rules for every method:
 * A call that need not wait may return without ever suspending: a loop of calls has to yield by itself.
 * Methods are atomic: another node sees all of a call's effects or none.
 
-The published suite `nonstick.testing.contract` holds an implementation to all of this.
+The published suite `nonstick.testing.contract.suite` holds an implementation to all of this.
 """
 
 from __future__ import annotations

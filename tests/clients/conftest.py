@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from nonstick.testing.balancer import Balancer
+from nonstick.testing.servers.balancer import Balancer
 from tests.conformance.nodes import balanced, nonstick, store_url
 
 NODES = 3

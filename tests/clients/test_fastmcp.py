@@ -22,8 +22,8 @@ from mcp.client.client import ConnectMode
 import nonstick
 from nonstick.stores.postgres import PostgresStore
 from nonstick.testing import PostgresServer, ValkeyServer
-from nonstick.testing.balancer import Backend, Balancer
 from nonstick.testing.cluster import Member
+from nonstick.testing.servers.balancer import Backend, Balancer
 from tests.clients import fastmcp_server
 from tests.clients.conftest import NODES
 from tests.clients.test_python import (  # noqa: F401 - found here too, they run on this module's nodes

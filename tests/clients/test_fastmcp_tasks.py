@@ -19,8 +19,8 @@ from fastmcp_tasks import TasksExtension, call_tool_task
 
 import nonstick
 from nonstick.testing import ValkeyServer
-from nonstick.testing.balancer import Backend, Balancer
 from nonstick.testing.cluster import Member
+from nonstick.testing.servers.balancer import Backend, Balancer
 from tests.clients.conftest import NODES
 from tests.conformance.input_required import form, want
 

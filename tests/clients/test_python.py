@@ -16,7 +16,7 @@ from mcp.client.client import ConnectMode
 from mcp.client.session import ClientRequestContext, IncomingMessage
 from mcp.client.subscriptions import ResourceUpdated, ToolsListChanged
 
-from nonstick.testing.balancer import Balancer, Exchange
+from nonstick.testing.servers.balancer import Balancer, Exchange
 from tests.clients.conftest import NODES
 
 pytestmark = [

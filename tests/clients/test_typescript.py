@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nonstick.testing.balancer import Balancer
+from nonstick.testing.servers.balancer import Balancer
 from tests.clients.conftest import NODES
 from tests.conformance import npm
 from tests.conformance.nodes import SDK, balanced, serving

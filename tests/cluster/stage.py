@@ -16,10 +16,10 @@ from mcp.shared.dispatcher import CallOptions
 from mcp.shared.message import ServerMessageMetadata
 
 from nonstick import current_connection
+from nonstick.core.events import Kind, kind_of
+from nonstick.core.security import session_key
 from nonstick.errors import NotPending, StoreUnavailable
-from nonstick.events import Kind, kind_of
-from nonstick.node import Node
-from nonstick.security import session_key
+from nonstick.node.node import Node
 from nonstick.store import MAX_READ, Batch, Cursor, Event, Store
 from nonstick.testing.cluster import Cluster, Member, Session
 from tests.cluster.conftest import MakeStore

@@ -26,8 +26,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import nonstick
 from nonstick.adopt import Adopted
+from nonstick.core.security import session_key
 from nonstick.errors import ConfigurationError, NonstickError, NotRunning
-from nonstick.security import session_key
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing.cluster import Session
 from tests.cluster.servers import call, error, messages, opening, request

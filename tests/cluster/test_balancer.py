@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import httpx2
 import pytest
 
-from nonstick.testing.balancer import Backend, Balancer, Exchange
+from nonstick.testing.servers.balancer import Backend, Balancer, Exchange
 
 pytestmark = pytest.mark.anyio
 

@@ -11,14 +11,14 @@ from typing import Any
 import mcp_types as types
 import pytest
 
-from nonstick.cluster import CLUSTER_KEY
-from nonstick.events import Kind, kind_of
-from nonstick.exchange import Exchange
-from nonstick.follow import Follower, Subscription
-from nonstick.limits import LONGEST_ID
-from nonstick.listener import Reader
-from nonstick.security import session_key
-from nonstick.session import Session as View
+from nonstick.cluster.cluster import CLUSTER_KEY
+from nonstick.core.events import Kind, kind_of
+from nonstick.core.security import session_key
+from nonstick.http.intake import LONGEST_ID
+from nonstick.log.follow import Follower, Subscription
+from nonstick.session.exchange import Exchange
+from nonstick.session.live import Session as View
+from nonstick.session.standalone import Reader
 from nonstick.store import MAX_CANCELS, STANDALONE
 from nonstick.testing.cluster import HEADERS, Member, Session
 from tests.cluster.conftest import MakeStore

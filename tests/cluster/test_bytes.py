@@ -11,12 +11,12 @@ from typing import Any, NamedTuple, Self
 import pydantic_core
 import pytest
 
+from nonstick.core.events import EventId, Kind, draft
+from nonstick.core.introductions import INTRODUCTIONS
+from nonstick.core.record import OWNER
+from nonstick.core.security import session_key
 from nonstick.errors import NotPending
-from nonstick.events import EventId, Kind, draft
-from nonstick.introductions import INTRODUCTIONS
-from nonstick.listener import Listener
-from nonstick.record import OWNER
-from nonstick.security import session_key
+from nonstick.session.standalone import Listener
 from nonstick.store import MAX_READ_BYTES, NEW_STREAM, STANDALONE, Appended, Batch, Cursor, Event, Skimmed, Store
 from nonstick.stores.memory import MemoryStore
 from nonstick.stores.redis import RedisStore

@@ -21,11 +21,11 @@ from typing import Any
 import httpx2
 import pytest
 
-from nonstick import cli
-from nonstick.cli import main
+from nonstick.commands import cli
+from nonstick.commands.cli import main
 from nonstick.testing import PostgresServer
-from nonstick.testing.servers import ValkeyServer
-from nonstick.testing.valkey_cluster import ask as administer
+from nonstick.testing.servers.valkey import ValkeyServer
+from nonstick.testing.servers.valkey_cluster import ask as administer
 
 DEADLINE = 120.0
 

@@ -14,12 +14,12 @@ import pytest
 from mcp.server.request_state import InvalidRequestState
 from mcp.shared.subscriptions import ResourceUpdated, ServerEvent, ToolsListChanged
 
-import nonstick.cluster
+import nonstick.cluster.cluster
 from nonstick import Cluster, EncryptedStore
-from nonstick.cluster import CLUSTER_KEY
+from nonstick.cluster.cluster import CLUSTER_KEY
+from nonstick.core.events import Kind, draft, kind_of
 from nonstick.errors import Undecryptable
-from nonstick.events import Kind, draft, kind_of
-from nonstick.guard import GuardedStore
+from nonstick.log.guard import GuardedStore
 from nonstick.store import Batch, Cursor, Store
 from nonstick.stores import open_store
 from nonstick.stores.memory import MemoryStore
@@ -91,7 +91,7 @@ async def test_a_rotated_key_seals_only_when_every_node_accepts_it(
     make_store: Callable[[], Store], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Older tokens stay good, and at no moment does a node meet a key that it does not know."""
-    monkeypatch.setattr(nonstick.cluster, "_SPREAD_SECONDS", 0.5)
+    monkeypatch.setattr(nonstick.cluster.cluster, "_SPREAD_SECONDS", 0.5)
     async with AsyncExitStack() as stack:
         a, b = Node(make_store()), Node(make_store())
         await a.start(stack)
@@ -118,7 +118,7 @@ async def test_a_new_key_is_known_everywhere_before_anything_is_sealed_with_it(
     make_store: Callable[[], Store], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first of the two steps adds it as the last one, also where a node hears of that late."""
-    monkeypatch.setattr(nonstick.cluster, "_SPREAD_SECONDS", 3600.0)
+    monkeypatch.setattr(nonstick.cluster.cluster, "_SPREAD_SECONDS", 3600.0)
     async with AsyncExitStack() as stack:
         a = Node(make_store())
         await a.start(stack)
@@ -142,7 +142,7 @@ async def test_a_new_key_is_known_everywhere_before_anything_is_sealed_with_it(
 
 async def test_keys_that_change_while_a_node_starts_are_known_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the log says of it is taken before anybody here listens."""
-    monkeypatch.setattr(nonstick.cluster, "_SPREAD_SECONDS", 0.0)
+    monkeypatch.setattr(nonstick.cluster.cluster, "_SPREAD_SECONDS", 0.0)
     memory = MemoryStore()
     held: Any = HeldStore(memory, "read", after=False)
     async with AsyncExitStack() as stack:
@@ -214,8 +214,8 @@ async def test_a_record_without_keys_gets_some_and_the_log_is_followed_on(make_s
         a, b = Node(make_store()), Node(make_store())
         await a.start(stack)
         await b.start(stack)
-        await a.store.update(nonstick.cluster.CLUSTER_KEY, {"request-state-keys": None})
-        await a.store.append(nonstick.cluster.CLUSTER_KEY, Batch([draft(Kind.KEYS)]))
+        await a.store.update(nonstick.cluster.cluster.CLUSTER_KEY, {"request-state-keys": None})
+        await a.store.append(nonstick.cluster.cluster.CLUSTER_KEY, Batch([draft(Kind.KEYS)]))
         await a.cluster.notify_tools_changed()
         assert await a.hear() == await b.hear() == ToolsListChanged()
         assert b.cluster._codec.unseal(a.cluster._codec.seal(b"state")) == b"state"

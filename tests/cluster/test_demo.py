@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nonstick.testing.servers import ValkeyServer
+from nonstick.testing.servers.valkey import ValkeyServer
 
 DEADLINE = 240.0
 

@@ -12,9 +12,9 @@ from mcp.server.mcpserver import Context as ToolContext
 
 import nonstick
 from nonstick import current_connection
-from nonstick.record import OWNER
-from nonstick.security import session_key
-from nonstick.session import Session
+from nonstick.core.record import OWNER
+from nonstick.core.security import session_key
+from nonstick.session.live import Session
 from nonstick.store import Batch
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing.cluster import HEADERS

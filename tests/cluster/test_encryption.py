@@ -13,9 +13,9 @@ import pytest
 import redis
 
 from nonstick import EncryptedStore, current_connection
-from nonstick.encryption import KeyRing
-from nonstick.security import session_key
+from nonstick.core.security import session_key
 from nonstick.store import Store
+from nonstick.stores.encrypted import KeyRing
 from nonstick.stores.redis import RedisStore
 from nonstick.stores.sqlite import SQLiteStore
 from nonstick.testing import ValkeyServer

@@ -14,11 +14,11 @@ import pytest
 from mcp_types import INTERNAL_ERROR
 
 from nonstick import current_connection
-from nonstick.events import EventId, Kind, draft
-from nonstick.exits import Exit
-from nonstick.node import Node
-from nonstick.record import OWNER
-from nonstick.security import session_key
+from nonstick.core.events import EventId, Kind, draft
+from nonstick.core.record import OWNER
+from nonstick.core.security import session_key
+from nonstick.node.exits import Exit
+from nonstick.node.node import Node
 from nonstick.store import NEW_STREAM, Batch, Cursor
 from nonstick.testing.cluster import Member, Session
 from tests.cluster.conftest import MakeStore
@@ -43,8 +43,8 @@ def exits(monkeypatch: pytest.MonkeyPatch) -> list[Exit]:
 @pytest.fixture(autouse=True)
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who reads looks often after the node that should write."""
-    monkeypatch.setattr("nonstick.rescue._BETWEEN_LOOKS", 0.05)
-    monkeypatch.setattr("nonstick.listener._LIVENESS_POLL", 0.05)
+    monkeypatch.setattr("nonstick.session.rescue._BETWEEN_LOOKS", 0.05)
+    monkeypatch.setattr("nonstick.session.standalone._LIVENESS_POLL", 0.05)
 
 
 @pytest.fixture(autouse=True)

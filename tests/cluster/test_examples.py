@@ -15,8 +15,8 @@ from mcp import Client
 from mcp.client.context import ClientRequestContext
 from mcp_types import ElicitRequestParams, ElicitResult, ResourceUpdatedNotification
 
-from nonstick.testing.balancer import Backend, Balancer
-from nonstick.testing.processes import NodeProcess
+from nonstick.testing.servers.balancer import Backend, Balancer
+from nonstick.testing.servers.processes import NodeProcess
 
 pytestmark = pytest.mark.anyio
 

@@ -10,8 +10,8 @@ import pytest
 from mcp_types import INTERNAL_ERROR
 
 from nonstick import current_connection, session_state
-from nonstick.security import session_key
-from nonstick.session import Session as View
+from nonstick.core.security import session_key
+from nonstick.session.live import Session as View
 from nonstick.store import Store
 from nonstick.testing.cluster import HEADERS, Member, Session
 from tests.cluster.conftest import MakeStore
@@ -190,7 +190,7 @@ async def test_reply_that_the_log_cannot_take_is_503_and_counts_once_it_can(
     memory: MakeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """P4, P9: 202 means that the handler gets it."""
-    monkeypatch.setattr("nonstick.manager._NOTICE_PATIENCE", 0.05)
+    monkeypatch.setattr("nonstick.http.manager._NOTICE_PATIENCE", 0.05)
     stores: list[DownStore] = []
 
     def make() -> Store:

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-import nonstick.exchange
-import nonstick.rescue
+import nonstick.session.exchange
+import nonstick.session.rescue
 from nonstick import current_connection
-from nonstick.events import Kind, draft
-from nonstick.security import session_key
+from nonstick.core.events import Kind, draft
+from nonstick.core.security import session_key
 from nonstick.store import Batch
 from nonstick.stores.memory import MemoryStore
 from tests.cluster.conftest import one
@@ -157,7 +157,7 @@ async def test_a_resume_whose_streams_end_was_lost_is_ended_though_its_node_live
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """P7, P9: nobody works for the stream any more, and nobody answers when it is asked."""
-    monkeypatch.setattr(nonstick.rescue, "_PROBE_AFTER", 1.5)
+    monkeypatch.setattr(nonstick.session.rescue, "_PROBE_AFTER", 1.5)
     store = MemoryStore()
     async with staged(one(store), window=0.1, lease=1.0, max_stall=2.0) as (stage, a, b, _c):
 
@@ -181,7 +181,7 @@ async def test_a_resume_whose_streams_end_was_lost_is_ended_though_its_node_live
 
 async def test_a_request_that_still_runs_says_so_when_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """P7: a tool may be silent for long; a resumed client waits for it."""
-    monkeypatch.setattr(nonstick.rescue, "_PROBE_AFTER", 1.2)
+    monkeypatch.setattr(nonstick.session.rescue, "_PROBE_AFTER", 1.2)
     store = MemoryStore()
     async with staged(one(store), window=0.1, lease=1.0, max_stall=2.0) as (stage, a, b, _c):
 
@@ -260,7 +260,7 @@ async def test_messages_of_a_long_outage_come_in_order_when_the_store_is_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """P3, P9: the first is in doubt, those after it wait for it."""
-    monkeypatch.setattr(nonstick.exchange, "_EMIT_PATIENCE", 0.2)
+    monkeypatch.setattr(nonstick.session.exchange, "_EMIT_PATIENCE", 0.2)
     store = MemoryStore()
     downs: list[DownStore] = []
 

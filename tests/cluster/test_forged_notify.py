@@ -16,11 +16,11 @@ import asyncpg
 import pydantic_core
 import pytest
 
-from nonstick.cluster import CLUSTER_KEY
-from nonstick.encryption import EncryptedStore
-from nonstick.events import Kind, draft
-from nonstick.security import session_key
+from nonstick.cluster.cluster import CLUSTER_KEY
+from nonstick.core.events import Kind, draft
+from nonstick.core.security import session_key
 from nonstick.store import Cursor, Event
+from nonstick.stores.encrypted import EncryptedStore
 from nonstick.stores.postgres import PostgresStore
 from nonstick.testing import PostgresServer
 from tests.cluster.conftest import MakeStore

@@ -14,10 +14,10 @@ import pydantic_core
 import pytest
 import redis.asyncio
 
-from nonstick.encryption import EncryptedStore
-from nonstick.events import Kind, draft
-from nonstick.security import session_key
+from nonstick.core.events import Kind, draft
+from nonstick.core.security import session_key
 from nonstick.store import Batch, Cursor
+from nonstick.stores.encrypted import EncryptedStore
 from nonstick.stores.redis import RedisStore
 from nonstick.testing import ValkeyServer
 from nonstick.testing.cluster import Session

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from nonstick import listener
-from nonstick.events import Kind, kind_of
-from nonstick.security import session_key
+from nonstick.core.events import Kind, kind_of
+from nonstick.core.security import session_key
+from nonstick.session import standalone as listener
 from nonstick.store import Batch
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing.cluster import Session

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from starlette.requests import Request
 
-from nonstick.events import Kind, decode, kind_of
-from nonstick.limits import LONGEST_ID, LONGEST_METHOD, header
-from nonstick.security import session_key
+from nonstick.core.events import Kind, decode, kind_of
+from nonstick.core.security import session_key
+from nonstick.http.intake import LONGEST_ID, LONGEST_METHOD, header
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing import ManualClock
 from nonstick.testing.cluster import HEADERS, Member, Session

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from nonstick.events import Kind, kind_of, parse_event_id
-from nonstick.security import session_key
+from nonstick.core.events import Kind, kind_of, parse_event_id
+from nonstick.core.security import session_key
 from nonstick.testing.cluster import Member, Session
 from tests.cluster.conftest import MakeStore, one
 from tests.cluster.sse import DEADLINE, Sse, Stream, getting, posting

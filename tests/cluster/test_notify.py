@@ -12,12 +12,12 @@ import pytest
 from mcp.server import MCPServer, Server
 
 import nonstick
-import nonstick.cluster
-from nonstick.cluster import CLUSTER_KEY
+import nonstick.cluster.cluster
+from nonstick.cluster.cluster import CLUSTER_KEY
+from nonstick.core.events import EventId, Kind, parse_event_id
+from nonstick.core.security import session_key
 from nonstick.errors import ConfigurationError
-from nonstick.events import EventId, Kind, parse_event_id
-from nonstick.guard import GuardedStore
-from nonstick.security import session_key
+from nonstick.log.guard import GuardedStore
 from nonstick.store import Store
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing.cluster import Cluster, Member, Session
@@ -356,7 +356,7 @@ async def test_one_who_missed_what_was_trimmed_is_told_of_everything_once(
     make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """P11: each list once, and each resource that it has subscribed to; then what comes."""
-    monkeypatch.setattr(nonstick.cluster, "_LOG_EVENTS", 8)
+    monkeypatch.setattr(nonstick.cluster.cluster, "_LOG_EVENTS", 8)
     async with gathered(make_store) as (stage, a, b, c):
         session = await a.open()
         await subscribe(a, session, "x://2", "x://1")

@@ -22,14 +22,14 @@ from pydantic import AnyHttpUrl
 
 import nonstick
 from nonstick import current_attempt, current_connection
-from nonstick.encryption import EncryptedStore
+from nonstick.commands.serve import Settings, _application, adopted_in
+from nonstick.core.events import Kind
+from nonstick.core.record import LOST, OWNER
+from nonstick.core.security import session_key
 from nonstick.errors import ConfigurationError
-from nonstick.events import Kind
-from nonstick.manager import Options
-from nonstick.record import LOST, OWNER
-from nonstick.security import session_key
-from nonstick.serving import Settings, _application, adopted_in
+from nonstick.http.manager import Options
 from nonstick.store import MAX_READ, Cursor
+from nonstick.stores.encrypted import EncryptedStore
 from nonstick.stores.memory import MemoryStore
 from nonstick.stores.sqlite import SQLiteStore
 from nonstick.testing.cluster import Cluster, Member, Session

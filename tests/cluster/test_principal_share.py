@@ -16,7 +16,7 @@ from mcp.server.mcpserver import Context
 from pydantic import AnyHttpUrl
 
 from nonstick.errors import ConfigurationError
-from nonstick.manager import SessionManager
+from nonstick.http.manager import SessionManager
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing.cluster import HEADERS, Cluster, Member, Session
 from tests.cluster.servers import call, error, opening, request

@@ -12,8 +12,8 @@ import pydantic_core
 import pytest
 from mcp.server import Server
 
-from nonstick.events import EventId, Kind, draft
-from nonstick.security import session_key
+from nonstick.core.events import EventId, Kind, draft
+from nonstick.core.security import session_key
 from nonstick.store import NEW_STREAM, Batch, Cursor, Store
 from nonstick.testing.cluster import Member, Session
 from tests.cluster.conftest import MakeStore
@@ -26,8 +26,8 @@ pytestmark = pytest.mark.anyio
 @pytest.fixture(autouse=True)
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who reads looks often after the node that should write."""
-    monkeypatch.setattr("nonstick.rescue._BETWEEN_LOOKS", 0.05)
-    monkeypatch.setattr("nonstick.listener._LIVENESS_POLL", 0.05)
+    monkeypatch.setattr("nonstick.session.rescue._BETWEEN_LOOKS", 0.05)
+    monkeypatch.setattr("nonstick.session.standalone._LIVENESS_POLL", 0.05)
 
 
 class Safe(Stage):

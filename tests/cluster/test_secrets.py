@@ -18,8 +18,8 @@ import httpx2
 import pytest
 import redis
 
-from nonstick.node import Counters
-from nonstick.security import session_key
+from nonstick.core.security import session_key
+from nonstick.node.node import Counters
 from nonstick.testing import FaultProxy, PostgresServer, ValkeyServer
 from nonstick.testing.cluster import Member, Session
 from tests.cluster.sse import DEADLINE, getting, posting

@@ -20,8 +20,8 @@ from starlette.applications import Starlette
 from starlette.routing import Host, Mount
 
 import nonstick
+from nonstick.core.security import session_key
 from nonstick.errors import ConfigurationError, SessionNotFound
-from nonstick.security import session_key
 from nonstick.store import Batch, Store
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing.cluster import HEADERS, Member, Session

@@ -13,8 +13,8 @@ from mcp.server import MCPServer
 
 import nonstick
 from nonstick import current_connection, session_state
+from nonstick.core.record import CHANGED, SessionState
 from nonstick.errors import NoSession, StoreUnavailable
-from nonstick.record import CHANGED, SessionState
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing.cluster import Cluster
 from tests.cluster.conftest import MakeStore, one

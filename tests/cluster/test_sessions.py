@@ -15,11 +15,11 @@ from mcp.server.context import CallNext, HandlerResult
 from mcp.shared.exceptions import MCPError
 
 from nonstick import current_connection
-from nonstick.cluster import CLUSTER_KEY
+from nonstick.cluster.cluster import CLUSTER_KEY
+from nonstick.core.record import Record, subscription_field
+from nonstick.core.security import session_key
 from nonstick.errors import SessionNotFound
-from nonstick.node import Node
-from nonstick.record import Record, subscription_field
-from nonstick.security import session_key
+from nonstick.node.node import Node
 from nonstick.store import Store
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing import ManualClock

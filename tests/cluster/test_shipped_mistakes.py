@@ -9,9 +9,9 @@ import pytest
 from mcp.server.context import CallNext, HandlerResult
 
 from nonstick import current_connection
+from nonstick.core.events import Kind
+from nonstick.core.security import session_key
 from nonstick.errors import SessionNotFound
-from nonstick.events import Kind
-from nonstick.security import session_key
 from nonstick.store import STANDALONE, Store
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing.cluster import Cluster, Session

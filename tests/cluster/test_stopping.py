@@ -27,9 +27,10 @@ from mcp.server.mcpserver import Context
 import nonstick
 from nonstick.app import App
 from nonstick.errors import NotRunning
-from nonstick.protocols import Draining, DrainingH11
+from nonstick.protocols import Draining
+from nonstick.protocols.draining import DrainingH11
 from nonstick.testing.cluster import HEADERS, Member, Session
-from nonstick.testing.servers import free_port
+from nonstick.testing.servers.valkey import free_port
 from tests.cluster.sse import DEADLINE, getting, posting
 from tests.cluster.stage import call, eventually, text_of
 from tests.pace import in_time

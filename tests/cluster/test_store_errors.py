@@ -23,17 +23,22 @@ from mcp.server import Server
 from mcp.server.request_state import InvalidRequestState
 
 import nonstick
-from nonstick import cluster, exchange, holding, listener, manager, placement, relay, rescue, sender
 from nonstick.app import App
-from nonstick.cluster import CLUSTER_KEY
+from nonstick.cluster import cluster
+from nonstick.cluster.cluster import CLUSTER_KEY
+from nonstick.core.events import EventId, draft
+from nonstick.core.events import Kind as Kinds
+from nonstick.core.security import session_key
 from nonstick.errors import NotPending, SessionNotFound, StoreUnavailable
-from nonstick.events import EventId, draft
-from nonstick.events import Kind as Kinds
-from nonstick.node import Node
-from nonstick.security import session_key
+from nonstick.http import manager
+from nonstick.http.wire import STORE_AWAY
+from nonstick.log import writer as sender
+from nonstick.node import holding, placement, relay
+from nonstick.node.node import Node
+from nonstick.session import exchange, rescue
+from nonstick.session import standalone as listener
 from nonstick.store import NEW_STREAM, Batch, Cursor
 from nonstick.stores.memory import MemoryStore
-from nonstick.wire import STORE_AWAY
 from tests.cluster.asgi import DEADLINE, Call
 from tests.cluster.commanded import EVERYWHERE, WRITES, CommandedStore, Commands, Fault, every_error
 from tests.cluster.stage import Context, announce, ask, call, cancel, eventually, notification, say
@@ -207,7 +212,7 @@ class World:
 
 
 def _node_here() -> Node:
-    session = nonstick.session.current_session()
+    session = nonstick.session.live.current_session()
     assert session is not None
     return session.node
 

@@ -29,7 +29,7 @@ from tests.pace import in_time
 pytestmark = pytest.mark.anyio
 
 DEADLINE = 2.0
-"""Seconds within which a call to the store ends (`nonstick.guard`)."""
+"""Seconds within which a call to the store ends (`nonstick.log.guard`)."""
 
 MARGIN = 2.5
 """Seconds on top, for a machine that is busy with other things."""
@@ -363,7 +363,7 @@ async def test_what_a_handler_gets_does_not_say_where_the_store_is(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """P13: it goes on to the client, in the error that the handler raises; the log says it."""
-    monkeypatch.setattr("nonstick.exchange._EMIT_PATIENCE", 0.05)
+    monkeypatch.setattr("nonstick.session.exchange._EMIT_PATIENCE", 0.05)
     memory = MemoryStore()
     stores: list[DownStore] = []
 
@@ -392,7 +392,7 @@ async def test_what_a_handler_gets_does_not_say_where_the_store_is(
 
 async def test_what_waits_for_a_store_that_is_away_is_bounded_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """P9, P10: the latest messages come once it is back; and the end."""
-    monkeypatch.setattr("nonstick.exchange._EMIT_PATIENCE", 0.01)
+    monkeypatch.setattr("nonstick.session.exchange._EMIT_PATIENCE", 0.01)
     store = DownStore(MemoryStore(), "append", after=False)
     async with staged(one(store)) as (stage, a, _b, _c):
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from nonstick import current_connection
-from nonstick.events import EventId, Kind, kind_of, parse_event_id
-from nonstick.security import session_key
+from nonstick.core.events import EventId, Kind, kind_of, parse_event_id
+from nonstick.core.security import session_key
 from nonstick.store import MAX_CLIP, MAX_READ_BYTES, Cursor, Event, Skimmed, Store
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing.cluster import Member, Session
@@ -341,8 +341,8 @@ async def test_what_is_in_doubt_while_the_store_is_away_is_written_once_and_in_o
     make_store: MakeStore, position: int, written: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """P3, P9: the store comes back after all patience is over; nothing is lost, doubled or out of order."""
-    monkeypatch.setattr("nonstick.exchange._EMIT_PATIENCE", 0.05)
-    monkeypatch.setattr("nonstick.exchange._RETRY_PAUSE", 0.05)
+    monkeypatch.setattr("nonstick.session.exchange._EMIT_PATIENCE", 0.05)
+    monkeypatch.setattr("nonstick.session.exchange._RETRY_PAUSE", 0.05)
     stores: list[DownStore] = []
 
     def make() -> Store:
@@ -379,8 +379,8 @@ async def test_state_that_was_saved_in_doubt_is_not_saved_again_later(
     make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """P2, P9: it would undo what another node saved since."""
-    monkeypatch.setattr("nonstick.exchange._EMIT_PATIENCE", 0.05)
-    monkeypatch.setattr("nonstick.exchange._RETRY_PAUSE", 0.05)
+    monkeypatch.setattr("nonstick.session.exchange._EMIT_PATIENCE", 0.05)
+    monkeypatch.setattr("nonstick.session.exchange._RETRY_PAUSE", 0.05)
     stores: list[DownStore] = []
 
     def make() -> Store:

@@ -13,7 +13,7 @@ import httpx2
 import pytest
 
 from nonstick.testing.cluster import HEADERS, Session
-from nonstick.testing.processes import NodeProcess
+from nonstick.testing.servers.processes import NodeProcess
 from tests.cluster.sse import Stream
 from tests.cluster.stage import call, eventually, text_of
 

@@ -16,8 +16,8 @@ from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import nonstick
+from nonstick.core.security import new_session_id
 from nonstick.errors import NotRunning, SessionNotFound
-from nonstick.security import new_session_id
 from nonstick.testing.cluster import HEADERS, Session
 from tests.cluster.conftest import MakeStore
 from tests.cluster.servers import World, answer, call, opening, request

@@ -16,10 +16,11 @@ from typing import Any, Literal
 import pydantic_core
 import pytest
 
-from nonstick import dice, wire
-from nonstick.events import Kind, decode, draft, kind_of
-from nonstick.record import OWNER
-from nonstick.security import session_key
+from nonstick.core import dice
+from nonstick.core.events import Kind, decode, draft, kind_of
+from nonstick.core.record import OWNER
+from nonstick.core.security import session_key
+from nonstick.http import wire
 from nonstick.store import Appended, Batch, Cursor, Event, News, Wake
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing.cluster import Member, Session
@@ -101,7 +102,7 @@ class _Ear:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """What no wake told is found soon."""
-    monkeypatch.setattr("nonstick.follow._FIRST_POLL", 0.2)
+    monkeypatch.setattr("nonstick.log.follow._FIRST_POLL", 0.2)
 
 
 @pytest.fixture(params=["lost", "phantom", pytest.param("phantom, then lost", marks=pytest.mark.slow)])
@@ -357,7 +358,7 @@ async def test_cancel_in_a_place_that_was_given_out_before_is_not_taken_for_an_o
 
 async def test_reply_before_a_newer_head_reaches_the_handler_after_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     """P4, P14: the log is gone through anew from its beginning, not from where the node last heard that it ends."""
-    monkeypatch.setattr("nonstick.follow._FIRST_POLL", 1.0)
+    monkeypatch.setattr("nonstick.log.follow._FIRST_POLL", 1.0)
     async with misinformed() as (stage, store, _a, b, c):
 
         @stage.tool

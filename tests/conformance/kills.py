@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Final, Protocol
 
-from nonstick.testing.balancer import Balancer, Exchange
+from nonstick.testing.servers.balancer import Balancer, Exchange
 
 __all__ = ["Kills"]
 

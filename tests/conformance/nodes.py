@@ -14,8 +14,8 @@ from types import TracebackType
 from typing import Final, Literal, Self
 
 from nonstick.testing import PostgresServer, ValkeyServer
-from nonstick.testing.balancer import Backend, Balancer
-from nonstick.testing.servers import free_port
+from nonstick.testing.servers.balancer import Backend, Balancer
+from nonstick.testing.servers.valkey import free_port
 from tests.conformance.kills import Kills
 
 __all__ = ["ROOT", "SDK", "Answer", "Server", "Setup", "StoreKind", "balanced", "nonstick", "serving", "store_url"]

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from nonstick.testing.balancer import Backend, Balancer
+from nonstick.testing.servers.balancer import Backend, Balancer
 from tests.conformance.kills import Kills
 
 pytestmark = pytest.mark.anyio

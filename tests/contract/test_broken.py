@@ -27,8 +27,8 @@ from nonstick.store import (
 )
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing import ManualClock, StoreContract, check_programs
-from nonstick.testing.append import empty_log
-from nonstick.testing.reading import five_events
+from nonstick.testing.contract.append import empty_log
+from nonstick.testing.contract.reading import five_events
 
 pytestmark = pytest.mark.anyio
 
@@ -427,7 +427,7 @@ async def run(name: str, kind: type[MemoryStore]) -> None:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is waited for in vain is not waited for long: everything here is in memory."""
-    monkeypatch.setattr("nonstick.testing.tools.DEADLINE", 0.3)
+    monkeypatch.setattr("nonstick.testing.contract.tools.DEADLINE", 0.3)
 
 
 CASES = [pytest.param(kind, name, id=f"{kind.__name__}-{name}") for kind, names in BROKEN.items() for name in names]

@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from nonstick.encryption import EncryptedStore
 from nonstick.store import Store
+from nonstick.stores.encrypted import EncryptedStore
 from nonstick.stores.memory import MemoryStore
 from nonstick.stores.redis import RedisStore
 from nonstick.testing import ManualClock, Opener, StoreContract, ValkeyServer, opening

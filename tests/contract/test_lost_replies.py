@@ -14,7 +14,7 @@ from nonstick.errors import StoreUnavailable
 from nonstick.store import Batch, Store
 from nonstick.stores import open_store
 from nonstick.testing import FaultProxy, ValkeyServer, read_all
-from nonstick.testing.tools import deadline, drafts, texts
+from nonstick.testing.contract.tools import deadline, drafts, texts
 
 pytestmark = pytest.mark.anyio
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from nonstick.doctor import diagnose
+from nonstick.commands.doctor import diagnose
 from nonstick.errors import StoreUnavailable, StoreUnusable
 from nonstick.stores import open_store
 from nonstick.testing import PostgresServer, ValkeyCluster, ValkeySentinel, ValkeyServer
-from nonstick.testing.servers import ReservedPort
-from nonstick.testing.valkey_cluster import ask
+from nonstick.testing.servers.valkey import ReservedPort
+from nonstick.testing.servers.valkey_cluster import ask
 from tests.tls import self_signed, tls_in_front_of
 
 pytestmark = pytest.mark.anyio

@@ -17,8 +17,8 @@ import pytest
 
 from nonstick.errors import ConfigurationError
 from nonstick.testing import PostgresServer
-from nonstick.testing.postgres_server import _clean
-from nonstick.testing.tools import DEADLINE
+from nonstick.testing.contract.tools import DEADLINE
+from nonstick.testing.servers.postgres import _clean
 
 pytestmark = [pytest.mark.anyio, pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")]
 

@@ -15,11 +15,11 @@ import pytest
 from nonstick.errors import SessionNotFound, StoreError, StoreUnavailable
 from nonstick.store import Batch, Cursor, Store
 from nonstick.stores.redis import RedisStore
-from nonstick.stores.redis_cluster import key_slot
-from nonstick.stores.redis_proof import PROVEN_SECONDS
+from nonstick.stores.redis.cluster import key_slot
+from nonstick.stores.redis.proof import PROVEN_SECONDS
 from nonstick.testing import ValkeyCluster, ValkeySentinel, ValkeyServer
-from nonstick.testing.tools import deadline, drafts, eventually, texts
-from nonstick.testing.valkey_cluster import ask
+from nonstick.testing.contract.tools import deadline, drafts, eventually, texts
+from nonstick.testing.servers.valkey_cluster import ask
 
 pytestmark = pytest.mark.anyio
 

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from nonstick.testing import FaultProxy
-from nonstick.testing.tools import deadline, eventually
+from nonstick.testing.contract.tools import deadline, eventually
 
 pytestmark = pytest.mark.anyio
 

@@ -16,12 +16,12 @@ from typing import TypeVar
 import pytest
 
 from nonstick.errors import AlreadyExists, ConfigurationError, Diverged, SessionNotFound, StoreUnavailable
-from nonstick.follow import Follower
-from nonstick.guard import GuardedStore
+from nonstick.log.follow import Follower
+from nonstick.log.guard import GuardedStore
 from nonstick.store import NEW_STREAM, Batch, Cursor, Event, Store
 from nonstick.stores import open_store
-from nonstick.stores.redis import _APPEND, RedisStore
-from nonstick.stores.resp import pack
+from nonstick.stores.redis.connection import pack
+from nonstick.stores.redis.store import _APPEND, RedisStore
 from nonstick.testing import (
     Opener,
     StoreContract,
@@ -32,8 +32,8 @@ from nonstick.testing import (
     opening,
     read_all,
 )
-from nonstick.testing.tools import deadline, drafts, eventually, open_stream, texts
-from nonstick.testing.valkey_cluster import ask, until
+from nonstick.testing.contract.tools import deadline, drafts, eventually, open_stream, texts
+from nonstick.testing.servers.valkey_cluster import ask, until
 from tests.tls import self_signed, tls_in_front_of
 
 pytestmark = pytest.mark.anyio

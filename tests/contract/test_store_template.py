@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from examples.store_template import DocumentStore
 
-from nonstick.doctor import diagnose
+from nonstick.commands.doctor import diagnose
 from nonstick.testing import ManualClock, Opener, opening
 from nonstick.testing.contract import StoreContract
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nonstick.testing import ValkeyCluster, ValkeySentinel
-from nonstick.testing.valkey_cluster import ask
+from nonstick.testing.servers.valkey_cluster import ask
 
 pytestmark = pytest.mark.slow
 

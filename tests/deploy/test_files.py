@@ -9,7 +9,7 @@ from typing import Any, Final
 import pytest
 import yaml
 
-from nonstick import serving
+from nonstick.commands import serve as serving
 
 DEPLOY: Final = Path(__file__).parents[2] / "deploy"
 GRACE: Final = next(field.default for field in fields(serving.Settings) if field.name == "grace")

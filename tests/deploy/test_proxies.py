@@ -24,7 +24,7 @@ from mcp.client.context import ClientRequestContext
 from mcp_types import ElicitRequestParams, ElicitResult
 
 from nonstick.testing.cluster import HEADERS
-from nonstick.testing.servers import free_port
+from nonstick.testing.servers.valkey import free_port
 
 pytestmark = pytest.mark.anyio
 

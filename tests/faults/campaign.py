@@ -40,7 +40,7 @@ from nonstick.testing.oracle import (
     Violation,
     judge,
 )
-from nonstick.testing.processes import NodeProcess
+from nonstick.testing.servers.processes import NodeProcess
 from tests.faults.client import Patience
 from tests.faults.grounds import GROUNDS, Ground, StoreKind
 from tests.faults.stage import Stage

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nonstick.guard import GuardedStore
+from nonstick.log.guard import GuardedStore
 from nonstick.testing import FaultProxy, PostgresServer, ValkeyServer
 from tests.faults.places import Place
 from tests.faults.stage import Stage

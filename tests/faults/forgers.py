@@ -16,7 +16,7 @@ import asyncpg
 import redis.asyncio
 from redis.exceptions import RedisError
 
-from nonstick.events import Kind, draft
+from nonstick.core.events import Kind, draft
 
 __all__ = ["Intruder", "repeat_wakes"]
 

@@ -21,7 +21,7 @@ import redis
 
 from nonstick.testing import FaultProxy, ValkeyCluster, ValkeySentinel, ValkeyServer
 from nonstick.testing.oracle import Fault, Lost, Violation
-from nonstick.testing.valkey_cluster import ask
+from nonstick.testing.servers.valkey_cluster import ask
 from tests.faults.forgers import Intruder, repeat_wakes
 from tests.faults.pairs import Pair, PostgresPair, ValkeyPair
 

@@ -14,7 +14,7 @@ from typing import Any, Self
 import httpx2
 
 from nonstick.testing.oracle import Ran, Violation, judge
-from nonstick.testing.processes import NodeProcess
+from nonstick.testing.servers.processes import NodeProcess
 from tests.faults.client import History, Patience, Session
 
 __all__ = ["Stage"]

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from nonstick.testing.processes import NodeProcess
+from nonstick.testing.servers.processes import NodeProcess
 from tests.faults.client import Session, error_of
 from tests.faults.stage import Stage
 

@@ -12,7 +12,7 @@ import pytest
 
 import nonstick
 from nonstick.testing.oracle import Answered
-from nonstick.testing.processes import NodeProcess
+from nonstick.testing.servers.processes import NodeProcess
 from tests.faults.client import HEADERS, VERSION, Patience, Session
 from tests.faults.stage import Stage
 from tests.rolling.releases import released, wheel_version

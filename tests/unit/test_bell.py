@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 
-from nonstick.bell import Bell
+from nonstick.waiting.bell import Bell
 
 pytestmark = pytest.mark.anyio
 

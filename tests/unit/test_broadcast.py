@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mcp.shared.subscriptions import ResourceUpdated, ServerEvent, ToolsListChanged
 
-from nonstick.broadcast import NOWHERE, Broadcasts
+from nonstick.core.broadcasts import NOWHERE, Broadcasts
 from nonstick.store import STANDALONE, Cursor, Event
 
 

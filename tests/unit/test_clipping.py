@@ -7,9 +7,9 @@ from typing import Any
 import pydantic_core
 import pytest
 
-from nonstick.clipping import LONGEST_TEXT, cancel_params, progress_params
-from nonstick.limits import LONGEST_ID
-from nonstick.session import request_key
+from nonstick.core.clipping import LONGEST_TEXT, cancel_params, progress_params
+from nonstick.http.intake import LONGEST_ID
+from nonstick.session.live import request_key
 
 LONG = "x" * 4_000_000
 

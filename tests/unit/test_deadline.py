@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from nonstick.deadline import Deadline
+from nonstick.waiting.deadline import Deadline
 
 pytestmark = pytest.mark.anyio
 

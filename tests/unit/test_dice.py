@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from nonstick import dice
+from nonstick.core import dice
 
 
 def test_handlers_that_seed_the_module_s_generator_repeat_nothing() -> None:
@@ -29,7 +29,7 @@ def test_forked_workers_draw_names_of_their_own() -> None:
     """A server that loads the app before it forks gives its workers one generator."""
     program = """
 import os
-from nonstick import dice
+from nonstick.core import dice
 dice.name()
 for _ in range(2):
     if (child := os.fork()) == 0:

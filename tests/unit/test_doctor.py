@@ -14,15 +14,15 @@ from fastmcp import FastMCP
 from mcp.server import MCPServer, Server
 
 import nonstick
-from nonstick import doctor
 from nonstick.adopt import Adopted
 from nonstick.cluster import Cluster
-from nonstick.doctor import as_json, as_text, diagnose, failed
+from nonstick.commands import doctor
+from nonstick.commands.checks import check_shared, check_state
+from nonstick.commands.doctor import as_json, as_text, diagnose, failed
 from nonstick.errors import SessionNotFound, StoreUnavailable
-from nonstick.examine import Finding
-from nonstick.shared import check_shared, check_state
 from nonstick.store import MAX_READ_BYTES, Cursor, Event, Lease, Wake
 from nonstick.stores import open_store
+from nonstick.stores.common.upkeep import Finding
 from nonstick.stores.memory import MemoryStore
 from nonstick.stores.sqlite import SQLiteStore
 from nonstick.testing import ValkeyServer
@@ -203,7 +203,7 @@ async def test_sqlite_file_is_examined_whether_or_not_it_is_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also beside the processes that use it, and after they have gone."""
-    monkeypatch.setattr("nonstick.stores.sqlite_examine.checkpoints_race", lambda: False)
+    monkeypatch.setattr("nonstick.stores.sqlite.examine.checkpoints_race", lambda: False)
     tmp_path.chmod(0o700)  # noqa: ASYNC240
     store = SQLiteStore(tmp_path / "sessions.db")
     async with store:
@@ -225,14 +225,14 @@ async def test_sqlite_file_in_a_bad_place_is_told(tmp_path: Path, monkeypatch: p
         pass
     tmp_path.chmod(0o755)  # noqa: ASYNC240
     path.chmod(0o644)
-    monkeypatch.setattr("nonstick.stores.sqlite_examine.checkpoints_race", lambda: True)
+    monkeypatch.setattr("nonstick.stores.sqlite.examine.checkpoints_race", lambda: True)
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1 << 20}))
     found = by_subject(await SQLiteStore(path).examine())
     assert (found["version"].level, found["disk"].level, found["privacy"].level) == ("warning", "error", "warning")
 
     mounts = tmp_path / "mountinfo"
     mounts.write_text(f"36 35 0:1 / {tmp_path} rw - nfs4 server:/x rw\n")
-    monkeypatch.setattr("nonstick.stores.sqlite_file.MOUNTS", mounts)
+    monkeypatch.setattr("nonstick.stores.sqlite.file.MOUNTS", mounts)
     found = by_subject(await SQLiteStore(path).examine())
     assert (found["place"].level, found["place"].blocks) == ("error", True)
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from nonstick import EncryptedStore
-from nonstick.encryption import PLAINTEXT, KeyRing, keys_from
 from nonstick.errors import ConfigurationError, Undecryptable
 from nonstick.store import NEW_STREAM, Batch, Cursor, Draft, Event, Loaded, News
+from nonstick.stores.encrypted import PLAINTEXT, KeyRing, keys_from
 from nonstick.stores.memory import MemoryStore
 
 pytestmark = pytest.mark.anyio

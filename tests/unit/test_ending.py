@@ -11,7 +11,8 @@ from mcp.shared.exceptions import MCPError
 from mcp_types import INTERNAL_ERROR, INVALID_PARAMS, ErrorData
 from pydantic import BaseModel, ValidationError
 
-from nonstick import ending, wire
+from nonstick.core import ending
+from nonstick.http import wire
 
 
 class Mute(Exception):

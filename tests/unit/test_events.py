@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nonstick.events import (
+from nonstick.core.events import (
     MAX_REQUEST_ID,
     EventId,
     Kind,

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from nonstick.errors import Diverged, SessionNotFound, StoreUnavailable, Trimmed
-from nonstick.follow import Follower, Subscription
-from nonstick.guard import GuardedStore
+from nonstick.log.follow import Follower, Subscription
+from nonstick.log.guard import GuardedStore
 from nonstick.store import MAX_READ_BYTES, Batch, Cursor, Draft, Event, News, Wake
 from nonstick.stores.memory import MemoryStore
 
@@ -477,8 +477,8 @@ async def test_phantoms_without_end_are_found_out(
     store: Careless, follower: Follower, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """P14: as long as wakes seem to tell everything, the log is read all the same from time to time."""
-    monkeypatch.setattr("nonstick.follow._FIRST_POLL", 0.05)
-    monkeypatch.setattr("nonstick.follow._LONGEST_TRUST", 0.3)
+    monkeypatch.setattr("nonstick.log.follow._FIRST_POLL", 0.05)
+    monkeypatch.setattr("nonstick.log.follow._LONGEST_TRUST", 0.3)
     subscription, last = await up_to_date(store, follower)
     store.loses_wakes = True
     with pytest.raises(Diverged):
@@ -545,8 +545,8 @@ async def test_flood_of_false_wakes_costs_few_reads_and_a_true_one_is_heard(
     """P10, P14: one read at a time, and the more reads bring nothing, the longer until the next."""
     subscription, _ = await up_to_date(store, follower)
     # From here on only a wake can have it read.
-    monkeypatch.setattr("nonstick.follow._FIRST_POLL", 1000.0)
-    monkeypatch.setattr("nonstick.follow._SLOWEST_POLL", 1000.0)
+    monkeypatch.setattr("nonstick.log.follow._FIRST_POLL", 1000.0)
+    monkeypatch.setattr("nonstick.log.follow._SLOWEST_POLL", 1000.0)
     store.loses_wakes = True
     loop = asyncio.get_running_loop()
     reads, began = store.reads, loop.time()

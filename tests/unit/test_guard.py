@@ -20,8 +20,8 @@ from nonstick.errors import (
     TooManySessions,
     Trimmed,
 )
-from nonstick.follow import Slice
-from nonstick.guard import GuardedStore
+from nonstick.log.follow import Slice
+from nonstick.log.guard import GuardedStore
 from nonstick.store import (
     MAX_CLIP,
     MAX_READ_BYTES,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from nonstick.heads import HEAD_BYTES, BoundedHeads
+from nonstick.protocols.bounded_heads import HEAD_BYTES, BoundedHeads
 
 pytestmark = pytest.mark.anyio
 
@@ -60,7 +60,7 @@ async def test_head_that_is_not_whole_in_time_and_silence_are_given_up(
     port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """P10: but a request that was whole may take as long as it takes."""
-    monkeypatch.setattr("nonstick.heads.HEAD_SECONDS", 0.2)
+    monkeypatch.setattr("nonstick.protocols.bounded_heads.HEAD_SECONDS", 0.2)
     for said in (b"", REQUEST):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(said)

@@ -7,7 +7,7 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from nonstick.introductions import Introductions
+from nonstick.core.introductions import Introductions
 
 
 def said(name: str, size: int = 0) -> bytes:

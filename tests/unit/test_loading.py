@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from mcp.server import MCPServer, Server
 
-from nonstick import loading
+from nonstick.commands import loading
 from nonstick.errors import ConfigurationError
 
 pytestmark = pytest.mark.anyio

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from nonstick import logs
+from nonstick.commands import log_format as logs
 
 
 @pytest.fixture(autouse=True)
@@ -36,13 +36,13 @@ def json_line(stream: io.StringIO) -> dict[str, Any]:
 def test_json_record_is_one_line_with_node_and_extra_fields() -> None:
     stream = io.StringIO()
     logs.configure(style="json", node="node-a", stream=stream)
-    logging.getLogger("nonstick.manager").info("session\nopened", extra={"session": "ab12", "took": 0.5})
+    logging.getLogger("nonstick.http.manager").info("session\nopened", extra={"session": "ab12", "took": 0.5})
     line = json_line(stream)
     assert line.pop("time").endswith("Z")
     assert line == {
         "level": "info",
         "node": "node-a",
-        "logger": "nonstick.manager",
+        "logger": "nonstick.http.manager",
         "message": "session\nopened",
         "session": "ab12",
         "took": 0.5,

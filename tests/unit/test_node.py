@@ -12,15 +12,15 @@ import pytest
 from mcp.server import Server
 
 from nonstick import Cluster, EncryptedStore
-from nonstick.cluster import CLUSTER_KEY
-from nonstick.encryption import KeyRing
+from nonstick.cluster.cluster import CLUSTER_KEY
 from nonstick.errors import StoreUnavailable
-from nonstick.guard import GuardedStore
-from nonstick.node import Node, Settings
-from nonstick.session import Session
+from nonstick.log.guard import GuardedStore
+from nonstick.node.node import Node, Settings
+from nonstick.session.live import Session
 from nonstick.store import Store
+from nonstick.stores.encrypted import KeyRing
 from nonstick.stores.memory import MemoryStore
-from nonstick.testing.tools import eventually
+from nonstick.testing.contract.tools import eventually
 
 pytestmark = pytest.mark.anyio
 

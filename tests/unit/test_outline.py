@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from nonstick.events import Kind, draft
-from nonstick.outline import Amount, Outline, Portion, Waste
+from nonstick.core.events import Kind, draft
+from nonstick.core.retention import Amount, Outline, Portion, Waste
 from nonstick.store import STANDALONE, Event, Skimmed
 from tests.unit.steps import steps
 

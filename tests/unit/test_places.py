@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nonstick.places import MAX_PLACES, Search, pack, unpack
+from nonstick.core.places import MAX_PLACES, Search, pack, unpack
 from nonstick.store import STANDALONE, Cursor, Event
 
 ROOM = 110

@@ -8,8 +8,8 @@ from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser
 from mcp.server.auth.provider import AccessToken
 from starlette.requests import Request
 
-from nonstick.portable import HARMLESS, pack, unpack
-from nonstick.security import new_session_id
+from nonstick.core.security import new_session_id
+from nonstick.session.portable import HARMLESS, pack, unpack
 
 
 def test_a_request_is_the_same_on_another_node_and_no_secret_is_written_down() -> None:

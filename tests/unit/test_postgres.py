@@ -23,12 +23,12 @@ from nonstick.errors import (
     TooManySessions,
 )
 from nonstick.store import NEW_STREAM, WRITER_SECONDS, Batch, Cursor, News
-from nonstick.stores.postgres import PostgresStore, migrate
-from nonstick.stores.postgres_news import MAX_PAYLOAD, pack
-from nonstick.stores.postgres_schema import READ_BYTES
-from nonstick.stores.postgres_url import Address
+from nonstick.stores.postgres.news import MAX_PAYLOAD, pack
+from nonstick.stores.postgres.schema import READ_BYTES
+from nonstick.stores.postgres.store import PostgresStore, migrate
+from nonstick.stores.postgres.url import Address
 from nonstick.testing import FaultProxy, PostgresServer, read_all
-from nonstick.testing.tools import deadline, drafts, eventually, follow, take, texts
+from nonstick.testing.contract.tools import deadline, drafts, eventually, follow, take, texts
 
 pytestmark = pytest.mark.anyio
 
@@ -311,8 +311,8 @@ async def test_tables_of_the_first_release_are_upgraded_and_its_nodes_go_on(
 ) -> None:
     """The function that version 1 calls stays beside the one that takes its place (P12)."""
     with monkeypatch.context() as first:
-        first.setattr("nonstick.stores.postgres_schema._STEPS", ("postgres.sql",))
-        first.setattr("nonstick.stores.postgres_schema.VERSION", 1)
+        first.setattr("nonstick.stores.postgres.schema._STEPS", ("store.sql",))
+        first.setattr("nonstick.stores.postgres.schema.VERSION", 1)
         await migrate(f"{server.url}?schema={schema}")
     async with PostgresStore(server.url, schema=schema) as store:
         await store.create("key", {"x": b"1"}, lifetime=LONG)

@@ -11,16 +11,17 @@ from urllib.parse import quote
 import asyncpg
 import pytest
 
-from nonstick import migrate
-from nonstick.doctor import diagnose
+from nonstick.commands import migrate
+from nonstick.commands.doctor import diagnose
+from nonstick.commands.migrate import Migratable, Step
 from nonstick.errors import ConfigurationError, StoreUnavailable
-from nonstick.examine import Examinable, Finding
-from nonstick.migrate import Migratable, Step
 from nonstick.store import Batch
-from nonstick.stores import open_store, postgres_schema
+from nonstick.stores import open_store
+from nonstick.stores.common.upkeep import Examinable, Finding
 from nonstick.stores.postgres import PostgresStore
+from nonstick.stores.postgres import schema as postgres_schema
 from nonstick.testing import Opener, PostgresServer, StoreContract, opening, read_all
-from nonstick.testing.tools import deadline, drafts
+from nonstick.testing.contract.tools import deadline, drafts
 from tests.pgbouncer import PgBouncer
 
 pytestmark = pytest.mark.anyio

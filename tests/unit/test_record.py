@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mcp_types import InitializeRequestParams
 
+from nonstick.core.record import Record, SessionState, opening_fields, subscription_field
 from nonstick.errors import NonstickError, StateNotJSON
-from nonstick.record import Record, SessionState, opening_fields, subscription_field
 
 CLIENT = InitializeRequestParams.model_validate(
     {

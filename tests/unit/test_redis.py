@@ -27,13 +27,13 @@ from nonstick.errors import (
     TooManySessions,
 )
 from nonstick.store import NEW_STREAM, WRITER_SECONDS, Batch, Cursor, Draft, Event, News
-from nonstick.stores.redis import INLINE_BYTES, RedisStore
-from nonstick.stores.redis_pubsub import Subscriber
-from nonstick.stores.redis_url import Address, Deployment
-from nonstick.stores.resp import Connection
-from nonstick.testing.proxy import FaultProxy
-from nonstick.testing.servers import ValkeyServer
-from nonstick.testing.tools import drafts, texts
+from nonstick.stores.redis.connection import Connection
+from nonstick.stores.redis.pubsub import Subscriber
+from nonstick.stores.redis.store import INLINE_BYTES, RedisStore
+from nonstick.stores.redis.url import Address, Deployment
+from nonstick.testing.contract.tools import drafts, texts
+from nonstick.testing.servers.proxy import FaultProxy
+from nonstick.testing.servers.valkey import ValkeyServer
 from tests.pace import in_time
 from tests.tls import self_signed, tls_in_front_of
 
@@ -804,7 +804,7 @@ def test_impossible_prefix_is_refused(prefix: str) -> None:
 
 def test_missing_package_says_how_to_install_it() -> None:
     """The message names the command."""
-    code = "import sys; sys.modules['hiredis'] = None; import nonstick.stores.redis"
+    code = "import sys; sys.modules['hiredis'] = None; import nonstick.stores.redis.store"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert "ConfigurationError" in done.stderr
@@ -813,7 +813,7 @@ def test_missing_package_says_how_to_install_it() -> None:
 
 def test_scripts_write_with_commands_of_redis_6_2_only() -> None:
     """The oldest server that is supported has no PEXPIRETIME, no EXPIRE … GT and no functions."""
-    folder = Path(sys.modules["nonstick.stores.redis"].__file__ or "").parent
+    folder = Path(sys.modules["nonstick.stores.redis.store"].__file__ or "").parent / "lua"
     sources = [path.read_text() for path in sorted(folder.glob("*.lua"))]
     assert len(sources) == 10
     for source in sources:

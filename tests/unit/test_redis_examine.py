@@ -12,10 +12,10 @@ import pytest
 import redis.asyncio as redis
 
 from nonstick.errors import StoreUnavailable
-from nonstick.examine import Examinable, Finding
-from nonstick.stores.clocks import clock_finding
+from nonstick.stores.common.clocks import clock_finding
+from nonstick.stores.common.upkeep import Examinable, Finding
 from nonstick.stores.redis import RedisStore
-from nonstick.stores.redis_examine import HARMLESS, check_server
+from nonstick.stores.redis.examine import HARMLESS, check_server
 from nonstick.testing import ValkeyServer
 
 pytestmark = pytest.mark.anyio
@@ -172,7 +172,7 @@ async def test_what_a_server_says_of_itself_is_judged(info: dict[str, object], s
 
 def test_every_command_of_the_scripts_is_asked_for() -> None:
     """A permission that a script needs must not be found out by a client."""
-    folder = resources.files("nonstick.stores")
+    folder = resources.files("nonstick.stores.redis") / "lua"
     scripts = [entry.read_text() for entry in folder.iterdir() if entry.name.endswith(".lua")]
     used = {command for script in scripts for command in re.findall(r"redis\.p?call\('(\w+)'", script)}
     assert len(used) > 15

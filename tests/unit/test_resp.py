@@ -10,11 +10,11 @@ from contextlib import asynccontextmanager
 import pytest
 
 from nonstick.errors import StoreUnavailable
-from nonstick.stores.redis_url import Address
-from nonstick.stores.resp import Connection, Redirected, ScriptMissing, backoff, refusal
-from nonstick.testing.proxy import FaultProxy
-from nonstick.testing.servers import ValkeyServer
-from nonstick.testing.tools import eventually
+from nonstick.stores.redis.connection import Connection, Redirected, ScriptMissing, backoff, refusal
+from nonstick.stores.redis.url import Address
+from nonstick.testing.contract.tools import eventually
+from nonstick.testing.servers.proxy import FaultProxy
+from nonstick.testing.servers.valkey import ValkeyServer
 from tests.pace import in_time
 
 pytestmark = pytest.mark.anyio

@@ -14,7 +14,7 @@ from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser
 from mcp.server.auth.provider import AccessToken
 from starlette.authentication import SimpleUser
 
-from nonstick.security import (
+from nonstick.core.security import (
     identity,
     is_session_id,
     is_session_of,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nonstick import serving
+from nonstick.commands import serve as serving
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other kernels have no such option")

@@ -18,11 +18,11 @@ import pytest
 
 from nonstick.errors import AlreadyExists, ConfigurationError, SessionNotFound, StoreUnavailable, TooManySessions
 from nonstick.store import MAX_READ, NEW_STREAM, Batch, Cursor, Draft, Event, Loaded, News
-from nonstick.stores import sqlite_file
 from nonstick.stores.sqlite import SQLiteStore
-from nonstick.stores.sqlite_file import DatabaseFile, checkpoints_race, network_filesystem
-from nonstick.stores.sqlite_keeper import CHECKPOINT_BYTES, Keeper
-from nonstick.testing.tools import drafts, read_all
+from nonstick.stores.sqlite import file as sqlite_file
+from nonstick.stores.sqlite.file import DatabaseFile, checkpoints_race, network_filesystem
+from nonstick.stores.sqlite.keeper import CHECKPOINT_BYTES, Keeper
+from nonstick.testing.contract.tools import drafts, read_all
 
 pytestmark = pytest.mark.anyio
 

@@ -13,15 +13,15 @@ from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser
 from mcp.server.auth.provider import AccessToken
 
 import nonstick
+from nonstick.cluster.state_store import MAX_STATE, Allowance, StateStore
+from nonstick.core.security import new_session_id, session_key
 from nonstick.errors import SessionNotFound, StateFull, StateNotJSON, StateTooLarge, StoreUnavailable
-from nonstick.guard import GuardedStore
-from nonstick.node import Node, Settings
-from nonstick.security import new_session_id, session_key
-from nonstick.session import Session
-from nonstick.state_store import MAX_STATE, Allowance, StateStore
+from nonstick.http.wire import STORE_AWAY
+from nonstick.log.guard import GuardedStore
+from nonstick.node.node import Node, Settings
+from nonstick.session.live import Session
 from nonstick.store import Loaded
 from nonstick.stores.memory import MemoryStore
-from nonstick.wire import STORE_AWAY
 from tests.cluster.servers import eventually
 
 pytestmark = pytest.mark.anyio

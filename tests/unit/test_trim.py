@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from nonstick.outline import Amount
+from nonstick.core.retention import Amount
+from nonstick.log.trim import Look, Looks
 from nonstick.testing import ManualClock
-from nonstick.trim import Look, Looks
 
 
 def test_look_is_remembered_for_some_minutes() -> None:

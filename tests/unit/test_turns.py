@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pydantic_core
 
-from nonstick.events import Kind, draft
+from nonstick.core.events import Kind, draft
+from nonstick.core.turns import Turns
 from nonstick.store import STANDALONE, Cursor, Event
-from nonstick.turns import Turns
 from tests.unit.steps import steps
 
 

@@ -13,7 +13,7 @@ from mcp_types import ErrorData
 from pydantic_core import PydanticSerializationError
 from starlette.types import Message
 
-from nonstick import wire
+from nonstick.http import wire
 from nonstick.store import Cursor
 
 pytestmark = pytest.mark.anyio

@@ -7,7 +7,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from nonstick.errors import ConfigurationError
 from nonstick.store import Store
-from nonstick.stores.options import close_to, grace_in, unknown_option
+from nonstick.stores.common.options import close_to, grace_in, unknown_option
 
 __all__ = ["open_store"]
 
@@ -115,7 +115,7 @@ def _sqlite(url: str) -> Store:
     for name in given:
         if name not in _SQLITE_OPTIONS:
             raise unknown_option(name, _SQLITE_OPTIONS)
-    from nonstick.stores.sqlite import SQLiteStore
+    from nonstick.stores.sqlite.store import SQLiteStore
 
     return SQLiteStore(path, empty_grace=grace_in(given["empty_grace"])) if given else SQLiteStore(path)
 
@@ -123,7 +123,7 @@ def _sqlite(url: str) -> Store:
 def _redis(url: str) -> Store:
     url, prefix = _without_prefix(url)
     try:
-        from nonstick.stores.redis import RedisStore
+        from nonstick.stores.redis.store import RedisStore
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in {"redis", "hiredis"}:
             raise
@@ -132,7 +132,7 @@ def _redis(url: str) -> Store:
 
 
 def _postgres(url: str) -> Store:
-    from nonstick.stores.postgres import PostgresStore  # which says what to install, if its driver is missing
+    from nonstick.stores.postgres.store import PostgresStore  # which says what to install, if its driver is missing
 
     return PostgresStore(url)
 

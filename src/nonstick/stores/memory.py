@@ -43,8 +43,8 @@ from nonstick.store import (
     Skimmed,
     Wake,
 )
-from nonstick.stores.bounds import check_bounds, fitting
-from nonstick.stores.watches import Watches
+from nonstick.stores.common.bounds import check_bounds, fitting
+from nonstick.stores.common.watches import Watches
 
 __all__ = ["MemoryStore"]
 

@@ -14,14 +14,14 @@ import sys
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from nonstick.testing.contract import StoreContract
-    from nonstick.testing.model import StoreModelContract, check_programs
-    from nonstick.testing.postgres_server import PostgresServer
-    from nonstick.testing.proxy import FaultProxy
-    from nonstick.testing.servers import ValkeyServer
-    from nonstick.testing.tools import Clock, ManualClock, Opener, RealClock, follow, opening, read_all
-    from nonstick.testing.valkey_cluster import ValkeyCluster
-    from nonstick.testing.valkey_sentinel import ValkeySentinel
+    from nonstick.testing.contract.model import StoreModelContract, check_programs
+    from nonstick.testing.contract.suite import StoreContract
+    from nonstick.testing.contract.tools import Clock, ManualClock, Opener, RealClock, follow, opening, read_all
+    from nonstick.testing.servers.postgres import PostgresServer
+    from nonstick.testing.servers.proxy import FaultProxy
+    from nonstick.testing.servers.valkey import ValkeyServer
+    from nonstick.testing.servers.valkey_cluster import ValkeyCluster
+    from nonstick.testing.servers.valkey_sentinel import ValkeySentinel
 
 __all__ = [
     "Clock",
@@ -43,20 +43,20 @@ __all__ = [
 
 _HOME: Final = {
     "StoreContract": "contract",
-    "StoreModelContract": "model",
-    "check_programs": "model",
-    "FaultProxy": "proxy",
-    "PostgresServer": "postgres_server",
-    "ValkeyCluster": "valkey_cluster",
-    "ValkeySentinel": "valkey_sentinel",
-    "ValkeyServer": "servers",
-} | dict.fromkeys(("Clock", "ManualClock", "Opener", "RealClock", "follow", "opening", "read_all"), "tools")
+    "StoreModelContract": "contract.model",
+    "check_programs": "contract.model",
+    "FaultProxy": "servers.proxy",
+    "PostgresServer": "servers.postgres",
+    "ValkeyCluster": "servers.valkey_cluster",
+    "ValkeySentinel": "servers.valkey_sentinel",
+    "ValkeyServer": "servers.valkey",
+} | dict.fromkeys(("Clock", "ManualClock", "Opener", "RealClock", "follow", "opening", "read_all"), "contract.tools")
 
 if "pytest" in sys.modules:  # inside a test run: failed assertions of the suite shall show their values
     sys.modules["pytest"].register_assert_rewrite(
         *(
-            f"{__name__}.{name}"
-            for name in ("contract", "model", "tools", "record", "append", "reading", "waking", "racing")
+            f"{__name__}.contract.{name}"
+            for name in ("suite", "base", "model", "tools", "record", "append", "reading", "waking", "racing")
         )
     )
 

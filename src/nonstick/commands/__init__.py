@@ -1,0 +1,1 @@
+"""The command line: `nonstick serve`, `doctor`, `migrate` and `demo`, and what only they need."""

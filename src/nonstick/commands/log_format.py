@@ -1,0 +1,188 @@
+"""Structured logging for `nonstick serve`: one record is one line, as JSON or to be read, and it names the node.
+
+The library itself only ever calls `logging.getLogger(__name__)`; what happens to the records is the host's business.
+This module is for the command line, which is the host. What a caller passes as `extra=` becomes fields.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, Final, Literal, TextIO
+
+from nonstick.core.security import without_text
+
+__all__ = ["LEVELS", "Format", "JSONFormatter", "TextFormatter", "configure", "gather", "set_node", "wants_colour"]
+
+Format = Literal["text", "json"]
+
+LEVELS: Final = ("debug", "info", "warning", "error")
+
+_QUIET: Final = (
+    "mcp.client",
+    "mcp.server.sse",
+    "mcp.server.streamable_http",
+    "mcp.server.streamable_http_manager",
+    "sse_starlette",
+)
+"""Loggers that write session ids or payloads below WARNING, and so never get there (P13)."""
+
+_OTHERS: Final = ("mcp", "fastmcp", "uvicorn", "asyncio")
+"""Packages that quote in their logs what clients sent: tools' and resources' names, arguments, exceptions (P13).
+
+Of the first two a record's template is shown, and not what was to be put into it; of all, exceptions without text.
+"""
+
+_STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
+"""Attributes that every record has, or that uvicorn adds for its own colours: not fields."""
+
+_ESCAPED: Final = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))} | {
+    0x0A: "\\n",
+    0x0D: "\\r",
+    0x09: "\\t",
+    0x2028: "\\u2028",
+    0x2029: "\\u2029",
+}
+
+_COLOURS: Final = {"DEBUG": "36", "INFO": "32", "WARNING": "33", "ERROR": "31", "CRITICAL": "1;31"}
+
+
+class _Formatter(logging.Formatter):
+    """What both formats share: the time, the node's name and the fields of a record."""
+
+    def __init__(self, node: str = "-") -> None:
+        super().__init__()
+        self.node = node
+
+    def time(self, record: logging.LogRecord) -> str:
+        """UTC, ISO 8601, milliseconds."""
+        whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        return f"{whole}.{int(record.created * 1000) % 1000:03d}Z"
+
+    def fields(self, record: logging.LogRecord) -> dict[str, Any]:
+        """What the caller passed as `extra=`, and the parts of an access line."""
+        if _quotes(record):
+            return {}
+        fields = {name: value for name, value in vars(record).items() if name not in _STANDARD}
+        if _is_access(record):
+            client, method, path, _, status = record.args  # type: ignore[misc]
+            fields |= {"client": client, "method": method, "path": _without_query(str(path)), "status": status}
+        return fields
+
+    def text(self, record: logging.LogRecord) -> str:
+        """The message. Of an access line the part that is not in its fields."""
+        if _quotes(record):
+            return str(record.msg)
+        return "request" if _is_access(record) else record.getMessage()
+
+    def trace(self, record: logging.LogRecord) -> str:
+        """The traceback; "" if there is none."""
+        error = record.exc_info[1] if record.exc_info else None
+        if error is None:
+            return ""
+        shown = without_text(error) if record.name.partition(".")[0] in _OTHERS else error
+        return self.formatException((type(shown), shown, shown.__traceback__))
+
+
+def _quotes(record: logging.LogRecord) -> bool:
+    return record.name.partition(".")[0] in _OTHERS[:2]
+
+
+def _is_access(record: logging.LogRecord) -> bool:
+    return record.name == "uvicorn.access" and isinstance(record.args, tuple) and len(record.args) == 5
+
+
+def _without_query(path: str) -> str:
+    """The path alone: a query can hold a credential (P13)."""
+    return path.partition("?")[0]
+
+
+class JSONFormatter(_Formatter):
+    """A record as one JSON object on one line.
+
+    `time`, `level`, `node`, `logger` and `message` are always there; `exception` holds a traceback. A field that has
+    one of these names gets an underscore behind it.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": self.time(record),
+            "level": record.levelname.lower(),
+            "node": self.node,
+            "logger": record.name,
+            "message": self.text(record),
+        }
+        if trace := self.trace(record):
+            line["exception"] = trace
+        for name, value in self.fields(record).items():
+            line[f"{name}_" if name in line else name] = value
+        return json.dumps(line, default=str, ensure_ascii=False)
+
+
+class TextFormatter(_Formatter):
+    """A record as one line to be read; what has more lines, such as a traceback, follows it, indented.
+
+    Colours the level only.
+    """
+
+    def __init__(self, node: str = "-", *, colour: bool = False) -> None:
+        super().__init__(node)
+        self.colour = colour
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = f"{record.levelname:<7}"
+        if self.colour:
+            level = f"\x1b[{_COLOURS.get(record.levelname, '0')}m{level}\x1b[0m"
+        fields = "".join(f" {name}={_value(value)}" for name, value in self.fields(record).items())
+        # A message may quote what a client sent: it must not be able to begin a line.
+        text, *rest = [row.translate(_ESCAPED) for row in self.text(record).rstrip("\n").split("\n")]
+        rest += self.trace(record).splitlines()
+        line = f"{self.time(record)} {level} {self.node} {record.name}: {text}{fields}"
+        return line + "".join(f"\n    {row}" for row in rest)
+
+
+def _value(value: object) -> str:
+    text = str(value)
+    if text and text.isprintable() and not any(mark in text for mark in ' "='):
+        return text
+    return json.dumps(text, ensure_ascii=False).translate(_ESCAPED)
+
+
+def wants_colour(stream: TextIO, environ: Mapping[str, str]) -> bool:
+    """Whether to colour: on a terminal, unless `NO_COLOR` is set (https://no-color.org)."""
+    return stream.isatty() and not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
+
+
+def configure(
+    *, style: Format = "text", level: str = "info", node: str = "-", colour: bool = False, stream: TextIO | None = None
+) -> None:
+    """Sends every record of this process to `stream` (stderr) in this format, in place of what was set up before.
+
+    uvicorn's own loggers are included, so give uvicorn `log_config=None`.
+    """
+    handler = logging.StreamHandler(stream if stream is not None else sys.stderr)
+    handler.setFormatter(JSONFormatter(node) if style == "json" else TextFormatter(node, colour=colour))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    gather()
+    for name in _QUIET:
+        logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
+
+
+def gather() -> None:
+    """Has loggers with handlers of their own use ours. FastMCP gives itself some when it is imported."""
+    for name in ("uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi", "fastmcp"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+
+
+def set_node(node: str) -> None:
+    """Has every later record name this node."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler.formatter, _Formatter):
+            handler.formatter.node = node

@@ -1,0 +1,1 @@
+"""What sessions, streams, requests and logs are. Pure: no clock, no event loop, no I/O."""

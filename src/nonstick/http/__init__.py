@@ -1,0 +1,1 @@
+"""Requests on their way in, answers on their way out."""

@@ -1,0 +1,292 @@
+"""Every call to the store has a deadline, and a failed call is repeated until then (P9).
+
+All of a store's writes may be repeated as they were (`store.py`), which makes this the one place that retries. It is
+also the one place that holds a store to the errors that each method may raise: what comes through are answers that the
+callers know, or `StoreUnavailable`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import random
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
+from contextlib import AsyncExitStack
+from types import TracebackType
+from typing import Final, Self, TypeVar
+
+from nonstick.errors import (
+    AlreadyExists,
+    ConfigurationError,
+    Diverged,
+    Fenced,
+    NotPending,
+    SessionNotFound,
+    StoreError,
+    StoreUnavailable,
+    StoreUnusable,
+    StreamClosed,
+    TooManySessions,
+    Trimmed,
+    Undecryptable,
+)
+from nonstick.store import (
+    MAX_CLIP,
+    MAX_READ_BYTES,
+    STANDALONE,
+    Appended,
+    Batch,
+    Cursor,
+    Event,
+    Lease,
+    Loaded,
+    Skimmed,
+    Store,
+    Wake,
+)
+from nonstick.waiting.deadline import Deadline
+
+__all__ = ["LESS", "PATIENCE", "GuardedStore", "patiently"]
+
+logger = logging.getLogger(__name__)
+
+PATIENCE: Final = 2.0
+"""Seconds that a call may take, repeats included, unless the caller grants more."""
+
+LESS: Final = 4
+"""What could not be read is tried again for this part of it."""
+
+_CLOSING: Final = 0.2
+"""Seconds, at most, that a node which is to be gone waits for the store's connections to close."""
+
+_FIRST_PAUSE: Final = 0.02
+_LONGEST_PAUSE: Final = 0.5
+
+_Answers = tuple[type[StoreError], ...]
+"""Errors that a method may answer with; that the store cannot be reached, each may say."""
+
+_NONE: Final[_Answers] = ()
+_GONE: Final[_Answers] = (SessionNotFound,)
+_READ_ON: Final[_Answers] = (SessionNotFound, Diverged)
+_READ: Final[_Answers] = (*_READ_ON, Trimmed)
+
+T = TypeVar("T")
+
+
+class GuardedStore:
+    """A store whose calls end: with an answer, or with `StoreUnavailable` after `patience` seconds.
+
+    An error that a method may not raise, by the protocol, is a defect of the store. It is logged, and is
+    `StoreUnavailable` for the caller: nobody can rely on what such a store says of a session (P9).
+
+    Has the methods of `Store`, those of the hot path with `patience` as a further argument.
+    """
+
+    def __init__(self, store: Store, *, patience: float = PATIENCE) -> None:
+        self.store = store
+        self.patience = patience
+        self._stack = AsyncExitStack()
+        self._pending: dict[Deadline, None] = {}
+        self._ends_at = math.inf
+
+    @property
+    def url(self) -> str:
+        return self.store.url
+
+    async def __aenter__(self) -> Self:
+        await self._stack.enter_async_context(self.store)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None:
+        try:
+            async with asyncio.timeout(None if math.isinf(self._ends_at) else _CLOSING):
+                await self._stack.aclose()
+        except TimeoutError:
+            logger.warning("the connections to the store could not be closed in time")
+
+    def end_at(self, time: float) -> None:
+        """No call lasts longer, in the loop's time: the node is gone soon after."""
+        self._ends_at = time
+
+    def end_pending(self) -> None:
+        """What is under way ends now."""
+        for deadline in list(self._pending):
+            deadline.hasten()
+
+    async def create(
+        self, key: str, fields: Mapping[str, bytes], *, lifetime: float, limits: Mapping[str, int] | None = None
+    ) -> None:
+        repeated = False
+
+        async def create() -> None:
+            nonlocal repeated
+            try:
+                await self.store.create(key, fields, lifetime=lifetime, limits=limits)
+            except AlreadyExists:
+                # Keys are 160 bits of a random id's hash: what a repeat finds is what the first try made.
+                if not repeated:
+                    raise
+            except StoreUnavailable:
+                repeated = True
+                raise
+
+        await self._until(create, self.patience, (AlreadyExists, TooManySessions) if limits else (AlreadyExists,))
+
+    async def load(self, key: str, *, patience: float | None = None, renew: bool = True) -> Loaded:
+        patience = self.patience if patience is None else patience
+        return await self._until(lambda: self.store.load(key, renew=renew), patience, _GONE)
+
+    async def update(
+        self,
+        key: str,
+        changes: Mapping[str, bytes | None],
+        *,
+        expect: Mapping[str, bytes | None] | None = None,
+        lifetime: float | None = None,
+        patience: float | None = None,
+    ) -> bool:
+        return await self._until(
+            lambda: self.store.update(key, changes, expect=expect, lifetime=lifetime),
+            self.patience if patience is None else patience,
+            _GONE,
+        )
+
+    async def touch(self, keys: Collection[str]) -> None:
+        await self._until(lambda: self.store.touch(keys), self.patience, _NONE)
+
+    async def delete(self, key: str) -> bool:
+        return await self._until(lambda: self.store.delete(key), self.patience, _NONE)
+
+    async def append(self, key: str, batch: Batch, *, patience: float | None = None) -> Appended:
+        patience = self.patience if patience is None else patience
+        return await self._until(lambda: self.store.append(key, batch), patience, batch)
+
+    async def read(self, key: str, after: Cursor, *, limit: int = 256, max_bytes: int = MAX_READ_BYTES) -> list[Event]:
+        """As `Store.read`. What failed is repeated for less: it may have been too much to be answered in time (P10)."""
+        limits, sizes = _less(limit), _less(max_bytes)
+        return await self._until(
+            lambda: self.store.read(key, after, limit=next(limits), max_bytes=next(sizes)),
+            self.patience,
+            _READ if after.tag else _READ_ON,
+        )
+
+    async def read_on(
+        self, key: str, after: Cursor, *, limit: int = 256, max_bytes: int = MAX_READ_BYTES
+    ) -> list[Event]:
+        """As `read`, but goes on with what is left where the entry at the cursor was trimmed.
+
+        Raises:
+            SessionNotFound, Diverged, StoreUnavailable: As `read`.
+        """
+        try:
+            return await self.read(key, after, limit=limit, max_bytes=max_bytes)
+        except Trimmed:
+            return await self.read(key, Cursor(after.position), limit=limit, max_bytes=max_bytes)
+
+    async def skim(self, key: str, after: Cursor, *, limit: int = 256, clip: int = MAX_CLIP) -> list[Skimmed]:
+        """As `Store.skim`; as `read`."""
+        limits = _less(limit)
+        return await self._until(
+            lambda: self.store.skim(key, after, limit=next(limits), clip=clip),
+            self.patience,
+            _READ if after.tag else _READ_ON,
+        )
+
+    async def trim(self, key: str, *, streams: Collection[int] = (), standalone_before: int = 0) -> None:
+        await self._until(
+            lambda: self.store.trim(key, streams=streams, standalone_before=standalone_before),
+            self.patience,
+            _NONE,
+        )
+
+    def watch(self, key: str, wake: Wake) -> Callable[[], None]:
+        try:
+            return self.store.watch(key, wake)
+        except StoreError as error:
+            # Those who follow the log look for themselves as well, if not as soon.
+            _report(error)
+            return _nothing
+
+    def lease(self, node: str) -> Lease:
+        return self.store.lease(node)
+
+    async def lapsed(self, nodes: Collection[str]) -> set[str]:
+        return await self._until(lambda: self.store.lapsed(nodes), self.patience, _NONE)
+
+    async def ping(self) -> None:
+        await self._until(self.store.ping, self.patience, _NONE)
+
+    async def _until(self, call: Callable[[], Awaitable[T]], patience: float, answers: _Answers | Batch) -> T:
+        loop = asyncio.get_running_loop()
+        end = loop.time() + patience
+        if end > self._ends_at:
+            end = self._ends_at
+        pause = _FIRST_PAUSE
+        while True:
+            deadline = Deadline(end - loop.time())
+            try:
+                with deadline:
+                    self._pending[deadline] = None
+                    try:
+                        return await call()
+                    finally:
+                        del self._pending[deadline]
+            except TimeoutError:
+                raise StoreUnavailable(f"the store did not answer within {patience:g} s") from None
+            except (StoreUnusable, Undecryptable):
+                raise  # it would be so again
+            except ConfigurationError as error:
+                raise StoreUnusable(str(error)) from error
+            except StoreUnavailable:
+                if loop.time() + pause >= end:
+                    raise
+            except StoreError as error:
+                if isinstance(error, _answers_to(answers) if isinstance(answers, Batch) else answers):
+                    raise
+                _report(error)
+                raise StoreUnavailable(f"the store raised {type(error).__name__}, which it may not here") from None
+            await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311
+            pause = min(pause * 2, _LONGEST_PAUSE)
+
+
+def _less(most: int) -> Iterator[int]:
+    """So much, and each time a quarter of that, but one at least."""
+    while True:
+        yield most
+        most = max(1, most // LESS)
+
+
+def _answers_to(batch: Batch) -> _Answers:
+    """The errors that `Store.append` may answer this batch with."""
+    answers: _Answers = _GONE
+    if batch.stream > STANDALONE:
+        answers += (StreamClosed, Fenced)
+        if batch.writer and batch.sequence > 1:
+            answers += (Diverged,)
+    if batch.answers is not None or batch.settle is not None:
+        answers += (NotPending,)
+    return answers
+
+
+def _report(error: StoreError) -> None:
+    logger.error("the store has a defect: it raised %s where it may not", type(error).__name__)
+
+
+def _nothing() -> None:
+    """Stops a watch that never began."""
+
+
+async def patiently(call: Callable[[], Awaitable[T]], *, pause: float = 1.0) -> T:
+    """What the store answers, as soon as it can be reached: for callers that have nobody to tell that it cannot.
+
+    Args:
+        pause: Seconds between two tries.
+    """
+    while True:
+        try:
+            return await call()
+        except StoreUnavailable:
+            await asyncio.sleep(pause)

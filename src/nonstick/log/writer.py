@@ -1,0 +1,49 @@
+"""Appending to the stream of a log that belongs to no request: one writer, one append outstanding."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+from nonstick.core import dice
+from nonstick.store import Appended, Batch, Draft
+
+__all__ = ["Append", "Sender"]
+
+_PATIENCE: Final = 20.0
+"""Seconds; well below `WRITER_SECONDS`, within which a repeat is recognised."""
+
+
+class Append(Protocol):
+    """`Store.append` to one log, with so much patience, in seconds."""
+
+    async def __call__(self, batch: Batch, /, *, patience: float) -> Appended: ...
+
+
+class Sender:
+    """A writer of one log's standalone stream on this node."""
+
+    def __init__(self, append: Append) -> None:
+        self._append = append
+        self._writer = ""
+        self._sequence = 0
+        self._writing = asyncio.Lock()
+
+    async def send(self, event: Draft, expect: Sequence[str] = ()) -> Appended:
+        """Appends one event, in the order of the calls.
+
+        Raises:
+            SessionNotFound, StoreUnavailable: As `Store.append`.
+        """
+        async with self._writing:
+            if not self._writer:
+                self._writer, self._sequence = dice.name(), 0
+            self._sequence += 1
+            batch = Batch([event], writer=self._writer, sequence=self._sequence, expect=expect)
+            try:
+                return await self._append(batch, patience=_PATIENCE)
+            except BaseException:
+                # Nobody knows whether it was written, so this writer's next number is not known either.
+                self._writer = ""
+                raise

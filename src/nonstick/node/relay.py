@@ -1,0 +1,208 @@
+"""One POST with a request of a session that another node holds: through the log to its owner, and the answer back.
+
+The request is the `opened` event of its stream, which its owner takes over to run it; so it runs once at most,
+whichever node the session moves to meanwhile. This node reads the stream for its client as it would for one that
+resumes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any, Final
+
+import pydantic_core
+from mcp_types import INTERNAL_ERROR, ErrorData, JSONRPCNotification, JSONRPCRequest
+from mcp_types.version import is_version_at_least
+from starlette.requests import Request
+from starlette.types import Receive, Send
+
+from nonstick.core import dice
+from nonstick.core.events import EventId, Kind, body_of, draft, kind_of
+from nonstick.errors import SessionNotFound, StoreUnavailable
+from nonstick.http import wire
+from nonstick.node.node import SHUT_DOWN
+from nonstick.session import portable, tracing
+from nonstick.session.live import Session, request_key
+from nonstick.session.standalone import Resumption
+from nonstick.store import NEW_STREAM, Batch, Cursor, Draft, Event
+
+__all__ = ["Relay", "packed", "relay_notice"]
+
+logger = logging.getLogger(__name__)
+
+_PATIENCE: Final = 20.0
+"""Seconds for the one append; well below `WRITER_SECONDS`, within which a repeat is recognised."""
+
+_IN_DOUBT: Final = ErrorData(
+    code=INTERNAL_ERROR,
+    message="It is not known whether the request was run: the session store could not be reached",
+    data={"reason": "store_unavailable", "retrySafe": False},
+)
+_UNREAD: Final = ErrorData(
+    code=INTERNAL_ERROR,
+    message="The answer of the node that runs this request could not be read",
+    data={"reason": "answer_unread", "retrySafe": False},
+)
+_ENDED: Final = ErrorData(code=INTERNAL_ERROR, message="The session ended before the request did")
+
+
+def packed(session: Session, request: Request) -> dict[str, Any]:
+    """The request as the handlers of a session see it that one node holds: what may be written into its log."""
+    node = session.node
+    if not getattr(node.store.store, "encrypts", False):
+        return portable.pack(request)
+    return portable.pack(request, more=node.settings.relay_headers, query=node.settings.relay_query)
+
+
+async def relay_notice(session: Session, message: JSONRPCNotification, request: Request, *, patience: float) -> None:
+    """Has the session's owner run its handler for this notification, at most once.
+
+    Raises:
+        Refusal: The session's log has no room for it.
+        SessionNotFound, StoreUnavailable: As `Store.append`.
+    """
+    notification = message.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    body = {"notification": notification, "http": packed(session, request), **_trace()}
+    event = draft(Kind.NOTICE, pydantic_core.to_json(body))
+    with await session.trimmer.hold(len(event.data)):
+        await session.append(Batch([event], writer=dice.name(), sequence=1), patience=patience)
+
+
+def _trace() -> dict[str, Any]:
+    """What the handler's spans belong to, wherever it runs (P18)."""
+    trace = tracing.here()
+    return {"trace": trace} if trace else {}
+
+
+class Relay(Resumption):
+    """A request that the session's owner runs, and its answer on its way to the client here.
+
+    It is answered as the owner would have answered it: with JSON if the result is the first that comes, within the
+    window, else with a stream.
+
+    Args:
+        owner: Who held the session when its record was loaded; "" if nobody did.
+        since: The log's head then: a cancel that came later may concern this request.
+        version: What the client speaks.
+    """
+
+    def __init__(
+        self, session: Session, message: JSONRPCRequest, request: Request, *, owner: str, since: Cursor, version: str
+    ) -> None:
+        super().__init__(session, EventId(0, Cursor(0)))
+        self._primes = is_version_at_least(version, "2025-11-25")
+        self._message = message
+        self._answer = session.node.settings.answer
+        attempt = dice.attempt()
+        body: dict[str, Any] = {
+            "node": owner,
+            "attempt": attempt,
+            "request": message.model_dump(mode="json", by_alias=True, exclude_unset=True),
+            "relay": {"http": packed(session, request), "since": since.position, "version": version, **_trace()},
+        }
+        self._event = draft(Kind.OPENED, pydantic_core.to_json(body))
+        self._attempt = attempt
+        self._gave_id = self._primes
+        self._outcome: asyncio.Future[bytes | wire.Refusal | None] = asyncio.get_running_loop().create_future()
+
+    async def serve(self, receive: Receive, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
+        key = request_key(self._message.id)
+        self.session.relays.add(key)
+        try:
+            if not await self._open(self._event):
+                body = wire.error_body(self._message.id, _IN_DOUBT)
+                await wire.send_body(send, 200, body, [*headers, wire.JSON_TYPE])
+                return
+            await super().serve(receive, send, headers)
+        finally:
+            self.session.relays.discard(key)
+            self.session.node.left()
+
+    async def _open(self, event: Draft) -> bool:
+        """Writes the request into the log. False if nobody knows whether that was done.
+
+        Raises:
+            Refusal: The log has no room for it.
+        """
+        with await self.session.trimmer.hold(len(event.data)):
+            return await self._write(event)
+
+    async def _write(self, event: Draft) -> bool:
+        batch = Batch([event], writer=dice.name(), sequence=1, stream=NEW_STREAM, attempt=self._attempt)
+        try:
+            stream = (await self.session.append(batch, patience=_PATIENCE)).first
+        except StoreUnavailable:
+            # Not 503, which says "try again": it may run.
+            return False
+        self._opened = Event(stream, event.tag, stream, event.data)
+        self._events = [self._opened]
+        self._place = EventId(stream, self._opened.cursor, self._message.id)
+        return True
+
+    # ---- how it is answered
+
+    async def respond(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
+        outcome = await self._begin()
+        if isinstance(outcome, bytes):
+            await wire.send_body(send, 200, outcome, [*headers, wire.JSON_TYPE])
+        elif isinstance(outcome, wire.Refusal):
+            await outcome.send(send, headers)
+        else:
+            await super().respond(send, headers)
+
+    async def _begin(self) -> bytes | wire.Refusal | None:
+        """The whole answer, or None for a stream."""
+        window = {"auto": self.session.node.settings.window, "sse": 0.0, "json": None}[self._answer]
+        await asyncio.wait([self._outcome], timeout=window)
+        self._answer_with(None)
+        return self._outcome.result()
+
+    def _answer_with(self, outcome: bytes | wire.Refusal | None) -> None:
+        if not self._outcome.done():
+            self._outcome.set_result(outcome)
+
+    async def put(self, event: Event, event_id: EventId) -> None:
+        if kind_of(event.data) is Kind.TERMINAL:
+            self.session.trimmer.ended(event.stream)
+            if self._answer != "sse":
+                self._answer_with(body_of(event.data))
+        self._answer_with(None)
+        await super().put(event, event_id)
+        self._gave_id = True
+
+    async def feed(self) -> None:
+        try:
+            await super().feed()
+        except SessionNotFound:
+            self._answer_with(wire.Refusal(404, "Session not found"))
+            self._say(_ENDED)
+        except Exception:
+            if not self._gave_id:
+                # It could not come back for the rest.
+                self._say(_UNREAD)
+            raise
+        finally:
+            self._answer_with(None)
+
+    async def _watch(self, receive: Receive) -> None:
+        await super()._watch(receive)
+        self._answer_with(None)
+
+    # ---- when the node stops
+
+    def hand_over(self) -> None:
+        if self._gave_id:
+            self._answer_with(None)
+            super().hand_over()
+        else:
+            # It could not come back for the rest.
+            self.stays = True
+
+    def cut_off(self) -> None:
+        self._answer_with(wire.error_body(self._message.id, SHUT_DOWN))
+        self._say(SHUT_DOWN)
+        super().cut_off()
+
+    def _say(self, error: ErrorData) -> None:
+        self.outlet.put(wire.sse_message(wire.error_body(self._message.id, error)))

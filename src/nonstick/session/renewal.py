@@ -1,0 +1,65 @@
+"""Which sessions this node keeps from expiring (P10).
+
+Expiry counts from the last sign of the client: a request, reply or cancel renews it where it is loaded; an open
+connection that takes bytes is renewed here, by the node that it is open at. What only runs here, for a client that is
+not seen, keeps its session for a bounded time. Then it expires as any other, and with that its handlers are cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nonstick.node.node import Node, Settings
+    from nonstick.session.live import Session
+
+__all__ = ["Renewal", "unattended_seconds"]
+
+
+def unattended_seconds(settings: Settings) -> float:
+    """How long what runs on may keep its session after the client's last sign."""
+    return max(settings.unattended_timeout or 0.0, settings.lifetime)
+
+
+class Renewal:
+    """This node's part in keeping sessions from expiring."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def due(self, *, unconfirmed: bool = False) -> list[str]:
+        """Keys of the sessions to renew now; of the `unconfirmed` ones alone, which have a shorter lifetime."""
+        now = asyncio.get_running_loop().time()
+        self._close_old_streams(now)
+        reading = {reader.session.key for reader in self._node.readers if reader.shows_client(now)}
+        return [
+            key
+            for key, session in self._node.sessions.items()
+            if self._is_due(session, now, is_read=key in reading) and session.unconfirmed >= unconfirmed
+        ]
+
+    def _is_due(self, session: Session, now: float, *, is_read: bool) -> bool:
+        connected = is_read or any(exchange.shows_client(now) for exchange in session.exchanges.values())
+        if connected or session.was_heard:
+            session.was_heard = False
+            session.heard_at = now
+        return connected or (session.is_active and now - session.heard_at < self._extra_seconds(session))
+
+    def _extra_seconds(self, session: Session) -> float:
+        """How long after the client's last sign the last renewal may be, so that the session expires in time."""
+        settings = self._node.settings
+        granted = settings.first_lifetime if session.unconfirmed else settings.lifetime
+        return unattended_seconds(settings) - granted
+
+    def _close_old_streams(self, now: float) -> None:
+        """A client that reads comes back, and is seen by that. One that does not read may keep a connection for days,
+        in which pings fill the buffers of two kernels."""
+        began_before = now - self._node.settings.connection_lifetime
+        for reader in list(self._node.readers):
+            if reader.began < began_before:
+                reader.hand_over()
+        for session in self._node.sessions.values():
+            for exchange in session.exchanges.values():
+                if exchange.began < began_before:
+                    exchange.hand_over()

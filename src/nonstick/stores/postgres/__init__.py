@@ -1,0 +1,5 @@
+"""PostgreSQL."""
+
+from nonstick.stores.postgres.store import PostgresStore
+
+__all__ = ["PostgresStore"]

@@ -1,0 +1,1 @@
+"""How to wait: for a bell, until a deadline, in the background."""
