@@ -34,6 +34,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check --quiet src tests bench examples deploy || { echo "run: make format"; exit 1; }
 	$(BIN)/ruff check --quiet src tests bench examples deploy
 	$(BIN)/python -m tests.public_names
+	@$(BIN)/lint-imports --no-logo >/dev/null || $(BIN)/lint-imports --no-logo
 
 types: $(READY)
 	$(BIN)/mypy
@@ -65,4 +66,4 @@ format: $(READY) ## format and fix what ruff can fix
 	$(BIN)/ruff check --quiet --fix src tests bench examples deploy
 
 clean: ## remove what the targets above made
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis tests/*/node_modules
+	rm -rf $(VENV) .import_linter_cache .mypy_cache .ruff_cache .pytest_cache .hypothesis tests/*/node_modules
