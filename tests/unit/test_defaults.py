@@ -13,13 +13,15 @@ import pytest
 from mcp.server import Server
 
 import nonstick
-from nonstick import cli, serving, store
-from nonstick.manager import Options
+from nonstick import store
+from nonstick.commands import cli
+from nonstick.commands import serve as serving
+from nonstick.http.manager import Options
 from nonstick.stores.memory import MemoryStore
 from nonstick.stores.postgres import PostgresStore
-from nonstick.stores.postgres_url import Address as Database
+from nonstick.stores.postgres.url import Address as Database
 from nonstick.stores.redis import RedisStore
-from nonstick.stores.redis_url import Address, Deployment
+from nonstick.stores.redis.url import Address, Deployment
 from nonstick.stores.sqlite import SQLiteStore
 
 SETTINGS: Final[dict[str, Any]] = {
