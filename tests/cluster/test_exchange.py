@@ -10,6 +10,8 @@ import pytest
 from mcp_types import INTERNAL_ERROR
 
 from nonstick import current_connection, session_state
+from nonstick.core.events import Kind
+from nonstick.core.record import Record
 from nonstick.core.security import session_key
 from nonstick.session.live import Session as View
 from nonstick.store import Store
@@ -255,3 +257,39 @@ async def test_log_is_followed_no_longer_than_anything_runs(make_store: MakeStor
             stage.open("go on")
             assert text_of(await stream.outcome()) == "done"
         await eventually(lambda: followed.subscriptions == 0)
+
+
+async def test_session_is_confirmed_though_its_answer_was_in_doubt(
+    memory: MakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P9, P10: the end that was in doubt is the end: nothing is written behind it, and what follows an end is done."""
+    monkeypatch.setattr("nonstick.session.exchange._EMIT_PATIENCE", 0.05)
+    monkeypatch.setattr("nonstick.session.exchange._RETRY_PAUSE", 0.05)
+    stores: list[DownStore] = []
+
+    def make() -> Store:
+        stores.append(DownStore(memory(), "append", after=True))
+        return stores[-1]
+
+    async with staged(make) as (stage, a, b, _):
+
+        @stage.tool
+        async def talk(ctx: Context, arguments: dict[str, Any]) -> str:
+            await say(ctx, "said")
+            down.holding = True
+            return "done"
+
+        session = await a.open(initialized=False)
+        down = stores[2]
+        async with posting(b, session, call("talk")) as stream:
+            # More tries than one round of the guard has: the end is in doubt.
+            await eventually(lambda: down.count > 20)
+            down.holding = False
+            assert texts_of(await stream.rest()) == ["said", "done"]
+
+        async def confirmed() -> bool:
+            record = await stage.store.load(session_key(session.id))
+            return not Record.from_fields(record.fields).unconfirmed
+
+        await eventually(confirmed)
+        assert (await stage.kinds(session)).count(Kind.TERMINAL) == 1
