@@ -167,6 +167,8 @@ async def test_session_is_served_in_the_middle_of_its_migration(cluster: ValkeyC
     slot = cluster.slot(slot_name(key))
     home, away = cluster.primary(slot), cluster.primary((slot + 8192) % 16384)
     record, books, log = (f"{prefix}:{{{key}}}:{kind}" for kind in "rwl")
+    # Any key may lie in the same slot.
+    ask(home, "SET", f"{slot_name(key)} of somebody else", "1")
     async with (
         RedisStore(cluster.url, prefix=prefix, timeout=0.5) as store,
         RedisStore(cluster.url, prefix=prefix, timeout=15) as patient,

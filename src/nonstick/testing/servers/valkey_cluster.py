@@ -184,7 +184,8 @@ class ValkeyCluster:
         return moved
 
     def end_migration(self, slot: int, to: ValkeyNode) -> None:
-        """The slot is `to`'s now; every primary is told."""
+        """Moves what is left in the slot, of anybody. Then the slot is `to`'s; every primary is told."""
+        self.move_keys(slot, to)
         source, name = self.primary(slot), to.id
         for node in (to, source, *(node for node in self._primaries() if node not in (to, source))):
             ask(node, "CLUSTER", "SETSLOT", slot, "NODE", name)
@@ -192,7 +193,6 @@ class ValkeyCluster:
     def migrate_slot(self, slot: int, to: ValkeyNode) -> None:
         """Moves the slot, key by key, as resharding tools do."""
         self.begin_migration(slot, to)
-        self.move_keys(slot, to)
         self.end_migration(slot, to)
 
     def migrate_slot_whole(self, slot: int, to: ValkeyNode) -> None:
