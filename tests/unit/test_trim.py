@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+
+import pytest
+
 from nonstick.core.retention import Amount
 from nonstick.log.trim import Look, Looks
 from nonstick.testing import ManualClock
+
+pytestmark = pytest.mark.anyio
 
 
 def test_look_is_remembered_for_some_minutes() -> None:
@@ -40,6 +46,27 @@ def test_gain_is_what_came_since_and_what_ended() -> None:
     look.note(Amount(132, 14), 1)
     look.note(Amount(133, 15), 99)
     assert look.gain(Amount(133, 15)) == Amount(73, 9)
+
+
+async def test_stream_that_ends_during_a_look_counts_as_ended_since() -> None:
+    """Whether the look saw its end or not; and only of the log that it ended in."""
+    looks = Looks(ManualClock())
+    looking = asyncio.create_task(asyncio.sleep(0))
+    looks.begin("k", looking)
+    looks.note("k", Amount(100, 10), None)
+    for ended in (1, 3):
+        looks.note("k", Amount(100, 10), ended)
+    looks.note("other", Amount(100, 10), 2)
+    looks.put("k", Amount(100, 10), {1: Amount(40, 4), 2: Amount(50, 5)})
+    look = looks.kept["k"]
+    assert (look.gain(Amount(100, 10)), look.open) == (Amount(40, 4), {2: Amount(50, 5)})
+    looks.note("k", Amount(100, 10), 2)
+    assert look.gain(Amount(100, 10)) == Amount(90, 9)
+    await looking
+    await asyncio.sleep(0)
+    assert not looks.under_way
+    looks.put("k", Amount(100, 10), {2: Amount(50, 5)})
+    assert looks.kept["k"].gain(Amount(100, 10)) == Amount(0, 0)
 
 
 def test_log_that_another_node_trimmed_is_taken_as_it_is_now() -> None:

@@ -85,16 +85,36 @@ class Looks:
         self._clock = clock
         self.kept: dict[str, Look] = {}
         self.under_way: dict[str, asyncio.Task[None]] = {}
+        self._ended_meanwhile: dict[str, set[int]] = {}
+        """Of the logs that are being looked through, by key: the streams that ended, maybe unseen by the look."""
 
     def get(self, key: str, seconds: float = _REMEMBERED_SECONDS) -> Look | None:
         """The latest look at this log, if it is no older."""
         look = self.kept.get(key)
         return None if look is None or self._clock() - look.at >= seconds else look
 
+    def begin(self, key: str, task: asyncio.Task[None]) -> None:
+        """This task looks through the log now."""
+        self.under_way[key], self._ended_meanwhile[key] = task, set()
+        task.add_done_callback(lambda _: self._end(key))
+
+    def _end(self, key: str) -> None:
+        del self.under_way[key], self._ended_meanwhile[key]
+
+    def note(self, key: str, amount: Amount, ended: int | None) -> None:
+        """The log is this large now; a stream of it `ended`."""
+        if ended is not None and key in self._ended_meanwhile:
+            self._ended_meanwhile[key].add(ended)
+        if (look := self.kept.get(key)) is not None:
+            look.note(amount, ended)
+
     def put(self, key: str, left: Amount, unfinished: dict[int, Amount]) -> None:
         """This node has just looked."""
         self.kept.pop(key, None)
-        self.kept[key] = Look(self._clock(), left, unfinished)
+        look = self.kept[key] = Look(self._clock(), left, unfinished)
+        ended = self._ended_meanwhile.get(key, set())
+        while ended:
+            look.note(left, ended.pop())
         for old in [old for old in self.kept if self.get(old) is None] or list(self.kept)[:-_REMEMBERED]:
             del self.kept[old]
 
@@ -138,16 +158,16 @@ class Trimmer:
     def note(self, appended: Appended, *, ended: int | None) -> None:
         """An append left this much in the log. It may have `ended` a stream, which may go now."""
         self._size, self._events = appended.size, appended.count
-        if (look := self._node.looks.kept.get(self._key)) is not None:
-            look.note(Amount(self._size, self._events), ended)
+        looks = self._node.looks
+        if looks.kept or looks.under_way:
+            looks.note(self._key, Amount(self._size, self._events), ended)
         settings = self._node.settings
         if self._size > settings.max_log_bytes or self._events > settings.max_log_events:
             self._trim_if_due()
 
     def ended(self, stream: int) -> None:
         """Another node ended this stream."""
-        if (look := self._node.looks.kept.get(self._key)) is not None:
-            look.note(Amount(self._size, self._events), stream)
+        self._node.looks.note(self._key, Amount(self._size, self._events), stream)
 
     def refresh(self, amount: Amount) -> None:
         """The log is this large, by its record."""
@@ -203,15 +223,16 @@ class Trimmer:
     # ---- trimming
 
     def _trim_if_due(self) -> None:
-        look = self._node.looks.get(self._key)
-        if look is None or look.gain(Amount(self._size, self._events)).exceeds(self._bounds(), _AGAIN):
+        if self._is_due():
             self._begin()
 
+    def _is_due(self) -> bool:
+        look = self._node.looks.get(self._key)
+        return look is None or look.gain(Amount(self._size, self._events)).exceeds(self._bounds(), _AGAIN)
+
     def _begin(self, room: int = 0) -> None:
-        under_way, key = self._node.looks.under_way, self._key
-        if key not in under_way:
-            under_way[key] = self._node.spawn(self._trim(self._bounds(room)))
-            under_way[key].add_done_callback(lambda _: under_way.pop(key, None))
+        if self._key not in self._node.looks.under_way:
+            self._node.looks.begin(self._key, self._node.spawn(self._trim(self._bounds(room))))
 
     async def _trimmed(self) -> bool:
         """Waits for the end of what is under way, whoever began it. Whether anything was."""
@@ -230,18 +251,23 @@ class Trimmer:
 
     async def _trim(self, bounds: Amount) -> None:
         try:
-            outline = await self._outline()
-            waste = outline.waste(bounds, _AIM)
-            if outline.amount.minus(waste.amount).exceeds(bounds) and await self._end_lost():
-                outline = await self._outline()
-                waste = outline.waste(bounds, _AIM)
-            for streams, before in waste.portions:
-                await self._node.store.trim(self._key, streams=streams, standalone_before=before)
-                await asyncio.sleep(0)
+            while await self._is_over_when_trimmed(bounds) and self._is_due():
+                # Streams have ended meanwhile, and nothing may be appended after them.
+                pass
         except StoreError as error:
             logger.debug("session %s: could not trim its log: %s", self._key[:12], error)
-        else:
-            self._account(outline, waste)
+
+    async def _is_over_when_trimmed(self, bounds: Amount) -> bool:
+        outline = await self._outline()
+        waste = outline.waste(bounds, _AIM)
+        if outline.amount.minus(waste.amount).exceeds(bounds) and await self._end_lost():
+            outline = await self._outline()
+            waste = outline.waste(bounds, _AIM)
+        for streams, before in waste.portions:
+            await self._node.store.trim(self._key, streams=streams, standalone_before=before)
+            await asyncio.sleep(0)
+        self._account(outline, waste)
+        return outline.amount.minus(waste.amount).exceeds(bounds)
 
     def _account(self, outline: Outline, waste: Waste) -> None:
         left = outline.amount.minus(waste.amount)
