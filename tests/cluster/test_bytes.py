@@ -24,9 +24,10 @@ from nonstick.testing import ValkeyServer
 from nonstick.testing.cluster import Member, Session
 from tests.cluster.conftest import MakeStore, one
 from tests.cluster.servers import messages
-from tests.cluster.sse import Stream, getting, posting
+from tests.cluster.sse import DEADLINE, Stream, getting, posting
 from tests.cluster.stage import (
     Context,
+    HeldStore,
     Stage,
     accept,
     announce,
@@ -50,10 +51,11 @@ LARGE = 4 * MEGABYTE - 1000
 
 
 class Brought(NamedTuple):
-    """What one call that looked into a log brought."""
+    """What one call that looked into a log brought; `after`: of a skim, the position that it began after."""
 
     method: str
     sizes: list[int]
+    after: int = 0
 
     @property
     def size(self) -> int:
@@ -75,9 +77,9 @@ class Measured:
         self._brought.append(Brought("read", [len(event.data) for event in events]))
         return events
 
-    async def skim(self, *args: Any, **options: Any) -> list[Skimmed]:
-        entries = await self._store.skim(*args, **options)
-        self._brought.append(Brought("skim", [len(entry.event.data) for entry in entries]))
+    async def skim(self, key: str, after: Cursor, **options: Any) -> list[Skimmed]:
+        entries = await self._store.skim(key, after, **options)
+        self._brought.append(Brought("skim", [len(entry.event.data) for entry in entries], after.position))
         return entries
 
     async def append(self, key: str, batch: Batch) -> Appended:
@@ -393,9 +395,13 @@ async def test_log_that_cannot_be_trimmed_is_not_read_for_every_small_request(ma
                     stage.open("go on small")
                     assert texts_of(await small.rest()) == ["done"]
                 await eventually(lambda: not node_of(c).sessions)
-            looks = [call_ for call_ in brought if call_.method == "skim" and call_.sizes]
-            # Once for what may go, and for whose it is that may not.
-            assert len(looks) <= 4
+            await eventually(lambda: not node_of(c).looks.under_way)
+            looks = [call_ for call_ in brought if call_.method == "skim"]
+            # Once for what may go, and once for whose it is that may not.
+            assert [call_.after for call_ in looks].count(0) == 2
+            # Each goes on, by however many calls, to the end of a log that grows meanwhile, and shows no event twice.
+            head = (await stage.store.load(session_key(session.id))).head
+            assert sum(len(call_.sizes) for call_ in looks) <= 2 * head.position
             assert sum(call_.size for call_ in looks) < 64 * 1024
             stage.open("go on")
             assert texts_of(await stream.rest()) == ["done"]
@@ -405,6 +411,41 @@ async def test_log_that_cannot_be_trimmed_is_not_read_for_every_small_request(ma
 
         # It has ended, so that it goes now.
         await eventually(small_again)
+
+
+async def test_stream_that_ends_while_its_log_is_looked_through_goes(memory: MakeStore) -> None:
+    """P10: also if nothing is appended after it."""
+    held: list[HeldStore] = []
+
+    def make() -> Any:
+        held.append(HeldStore(memory(), "lapsed", after=False, when=lambda names: not names))
+        return held[-1]
+
+    async with staged(make, max_log_bytes=2 * MEGABYTE) as (stage, a, b, _):
+
+        @stage.tool
+        async def fill_up(ctx: Context, arguments: dict[str, Any]) -> str:
+            for _ in range(25):
+                await say(ctx, "x" * 100_000)
+            await stage.door("go on")
+            return "done"
+
+        session = await a.open()
+        looking = held[-2]
+        looking.holding = True
+        async with posting(b, session, call("fill_up")) as stream:
+            # The log was looked through: nothing in it is of another node, and what is here has not ended.
+            async with asyncio.timeout(DEADLINE):
+                await looking.held.wait()
+            stage.open("go on")
+            assert texts_of(await stream.rest())[-1] == "done"
+        looking.holding = False
+        looking.released.set()
+
+        async def small() -> bool:
+            return await log_size(stage, session) <= 2 * MEGABYTE
+
+        await eventually(small)
 
 
 async def test_trimming_a_long_log_lets_others_have_their_turns() -> None:
