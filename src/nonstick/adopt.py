@@ -22,8 +22,9 @@ from starlette.types import ASGIApp
 
 from nonstick import fastmcp as fastmcp_server
 from nonstick.cluster.cluster import Cluster
+from nonstick.core.settings import Options
 from nonstick.errors import ConfigurationError
-from nonstick.http.manager import Options, SessionManager
+from nonstick.http.manager import SessionManager
 from nonstick.store import Store
 
 __all__ = ["Adopted", "adopt", "take_over"]

@@ -18,8 +18,9 @@ from starlette.types import Receive, Scope, Send
 from nonstick import fastmcp as fastmcp_server
 from nonstick.adopt import Adopted, take_over
 from nonstick.cluster.cluster import Cluster
+from nonstick.core.settings import Options
 from nonstick.errors import ConfigurationError
-from nonstick.http.manager import Options, SessionManager, is_stateless
+from nonstick.http.manager import SessionManager, is_stateless
 from nonstick.store import Store
 
 if TYPE_CHECKING:

@@ -27,9 +27,9 @@ from starlette.types import Receive, Scope, Send
 
 import nonstick
 from nonstick.core.security import session_key
+from nonstick.core.settings import Settings
 from nonstick.errors import ConfigurationError, NotRunning
 from nonstick.http.manager import _settings
-from nonstick.node.node import Settings
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing.cluster import HEADERS, Session
 from tests.cluster.servers import World, answer, call, error, opening, request

@@ -26,8 +26,8 @@ from nonstick.commands.serve import Settings, _application, adopted_in
 from nonstick.core.events import Kind
 from nonstick.core.record import LOST, OWNER
 from nonstick.core.security import session_key
+from nonstick.core.settings import Options
 from nonstick.errors import ConfigurationError
-from nonstick.http.manager import Options
 from nonstick.store import MAX_READ, Cursor
 from nonstick.stores.encrypted import EncryptedStore
 from nonstick.stores.memory import MemoryStore

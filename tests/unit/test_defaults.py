@@ -16,7 +16,7 @@ import nonstick
 from nonstick import store
 from nonstick.commands import cli
 from nonstick.commands import serve as serving
-from nonstick.http.manager import Options
+from nonstick.core.settings import Options
 from nonstick.stores.memory import MemoryStore
 from nonstick.stores.postgres import PostgresStore
 from nonstick.stores.postgres.url import Address as Database

@@ -13,9 +13,10 @@ from mcp.server import Server
 
 from nonstick import Cluster, EncryptedStore
 from nonstick.cluster.cluster import CLUSTER_KEY
+from nonstick.core.settings import Settings
 from nonstick.errors import StoreUnavailable
 from nonstick.log.guard import GuardedStore
-from nonstick.node.node import Node, Settings
+from nonstick.node.node import Node
 from nonstick.session.live import Session
 from nonstick.store import Store
 from nonstick.stores.encrypted import KeyRing

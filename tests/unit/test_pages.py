@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nonstick.http.manager import Options
-from nonstick.node.node import Settings
+from nonstick.core.settings import Options, Settings
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

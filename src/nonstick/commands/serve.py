@@ -36,10 +36,10 @@ from nonstick.app import app as make_app
 from nonstick.commands import loading
 from nonstick.commands import log_format as logs
 from nonstick.commands.checks import check_shared
+from nonstick.core.settings import SEND_TIMEOUT, Options
 from nonstick.errors import ConfigurationError, NonstickError, StoreUnavailable, StoreUnusable, Undecryptable
-from nonstick.http.manager import Options
 from nonstick.node.exits import exit_status
-from nonstick.node.node import GONE_AFTER, SEND_TIMEOUT, seconds_left_here
+from nonstick.node.node import GONE_AFTER, seconds_left_here
 from nonstick.protocols import Draining
 from nonstick.store import Store
 from nonstick.stores import open_store

@@ -10,12 +10,12 @@ import inspect
 import logging
 import math
 import re
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from contextvars import Context, copy_context
 from dataclasses import fields
 from functools import lru_cache
-from typing import Any, Final, Literal, TypedDict, Unpack
+from typing import Any, Final, Unpack
 
 import pydantic_core
 from mcp.server import MCPServer, Server
@@ -71,6 +71,7 @@ from nonstick.core.security import (
     principal_of,
     session_key,
 )
+from nonstick.core.settings import Options, Settings
 from nonstick.errors import ConfigurationError, NonstickError, NotRunning, SessionNotFound, StoreUnavailable
 from nonstick.http import wire
 from nonstick.http.intake import arrived, check_headers, check_names, header
@@ -79,11 +80,10 @@ from nonstick.http.transport import TRANSPORT
 from nonstick.http.unshared_memory import warned_of_unshared_memory
 from nonstick.log.guard import GuardedStore
 from nonstick.log.trim import Hold
-from nonstick.node.node import Node, Settings
-from nonstick.node.placement import Rehydrate
+from nonstick.node.node import Node
 from nonstick.node.relay import Relay, packed, relay_notice
 from nonstick.session import notice, portable, tracing
-from nonstick.session.exchange import Answer, Exchange
+from nonstick.session.exchange import Exchange
 from nonstick.session.kernel import offer
 from nonstick.session.live import Session, as_number, request_key
 from nonstick.session.standalone import Listener, Reader, Resumption
@@ -92,7 +92,7 @@ from nonstick.stores import open_store
 from nonstick.stores.encrypted import EncryptedStore
 from nonstick.waiting.deadline import Deadline
 
-__all__ = ["Options", "SessionManager", "is_stateless"]
+__all__ = ["SessionManager", "is_stateless"]
 
 logger = logging.getLogger(__name__)
 
@@ -135,49 +135,6 @@ _HOW_TO_RUN: Final = (
     "host's own lifespan: async with app.lifespan(): yield (for an app given to nonstick.adopt(): "
     "async with app.router.lifespan_context(app): yield)"
 )
-
-
-class Options(TypedDict, total=False):
-    """nonstick's own settings, for `nonstick.app` and `SessionManager`. See `Settings` for defaults and units."""
-
-    answer: Answer
-    window: float
-    max_sessions_per_principal: int | None
-    unconfirmed_lifetime: float | None
-    unattended_timeout: float | None
-    server_request_timeout: float
-    connection_lifetime: float
-    max_principal_share: float
-    max_streams: int
-    max_streams_per_node: int
-    max_listeners: int
-    max_listeners_per_node: int
-    max_log_events: int
-    max_log_bytes: int
-    max_json_depth: int
-    max_header_bytes: int
-    max_subscriptions: int
-    max_state_bytes: int
-    max_state_records: int | None
-    max_state_records_per_principal: int | None
-    max_initialize_bytes: int
-    send_timeout: float
-    receive_timeout: float
-    ping_interval: float
-    grace: float
-    lease: float
-    max_stall: float
-    placement: Literal["any", "stateless", "owner"]
-    rehydrate: Rehydrate | None
-    relay_headers: Sequence[str]
-    relay_query: bool
-    trace_session_ids: Literal["hashed", "raw"]
-    second_listener: Literal["takeover", "reject"]
-    reexecute: Literal["never", "idempotent"]
-    node_name: str | None
-    node_header: bool
-    namespace: str | None
-    encryption_keys: Sequence[str | bytes] | None
 
 
 class SessionManager:

@@ -9,10 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, Final
-
-from mcp.server.connection import Connection
 
 from nonstick.core.record import LOST, OWNER
 from nonstick.errors import StoreError
@@ -24,12 +22,9 @@ if TYPE_CHECKING:
     from nonstick.node.node import Node
     from nonstick.session.live import Session
 
-__all__ = ["Placement", "Rehydrate"]
+__all__ = ["Placement"]
 
 logger = logging.getLogger(__name__)
-
-Rehydrate = Callable[[Connection], Awaitable[None]]
-"""Builds what a session holds anew on the node that takes it: fills `Connection.state`, owes to `exit_stack`."""
 
 _CERTAIN_AFTER: Final = 1.0
 """Seconds that a node must be seen dead for: after an outage of the store the living need a moment to renew."""

@@ -35,6 +35,7 @@ from nonstick.core import dice, ending
 from nonstick.core.events import EventId, Kind, cursor_text, decode, draft
 from nonstick.core.record import UNCONFIRMED, Record, opening_fields, subscription_field
 from nonstick.core.security import without_text
+from nonstick.core.settings import EVERYBODY, Answer
 from nonstick.errors import (
     AlreadyExists,
     Diverged,
@@ -50,20 +51,16 @@ from nonstick.errors import (
 from nonstick.http import wire
 from nonstick.http.intake import LONGEST_METHOD, after_body
 from nonstick.log.trim import Hold
-from nonstick.node.node import EVERYBODY, SHUT_DOWN
+from nonstick.node.node import SHUT_DOWN
 from nonstick.session import tracing
 from nonstick.session.kernel import initialization
 from nonstick.session.live import Session, request_key
 from nonstick.session.renewal import unattended_seconds
 from nonstick.store import NEW_STREAM, Batch, Cursor, Draft, Event
 
-__all__ = ["Answer", "Exchange", "current_attempt"]
+__all__ = ["Exchange", "current_attempt"]
 
 logger = logging.getLogger(__name__)
-
-Answer = Literal["auto", "sse", "json"]
-"""How requests are answered: `auto` JSON if the handler ends soon and silently, else a stream; `sse` always a stream;
-`json` never."""
 
 _UNSAVED: Final = ErrorData(
     code=INTERNAL_ERROR,

@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+from nonstick.core.settings import Settings
+
 if TYPE_CHECKING:
-    from nonstick.node.node import Node, Settings
+    from nonstick.node.node import Node
     from nonstick.session.live import Session
 
 __all__ = ["Renewal", "unattended_seconds"]

@@ -14,7 +14,7 @@ import uvicorn
 from mcp.server import MCPServer, Server
 
 from nonstick.app import App, app
-from nonstick.http.manager import Options
+from nonstick.core.settings import Options
 from nonstick.store import Store
 
 if TYPE_CHECKING:
