@@ -287,7 +287,7 @@ async def test_primary_that_was_replaced_while_it_hung_is_not_believed(cluster: 
         assert await is_gone(there, keys["delete"])
         assert (await there.load(keys["update"])).fields == {"a": b"1", "b": b"2"}
         assert texts(await there.read(keys["append"], Cursor(0))) == [b"x"]
-    await asyncio.to_thread(cluster.wait_until_ok)
+    await asyncio.to_thread(cluster.wait_until_whole)
 
 
 async def test_made_up_ids_cost_a_cluster_one_question_a_second_and_server(cluster: ValkeyCluster, prefix: str) -> None:

@@ -31,7 +31,7 @@ def test_slot_moves_with_its_keys_and_replica_takes_over() -> None:
         assert cluster.wait_for_successor("x", new) is first
         assert ask(first, "GET", "x") == "2"
         new.start()
-        cluster.wait_until_ok()
+        cluster.wait_until_whole()
         assert cluster.replicas(first) == [new]
 
 

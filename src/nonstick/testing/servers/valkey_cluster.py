@@ -139,9 +139,9 @@ class ValkeyCluster:
         until(lambda: all(self._is_ok(node) for node in running), "the cluster's state is ok")
 
     def wait_until_whole(self) -> None:
-        """Returns once a primary can be lost again: all servers run and agree on the owners, and the others follow.
+        """Returns once a primary can be lost again: all servers run and agree who owns what, and who follows whom.
 
-        "Follows" means that it has everything that its primary had when this was called.
+        Each follower has everything that its primary had when this was called.
         """
         heads = {node.port: ask(node, "ROLE")[1] for node in self.nodes if ask(node, "ROLE")[0] == "master"}
         until(lambda: self._is_whole(heads), "the cluster is whole", seconds=60.0)
@@ -196,9 +196,13 @@ class ValkeyCluster:
         self.end_migration(slot, to)
 
     def migrate_slot_whole(self, slot: int, to: ValkeyNode) -> None:
-        """Moves the slot in one step, as Valkey 9 can: clients see no ASK and no TRYAGAIN, only MOVED."""
+        """Moves the slot in one step, as Valkey 9 can: clients see no ASK and no TRYAGAIN, only MOVED.
+
+        Every running server knows when this returns.
+        """
         ask(self.primary(slot), "CLUSTER", "MIGRATESLOTS", "SLOTSRANGE", slot, slot, "NODE", to.id)
-        until(lambda: self._owner_port(to, slot) == to.port, "the slot is migrated")
+        others = [node for node in self.nodes if node.running and not node.frozen]
+        until(lambda: {self._owner_port(node, slot) for node in others} == {to.port}, "the slot is migrated")
 
     # ---- how it is made
 
@@ -228,7 +232,8 @@ class ValkeyCluster:
 
     def _is_whole(self, heads: dict[int, int]) -> bool:
         owners = {tuple(self._owner_ports(node)) for node in self.nodes}
-        if len(owners) != 1 or not all(self._is_ok(node) for node in self.nodes):
+        followers = {frozenset(self._followers(node)) for node in self.nodes}
+        if len(owners) != 1 or len(followers) != 1 or not all(self._is_ok(node) for node in self.nodes):
             return False
         (ports,) = owners
         for node in self.nodes:
