@@ -6,6 +6,8 @@ once, in `manager.py`; nothing else decides a status.
 
 from __future__ import annotations
 
+from typing import Final
+
 __all__ = [
     "AlreadyExists",
     "ConfigurationError",
@@ -27,6 +29,9 @@ __all__ = [
     "Trimmed",
     "Undecryptable",
 ]
+
+_LONGEST_CHAIN: Final = 16
+"""Causes of an exception that a log shows, one after the other."""
 
 
 class NonstickError(Exception):
@@ -119,3 +124,31 @@ class Trimmed(StoreError):
 
 class Diverged(StoreError):
     """The store lost what the caller knows to have been written: at the cursor, or by this writer (P9)."""
+
+
+def without_text(error: BaseException) -> BaseException:
+    """What a log may show of an exception, as `exc_info`: its types and where they were raised, not what they say.
+
+    An exception's text may quote a payload: `ValueError` names the value, a validation error the whole input (P13). Of
+    a long or circular chain of causes only the beginning is kept. Never raises. Not public.
+    """
+    try:
+        return _without_text(error, _LONGEST_CHAIN)
+    except BaseException:
+        # A class of its own kind, which may do anything when it is looked at.
+        return RuntimeError("an exception that cannot be shown")
+
+
+def _without_text(error: BaseException, left: int) -> BaseException:
+    kind = type(error)
+    shown: BaseException
+    if isinstance(error, BaseExceptionGroup) and left:
+        inner = [_without_text(one, left // 4) for one in error.exceptions[: max(left // 2, 1)]]
+        shown = BaseExceptionGroup(kind.__qualname__, inner)
+    else:
+        shown = type(kind.__name__, (Exception,), {"__module__": kind.__module__, "__qualname__": kind.__qualname__})()
+    if error.__cause__ is not None and left:
+        shown.__cause__ = _without_text(error.__cause__, left - 1)
+    elif error.__context__ is not None and not error.__suppress_context__ and left:
+        shown.__context__ = _without_text(error.__context__, left - 1)
+    return shown.with_traceback(error.__traceback__)

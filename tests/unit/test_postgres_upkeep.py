@@ -13,11 +13,10 @@ import pytest
 
 from nonstick.commands import migrate
 from nonstick.commands.doctor import diagnose
-from nonstick.commands.migrate import Migratable, Step
 from nonstick.errors import ConfigurationError, StoreUnavailable
 from nonstick.store import Batch
 from nonstick.stores import open_store
-from nonstick.stores.common.upkeep import Examinable, Finding
+from nonstick.stores.common.upkeep import Examinable, Finding, Migratable, Step
 from nonstick.stores.postgres import PostgresStore
 from nonstick.stores.postgres import schema as postgres_schema
 from nonstick.testing import Opener, PostgresServer, StoreContract, opening, read_all

@@ -22,8 +22,8 @@ from nonstick.core.security import (
     new_session_id,
     principal_of,
     session_key,
-    without_text,
 )
+from nonstick.errors import without_text
 
 SHOP, BANK = identity("shop", "/mcp"), identity("bank", "/mcp")
 

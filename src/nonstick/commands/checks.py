@@ -19,7 +19,7 @@ from nonstick import fastmcp as fastmcp_server
 from nonstick.adopt import Adopted
 from nonstick.cluster.cluster import Cluster
 from nonstick.cluster.probing import probed
-from nonstick.core.security import without_text
+from nonstick.errors import without_text
 from nonstick.stores.common.upkeep import Finding
 
 __all__ = ["check_shared", "check_state"]

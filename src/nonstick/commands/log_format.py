@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, Final, Literal, TextIO
 
-from nonstick.core.security import without_text
+from nonstick.errors import without_text
 
 __all__ = ["LEVELS", "Format", "JSONFormatter", "TextFormatter", "configure", "gather", "set_node", "wants_colour"]
 

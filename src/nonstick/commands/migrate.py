@@ -2,63 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable
 
 from nonstick.store import Store
+from nonstick.stores.common.upkeep import Migratable, Plan
 
-__all__ = ["Migratable", "Plan", "Step", "run"]
-
-
-class Step(NamedTuple):
-    """Something to execute: what it is for, in a few words, and the SQL."""
-
-    name: str
-    sql: str
-
-
-class Plan(NamedTuple):
-    """What separates a store's tables from those that this release uses.
-
-    Attributes:
-        place: What holds the tables, in a few words.
-        version: Of the tables that are there; 0 if there are none.
-        target: The version that this release makes. A higher `version` that is not refused works too (P12).
-        steps: What leads from one to the other, in order, as one transaction; empty if nothing has to be done.
-    """
-
-    place: str
-    version: int
-    target: int
-    steps: Sequence[Step]
-
-    def __str__(self) -> str:
-        there = f"version {self.version}" if self.version else "no tables yet"
-        return f"{self.place}: {there}; this release uses version {self.target}"
-
-
-@runtime_checkable
-class Migratable(Protocol):
-    """A store whose tables have versions. Optional: one without tables has nothing to migrate."""
-
-    async def plan(self) -> Plan:
-        """Looks at what is there. Changes nothing, and may be called whether or not the store is entered.
-
-        Raises:
-            ConfigurationError: The tables are newer than this release can use.
-            StoreUnavailable: They could not be looked at.
-        """
-        ...
-
-    async def migrate(self, done: Callable[[Step], None]) -> None:
-        """Executes the plan, all or nothing; `done` is called after each step.
-
-        Several at once are fine: one does it, the others wait and find it done. Nodes may be running meanwhile (P12).
-
-        Raises:
-            As `plan`.
-        """
-        ...
+__all__ = ["run"]
 
 
 async def run(store: Store, *, say: Callable[[str], None], dry_run: bool = False, print_sql: bool = False) -> None:

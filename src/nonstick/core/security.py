@@ -30,7 +30,6 @@ __all__ = [
     "principal_group",
     "principal_of",
     "session_key",
-    "without_text",
 ]
 
 _RANDOM: Final = 32
@@ -40,10 +39,6 @@ _SHAPE: Final = re.compile(r"[A-Za-z0-9_-]{32}(?:[A-Za-z0-9_-]{8})?")
 
 MAX_DEPTH: Final = 64
 """Levels of nesting that a message may have."""
-
-_LONGEST_CHAIN: Final = 16
-"""Causes of an exception that a log shows, one after the other."""
-
 
 UNNAMED: Final = (
     "this %s server has no name, and by its name and path its sessions are told from those of other servers on the "
@@ -106,34 +101,6 @@ def principal_of(scope: Scope) -> bytes:
 def principal_group(principal: bytes) -> str:
     """The name under which the sessions of this principal are counted in the store (P10, P13)."""
     return "principal:" + hashlib.sha256(principal).hexdigest()[:32]
-
-
-def without_text(error: BaseException) -> BaseException:
-    """What a log may show of an exception, as `exc_info`: its types and where they were raised, not what they say.
-
-    That may quote a payload: `ValueError` names the value, a validation error the whole input (P13). Of a long chain of
-    causes, and of one that goes in a circle, the beginning. Never raises.
-    """
-    try:
-        return _without_text(error, _LONGEST_CHAIN)
-    except BaseException:
-        # A class of its own kind, which may do anything when it is looked at.
-        return RuntimeError("an exception that cannot be shown")
-
-
-def _without_text(error: BaseException, left: int) -> BaseException:
-    kind = type(error)
-    shown: BaseException
-    if isinstance(error, BaseExceptionGroup) and left:
-        inner = [_without_text(one, left // 4) for one in error.exceptions[: max(left // 2, 1)]]
-        shown = BaseExceptionGroup(kind.__qualname__, inner)
-    else:
-        shown = type(kind.__name__, (Exception,), {"__module__": kind.__module__, "__qualname__": kind.__qualname__})()
-    if error.__cause__ is not None and left:
-        shown.__cause__ = _without_text(error.__cause__, left - 1)
-    elif error.__context__ is not None and not error.__suppress_context__ and left:
-        shown.__context__ = _without_text(error.__context__, left - 1)
-    return shown.with_traceback(error.__traceback__)
 
 
 def json_depth_exceeds(value: Any, limit: int) -> bool:

@@ -20,7 +20,7 @@ from mcp_types import ErrorData
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nonstick.core import ending
-from nonstick.core.security import without_text
+from nonstick.errors import without_text
 from nonstick.http import wire
 from nonstick.http.intake import header
 from nonstick.session.live import current_session

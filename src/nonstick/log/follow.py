@@ -16,8 +16,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
-from nonstick.core.security import without_text
-from nonstick.errors import Diverged, SessionNotFound, StoreUnavailable, Trimmed
+from nonstick.errors import Diverged, SessionNotFound, StoreUnavailable, Trimmed, without_text
 from nonstick.log.guard import LESS, GuardedStore
 from nonstick.store import MAX_CLIP, Cursor, Event, News, Skimmed
 from nonstick.waiting import background

@@ -47,7 +47,7 @@ from nonstick.store import (
 )
 from nonstick.waiting.deadline import Deadline
 
-__all__ = ["LESS", "PATIENCE", "GuardedStore", "patiently"]
+__all__ = ["LESS", "PATIENCE", "GuardedStore"]
 
 logger = logging.getLogger(__name__)
 
@@ -277,16 +277,3 @@ def _report(error: StoreError) -> None:
 
 def _nothing() -> None:
     """Stops a watch that never began."""
-
-
-async def patiently(call: Callable[[], Awaitable[T]], *, pause: float = 1.0) -> T:
-    """What the store answers, as soon as it can be reached: for callers that have nobody to tell that it cannot.
-
-    Args:
-        pause: Seconds between two tries.
-    """
-    while True:
-        try:
-            return await call()
-        except StoreUnavailable:
-            await asyncio.sleep(pause)

@@ -27,17 +27,16 @@ from starlette.requests import Request
 from nonstick.core import dice
 from nonstick.core.events import Kind, decode, draft, glimpse, kind_of
 from nonstick.core.record import OWNER, RELEASED, Record
-from nonstick.core.security import without_text
 from nonstick.core.settings import Rehydrate
-from nonstick.errors import Diverged, Fenced, SessionNotFound, StoreUnavailable, StreamClosed
+from nonstick.errors import Diverged, Fenced, SessionNotFound, StoreUnavailable, StreamClosed, without_text
 from nonstick.http import wire
 from nonstick.log.follow import Slice, whole
-from nonstick.log.guard import patiently
 from nonstick.node.node import SHUT_DOWN
 from nonstick.session import notice, portable
 from nonstick.session.exchange import Exchange
 from nonstick.session.live import Session, request_key
 from nonstick.store import MAX_READ, Batch, Cursor, Event, Skimmed
+from nonstick.waiting.patience import patiently
 
 __all__ = ["SESSION_LOST", "Failure", "Holding", "OpenStream", "Survey", "announce", "end_lost", "survey"]
 

@@ -23,9 +23,8 @@ from mcp_types import INTERNAL_ERROR, ErrorData
 
 from nonstick.cluster.cluster import CLUSTER_KEY, Cluster
 from nonstick.core.introductions import INTRODUCTIONS
-from nonstick.core.security import without_text
 from nonstick.core.settings import Settings
-from nonstick.errors import SessionNotFound, StoreError, StoreUnavailable
+from nonstick.errors import SessionNotFound, StoreError, StoreUnavailable, without_text
 from nonstick.http.intake import Room
 from nonstick.http.sessionless import Sessionless
 from nonstick.log.guard import GuardedStore

@@ -34,7 +34,6 @@ from starlette.types import Send
 from nonstick.core import dice, ending
 from nonstick.core.events import EventId, Kind, cursor_text, decode, draft
 from nonstick.core.record import UNCONFIRMED, Record, opening_fields, subscription_field
-from nonstick.core.security import without_text
 from nonstick.core.settings import EVERYBODY, Answer
 from nonstick.errors import (
     AlreadyExists,
@@ -47,6 +46,7 @@ from nonstick.errors import (
     StoreUnavailable,
     StreamClosed,
     TooManySessions,
+    without_text,
 )
 from nonstick.http import wire
 from nonstick.http.intake import LONGEST_METHOD, after_body

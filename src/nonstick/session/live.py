@@ -32,16 +32,15 @@ from nonstick.core.clipping import cancel_params, progress_params
 from nonstick.core.events import Kind, body_of, decode, draft, kind_of
 from nonstick.core.record import CONFIRMED, Record, SessionState
 from nonstick.core.retention import Amount
-from nonstick.core.security import without_text
-from nonstick.errors import Diverged, NotPending, SessionNotFound, StoreUnavailable
+from nonstick.errors import Diverged, NotPending, SessionNotFound, StoreUnavailable, without_text
 from nonstick.http import wire
 from nonstick.http.intake import Room
 from nonstick.log.follow import Follower
-from nonstick.log.guard import patiently
 from nonstick.log.trim import Trimmer
 from nonstick.log.writer import Sender
 from nonstick.session import tracing
 from nonstick.store import NEW_STREAM, Appended, Batch, Cursor, Draft, Event, Loaded
+from nonstick.waiting.patience import patiently
 
 if TYPE_CHECKING:
     from nonstick.node.holding import Holding

@@ -28,17 +28,16 @@ from nonstick.core import dice
 from nonstick.core.broadcasts import LISTS, NOWHERE, Broadcast
 from nonstick.core.events import EventId, Kind, body_of, cursor_text, decode, draft, glimpse, kind_of, parse_cursor
 from nonstick.core.places import MAX_PLACES, Search
-from nonstick.core.security import without_text
 from nonstick.core.turns import Turn, Turns
-from nonstick.errors import Diverged, SessionNotFound, StoreError, StoreUnavailable
+from nonstick.errors import Diverged, SessionNotFound, StoreError, StoreUnavailable, without_text
 from nonstick.http import wire
 from nonstick.log.follow import Slice, Subscription
-from nonstick.log.guard import patiently
 from nonstick.session.live import Session, request_key
 from nonstick.session.rescue import Rescue
 from nonstick.store import MAX_CLIP, MAX_READ, STANDALONE, Appended, Batch, Cursor, Draft, Event
 from nonstick.waiting import background
 from nonstick.waiting.deadline import Deadline
+from nonstick.waiting.patience import patiently
 
 __all__ = ["Listener", "Resumption"]
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Final
 
 import asyncpg
 
-from nonstick.commands.migrate import Plan, Step
 from nonstick.errors import ConfigurationError
 from nonstick.store import CANCEL_SECONDS, FRESH_SHARE, MAX_CANCELS, WRITER_SECONDS
+from nonstick.stores.common.upkeep import Plan, Step
 from nonstick.stores.postgres.url import Address
 
 if TYPE_CHECKING:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Collection, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from nonstick.commands.migrate import Plan, Step
 from nonstick.errors import (
     AlreadyExists,
     ConfigurationError,
@@ -44,7 +43,7 @@ from nonstick.store import (
     Wake,
 )
 from nonstick.stores.common.bounds import check_bounds
-from nonstick.stores.common.upkeep import Finding
+from nonstick.stores.common.upkeep import Finding, Plan, Step
 from nonstick.stores.postgres import examine as postgres_examine
 from nonstick.stores.postgres.history import History
 from nonstick.stores.postgres.news import Announcer, Listener
@@ -377,7 +376,7 @@ class PostgresStore:
         return await postgres_examine.examine(self._address, timeout=self._timeout)
 
     async def plan(self) -> Plan:
-        """See `nonstick.commands.migrate.Migratable`."""
+        """See `nonstick.stores.common.upkeep.Migratable`."""
         address = self._address.direct()
         try:
             async with asyncio.timeout(self._timeout), connected(address, timeout=self._timeout) as connection:
@@ -386,7 +385,7 @@ class PostgresStore:
             raise refusal(error) from None
 
     async def migrate(self, done: Callable[[Step], None]) -> None:
-        """See `nonstick.commands.migrate.Migratable`."""
+        """See `nonstick.stores.common.upkeep.Migratable`."""
         await _prepare(self._address, timeout=MIGRATE_SECONDS, done=done)
 
     # ---- inside

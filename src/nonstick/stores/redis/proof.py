@@ -27,10 +27,10 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from nonstick.errors import StoreUnavailable
-from nonstick.log.guard import patiently
 from nonstick.stores.redis.connection import Redirected, TryAgain
 from nonstick.stores.redis.servers import Server, Servers
 from nonstick.waiting import background
+from nonstick.waiting.patience import patiently
 
 __all__ = ["PROVEN_SECONDS", "Proof"]
 

@@ -16,8 +16,7 @@ import secrets
 from collections.abc import Awaitable, Callable
 from typing import Any, Generic, TypeVar
 
-from nonstick.core.security import without_text
-from nonstick.errors import StoreUnavailable
+from nonstick.errors import StoreUnavailable, without_text
 from nonstick.stores.redis.connection import ServerError, Wire, backoff, is_alive, open_wire, pack, refusal
 from nonstick.stores.redis.url import Address
 from nonstick.waiting import background

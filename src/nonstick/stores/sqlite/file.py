@@ -18,9 +18,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Final, TypeVar
 
-from nonstick.commands.migrate import Plan, Step
 from nonstick.errors import ConfigurationError, StoreUnavailable, StoreUnusable
 from nonstick.store import EMPTY_GRACE_SECONDS
+from nonstick.stores.common.upkeep import Plan, Step
 
 __all__ = [
     "BUSY_SECONDS",

@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Mapping
 from types import TracebackType
 from typing import Self, TypeVar
 
-from nonstick.commands.migrate import Plan, Step
 from nonstick.errors import NonstickError, SessionNotFound, StoreUnavailable
 from nonstick.store import (
     EMPTY_GRACE_SECONDS,
@@ -30,7 +29,7 @@ from nonstick.store import (
 )
 from nonstick.stores.common.bounds import check_bounds
 from nonstick.stores.common.options import checked_grace
-from nonstick.stores.common.upkeep import Finding
+from nonstick.stores.common.upkeep import Finding, Plan, Step
 from nonstick.stores.sqlite import examine as sqlite_examine
 from nonstick.stores.sqlite import rows
 from nonstick.stores.sqlite.engine import Engine
@@ -194,11 +193,11 @@ class SQLiteStore:
         return await self._apart(lambda: sqlite_examine.examine(self._file))
 
     async def plan(self) -> Plan:
-        """See `nonstick.commands.migrate.Migratable`."""
+        """See `nonstick.stores.common.upkeep.Migratable`."""
         return await self._apart(self._file.plan)
 
     async def migrate(self, done: Callable[[Step], None]) -> None:
-        """See `nonstick.commands.migrate.Migratable`. Opening the file does it, as for every node."""
+        """See `nonstick.stores.common.upkeep.Migratable`. Opening the file does it, as for every node."""
         steps = (await self.plan()).steps
         await self._apart(lambda: self._file.connect().close())
         for step in steps:
