@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
-from nonstick.core.events import Kind, kind_of, parse_event_id
+from nonstick.core import dice
+from nonstick.core.events import Kind, draft, kind_of, parse_event_id
 from nonstick.core.security import session_key
+from nonstick.store import Batch
 from nonstick.testing.cluster import Member, Session
 from tests.cluster.conftest import MakeStore, one
 from tests.cluster.sse import DEADLINE, Sse, Stream, getting, posting
@@ -410,43 +412,29 @@ async def test_a_silent_connection_does_not_get_again_what_it_had(make_store: Ma
             await heard(first, 3)
 
 
-async def test_a_second_connection_can_be_refused(make_store: MakeStore) -> None:
-    """P3: `second_listener="reject"`, as the SDK's own; until the first has gone."""
-    async with talking(make_store, second_listener="reject") as (stage, a, b, c):
+async def test_connection_answers_one_of_an_older_release_that_asks(make_store: MakeStore) -> None:
+    """P12: a node of 0.1.0 may be set to refuse a second GET. It asks in the log, and is told that the first lives."""
+    async with talking(make_store) as (stage, a, b, c):
         session = await a.open()
         async with getting(a, session) as first:
             await first.event()
-            async with getting(c, session) as second:
-                assert (await second.response()).status_code == 409
+            key = session_key(session.id)
+            for kind, body in (
+                (Kind.ASKING, b'{"listener":"refused","node":"old"}'),
+                (Kind.LEFT, b'{"listener":"refused","read":null}'),
+            ):
+                await stage.store.append(key, Batch([draft(kind, body)], writer=dice.name(), sequence=1))
+
+            async def answered() -> bool:
+                return any(kind_of(event.data) is Kind.CARRYING for event in await stage.log(session))
+
+            await eventually(answered)
             await tell(b, session, 1)
             await heard(first, 1)
-        await has_left(stage, session)
-        async with getting(c, session) as third:
+        await has_left(stage, session, 2)
+        async with getting(c, session) as second:
             await tell(b, session, 2)
-            await heard(third, 2)
-
-
-async def test_of_two_that_come_at_once_one_is_refused(make_store: MakeStore) -> None:
-    """P3: `second_listener="reject"`: the log says who was first."""
-    async with talking(make_store, second_listener="reject") as (stage, *members):
-        for _ in range(5):
-            session = await members[0].open()
-            async with AsyncExitStack() as stack:
-                streams = [Stream(members[n % 3], "GET", session, None, {}) for n in range(4)]
-                for stream in streams:
-                    stack.push_async_callback(stream.close)
-                statuses = [(await stream.response()).status_code for stream in streams]
-                assert sorted(statuses) == [200, 409, 409, 409]
-                carries = streams[statuses.index(200)]
-                await tell(members[1], session, 1)
-                await heard(carries, 1)
-                await has_left(stage, session, 3)
-                # What was refused has not disturbed it.
-                await tell(members[2], session, 2)
-                await heard(carries, 2)
-            await has_left(stage, session, 4)
-            async with getting(members[1], session) as after:
-                assert (await after.response()).status_code == 200
+            await heard(second, 2)
 
 
 async def test_the_node_of_the_connection_before_is_gone(make_store: MakeStore) -> None:
@@ -618,11 +606,10 @@ async def test_what_is_still_there_after_a_loss_is_not_sent_again() -> None:
 
 
 @pytest.mark.parametrize("names", [False, True], ids=["without an id", "with an id"])
-@pytest.mark.parametrize("second_listener", ["takeover", "reject"])
-async def test_a_connection_whose_leaving_was_lost_holds_up_nobody_for_ever(names: bool, second_listener: str) -> None:
+async def test_a_connection_whose_leaving_was_lost_holds_up_nobody_for_ever(names: bool) -> None:
     """P9: it does not answer; its node lives."""
     store = Forgetful()
-    async with talking(one(store), send_timeout=0.5, second_listener=second_listener) as (stage, a, b, c):
+    async with talking(one(store), send_timeout=0.5) as (stage, a, b, c):
         session = await a.open()
         async with getting(a, session) as first:
             await first.event()

@@ -350,7 +350,7 @@ async def _rebuild(_: object) -> None:
         ({"ping_interval": 0}, "ping_interval must be a positive"),
         ({"max_streams": None}, "max_streams must be"),
         ({"answer": "xml"}, "answer must be one of auto, sse, json"),
-        ({"second_listener": "both"}, "second_listener must be one of takeover, reject"),
+        ({"second_listener": "reject"}, "unknown option 'second_listener'"),
         ({"reexecute": "always"}, "reexecute must be one of never, idempotent"),
         ({"store": "mongodb://x"}, "scheme is not known"),
         ({"store": None}, "store must be a URL or a Store, not NoneType"),

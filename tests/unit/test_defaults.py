@@ -60,7 +60,6 @@ SETTINGS: Final[dict[str, Any]] = {
     "relay_headers": (),
     "relay_query": False,
     "trace_session_ids": "hashed",
-    "second_listener": "takeover",
     "reexecute": "never",
 }
 """What a manager goes by that was told nothing."""

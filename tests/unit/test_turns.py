@@ -71,34 +71,14 @@ def test_a_place_beyond_the_log_is_not_believed() -> None:
     assert turns.read_before(3) == 0
 
 
-def rival_of(turns: Turns, position: int) -> str | None:
-    turn = turns.rival_of(position)
-    return None if turn is None else turn.name
-
-
-def test_the_first_to_ask_has_no_rival() -> None:
-    """P3: of two that ask at once, one."""
-    turns = noted(("w", "one", None), ("w", "two", None))
-    assert rival_of(turns, 1) is None
-    assert rival_of(turns, 2) == "one"
-    assert rival_of(noted(("w", "one", None), ("w", "two", None), ("x", "one", None)), 2) is None
-
-
-def test_one_that_asked_and_begins_is_the_rival_of_those_that_asked_later() -> None:
-    """P3: and shows by it that it lives."""
-    turns = noted(("w", "one", None), ("w", "two", None), ("l", "one", 0))
-    turn = turns.rival_of(2)
-    assert turn is not None
-    assert (turn.name, turn.shown) == ("one", 3)
-
-
-def test_a_rival_that_has_shown_that_it_lives_counts_before_others() -> None:
-    """P3: nobody waits for an answer of those that may have gone."""
-    turns = noted(("l", "gone", 0), ("l", "here", 0), ("w", "asks", None))
-    assert rival_of(turns, 3) == "gone"
-    turns = noted(("l", "gone", 0), ("l", "here", 0), ("w", "asks", None), ("y", "here", None))
-    assert rival_of(turns, 3) == "here"
-    assert rival_of(noted(("l", "gone", 0), ("x", "gone", 0), ("w", "asks", None)), 3) is None
+def test_connection_of_an_older_release_that_asks_and_is_refused_changes_no_turn() -> None:
+    """P12: it names the turn that it would begin, and says that it left before anybody knew it."""
+    turns = noted(("l", "one", 0), ("w", "refused", None), ("y", "one", None), ("x", "refused", None))
+    assert open_before(turns, 5) == "one"
+    assert (turns.read_before(2), turns.read_before(5)) == (0, 0)
+    turns = noted(("l", "one", 0), ("x", "one", 1), ("w", "refused", None), ("x", "refused", None), ("l", "two", 1))
+    assert open_before(turns, 5) is None
+    assert turns.read_before(5) == 1
 
 
 def test_newer_turns_do_not_matter_to_an_older_one() -> None:

@@ -90,7 +90,7 @@ examples:
   nonstick migrate --store postgresql://owner@db/app --print-sql | less    for whoever runs SQL on that server
 """
 _OF_THEIR_OWN: Final = ("store", "host", "path", "answer", "placement", "grace", "lease")
-_WORDS: Final = ("second_listener", "reexecute", "node_name", "namespace", "trace_session_ids")
+_WORDS: Final = ("reexecute", "node_name", "namespace", "trace_session_ids")
 _OBJECTS: Final = (
     "server",
     "cluster",

@@ -72,8 +72,8 @@ class Kind(IntEnum):
     KEYS = ord("k")
     """In the cluster log: its record has other `requestState` keys now. No body."""
     ASKING = ord("w")
-    """A connection asks whether another carries the standalone stream. Body: `{"listener", "node"}`: the turn that it
-    will begin if none does, null if it only wants to know."""
+    """A connection asks whether another carries the standalone stream. Body: `{"listener", "node"}`: null, and where it
+    is. A node of version 0.1.0 may name the turn that it will begin if none does."""
     CARRYING = ord("y")
     """That turn is not over: the answer. Body: `{"listener"}`."""
     LEFT = ord("x")

@@ -100,7 +100,6 @@ class Settings:
     """Whether these handlers see the query string: as for `relay_headers`."""
     trace_session_ids: Literal["hashed", "raw"] = "hashed"
     """What FastMCP's spans say of a session: 12 characters of its hash, as the logs do; or the id, which opens it."""
-    second_listener: Literal["takeover", "reject"] = "takeover"
     reexecute: Literal["never", "idempotent"] = "never"
 
     @property
@@ -158,7 +157,6 @@ class Options(TypedDict, total=False):
     relay_headers: Sequence[str]
     relay_query: bool
     trace_session_ids: Literal["hashed", "raw"]
-    second_listener: Literal["takeover", "reject"]
     reexecute: Literal["never", "idempotent"]
     node_name: str | None
     node_header: bool

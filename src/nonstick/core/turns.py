@@ -3,7 +3,8 @@
 Each connection that is to carry the stream says so with a `listening` event, which begins its *turn*; the next one's
 ends it. With `left` it says up to where its client has the stream. The one whose turn is next begins there (P3).
 
-One that shall not take the stream from another asks first: with `asking`, which the one that carries it answers.
+A connection whose client names an event asks first, with `asking`, whether a newer one still carries the stream: which
+then says so. An `asking` begins no turn, also where one of version 0.1.0 names the turn that it may begin.
 
 A client whose event id the store has lost is told so once, and goes on somewhere. The `listening` of that turn says
 both, so that the same id leads to the same place on every node from then on (P9).
@@ -11,7 +12,6 @@ both, so that the same id leads to the same place on every node from then on (P9
 
 from __future__ import annotations
 
-import sys
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -63,8 +63,6 @@ class Turns:
 
     def __init__(self) -> None:
         self._turns: list[Turn] = []
-        self._asking: list[Turn] = []
-        """Those that may yet begin."""
         self._found: dict[str, int] = {}
         """Of places that the store has lost, as text, after which position their clients went on."""
         self.trail: deque[Cursor] = deque(maxlen=_TRAIL)
@@ -81,7 +79,6 @@ class Turns:
         if kind is Kind.LISTENING:
             body = decode(event.data)
             name = body["listener"]
-            self._forget_asking(name)
             # A node of version 0.1 says nothing of it, and has let nobody hear it.
             heard = parse_cursor(body.get("heard")) or self.heard_before(event.position)
             turn = Turn(name, body["node"], event.position, body["since"], shown=event.position, heard=heard)
@@ -90,10 +87,6 @@ class Turns:
                 self._found.setdefault(lost, body["since"])
                 if len(self._found) > _FOUND:
                     del self._found[next(iter(self._found))]
-        elif kind is Kind.ASKING:
-            body = decode(event.data)
-            if body["listener"] is not None:
-                self._asking.append(Turn(body["listener"], body["node"], event.position, 0))
         elif kind is Kind.CARRYING:
             name = decode(event.data)["listener"]
             for turn in reversed(self._turns):
@@ -105,11 +98,6 @@ class Turns:
             read = body["read"]
             believed = read is None or self._can_have_read(read, body.get("tag"), event.position)
             self._leave(body["listener"], read, parse_cursor(body.get("heard")), believed=believed)
-
-    def _forget_asking(self, name: str) -> bool:
-        before = len(self._asking)
-        self._asking = [turn for turn in self._asking if turn.name != name]
-        return len(self._asking) < before
 
     def _can_have_read(self, read: int, tag: str | None, position: int) -> bool:
         """Whether one that left at `position` can have read this log up to there: it may not have known yet that the
@@ -127,8 +115,6 @@ class Turns:
         return None if lost is None else self._found.get(lost)
 
     def _leave(self, name: str, read: int | None, heard: Cursor | None, *, believed: bool) -> None:
-        if self._forget_asking(name):
-            return
         turn = next((turn for turn in reversed(self._turns) if turn.name == name), None)
         if turn is None:
             # Its beginning was trimmed, so it is older than all that are known.
@@ -143,14 +129,6 @@ class Turns:
         Of several the oldest, for which the others wait too.
         """
         return next(iter(self._open_before(position)), None)
-
-    def rival_of(self, position: int) -> Turn | None:
-        """The turn that one which asked at `position` may not take the stream from, if it lives: which carries it, or
-        asked before. One that has shown that it lives, if there is one.
-        """
-        opened = self._open_before(sys.maxsize)
-        asked = [turn for turn in self._asking if turn.position < position and not turn.left]
-        return next((turn for turn in opened if turn.shown > position), None) or next(iter(asked + opened), None)
 
     def _open_before(self, position: int) -> list[Turn]:
         opened: list[Turn] = []

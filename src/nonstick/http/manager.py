@@ -814,8 +814,7 @@ class SessionManager:
             return resumption
         primes = is_version_at_least(session.protocol_version, "2025-11-25")
         listener = Listener(session, place, primes=primes)
-        if not await listener.prepare(reject=self.settings.second_listener == "reject"):
-            raise wire.Refusal(409, "Conflict: Only one SSE stream is allowed per session")
+        await listener.prepare()
         return listener
 
     async def _delete(self, key: str, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
@@ -901,7 +900,6 @@ def _settings(options: Options, **more: Any) -> Settings:
     choices = {
         "answer": ("auto", "sse", "json"),
         "placement": ("any", "stateless", "owner"),
-        "second_listener": ("takeover", "reject"),
         "trace_session_ids": ("hashed", "raw"),
         "reexecute": ("never", "idempotent"),
     }

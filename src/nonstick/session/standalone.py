@@ -416,26 +416,12 @@ class Listener(Reader):
 
     # ---- before the response
 
-    async def prepare(self, *, reject: bool = False) -> bool:
-        """Reads what the log has. False if `reject` and another live connection carries the stream.
+    async def prepare(self) -> None:
+        """Takes the log into account, from where the client wants to go on.
 
         Raises:
             SessionNotFound, StoreUnavailable: As `Store.read`.
         """
-        await self._find_out()
-        if not reject or self._named:
-            return True
-        try:
-            first = await self._ask_for_it()
-        except BaseException:
-            self.session.spawn(self._leave())
-            raise
-        if not first:
-            self.session.spawn(self._leave())
-        return first
-
-    async def _find_out(self) -> None:
-        """Takes the log into account, from where the client wants to go on."""
         for _ in range(_READINGS):
             try:
                 await (self._scan(Cursor(0)) if self._place is None else self._find(self._place))
@@ -501,28 +487,6 @@ class Listener(Reader):
         self._given = deque((place for place in self._given if place.position <= start), maxlen=MAX_PLACES)
         return start
 
-    async def _ask_for_it(self) -> bool:
-        """Asks whether another connection carries the stream. Whether none does, and none asked before."""
-        self._turn = dice.name()
-        self._claim = self.session.node.spawn(self._ask(self._turn))
-        taken = False
-
-        def rival() -> Turn | None:
-            nonlocal taken
-            if self._seen.position < asked:
-                return Turn(self._turn, self.session.node.id, asked, 0)
-            turn = self._turns.rival_of(asked)
-            taken = turn is not None and turn.shown > asked
-            return None if taken or self.session.node.draining else turn
-
-        try:
-            async with asyncio.timeout(2 * self._patience):
-                asked = (await asyncio.shield(self._claim)).first
-                await self._follow_while(rival, answers=lambda _: True)
-        except (TimeoutError, Diverged):
-            raise StoreUnavailable("it could not be found out whether another connection carries the stream") from None
-        return not taken
-
     # ---- what the log has
 
     async def _scan(self, after: Cursor, search: Search | None = None) -> None:
@@ -563,8 +527,8 @@ class Listener(Reader):
         with contextlib.suppress(StoreError):
             await self._append(draft(Kind.CARRYING, pydantic_core.to_json({"listener": turn})))
 
-    async def _ask(self, turn: str | None) -> Appended:
-        body = {"listener": turn, "node": self.session.node.id}
+    async def _ask(self) -> Appended:
+        body = {"listener": None, "node": self.session.node.id}
         return await self._append(draft(Kind.ASKING, pydantic_core.to_json(body)))
 
     async def _is_carried(self) -> bool:
@@ -605,7 +569,7 @@ class Listener(Reader):
 
     async def _take_turns(self) -> None:
         if self._place is not None and await patiently(self._is_carried, pause=_LIVENESS_POLL):
-            asked = (await self._ask(None)).first
+            asked = (await self._ask()).first
             # It may have left, and the store lost that.
             await self._stay_silent(answers=lambda turn: turn.shown < asked)
         while True:
