@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import mcp_types as types
+import pydantic_core
 import pytest
 from mcp.server import MCPServer, Server
 from mcp.server.auth.middleware.auth_context import get_access_token
@@ -23,12 +24,12 @@ from pydantic import AnyHttpUrl
 import nonstick
 from nonstick import current_attempt, current_connection
 from nonstick.commands.serve import Settings, _application, adopted_in
-from nonstick.core.events import Kind
+from nonstick.core.events import Kind, decode, draft, kind_of
 from nonstick.core.record import LOST, OWNER
 from nonstick.core.security import session_key
 from nonstick.core.settings import Options
 from nonstick.errors import ConfigurationError
-from nonstick.store import MAX_READ, Cursor
+from nonstick.store import MAX_READ, NEW_STREAM, Batch, Cursor
 from nonstick.stores.encrypted import EncryptedStore
 from nonstick.stores.memory import MemoryStore
 from nonstick.stores.sqlite import SQLiteStore
@@ -442,6 +443,31 @@ async def test_session_of_a_lost_owner_is_built_anew_once(make_store: MakeStore)
         answers = await asyncio.gather(*(member.post(call("use", n), session) for n, member in enumerate((b, c, b))))
         found = [await _outcome(answer) for answer in answers]
         assert sorted(found) == ["101", "102", "103"]
+
+
+async def test_requests_that_ran_on_a_lost_owner_end_though_nobody_reads_them(memory: MakeStore) -> None:
+    """P7, P10: what the new owner ends is what the lost one ran, and nothing that another node runs."""
+    async with desk(memory, movable=True) as (stage, a, b, c):
+        session = await a.open()
+        lost = await left_open(stage, session, "gone-00000000", 1)
+        elsewhere = await left_open(stage, session, node_of(c).id, 2)
+        await lose(stage, session, a)
+        assert await _outcome(await b.post(call("use", 3), session)) == "101"
+        ends = {
+            event.stream: decode(event.data)
+            for event in await stage.log(session)
+            if kind_of(event.data) is Kind.TERMINAL
+        }
+        assert ends[lost]["id"] == 1
+        assert ends[lost]["error"]["data"] == {"reason": "node_lost", "retrySafe": False}
+        assert elsewhere not in ends
+
+
+async def left_open(stage: Stage, session: Session, node: str, request: int) -> int:
+    """A stream that this node opened, whose client is gone."""
+    event = draft(Kind.OPENED, pydantic_core.to_json({"node": node, "attempt": 1, "request": call("wait", request)}))
+    batch = Batch([event], writer=secrets.token_hex(4), sequence=1, stream=NEW_STREAM)
+    return (await stage.store.append(session_key(session.id), batch)).first
 
 
 async def test_session_of_a_lost_owner_that_cannot_be_built_anew_ends_with_a_clear_error(make_store: MakeStore) -> None:

@@ -18,7 +18,7 @@ from nonstick.store import NEW_STREAM, Batch, Cursor, Store
 from nonstick.testing.cluster import Member, Session
 from tests.cluster.conftest import MakeStore
 from tests.cluster.sse import getting, posting
-from tests.cluster.stage import Context, HeldStore, Stage, call, cancel, eventually, node_of, text_of
+from tests.cluster.stage import Context, HeldStore, Stage, call, cancel, eventually, node_of, say, text_of
 
 pytestmark = pytest.mark.anyio
 
@@ -37,6 +37,7 @@ class Safe(Stage):
         super().__init__(make_store, **options)
         self.runs = 0
         self.tool(self.count)
+        self.tool(self.linger)
 
     def server(self) -> Server[Any]:
         return Server("safe", version="1", on_list_tools=self._list, on_call_tool=self._call)
@@ -45,10 +46,16 @@ class Safe(Stage):
         self.runs += 1
         return f"run {self.runs}"
 
+    async def linger(self, ctx: Context, arguments: dict[str, Any]) -> str:
+        self.runs += 1
+        await say(ctx, f"begun {self.runs}")
+        await self.door("go on")
+        return f"run {self.runs}"
+
     async def _list(self, ctx: Context, params: types.PaginatedRequestParams | None) -> types.ListToolsResult:
         annotations = types.ToolAnnotations(idempotent_hint=True)
-        tool = types.Tool(name="count", input_schema={"type": "object"}, annotations=annotations)
-        return types.ListToolsResult(tools=[tool])
+        tools = [types.Tool(name=n, input_schema={"type": "object"}, annotations=annotations) for n in self.tools]
+        return types.ListToolsResult(tools=tools)
 
 
 async def opened(stage: Stage, session: Session, message: dict[str, Any], **more: Any) -> str:
@@ -81,6 +88,30 @@ async def test_request_that_was_cancelled_before_its_node_was_lost_is_not_run_ag
             [answer] = await stream.rest()
         assert answer["error"]["message"] == "Request cancelled"
         assert stage.runs == 0
+
+
+async def test_run_that_began_before_the_client_reads_goes_on(memory: MakeStore) -> None:
+    """P7: who comes back later knows of the lost node alone, and finds out first that another one runs the request."""
+    asked: list[set[str]] = []
+
+    class Asked(HeldStore):
+        async def lapsed(self, nodes: Collection[str]) -> set[str]:
+            asked.append(set(nodes))
+            return await self._store.lapsed(nodes)
+
+    async with Safe(lambda: _as_store(Asked(memory(), "", after=False)), reexecute="idempotent") as stage:
+        a, b, c = stage.cluster
+        session = await a.open()
+        place = await opened(stage, session, call("linger"))
+        async with getting(b, session, place) as here:
+            assert text_of(await here.message()) == "begun 1"
+            asked.clear()
+            async with getting(c, session, here.last_id) as there:
+                running = {node_of(b).id}
+                await eventually(lambda: running in asked or there.waiting)
+                stage.open("go on")
+                assert text_of(await there.message()) == text_of(await here.message()) == "run 1"
+        assert (await stage.kinds(session)).count(Kind.TAKEN) == 1
 
 
 async def test_node_whose_lease_is_seen_lapsed_once_loses_nothing(memory: MakeStore) -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from nonstick.stores.sqlite import SQLiteStore
-from nonstick.testing import Opener, StoreContract, opening
+from nonstick.testing import ManualClock, Opener, StoreContract, opening
+from nonstick.testing.contract.append import AppendContract
+from nonstick.testing.contract.record import RecordContract
 
 
 class TestSQLiteStore(StoreContract):
@@ -17,4 +19,17 @@ class TestSQLiteStore(StoreContract):
     @pytest.fixture
     async def opener(self, tmp_path: Path) -> AsyncIterator[Opener]:
         async with opening(lambda: SQLiteStore(tmp_path / "sessions.db")) as opener:
+            yield opener
+
+
+class TestSQLiteStoreByTheMinute(AppendContract, RecordContract):
+    """What takes minutes, under a clock that the test moves."""
+
+    @pytest.fixture
+    def clock(self) -> ManualClock:
+        return ManualClock()
+
+    @pytest.fixture
+    async def opener(self, tmp_path: Path, clock: ManualClock) -> AsyncIterator[Opener]:
+        async with opening(lambda: SQLiteStore(tmp_path / "sessions.db", clock=clock)) as opener:
             yield opener

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from nonstick.store import Batch, Draft
+from nonstick.errors import AlreadyExists, SessionNotFound
+from nonstick.store import Batch, Cursor, Draft
 from nonstick.stores.memory import MemoryStore
 
 pytestmark = pytest.mark.anyio
@@ -44,3 +45,18 @@ async def test_instance_is_open_until_the_last_of_its_users_left() -> None:
                 pass
             await store.delete("key")
             await woken.wait()
+
+
+async def test_lifetime_ends_at_its_last_instant() -> None:
+    """As with every store that counts by itself: what expires at an instant is gone at it."""
+    now = [0.0]
+    async with MemoryStore(clock=lambda: now[0]) as store:
+        await store.create("key", {"old": b"1"}, lifetime=5)
+        now[0] = 4.75
+        with pytest.raises(AlreadyExists):
+            await store.create("key", {}, lifetime=5)
+        now[0] = 5.0
+        with pytest.raises(SessionNotFound):
+            await store.read("key", Cursor(0))
+        await store.create("key", {}, lifetime=5)
+        assert (await store.load("key")).fields == {}

@@ -688,6 +688,42 @@ async def test_call_that_was_given_up_does_not_go_on_in_the_server(store: Postgr
     assert await read_all(store, "key") == []
 
 
+@pytest.mark.parametrize("method", ["append", "update", "trim", "delete", "touch"])
+async def test_session_that_expires_while_a_call_waits_for_it_is_gone(
+    server: PostgresServer, schema: str, sql: Any, method: str
+) -> None:
+    """The time of a write is when it has the session's row, not when it was sent."""
+    async with PostgresStore(server.url, schema=schema, sweep_interval=LONG, timeout=60.0) as store:
+        await store.create("key", {}, lifetime=LONG)
+        await store.append("key", Batch(drafts(b"x")))
+        call: dict[str, Callable[[], Awaitable[Any]]] = {
+            "append": lambda: store.append("key", Batch(drafts(b"y"))),
+            "update": lambda: store.update("key", {"x": b"1"}),
+            "trim": lambda: store.trim("key", standalone_before=2),
+            "delete": lambda: store.delete("key"),
+            "touch": lambda: store.touch(["key"]),
+        }
+        await sql("BEGIN")
+        await sql("SELECT id FROM session FOR UPDATE")
+        waiting = asyncio.ensure_future(call[method]())
+
+        async def at_the_lock() -> bool:
+            others = "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1 AND wait_event_type = 'Lock'"
+            return bool(await sql(others, schema) == 1)
+
+        await eventually(at_the_lock)
+        await sql("UPDATE session SET expires_at = extract(epoch FROM clock_timestamp())::float8")
+        await sql("COMMIT")
+        if method in ("append", "update"):
+            with pytest.raises(SessionNotFound):
+                await waiting
+        else:
+            assert not await waiting
+        with pytest.raises(SessionNotFound):
+            await store.load("key")
+        assert await sql("SELECT coalesce(min(size), 1) FROM session") == 1
+
+
 async def test_cancelled_calls_keep_their_connections(store: PostgresStore, sql: Any, schema: str) -> None:
     """A cancelled call disturbs no other: its statement runs on, and its connection is used again."""
     await store.create("key", {}, lifetime=LONG)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mcp_types import InitializeRequestParams
 
 from nonstick.core.record import Record, SessionState, opening_fields, subscription_field
-from nonstick.errors import NonstickError, StateNotJSON
+from nonstick.errors import NonstickError, StateNotJSON, StoreUnavailable
 
 CLIENT = InitializeRequestParams.model_validate(
     {
@@ -48,6 +48,18 @@ def test_record_has_what_was_added_and_passes_over_what_it_does_not_know() -> No
     assert record.log_level == "error"
     assert record.subscriptions == {"memo://ü"}
     assert record.state == {"user": b'"ada"'}
+
+
+@pytest.mark.parametrize("version", [b"2", b"", b"\x00NE1 ciphertext", None])
+def test_record_of_another_format_is_not_readable_yet(version: bytes | None) -> None:
+    """P9, P12: of a newer release, or encrypted. The session lives, so it is 503 and never 404."""
+    fields = opening_fields("2025-11-25", CLIENT, b"")
+    if version is None:
+        del fields["v"]
+    else:
+        fields["v"] = version
+    with pytest.raises(StoreUnavailable, match="another version of nonstick"):
+        Record.from_fields(fields)
 
 
 def test_field_of_a_subscription_fits_any_uri() -> None:

@@ -299,6 +299,36 @@ async def test_file_that_stays_locked_is_unavailable_and_the_repeat_is_written_o
     assert len(await store.read("key", Cursor(0))) == 1
 
 
+async def test_time_of_a_write_is_when_it_got_the_lock(path: Path) -> None:
+    """A session that expires while a write waits is gone when the write's turn comes."""
+    held: set[bool] = set()
+    here = threading.get_ident()
+
+    def clock() -> float:
+        if threading.get_ident() == here:
+            with connected(path) as other:
+                other.execute("PRAGMA busy_timeout = 0")
+                try:
+                    other.execute("BEGIN IMMEDIATE")
+                    held.add(False)
+                except sqlite3.OperationalError:
+                    held.add(True)
+        return 1000.0
+
+    async with SQLiteStore(path, clock=clock) as store:
+        await store.create("key", {}, lifetime=600)
+        for write in (
+            lambda: store.create("other", {}, lifetime=600),
+            lambda: store.append("key", event()),
+            lambda: store.update("key", {"x": b"1"}),
+            lambda: store.trim("key", standalone_before=1),
+            lambda: store.delete("key"),
+        ):
+            held.clear()
+            await write()
+            assert held == {True}
+
+
 async def test_cancelled_waiter_disturbs_no_other(store: SQLiteStore, path: Path) -> None:
     await store.create("key", {}, lifetime=600)
     with locked(path) as holder:
