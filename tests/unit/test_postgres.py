@@ -81,6 +81,14 @@ async def sql(server: PostgresServer, schema: str) -> AsyncIterator[Callable[...
     await connection.close()
 
 
+async def at_locks(sql: Any, schema: str) -> int:
+    """How many of the store's connections wait for a lock."""
+    # Else a transaction goes on with the list of connections that there were when it looked first.
+    await sql("SELECT pg_stat_clear_snapshot()")
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1 AND wait_event_type = 'Lock'"
+    return int(await sql(waiting, schema))
+
+
 async def recovered(call: Callable[[], Awaitable[Any]]) -> Any:
     """What the call returns once the store can be reached again."""
     async with deadline():
@@ -667,13 +675,12 @@ async def test_silent_server_is_unavailable_in_time(own: PostgresServer) -> None
 async def test_call_that_was_given_up_does_not_go_on_in_the_server(store: PostgresStore, sql: Any, schema: str) -> None:
     """A call that waits for a lock in vain is ended there too: it holds no connection and writes nothing later."""
     await store.create("key", {}, lifetime=LONG)
-    waiting = "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1 AND wait_event_type = 'Lock'"
     await sql("BEGIN")
     await sql("SELECT id FROM session FOR UPDATE")
     given_up = asyncio.ensure_future(store.append("key", Batch(drafts(b"x"))))
 
     async def at_the_lock() -> bool:
-        return bool(await sql(waiting, schema) == 1)
+        return await at_locks(sql, schema) == 1
 
     await eventually(at_the_lock)
     await store.load("key")  # which needs no lock
@@ -681,7 +688,7 @@ async def test_call_that_was_given_up_does_not_go_on_in_the_server(store: Postgr
         await given_up
 
     async def left() -> bool:
-        return bool(await sql(waiting, schema) == 0)
+        return await at_locks(sql, schema) == 0
 
     await eventually(left)
     await sql("COMMIT")
@@ -708,8 +715,7 @@ async def test_session_that_expires_while_a_call_waits_for_it_is_gone(
         waiting = asyncio.ensure_future(call[method]())
 
         async def at_the_lock() -> bool:
-            others = "SELECT count(*) FROM pg_stat_activity WHERE application_name = $1 AND wait_event_type = 'Lock'"
-            return bool(await sql(others, schema) == 1)
+            return await at_locks(sql, schema) == 1
 
         await eventually(at_the_lock)
         await sql("UPDATE session SET expires_at = extract(epoch FROM clock_timestamp())::float8")
