@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -170,12 +171,17 @@ class PostgresServer:
         self.start()
 
     def freeze(self) -> None:
-        """SIGSTOP for all of its processes: connections stay open and are accepted, nothing answers."""
+        """SIGSTOP for all of its processes: connections stay open and are accepted, nothing answers.
+
+        Returns once they stand still.
+        """
         os.kill(self.pid, signal.SIGSTOP)
         if sys.platform == "linux":
             os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
         # The main process stands still, so there will be no more of them.
-        _signal(_offspring(self.pid), signal.SIGSTOP)
+        offspring = _offspring(self.pid)
+        _signal(offspring, signal.SIGSTOP)
+        _wait_while(_runs, offspring)
 
     def thaw(self) -> None:
         """SIGCONT."""
@@ -259,9 +265,7 @@ def _end(children: list[subprocess.Popen[bytes]], home: Path) -> None:
             child.send_signal(signal.SIGSTOP)
             offspring = _offspring(child.pid)
             _signal([*offspring, child.pid], signal.SIGKILL)
-            limit = time.monotonic() + START_SECONDS
-            while any(_lives(pid) for pid in offspring) and time.monotonic() < limit:
-                time.sleep(0.002)
+            _wait_while(_lives, offspring)
         child.wait()
     _forget_memory(home)
 
@@ -292,6 +296,18 @@ def _status(pid: str) -> list[str]:
 
 def _lives(pid: int) -> bool:
     return bool(status := _status(str(pid))) and status[0] != "Z"
+
+
+def _runs(pid: int) -> bool:
+    """Whether it lives and does not stand still. A signal takes effect only when its process has its turn."""
+    return _lives(pid) and _status(str(pid))[:1] != ["T"]
+
+
+def _wait_while(holds: Callable[[int], bool], pids: list[int]) -> None:
+    """Returns once it holds for none of these processes, or after `START_SECONDS`."""
+    limit = time.monotonic() + START_SECONDS
+    while any(map(holds, pids)) and time.monotonic() < limit:
+        time.sleep(0.002)
 
 
 def _offspring(pid: int) -> list[int]:
