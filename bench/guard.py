@@ -24,7 +24,7 @@ from typing import Any, Final, NamedTuple, cast
 
 import nonstick
 from bench.servers import mcpserver
-from nonstick.core.security import session_key
+from nonstick.core.names import session_key
 from nonstick.store import Store
 from nonstick.stores.memory import MemoryStore
 

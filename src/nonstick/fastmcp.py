@@ -16,7 +16,7 @@ from starlette.applications import Starlette
 
 from nonstick.cluster.probing import probed
 from nonstick.cluster.state_store import PROBE
-from nonstick.core.security import UNNAMED
+from nonstick.core.names import UNNAMED
 from nonstick.errors import ConfigurationError, without_text
 from nonstick.session.live import current_session
 

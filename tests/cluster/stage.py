@@ -17,7 +17,7 @@ from mcp.shared.message import ServerMessageMetadata
 
 from nonstick import current_connection
 from nonstick.core.events import Kind, kind_of
-from nonstick.core.security import session_key
+from nonstick.core.names import session_key
 from nonstick.errors import NotPending, StoreUnavailable
 from nonstick.node.node import Node
 from nonstick.store import MAX_READ, Batch, Cursor, Event, Store

@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import nonstick
 from nonstick.adopt import Adopted
-from nonstick.core.security import session_key
+from nonstick.core.names import session_key
 from nonstick.errors import ConfigurationError, NonstickError, NotRunning
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing.cluster import Session

@@ -22,8 +22,8 @@ from mcp.server.mcpserver import Context
 from mcp.shared.auth import OAuthClientInformationFull
 from pydantic import AnyHttpUrl, AnyUrl
 
+from nonstick.core.names import session_key
 from nonstick.core.record import Record
-from nonstick.core.security import session_key
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing.cluster import HEADERS, Cluster, Member, Session
 from tests.cluster.conftest import MakeStore, one

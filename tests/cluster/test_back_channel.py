@@ -12,7 +12,7 @@ from mcp.shared.exceptions import MCPError, NoBackChannelError
 
 from nonstick import current_connection
 from nonstick.core.events import Kind, draft
-from nonstick.core.security import session_key
+from nonstick.core.names import session_key
 from nonstick.store import Batch
 from tests.cluster.conftest import MakeStore
 from tests.cluster.sse import DEADLINE, Stream, getting, posting

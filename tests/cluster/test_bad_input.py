@@ -12,8 +12,8 @@ import httpx2
 import pytest
 
 from nonstick.cluster.cluster import CLUSTER_KEY
+from nonstick.core.names import new_session_id, session_key
 from nonstick.core.record import opening_fields
-from nonstick.core.security import new_session_id, session_key
 from nonstick.errors import SessionNotFound
 from nonstick.store import Cursor, Loaded, Store
 from nonstick.stores.memory import MemoryStore

@@ -13,8 +13,8 @@ import pytest
 
 from nonstick.cluster.cluster import CLUSTER_KEY
 from nonstick.core.events import Kind, kind_of
-from nonstick.core.security import session_key
-from nonstick.http.intake import LONGEST_ID
+from nonstick.core.jsonrpc import LONGEST_ID
+from nonstick.core.names import session_key
 from nonstick.log.follow import Follower, Subscription
 from nonstick.session.exchange import Exchange
 from nonstick.session.live import Session as View

@@ -13,8 +13,8 @@ import pytest
 
 from nonstick.core.events import EventId, Kind, draft
 from nonstick.core.introductions import INTRODUCTIONS
+from nonstick.core.names import session_key
 from nonstick.core.record import OWNER
-from nonstick.core.security import session_key
 from nonstick.errors import NotPending
 from nonstick.session.standalone import Listener
 from nonstick.store import MAX_READ_BYTES, NEW_STREAM, STANDALONE, Appended, Batch, Cursor, Event, Skimmed, Store

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nonstick.core.security import session_key
+from nonstick.core.names import session_key
 from nonstick.testing.cluster import Session
 from tests.cluster.conftest import MakeStore
 from tests.cluster.sse import DEADLINE, getting, posting

@@ -14,8 +14,8 @@ from mcp.server.connection import Connection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from nonstick import current_connection
+from nonstick.core.names import session_key
 from nonstick.core.record import OWNER
-from nonstick.core.security import session_key
 from nonstick.testing.cluster import Member
 from tests.cluster.conftest import MakeStore
 from tests.cluster.sse import getting, posting

@@ -12,8 +12,8 @@ from mcp.server.mcpserver import Context as ToolContext
 
 import nonstick
 from nonstick import current_connection
+from nonstick.core.names import session_key
 from nonstick.core.record import OWNER
-from nonstick.core.security import session_key
 from nonstick.session.live import Session
 from nonstick.store import Batch
 from nonstick.stores.memory import MemoryStore

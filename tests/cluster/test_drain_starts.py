@@ -10,7 +10,7 @@ from typing import Any, Final, Self
 
 import pytest
 
-from nonstick.core.security import session_key
+from nonstick.core.names import session_key
 from nonstick.store import Store
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing.cluster import HEADERS, Member, Session

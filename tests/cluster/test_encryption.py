@@ -13,7 +13,7 @@ import pytest
 import redis
 
 from nonstick import EncryptedStore, current_connection
-from nonstick.core.security import session_key
+from nonstick.core.names import session_key
 from nonstick.store import Store
 from nonstick.stores.encrypted import KeyRing
 from nonstick.stores.redis import RedisStore

@@ -11,7 +11,7 @@ import mcp_types as types
 import pytest
 
 from nonstick import current_connection
-from nonstick.core.security import session_key
+from nonstick.core.names import session_key
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing import ManualClock
 from nonstick.testing.cluster import Member, Session

@@ -15,8 +15,8 @@ from mcp_types import INTERNAL_ERROR
 
 from nonstick import current_connection
 from nonstick.core.events import EventId, Kind, draft
+from nonstick.core.names import session_key
 from nonstick.core.record import OWNER
-from nonstick.core.security import session_key
 from nonstick.node.exits import Exit
 from nonstick.node.node import Node
 from nonstick.store import NEW_STREAM, Batch, Cursor

@@ -11,8 +11,8 @@ from mcp_types import INTERNAL_ERROR
 
 from nonstick import current_connection, session_state
 from nonstick.core.events import Kind
+from nonstick.core.names import session_key
 from nonstick.core.record import Record
-from nonstick.core.security import session_key
 from nonstick.session.live import Session as View
 from nonstick.store import Store
 from nonstick.testing.cluster import HEADERS, Member, Session

@@ -15,7 +15,7 @@ import nonstick.session.exchange
 import nonstick.session.rescue
 from nonstick import current_connection
 from nonstick.core.events import Kind, draft
-from nonstick.core.security import session_key
+from nonstick.core.names import session_key
 from nonstick.store import Batch
 from nonstick.stores.memory import MemoryStore
 from tests.cluster.conftest import one

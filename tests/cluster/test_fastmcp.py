@@ -20,7 +20,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 import nonstick
-from nonstick.core.security import session_key
+from nonstick.core.names import session_key
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing.cluster import Member
 from tests.cluster.servers import call, error, eventually, messages, opening, request

@@ -18,7 +18,7 @@ import pytest
 
 from nonstick.cluster.cluster import CLUSTER_KEY
 from nonstick.core.events import Kind, draft
-from nonstick.core.security import session_key
+from nonstick.core.names import session_key
 from nonstick.store import Cursor, Event
 from nonstick.stores.encrypted import EncryptedStore
 from nonstick.stores.postgres import PostgresStore

@@ -15,7 +15,7 @@ import pytest
 import redis.asyncio
 
 from nonstick.core.events import Kind, draft
-from nonstick.core.security import session_key
+from nonstick.core.names import session_key
 from nonstick.store import Batch, Cursor
 from nonstick.stores.encrypted import EncryptedStore
 from nonstick.stores.redis import RedisStore

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from nonstick.core.events import Kind, kind_of
-from nonstick.core.security import session_key
+from nonstick.core.names import session_key
 from nonstick.session import standalone as listener
 from nonstick.store import Batch
 from nonstick.stores.memory import MemoryStore

@@ -12,8 +12,9 @@ import pytest
 from starlette.requests import Request
 
 from nonstick.core.events import Kind, decode, kind_of
-from nonstick.core.security import session_key
-from nonstick.http.intake import LONGEST_ID, LONGEST_METHOD, header
+from nonstick.core.jsonrpc import LONGEST_ID, LONGEST_METHOD
+from nonstick.core.names import session_key
+from nonstick.http.intake import header
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing import ManualClock
 from nonstick.testing.cluster import HEADERS, Member, Session

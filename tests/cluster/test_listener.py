@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from nonstick.core import dice
 from nonstick.core.events import Kind, draft, kind_of, parse_event_id
-from nonstick.core.security import session_key
+from nonstick.core.names import new_name, session_key
 from nonstick.store import Batch
 from nonstick.testing.cluster import Member, Session
 from tests.cluster.conftest import MakeStore, one
@@ -423,7 +422,7 @@ async def test_connection_answers_one_of_an_older_release_that_asks(make_store: 
                 (Kind.ASKING, b'{"listener":"refused","node":"old"}'),
                 (Kind.LEFT, b'{"listener":"refused","read":null}'),
             ):
-                await stage.store.append(key, Batch([draft(kind, body)], writer=dice.name(), sequence=1))
+                await stage.store.append(key, Batch([draft(kind, body)], writer=new_name(), sequence=1))
 
             async def answered() -> bool:
                 return any(kind_of(event.data) is Kind.CARRYING for event in await stage.log(session))

@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import pytest
 
 from nonstick.core.events import EventId, Kind, decode, kind_of, parse_event_id
-from nonstick.core.security import session_key
+from nonstick.core.names import session_key
 from nonstick.store import MAX_CLIP, Batch, Cursor, Draft, Skimmed
 from nonstick.testing.cluster import Member, Session
 from tests.cluster.conftest import one

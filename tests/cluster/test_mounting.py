@@ -26,7 +26,7 @@ from starlette.routing import Mount, Route
 from starlette.types import Receive, Scope, Send
 
 import nonstick
-from nonstick.core.security import session_key
+from nonstick.core.names import session_key
 from nonstick.core.settings import Settings
 from nonstick.errors import ConfigurationError, NotRunning
 from nonstick.http.manager import _settings

@@ -15,7 +15,7 @@ import nonstick
 import nonstick.cluster.cluster
 from nonstick.cluster.cluster import CLUSTER_KEY
 from nonstick.core.events import EventId, Kind, parse_event_id
-from nonstick.core.security import session_key
+from nonstick.core.names import session_key
 from nonstick.errors import ConfigurationError
 from nonstick.log.guard import GuardedStore
 from nonstick.store import Store

@@ -25,8 +25,8 @@ import nonstick
 from nonstick import current_attempt, current_connection
 from nonstick.commands.serve import Settings, _application, adopted_in
 from nonstick.core.events import Kind, decode, draft, kind_of
+from nonstick.core.names import session_key
 from nonstick.core.record import LOST, OWNER
-from nonstick.core.security import session_key
 from nonstick.core.settings import Options
 from nonstick.errors import ConfigurationError
 from nonstick.store import MAX_READ, NEW_STREAM, Batch, Cursor

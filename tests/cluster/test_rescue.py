@@ -13,7 +13,7 @@ import pytest
 from mcp.server import Server
 
 from nonstick.core.events import EventId, Kind, draft
-from nonstick.core.security import session_key
+from nonstick.core.names import session_key
 from nonstick.store import NEW_STREAM, Batch, Cursor, Store
 from nonstick.testing.cluster import Member, Session
 from tests.cluster.conftest import MakeStore

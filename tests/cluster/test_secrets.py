@@ -18,7 +18,7 @@ import httpx2
 import pytest
 import redis
 
-from nonstick.core.security import session_key
+from nonstick.core.names import session_key
 from nonstick.node.node import Counters
 from nonstick.testing import FaultProxy, PostgresServer, ValkeyServer
 from nonstick.testing.cluster import Member, Session

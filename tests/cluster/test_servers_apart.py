@@ -20,7 +20,7 @@ from starlette.applications import Starlette
 from starlette.routing import Host, Mount
 
 import nonstick
-from nonstick.core.security import session_key
+from nonstick.core.names import session_key
 from nonstick.errors import ConfigurationError, SessionNotFound
 from nonstick.store import Batch, Store
 from nonstick.stores.memory import MemoryStore

@@ -16,8 +16,8 @@ from mcp.shared.exceptions import MCPError
 
 from nonstick import current_connection
 from nonstick.cluster.cluster import CLUSTER_KEY
+from nonstick.core.names import session_key
 from nonstick.core.record import Record, subscription_field
-from nonstick.core.security import session_key
 from nonstick.errors import SessionNotFound
 from nonstick.node.node import Node
 from nonstick.store import Store

@@ -10,7 +10,7 @@ from mcp.server.context import CallNext, HandlerResult
 
 from nonstick import current_connection
 from nonstick.core.events import Kind
-from nonstick.core.security import session_key
+from nonstick.core.names import session_key
 from nonstick.errors import SessionNotFound
 from nonstick.store import STANDALONE, Store
 from nonstick.stores.memory import MemoryStore

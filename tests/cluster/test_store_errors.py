@@ -28,10 +28,10 @@ from nonstick.cluster import cluster
 from nonstick.cluster.cluster import CLUSTER_KEY
 from nonstick.core.events import EventId, draft
 from nonstick.core.events import Kind as Kinds
-from nonstick.core.security import session_key
+from nonstick.core.names import session_key
+from nonstick.core.refusals import STORE_AWAY
 from nonstick.errors import NotPending, SessionNotFound, StoreUnavailable
 from nonstick.http import manager
-from nonstick.http.wire import STORE_AWAY
 from nonstick.log import writer as sender
 from nonstick.node import holding, placement, relay
 from nonstick.node.node import Node

@@ -11,7 +11,7 @@ import pytest
 
 from nonstick import current_connection
 from nonstick.core.events import EventId, Kind, kind_of, parse_event_id
-from nonstick.core.security import session_key
+from nonstick.core.names import session_key
 from nonstick.store import MAX_CLIP, MAX_READ_BYTES, Cursor, Event, Skimmed, Store
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing.cluster import Member, Session

@@ -16,7 +16,7 @@ from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import nonstick
-from nonstick.core.security import new_session_id
+from nonstick.core.names import new_session_id
 from nonstick.errors import NotRunning, SessionNotFound
 from nonstick.testing.cluster import HEADERS, Session
 from tests.cluster.conftest import MakeStore

@@ -15,7 +15,7 @@ from mcp.server import Server, ServerRequestContext
 from mcp.shared.exceptions import MCPError
 
 from nonstick import session_state
-from nonstick.core.security import session_key
+from nonstick.core.names import session_key
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing.cluster import Cluster, Member, Session
 from tests.cluster.conftest import MakeStore, one

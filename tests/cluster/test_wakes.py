@@ -16,11 +16,10 @@ from typing import Any, Literal
 import pydantic_core
 import pytest
 
-from nonstick.core import dice
 from nonstick.core.events import Kind, decode, draft, kind_of
+from nonstick.core.names import new_tag, session_key
 from nonstick.core.record import OWNER
-from nonstick.core.security import session_key
-from nonstick.http import wire
+from nonstick.core.refusals import STREAM_LOST
 from nonstick.store import Appended, Batch, Cursor, Event, News, Wake
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing.cluster import Member, Session
@@ -248,7 +247,7 @@ async def test_end_that_another_node_wrote_stops_the_request(mode: Any) -> None:
             await begun(b, session, stream)
             place = await opened(stage, session)
             store.mode = mode
-            end = wire.STREAM_LOST.model_dump(exclude_none=True)
+            end = STREAM_LOST.model_dump(exclude_none=True)
             batch = to_stream(*place, Kind.TERMINAL, {"jsonrpc": "2.0", "id": 7, "error": end}, terminal=True)
             await stage.store.append(session_key(session.id), batch)
             await stage.reached("stopped")
@@ -452,7 +451,7 @@ def test_every_mode_but_one_tells_of_a_phantom() -> None:
     store = Misinformed()
     store.mode = "phantom"
     ear = _Ear(store, "key", told.append)
-    true = News(Cursor(3, b"the last"), [Event(4, dice.tag(), 0, b"")])
+    true = News(Cursor(3, b"the last"), [Event(4, new_tag(), 0, b"")])
     ear.hear(true)
     assert [news.since(Cursor(3, b"the last")) is not None for news in told if news] == [True, True]
     assert told[1] == true

@@ -443,7 +443,7 @@ async def test_log_without_tags_is_caught_when_the_store_loses_its_end(
 ) -> None:
     """P9: positions are given out again; only the tag tells that another event stands there now."""
     if not tags:
-        monkeypatch.setattr("nonstick.core.events.dice.tag", lambda: bytes(8))
+        monkeypatch.setattr("nonstick.core.events.new_tag", lambda: bytes(8))
     store = Forgetful()
     async with bench(store) as (made, client):
         call = client.call("count", steps=6)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from nonstick.core.security import session_key
+from nonstick.core.names import session_key
 from nonstick.stores import open_store
 from nonstick.testing import ValkeyCluster, ValkeySentinel
 from tests.cluster.servers import request as asking

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import redis
 
-from nonstick.core.security import session_key
+from nonstick.core.names import session_key
 from nonstick.testing import ValkeyServer
 from nonstick.testing.cluster import Session
 from tests.cluster.servers import request

@@ -8,8 +8,7 @@ import pydantic_core
 import pytest
 
 from nonstick.core.clipping import LONGEST_TEXT, cancel_params, progress_params
-from nonstick.http.intake import LONGEST_ID
-from nonstick.session.live import request_key
+from nonstick.core.jsonrpc import LONGEST_ID, request_key
 
 LONG = "x" * 4_000_000
 

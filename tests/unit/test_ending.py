@@ -12,7 +12,7 @@ from mcp_types import INTERNAL_ERROR, INVALID_PARAMS, ErrorData
 from pydantic import BaseModel, ValidationError
 
 from nonstick.core import ending
-from nonstick.http import wire
+from nonstick.core.jsonrpc import error_body
 
 
 class Mute(Exception):
@@ -63,7 +63,7 @@ def test_every_exception_is_an_error_that_says_what_it_may(exception: BaseExcept
     """P16: the SDK's where that has one; of what was not meant for clients nothing."""
     error = ending.error_of(exception)
     assert (error.code, error.message) == (code, message)
-    assert "secret" not in wire.error_body(1, error).decode()
+    assert "secret" not in error_body(1, error).decode()
 
 
 @pytest.mark.parametrize(
@@ -77,5 +77,5 @@ def test_every_exception_is_an_error_that_says_what_it_may(exception: BaseExcept
 )
 def test_error_that_json_cannot_hold_is_told_as_far_as_it_can(message: str, data: Any, shown: dict[str, Any]) -> None:
     """P16."""
-    body = json.loads(wire.error_body("id", ErrorData(code=1, message=message, data=data)))
+    body = json.loads(error_body("id", ErrorData(code=1, message=message, data=data)))
     assert body == {"jsonrpc": "2.0", "id": "id", "error": shown}

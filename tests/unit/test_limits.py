@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from nonstick.core.refusals import Refusal
 from nonstick.http.intake import arrived
-from nonstick.http.wire import Refusal
 
 pytestmark = pytest.mark.anyio
 

@@ -8,7 +8,7 @@ from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser
 from mcp.server.auth.provider import AccessToken
 from starlette.requests import Request
 
-from nonstick.core.security import new_session_id
+from nonstick.core.names import new_session_id
 from nonstick.session.portable import HARMLESS, pack, unpack
 
 

@@ -14,15 +14,9 @@ from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser
 from mcp.server.auth.provider import AccessToken
 from starlette.authentication import SimpleUser
 
-from nonstick.core.security import (
-    identity,
-    is_session_id,
-    is_session_of,
-    json_depth_exceeds,
-    new_session_id,
-    principal_of,
-    session_key,
-)
+from nonstick.core.jsonrpc import json_depth_exceeds
+from nonstick.core.names import identity, is_session_id, is_session_of, new_session_id, session_key
+from nonstick.core.principals import principal_of
 from nonstick.errors import without_text
 
 SHOP, BANK = identity("shop", "/mcp"), identity("bank", "/mcp")

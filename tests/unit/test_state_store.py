@@ -14,10 +14,10 @@ from mcp.server.auth.provider import AccessToken
 
 import nonstick
 from nonstick.cluster.state_store import MAX_STATE, Allowance, StateStore
-from nonstick.core.security import new_session_id, session_key
+from nonstick.core.names import new_session_id, session_key
+from nonstick.core.refusals import STORE_AWAY
 from nonstick.core.settings import Settings
 from nonstick.errors import SessionNotFound, StateFull, StateNotJSON, StateTooLarge, StoreUnavailable
-from nonstick.http.wire import STORE_AWAY
 from nonstick.log.guard import GuardedStore
 from nonstick.node.node import Node
 from nonstick.session.live import Session

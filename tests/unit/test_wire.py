@@ -13,7 +13,11 @@ from mcp_types import ErrorData
 from pydantic_core import PydanticSerializationError
 from starlette.types import Message
 
-from nonstick.http import wire
+from nonstick.core.jsonrpc import error_body, notification_body, request_body, result_body
+from nonstick.core.refusals import Refusal
+from nonstick.core.sse import sse_frame, sse_priming, sse_retry
+from nonstick.http.respond import refuse
+from nonstick.session.outlet import Mark, Outlet
 from nonstick.store import Cursor
 
 pytestmark = pytest.mark.anyio
@@ -49,33 +53,33 @@ class Client:
 
 
 def test_bodies_are_json_rpc() -> None:
-    assert json.loads(wire.result_body("7", {"a": float("inf"), "ü": 1})) == {
+    assert json.loads(result_body("7", {"a": float("inf"), "ü": 1})) == {
         "jsonrpc": "2.0",
         "id": "7",
         "result": {"a": None, "ü": 1},
     }
-    assert json.loads(wire.error_body(None, ErrorData(code=-1, message="no"))) == {
+    assert json.loads(error_body(None, ErrorData(code=-1, message="no"))) == {
         "jsonrpc": "2.0",
         "id": None,
         "error": {"code": -1, "message": "no"},
     }
-    assert json.loads(wire.error_body(3, ErrorData(code=-1, message="no", data=[1])))["error"]["data"] == [1]
-    assert json.loads(wire.request_body("srv-1", "ping", None)) == {"jsonrpc": "2.0", "id": "srv-1", "method": "ping"}
-    assert "params" not in json.loads(wire.request_body("srv-1", "ping", {}))
-    assert json.loads(wire.notification_body("n", {"x": 1})) == {"jsonrpc": "2.0", "method": "n", "params": {"x": 1}}
-    assert "params" not in json.loads(wire.notification_body("n", None))
+    assert json.loads(error_body(3, ErrorData(code=-1, message="no", data=[1])))["error"]["data"] == [1]
+    assert json.loads(request_body("srv-1", "ping", None)) == {"jsonrpc": "2.0", "id": "srv-1", "method": "ping"}
+    assert "params" not in json.loads(request_body("srv-1", "ping", {}))
+    assert json.loads(notification_body("n", {"x": 1})) == {"jsonrpc": "2.0", "method": "n", "params": {"x": 1}}
+    assert "params" not in json.loads(notification_body("n", None))
 
 
 def test_result_that_is_no_json_is_refused() -> None:
     with pytest.raises(PydanticSerializationError):
-        wire.result_body(1, {"a": object()})
+        result_body(1, {"a": object()})
 
 
 @given(st.text())
 def test_frame_is_one_event_whatever_the_text(text: str) -> None:
     """A line break in the data would end it."""
-    body = wire.notification_body("n", {"text": text})
-    frame = wire.sse_frame("id-1", body)
+    body = notification_body("n", {"text": text})
+    frame = sse_frame("id-1", body)
     assert frame.endswith(b"\r\n\r\n")
     assert frame.count(b"\n") == 4
     fields = dict(line.split(b": ", 1) for line in frame.strip().split(b"\r\n"))
@@ -84,15 +88,15 @@ def test_frame_is_one_event_whatever_the_text(text: str) -> None:
 
 
 def test_priming_event_has_an_id_and_no_message() -> None:
-    assert wire.sse_priming("i", 500) == b"id: i\r\nretry: 500\r\ndata: \r\n\r\n"
-    assert wire.sse_priming("i", None) == b"id: i\r\ndata: \r\n\r\n"
-    assert wire.sse_retry(500) == b"retry: 500\r\n\r\n"
+    assert sse_priming("i", 500) == b"id: i\r\nretry: 500\r\ndata: \r\n\r\n"
+    assert sse_priming("i", None) == b"id: i\r\ndata: \r\n\r\n"
+    assert sse_retry(500) == b"retry: 500\r\n\r\n"
 
 
 async def test_refusal_says_what_is_wrong_in_json() -> None:
     client = Client()
-    refusal = wire.Refusal(405, "no", allow="GET", retry_after=3)
-    await refusal.send(client.send, [(b"x", b"y")])
+    refusal = Refusal(405, "no", allow="GET", retry_after=3)
+    await refuse(client.send, refusal, [(b"x", b"y")])
     head, body = client.messages
     headers = dict(head["headers"])
     assert head["status"] == 405
@@ -106,7 +110,7 @@ async def test_refusal_says_what_is_wrong_in_json() -> None:
 
 async def test_plain_refusal_is_text_and_changes_no_header_that_it_was_given() -> None:
     client, given_headers = Client(), [(b"x", b"y")]
-    await wire.Refusal(403, "no", plain=True).send(client.send, given_headers)
+    await refuse(client.send, Refusal(403, "no", plain=True), given_headers)
     assert client.body == b"no"
     assert given_headers == [(b"x", b"y")]
 
@@ -114,15 +118,15 @@ async def test_plain_refusal_is_text_and_changes_no_header_that_it_was_given() -
 # ---- the outlet
 
 
-def start(outlet: wire.Outlet, client: Client) -> asyncio.Task[bool]:
+def start(outlet: Outlet, client: Client) -> asyncio.Task[bool]:
     return asyncio.create_task(outlet.pump(client.send))
 
 
 async def test_frames_arrive_in_order_and_then_the_end() -> None:
-    outlet, client = wire.Outlet(), Client()
+    outlet, client = Outlet(), Client()
     pumping = start(outlet, client)
     for number in range(100):
-        outlet.put(b"%d " % number, wire.Mark(number))
+        outlet.put(b"%d " % number, Mark(number))
         if number % 7 == 0:
             await asyncio.sleep(0)
     outlet.end()
@@ -130,11 +134,11 @@ async def test_frames_arrive_in_order_and_then_the_end() -> None:
     assert client.body == b"".join(b"%d " % number for number in range(100))
     assert [message["more_body"] for message in client.messages][-1] is False
     assert all(message["more_body"] for message in client.messages[:-1])
-    assert outlet.sent == wire.Mark(99)
+    assert outlet.sent == Mark(99)
 
 
 async def test_nothing_is_written_after_the_end() -> None:
-    outlet, client = wire.Outlet(), Client()
+    outlet, client = Outlet(), Client()
     outlet.put(b"a")
     outlet.end()
     outlet.put(b"b")
@@ -145,7 +149,7 @@ async def test_nothing_is_written_after_the_end() -> None:
 
 async def test_who_produces_waits_for_a_slow_reader() -> None:
     """P10."""
-    outlet, client = wire.Outlet(room=10), Client(slow=True)
+    outlet, client = Outlet(room=10), Client(slow=True)
     pumping = start(outlet, client)
     outlet.put(b"x" * 11)
     waiting = asyncio.create_task(outlet.room())
@@ -160,41 +164,41 @@ async def test_who_produces_waits_for_a_slow_reader() -> None:
 
 async def test_reader_that_takes_nothing_is_cut_off_and_nobody_waits_for_it() -> None:
     """P10."""
-    outlet, client = wire.Outlet(room=10, patience=0.05), Client(slow=True)
-    outlet.put(b"x" * 11, wire.Mark(1))
+    outlet, client = Outlet(room=10, patience=0.05), Client(slow=True)
+    outlet.put(b"x" * 11, Mark(1))
     async with asyncio.timeout(60):
         assert await start(outlet, client) is False
         assert outlet.gone
         await outlet.room()
-    outlet.put(b"y", wire.Mark(2))
-    outlet.pass_over(wire.Mark(3))
-    assert outlet.sent == wire.Mark()
+    outlet.put(b"y", Mark(2))
+    outlet.pass_over(Mark(3))
+    assert outlet.sent == Mark()
 
 
 async def test_what_the_connection_took_is_known() -> None:
     """A listener says how far it got by it."""
-    outlet, client = wire.Outlet(), Client(slow=True)
-    outlet.put(b"a", wire.Mark(1))
+    outlet, client = Outlet(), Client(slow=True)
+    outlet.put(b"a", Mark(1))
     pumping = start(outlet, client)
     await asyncio.sleep(0.01)
-    outlet.put(b"b", wire.Mark(2))
+    outlet.put(b"b", Mark(2))
     # What is passed over comes after what waits.
-    outlet.pass_over(wire.Mark(2, Cursor(7)))
-    assert outlet.sent == wire.Mark()
+    outlet.pass_over(Mark(2, Cursor(7)))
+    assert outlet.sent == Mark()
     client.taking.set()
     async with asyncio.timeout(60):
         await outlet.flushed()
-    assert outlet.sent == wire.Mark(2, Cursor(7))
-    outlet.pass_over(wire.Mark(3))
-    assert outlet.sent == wire.Mark(3)
+    assert outlet.sent == Mark(2, Cursor(7))
+    outlet.pass_over(Mark(3))
+    assert outlet.sent == Mark(3)
     outlet.end()
     await pumping
-    assert outlet.sent == wire.Mark(3)
+    assert outlet.sent == Mark(3)
 
 
 @pytest.mark.parametrize("full", [False, True])
 async def test_client_that_leaves_ends_the_pump_and_frees_who_waits(full: bool) -> None:
-    outlet, client = wire.Outlet(room=10, ping=60), Client(slow=full)
+    outlet, client = Outlet(room=10, ping=60), Client(slow=full)
     pumping = start(outlet, client)
     await asyncio.sleep(0)
     if full:
@@ -209,7 +213,7 @@ async def test_client_that_leaves_ends_the_pump_and_frees_who_waits(full: bool) 
 
 
 async def test_broken_connection_frees_who_waits() -> None:
-    outlet = wire.Outlet(room=10)
+    outlet = Outlet(room=10)
 
     async def broken(message: Message) -> None:
         raise OSError("connection lost")
@@ -224,7 +228,7 @@ async def test_broken_connection_frees_who_waits() -> None:
 
 
 async def test_silent_stream_is_kept_alive_with_comments() -> None:
-    outlet, client = wire.Outlet(ping=0.01), Client()
+    outlet, client = Outlet(ping=0.01), Client()
     pumping = start(outlet, client)
     async with asyncio.timeout(60):
         await client.received(3)
@@ -238,7 +242,7 @@ def test_no_frame_is_lost_or_doubled(frames: list[bytes], data: st.DataObject) -
     pauses = data.draw(st.lists(st.integers(0, 2), min_size=len(frames), max_size=len(frames)))
 
     async def run() -> Any:
-        outlet, client = wire.Outlet(room=8), Client()
+        outlet, client = Outlet(room=8), Client()
         pumping = start(outlet, client)
         for frame, pause in zip(frames, pauses, strict=True):
             await outlet.room()

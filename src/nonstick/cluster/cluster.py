@@ -40,7 +40,8 @@ from nonstick.cluster.probing import is_probe
 from nonstick.cluster.state_store import Allowance, StateStore
 from nonstick.core.broadcasts import LISTS, METHODS, NOWHERE, Broadcasts
 from nonstick.core.events import Kind, decode, draft, kind_of
-from nonstick.core.security import identity
+from nonstick.core.names import identity
+from nonstick.core.refusals import STORE_AWAY
 from nonstick.errors import (
     AlreadyExists,
     ConfigurationError,
@@ -53,7 +54,6 @@ from nonstick.errors import (
     Trimmed,
     Undecryptable,
 )
-from nonstick.http.wire import STORE_AWAY
 from nonstick.log.follow import Follower
 from nonstick.log.guard import PATIENCE, GuardedStore
 from nonstick.log.writer import Sender

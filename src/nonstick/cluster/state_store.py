@@ -24,7 +24,9 @@ from mcp.server.auth.middleware.auth_context import get_access_token
 from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser
 
 from nonstick.cluster.probing import is_probe
-from nonstick.core.security import identity, principal_of
+from nonstick.core.names import identity
+from nonstick.core.principals import principal_of
+from nonstick.core.refusals import STORE_AWAY
 from nonstick.errors import (
     AlreadyExists,
     SessionNotFound,
@@ -34,7 +36,6 @@ from nonstick.errors import (
     StoreUnavailable,
     TooManySessions,
 )
-from nonstick.http.wire import STORE_AWAY
 from nonstick.log.guard import GuardedStore
 from nonstick.session.live import Session, current_session
 from nonstick.stores.memory import MemoryStore

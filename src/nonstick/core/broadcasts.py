@@ -16,7 +16,7 @@ from mcp.shared.subscriptions import (
     ToolsListChanged,
 )
 
-from nonstick.http import wire
+from nonstick.core.jsonrpc import notification_body
 from nonstick.store import Cursor, Event
 
 __all__ = ["LISTS", "METHODS", "NOWHERE", "Broadcast", "Broadcasts"]
@@ -57,7 +57,7 @@ class Broadcast(NamedTuple):
     def of(cls, what: ServerEvent, cursor: Cursor) -> Broadcast:
         uri = what.uri if isinstance(what, ResourceUpdated) else None
         params = None if uri is None else {"uri": uri}
-        return cls(cursor, uri, wire.notification_body(METHODS[type(what)], params))
+        return cls(cursor, uri, notification_body(METHODS[type(what)], params))
 
 
 class Broadcasts:

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from mcp_types import RequestId
 
-from nonstick.http.intake import LONGEST_ID
+from nonstick.core.jsonrpc import LONGEST_ID
 
 __all__ = ["LONGEST_TEXT", "cancel_params", "progress_params"]
 

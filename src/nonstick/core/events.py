@@ -19,7 +19,8 @@ from typing import Any, Final, NamedTuple
 import pydantic_core
 from mcp_types import RequestId
 
-from nonstick.core import dice, places
+from nonstick.core import places
+from nonstick.core.names import new_tag
 from nonstick.store import MAX_CLIP, STANDALONE, Cursor, Draft
 
 __all__ = [
@@ -90,7 +91,7 @@ class Kind(IntEnum):
 
 def draft(kind: Kind, body: bytes = b"") -> Draft:
     """An event of this kind, ready to append, under a new random tag."""
-    return Draft(dice.tag(), _VERSION + bytes((kind,)) + body)
+    return Draft(new_tag(), _VERSION + bytes((kind,)) + body)
 
 
 def kind_of(data: bytes) -> Kind | None:

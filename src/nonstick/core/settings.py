@@ -8,7 +8,7 @@ from typing import Final, Literal, TypedDict
 
 from mcp.server.connection import Connection
 
-from nonstick.core.security import principal_group
+from nonstick.core.principals import principal_group
 
 __all__ = ["EVERYBODY", "SEND_TIMEOUT", "Answer", "Options", "Rehydrate", "Settings"]
 

@@ -1,7 +1,7 @@
 """`SessionManager`: takes the place of the SDK's `StreamableHTTPSessionManager`, with the sessions in a store.
 
 One request after the other comes in here, is checked in the SDK's order, and is routed by era, method and kind of
-message. All HTTP statuses that nonstick gives are decided here and in `wire.Refusal`.
+message. All HTTP statuses that nonstick gives are decided here and in `Refusal`.
 """
 
 from __future__ import annotations
@@ -60,21 +60,15 @@ from starlette.types import Message, Receive, Scope, Send
 from nonstick.cluster.cluster import Cluster
 from nonstick.cluster.state_store import Allowance, within_request
 from nonstick.core.events import EventId, parse_event_id
+from nonstick.core.jsonrpc import as_number, check_names, error_body, json_depth_exceeds, request_key
+from nonstick.core.names import UNNAMED, identity, is_session_id, is_session_of, new_session_id, session_key
+from nonstick.core.principals import principal_of
 from nonstick.core.record import CONFIRMED, Record
-from nonstick.core.security import (
-    UNNAMED,
-    identity,
-    is_session_id,
-    is_session_of,
-    json_depth_exceeds,
-    new_session_id,
-    principal_of,
-    session_key,
-)
+from nonstick.core.refusals import Refusal, missing_id, shutting_down, unavailable, unknown_event_id
 from nonstick.core.settings import Options, Settings
 from nonstick.errors import ConfigurationError, NonstickError, NotRunning, SessionNotFound, StoreUnavailable
-from nonstick.http import wire
-from nonstick.http.intake import arrived, check_headers, check_names, header
+from nonstick.http.intake import arrived, check_headers, header
+from nonstick.http.respond import JSON_TYPE, refuse, send_body
 from nonstick.http.sessionless import Contained, forget_session, listens
 from nonstick.http.transport import TRANSPORT
 from nonstick.http.unshared_memory import warned_of_unshared_memory
@@ -85,7 +79,7 @@ from nonstick.node.relay import Relay, packed, relay_notice
 from nonstick.session import notice, portable, tracing
 from nonstick.session.exchange import Exchange
 from nonstick.session.kernel import offer
-from nonstick.session.live import Session, as_number, request_key
+from nonstick.session.live import Session
 from nonstick.session.standalone import Listener, Reader, Resumption
 from nonstick.store import STANDALONE, Batch, Loaded, Store
 from nonstick.stores import open_store
@@ -432,7 +426,7 @@ class SessionManager:
     async def asgi_app(self, scope: Scope, receive: Receive, send: Send) -> None:
         """This manager as an ASGI application."""
         if self._node is None:
-            await wire.Refusal(500, _HOW_TO_RUN, INTERNAL_ERROR).send(send, [])
+            await refuse(send, Refusal(500, _HOW_TO_RUN, INTERNAL_ERROR), [])
             return
         if self._node_header:
             send = _with_header(send, (b"nonstick-node", self._node.name.encode()))
@@ -450,11 +444,11 @@ class SessionManager:
         except ClientDisconnect:
             logger.debug("a client went before its request was whole")
         except SessionNotFound:
-            await wire.Refusal(404, "Session not found").send(send, [])
-        except wire.Refusal as refusal:
+            await refuse(send, Refusal(404, "Session not found"), [])
+        except Refusal as refusal:
             # What is still to come of the request is not waited for; but who is in the middle of a large body would not
             # read the answer of a connection that closes.
-            await refusal.send(send, [] if refusal.status == 413 else [(b"connection", b"close")])
+            await refuse(send, refusal, [] if refusal.status == 413 else [(b"connection", b"close")])
 
     async def _serve_sessionless(self, node: Node, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         """Newer clients have no session: the SDK's own manager serves them."""
@@ -465,7 +459,7 @@ class SessionManager:
         principal = principal_of(scope)
         room.check(principal)
         try:
-            with room.held(object(), principal), within_request(server=node.whose, travels=self.has_tasks):
+            with room.hold(object(), principal), within_request(server=node.whose, travels=self.has_tasks):
                 await node.sessionless.serve(self._modern.handle_request, scope, body, receive, send)
         finally:
             node.left()
@@ -485,15 +479,14 @@ class SessionManager:
                 await self._serve_without_session(request, body, send)
             else:
                 await self._serve_session(request, session_id, body, receive, send, headers)
-        except wire.Refusal as refusal:
-            await refusal.send(send, headers)
+        except Refusal as refusal:
+            await refuse(send, refusal, headers)
         except SessionNotFound:
-            await wire.Refusal(404, "Session not found").send(send, [])
+            await refuse(send, Refusal(404, "Session not found"), [])
         except StoreUnavailable as error:
             logger.warning("answered 503: %s", error)
-            await wire.unavailable("The session store cannot be reached. The session is kept; try again.").send(
-                send, headers
-            )
+            later = unavailable("The session store cannot be reached. The session is kept; try again.")
+            await refuse(send, later, headers)
 
     async def _serve_without_session(self, request: Request, body: bytes, send: Send) -> None:
         """Only `initialize` needs no session id. Everything is checked in the SDK's order."""
@@ -501,7 +494,7 @@ class SessionManager:
         if request.method == "POST":
             message = self._parse(request.scope, body)
             if not (isinstance(message, JSONRPCRequest) and message.method == "initialize"):
-                raise wire.missing_id()
+                raise missing_id()
             principal = principal_of(request.scope)
             node.requests.check(principal)
             self._check_initialize(message)
@@ -521,13 +514,13 @@ class SessionManager:
                 opens=True,
                 connection=request,
             )
-            with node.requests.held(request, principal):
+            with node.requests.hold(request, principal):
                 await exchange.serve(send, [_session_header(session_id)], copy_context())
         elif request.method == "GET":
             _check_accepts_stream(request)
-            raise wire.missing_id()
+            raise missing_id()
         elif request.method == "DELETE":
-            raise wire.missing_id()
+            raise missing_id()
         else:
             raise _no_such_method()
 
@@ -543,11 +536,11 @@ class SessionManager:
         node = self._running()
         key = self.key(session_id)
         message: JSONRPCMessage | None = None
-        problem: wire.Refusal | None = None
+        problem: Refusal | None = None
         if request.method == "POST":
             try:
                 message = self._parse(request.scope, body)
-            except wire.Refusal as refusal:
+            except Refusal as refusal:
                 # Whether there is such a session is said first, as the SDK does.
                 problem = refusal
         principal = principal_of(request.scope)
@@ -587,28 +580,28 @@ class SessionManager:
         has_json, has_sse = _accepts(scope)
         if self.json_response:
             if not has_json:
-                raise wire.Refusal(406, "Not Acceptable: Client must accept application/json")
+                raise Refusal(406, "Not Acceptable: Client must accept application/json")
         elif not (has_json and has_sse):
-            raise wire.Refusal(406, "Not Acceptable: Client must accept both application/json and text/event-stream")
+            raise Refusal(406, "Not Acceptable: Client must accept both application/json and text/event-stream")
         content_type = header(scope, "content-type") or ""
         if not (_is_json(content_type) if len(content_type) <= _KEPT_HEADER else _read_is_json(content_type)):
-            raise wire.Refusal(415, "Unsupported Media Type: Content-Type must be application/json")
+            raise Refusal(415, "Unsupported Media Type: Content-Type must be application/json")
         if body.lstrip()[:1] == b"[":
             # Before it is parsed: a body full of empty lists takes twenty times its size.
-            raise wire.Refusal(
+            raise Refusal(
                 400, "Validation error: JSON-RPC batches are not supported; send one message a request", INVALID_PARAMS
             )
         try:
             raw = pydantic_core.from_json(body, allow_inf_nan=False)
         except ValueError as error:
-            raise wire.Refusal(400, f"Parse error: {error}", PARSE_ERROR) from None
+            raise Refusal(400, f"Parse error: {error}", PARSE_ERROR) from None
         limit = self.settings.max_json_depth
         if body.count(b"[") + body.count(b"{") > limit and json_depth_exceeds(raw, limit):
-            raise wire.Refusal(400, f"Parse error: nested in more than {limit} levels", PARSE_ERROR)
+            raise Refusal(400, f"Parse error: nested in more than {limit} levels", PARSE_ERROR)
         try:
             parsed = jsonrpc_message_adapter.validate_python(raw, by_name=False)
         except ValidationError:
-            raise wire.Refusal(
+            raise Refusal(
                 400,
                 "Validation error: the body must be one JSON-RPC 2.0 request, notification or response",
                 INVALID_PARAMS,
@@ -636,7 +629,7 @@ class SessionManager:
                 await self._handle_notification(session, message, request, loaded)
             else:
                 await self._take_response(session, message)
-            await wire.send_body(send, 202, b"", [*headers, wire.JSON_TYPE])
+            await send_body(send, 202, b"", [*headers, JSON_TYPE])
 
     async def _handle_notification(
         self, session: Session, message: JSONRPCNotification, request: Request, loaded: Loaded
@@ -648,9 +641,7 @@ class SessionManager:
                 await relay_notice(session, message, request, patience=_NOTICE_PATIENCE)
             return
         if len(session.notices) >= self.settings.max_streams:
-            raise wire.Refusal(
-                429, "Too many notifications of this session are being handled; wait for some", retry_after=1
-            )
+            raise Refusal(429, "Too many notifications of this session are being handled; wait for some", retry_after=1)
         if session.principal:
             session.node.requests.check_share(session.principal)
         request, context = _as_relayed(session, request)
@@ -667,21 +658,21 @@ class SessionManager:
         headers: list[tuple[bytes, bytes]],
     ) -> None:
         if session.node.is_closing:
-            raise wire.shutting_down()
+            raise shutting_down()
         elsewhere = session.node.placement.elsewhere(session, loaded)
         key = request_key(message.id)
         if key in session.exchanges or key in session.relays:
-            raise wire.Refusal(409, "Conflict: a request with this id is still running in this session")
+            raise Refusal(409, "Conflict: a request with this id is still running in this session")
         if len(session.exchanges) + len(session.relays) >= self.settings.max_streams:
-            raise wire.Refusal(429, "Too many requests of this session are running; wait for some", retry_after=1)
+            raise Refusal(429, "Too many requests of this session are running; wait for some", retry_after=1)
         if key in loaded.cancels:
             # It was overtaken by its own cancel (P5), which has done its work with that.
             session.node.spawn(session.node.store.append(session.key, Batch([], uncancel=key)))
             error = ErrorData(code=REQUEST_CANCELLED, message="Request cancelled")
-            await wire.send_body(send, 200, wire.error_body(message.id, error), [*headers, wire.JSON_TYPE])
+            await send_body(send, 200, error_body(message.id, error), [*headers, JSON_TYPE])
             return
         if message.method == "resources/subscribe" and (no_room := self._refuse_subscription(session, message.params)):
-            await wire.send_body(send, 200, wire.error_body(message.id, no_room), [*headers, wire.JSON_TYPE])
+            await send_body(send, 200, error_body(message.id, no_room), [*headers, JSON_TYPE])
             return
         if message.method == "initialize":
             self._check_initialize(message)
@@ -690,16 +681,16 @@ class SessionManager:
             version = session.protocol_version
         if elsewhere is not None:
             relay = Relay(session, message, request, owner=elsewhere, since=loaded.head, version=version)
-            with session.node.requests.held(request, session.principal):
+            with session.node.requests.hold(request, session.principal):
                 await relay.serve(request.receive, send, headers)
             return
         hold = await self._room_in_log(session, message)
         if hold is not None and key in session.exchanges:
             hold.release()
-            raise wire.Refusal(409, "Conflict: a request with this id is still running in this session")
+            raise Refusal(409, "Conflict: a request with this id is still running in this session")
         connection = request
         request, context = _as_relayed(session, request)
-        with session.node.requests.held(request, session.principal):
+        with session.node.requests.hold(request, session.principal):
             exchange = Exchange(
                 session,
                 message,
@@ -724,7 +715,7 @@ class SessionManager:
     def _check_initialize(self, message: JSONRPCRequest) -> None:
         limit = self.settings.max_initialize_bytes
         if len(pydantic_core.to_json(message.params)) > limit:
-            raise wire.Refusal(400, f"The parameters of initialize are longer than {limit} bytes", INVALID_PARAMS)
+            raise Refusal(400, f"The parameters of initialize are longer than {limit} bytes", INVALID_PARAMS)
 
     def _refuse_subscription(self, session: Session, params: dict[str, Any] | None) -> ErrorData | None:
         """The error for a subscription that the session's record has no room for (P10)."""
@@ -782,11 +773,11 @@ class SessionManager:
             text = request.headers.get(LAST_EVENT_ID_HEADER)
             place = parse_event_id(text, session.id) if text else None
             if text and place is None:
-                raise wire.unknown_event_id()
+                raise unknown_event_id()
             resumes = place is not None and place.stream != STANDALONE
             room = session.resumptions if resumes else session.listeners
             room.check()
-            with room.held(request), session.node.listeners.held(request, session.principal):
+            with room.hold(request), session.node.listeners.hold(request, session.principal):
                 reader = await self._prepared(session, place)
                 await reader.serve(receive, send, headers)
 
@@ -805,7 +796,7 @@ class SessionManager:
                 finally:
                     del until_closing[deadline]
         except TimeoutError:
-            raise wire.shutting_down() from None
+            raise shutting_down() from None
 
     async def _reader(self, session: Session, place: EventId | None) -> Reader:
         if place is not None and place.stream != STANDALONE:
@@ -822,7 +813,7 @@ class SessionManager:
         await node.store.delete(key)
         if (session := node.sessions.get(key)) is not None:
             node.spawn(session.end())
-        await wire.send_body(send, 200, b"", [*headers, wire.JSON_TYPE])
+        await send_body(send, 200, b"", [*headers, JSON_TYPE])
 
 
 def _as_relayed(session: Session, request: Request) -> tuple[Request, Context]:
@@ -833,8 +824,8 @@ def _as_relayed(session: Session, request: Request) -> tuple[Request, Context]:
     return request, portable.context_of(request, tracing.here())
 
 
-def _no_such_method() -> wire.Refusal:
-    return wire.Refusal(405, "Method Not Allowed", allow="GET, POST, DELETE")
+def _no_such_method() -> Refusal:
+    return Refusal(405, "Method Not Allowed", allow="GET, POST, DELETE")
 
 
 def _accepts(scope: Scope) -> tuple[bool, bool]:
@@ -860,7 +851,7 @@ _is_json: Final = lru_cache(maxsize=64)(_read_is_json)
 
 def _check_accepts_stream(request: Request) -> None:
     if not _accepts(request.scope)[1]:
-        raise wire.Refusal(406, "Not Acceptable: Client must accept text/event-stream")
+        raise Refusal(406, "Not Acceptable: Client must accept text/event-stream")
 
 
 def _session_header(session_id: str) -> tuple[bytes, bytes]:

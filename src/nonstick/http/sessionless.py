@@ -20,9 +20,12 @@ from mcp_types import ErrorData
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nonstick.core import ending
+from nonstick.core.jsonrpc import error_body
+from nonstick.core.refusals import shutting_down
+from nonstick.core.sse import sse_message
 from nonstick.errors import without_text
-from nonstick.http import wire
 from nonstick.http.intake import header
+from nonstick.http.respond import JSON_TYPE, send_body
 from nonstick.session.live import current_session
 
 if TYPE_CHECKING:
@@ -83,7 +86,7 @@ class Sessionless:
         """
         listening = listens(scope)
         if listening and self._closed:
-            raise wire.shutting_down()
+            raise shutting_down()
         response = _Response(send)
         with _held(self._listening if listening else self._working) as until:
             if listening:
@@ -93,9 +96,9 @@ class Sessionless:
             except (Exception, BaseExceptionGroup) as error:
                 # A result that JSON cannot hold, say: the SDK has no answer any more (P16).
                 logger.error("a request without a session broke off", exc_info=without_text(error))
-                await response.finish(wire.error_body(_id_in(body), ending.UNTOLD))
+                await response.finish(error_body(_id_in(body), ending.UNTOLD))
         if until.cancelled_caught:
-            await response.finish(b"" if listening else wire.error_body(_id_in(body), self._shut_down))
+            await response.finish(b"" if listening else error_body(_id_in(body), self._shut_down))
 
     def end_listening(self) -> None:
         """The drain begins."""
@@ -184,9 +187,9 @@ class _Response:
         """Ends the response, with this message unless it is empty."""
         if not self._began:
             # Not 503, which says "try again": it may have run.
-            await wire.send_body(self._send, 500, body, [wire.JSON_TYPE])
+            await send_body(self._send, 500, body, [JSON_TYPE])
         elif self._streams and not self._ended:
-            last = wire.sse_message(body) if body else b""
+            last = sse_message(body) if body else b""
             await self._send({"type": "http.response.body", "body": last, "more_body": False})
 
 

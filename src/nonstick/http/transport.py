@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Final, Self
 
 from starlette.types import Receive, Scope, Send
 
+from nonstick.core.principals import principal_of
 from nonstick.core.record import Record
-from nonstick.core.security import principal_of
+from nonstick.core.refusals import missing_id
 from nonstick.errors import SessionNotFound
-from nonstick.http import wire
 
 if TYPE_CHECKING:
     from nonstick.http.manager import SessionManager
@@ -86,6 +86,6 @@ class Session:
             Refusal: This session is open already: its requests carry its id.
         """
         if not self._is_new:
-            raise wire.missing_id()
+            raise missing_id()
         self._is_new = False
         return self.id

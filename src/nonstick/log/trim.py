@@ -14,9 +14,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from nonstick.core.refusals import Refusal
 from nonstick.core.retention import Amount, Outline, Waste
 from nonstick.errors import StoreError
-from nonstick.http import wire
 from nonstick.log.follow import Slice
 from nonstick.store import MAX_READ, Appended, Cursor
 
@@ -198,7 +198,7 @@ class Trimmer:
             self._begin(size)
             await self._trimmed()
         if not self._has_room(size):
-            raise wire.Refusal(
+            raise Refusal(
                 429,
                 "The log of this session is full of requests that have not ended (max_log_bytes); wait for some to end",
                 retry_after=1,

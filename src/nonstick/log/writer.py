@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Final, Protocol
 
-from nonstick.core import dice
+from nonstick.core.names import new_name
 from nonstick.store import Appended, Batch, Draft
 
 __all__ = ["Append", "Sender"]
@@ -38,7 +38,7 @@ class Sender:
         """
         async with self._writing:
             if not self._writer:
-                self._writer, self._sequence = dice.name(), 0
+                self._writer, self._sequence = new_name(), 0
             self._sequence += 1
             batch = Batch([event], writer=self._writer, sequence=self._sequence, expect=expect)
             try:

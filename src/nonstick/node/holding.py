@@ -24,17 +24,18 @@ from mcp_types import (
 )
 from starlette.requests import Request
 
-from nonstick.core import dice
 from nonstick.core.events import Kind, decode, draft, glimpse, kind_of
+from nonstick.core.jsonrpc import error_body, request_key
+from nonstick.core.names import new_name
 from nonstick.core.record import OWNER, RELEASED, Record
+from nonstick.core.refusals import Refusal
 from nonstick.core.settings import Rehydrate
 from nonstick.errors import Diverged, Fenced, SessionNotFound, StoreUnavailable, StreamClosed, without_text
-from nonstick.http import wire
 from nonstick.log.follow import Slice, whole
 from nonstick.node.node import SHUT_DOWN
 from nonstick.session import notice, portable
 from nonstick.session.exchange import Exchange
-from nonstick.session.live import Session, request_key
+from nonstick.session.live import Session
 from nonstick.store import MAX_READ, Batch, Cursor, Event, Skimmed
 from nonstick.waiting.patience import patiently
 
@@ -90,7 +91,7 @@ class OpenStream:
 
     async def end(self, session: Session, failure: Failure) -> None:
         """Writes its end, unless it has one, or another attempt began."""
-        body = wire.error_body(self.request, failure.error(ran=not self.relayed))
+        body = error_body(self.request, failure.error(ran=not self.relayed))
         await _end_stream(session, self.opened.event.position, self.attempt, body)
 
 
@@ -329,7 +330,7 @@ class Holding:
         except Exception as error:
             # What another release wrote, maybe: its client shall not wait for ever (P16).
             _pass_over(session, event, error)
-            answer = wire.error_body(body["request"]["id"], _NOT_STARTED)
+            answer = error_body(body["request"]["id"], _NOT_STARTED)
             for attempt in (body["attempt"], body["attempt"] + 1):  # taken over, or not yet
                 await patiently(lambda: _end_stream(session, event.position, attempt, answer))  # noqa: B023
 
@@ -340,12 +341,12 @@ class Holding:
         request = portable.unpack(body["relay"]["http"], session.id)
         if (refusal := self._refusal(key)) is not None:
             await patiently(
-                lambda: _end_stream(session, event.position, body["attempt"], wire.error_body(message.id, refusal))
+                lambda: _end_stream(session, event.position, body["attempt"], error_body(message.id, refusal))
             )
             return
         self._taking.add(key)
         try:
-            with self._node.requests.held(request, session.principal):
+            with self._node.requests.hold(request, session.principal):
                 await self._take_over(event, body, message, request)
         finally:
             self._taking.discard(key)
@@ -362,7 +363,7 @@ class Holding:
             )
         try:
             self._node.requests.check(session.principal)
-        except wire.Refusal as refusal:
+        except Refusal as refusal:
             return ErrorData(code=refusal.code, message=refusal.message)
         return None
 
@@ -375,7 +376,7 @@ class Holding:
         loaded = await patiently(lambda: self._node.store.load(session.key, renew=False))
         record = Record.from_fields(loaded.fields)
         if record.owner != self._node.id or not self.ready:
-            failure = wire.error_body(message.id, _NODE_LOST.error(ran=False))
+            failure = error_body(message.id, _NODE_LOST.error(ran=False))
             await patiently(lambda: _end_stream(session, event.position, attempt + 1, failure))
             await self.look()
             return
@@ -450,7 +451,7 @@ async def end_lost(session: Session) -> bool:
 async def _end_stream(session: Session, stream: int, attempt: int, body: bytes) -> None:
     batch = Batch(
         [draft(Kind.TERMINAL, body)],
-        writer=dice.name(),
+        writer=new_name(),
         sequence=1,
         stream=stream,
         attempt=attempt,

@@ -25,12 +25,12 @@ from nonstick.cluster.cluster import CLUSTER_KEY, Cluster
 from nonstick.core.introductions import INTRODUCTIONS
 from nonstick.core.settings import Settings
 from nonstick.errors import SessionNotFound, StoreError, StoreUnavailable, without_text
-from nonstick.http.intake import Room
 from nonstick.http.sessionless import Sessionless
 from nonstick.log.guard import GuardedStore
 from nonstick.log.trim import Looks
 from nonstick.node.exits import Exit, draining_on_signals, end_loop, note_exit, stop_host
 from nonstick.node.placement import Placement
+from nonstick.session.quotas import Quota
 from nonstick.session.renewal import Renewal
 from nonstick.store import Lease
 from nonstick.waiting.deadline import Deadline
@@ -134,14 +134,14 @@ class Node:
         """At logs that are over their bounds, or were."""
         self.sessions: dict[str, Session] = {}
         self.readers: set[Reader] = set()
-        self.requests = Room(
+        self.requests = Quota(
             settings.max_streams_per_node,
             503,
             "This node is running as many requests as it may; try again",
             share=settings.max_principal_share,
             share_message="You have as many requests running on this node as one principal may; wait for some to end",
         )
-        self.listeners = Room(
+        self.listeners = Quota(
             settings.max_listeners_per_node,
             503,
             "As many streams are open on this node as it may keep; try again",

@@ -13,8 +13,8 @@ from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, Final
 
 from nonstick.core.record import LOST, OWNER
+from nonstick.core.refusals import Refusal
 from nonstick.errors import StoreError
-from nonstick.http import wire
 from nonstick.store import Loaded
 
 if TYPE_CHECKING:
@@ -201,7 +201,5 @@ def _holding(session: Session) -> Holding:
     return session.held
 
 
-def _gone() -> wire.Refusal:
-    return wire.Refusal(
-        404, "Session not found: the server node that held it is gone. Open a new session with initialize"
-    )
+def _gone() -> Refusal:
+    return Refusal(404, "Session not found: the server node that held it is gone. Open a new session with initialize")

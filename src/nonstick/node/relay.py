@@ -17,13 +17,16 @@ from mcp_types.version import is_version_at_least
 from starlette.requests import Request
 from starlette.types import Receive, Send
 
-from nonstick.core import dice
 from nonstick.core.events import EventId, Kind, body_of, draft, kind_of
+from nonstick.core.jsonrpc import error_body, request_key
+from nonstick.core.names import new_attempt, new_name
+from nonstick.core.refusals import Refusal
+from nonstick.core.sse import sse_message
 from nonstick.errors import SessionNotFound, StoreUnavailable
-from nonstick.http import wire
+from nonstick.http.respond import JSON_TYPE, refuse, send_body
 from nonstick.node.node import SHUT_DOWN
 from nonstick.session import portable, tracing
-from nonstick.session.live import Session, request_key
+from nonstick.session.live import Session
 from nonstick.session.standalone import Resumption
 from nonstick.store import NEW_STREAM, Batch, Cursor, Draft, Event
 
@@ -66,7 +69,7 @@ async def relay_notice(session: Session, message: JSONRPCNotification, request: 
     body = {"notification": notification, "http": packed(session, request), **_trace()}
     event = draft(Kind.NOTICE, pydantic_core.to_json(body))
     with await session.trimmer.hold(len(event.data)):
-        await session.append(Batch([event], writer=dice.name(), sequence=1), patience=patience)
+        await session.append(Batch([event], writer=new_name(), sequence=1), patience=patience)
 
 
 def _trace() -> dict[str, Any]:
@@ -94,7 +97,7 @@ class Relay(Resumption):
         self._primes = is_version_at_least(version, "2025-11-25")
         self._message = message
         self._answer = session.node.settings.answer
-        attempt = dice.attempt()
+        attempt = new_attempt()
         body: dict[str, Any] = {
             "node": owner,
             "attempt": attempt,
@@ -104,15 +107,15 @@ class Relay(Resumption):
         self._event = draft(Kind.OPENED, pydantic_core.to_json(body))
         self._attempt = attempt
         self._gave_id = self._primes
-        self._outcome: asyncio.Future[bytes | wire.Refusal | None] = asyncio.get_running_loop().create_future()
+        self._outcome: asyncio.Future[bytes | Refusal | None] = asyncio.get_running_loop().create_future()
 
     async def serve(self, receive: Receive, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
         key = request_key(self._message.id)
         self.session.relays.add(key)
         try:
             if not await self._open(self._event):
-                body = wire.error_body(self._message.id, _IN_DOUBT)
-                await wire.send_body(send, 200, body, [*headers, wire.JSON_TYPE])
+                body = error_body(self._message.id, _IN_DOUBT)
+                await send_body(send, 200, body, [*headers, JSON_TYPE])
                 return
             await super().serve(receive, send, headers)
         finally:
@@ -129,7 +132,7 @@ class Relay(Resumption):
             return await self._write(event)
 
     async def _write(self, event: Draft) -> bool:
-        batch = Batch([event], writer=dice.name(), sequence=1, stream=NEW_STREAM, attempt=self._attempt)
+        batch = Batch([event], writer=new_name(), sequence=1, stream=NEW_STREAM, attempt=self._attempt)
         try:
             stream = (await self.session.append(batch, patience=_PATIENCE)).first
         except StoreUnavailable:
@@ -145,20 +148,20 @@ class Relay(Resumption):
     async def respond(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
         outcome = await self._begin()
         if isinstance(outcome, bytes):
-            await wire.send_body(send, 200, outcome, [*headers, wire.JSON_TYPE])
-        elif isinstance(outcome, wire.Refusal):
-            await outcome.send(send, headers)
+            await send_body(send, 200, outcome, [*headers, JSON_TYPE])
+        elif isinstance(outcome, Refusal):
+            await refuse(send, outcome, headers)
         else:
             await super().respond(send, headers)
 
-    async def _begin(self) -> bytes | wire.Refusal | None:
+    async def _begin(self) -> bytes | Refusal | None:
         """The whole answer, or None for a stream."""
         window = {"auto": self.session.node.settings.window, "sse": 0.0, "json": None}[self._answer]
         await asyncio.wait([self._outcome], timeout=window)
         self._answer_with(None)
         return self._outcome.result()
 
-    def _answer_with(self, outcome: bytes | wire.Refusal | None) -> None:
+    def _answer_with(self, outcome: bytes | Refusal | None) -> None:
         if not self._outcome.done():
             self._outcome.set_result(outcome)
 
@@ -175,7 +178,7 @@ class Relay(Resumption):
         try:
             await super().feed()
         except SessionNotFound:
-            self._answer_with(wire.Refusal(404, "Session not found"))
+            self._answer_with(Refusal(404, "Session not found"))
             self._say(_ENDED)
         except Exception:
             if not self._gave_id:
@@ -200,9 +203,9 @@ class Relay(Resumption):
             self.stays = True
 
     def cut_off(self) -> None:
-        self._answer_with(wire.error_body(self._message.id, SHUT_DOWN))
+        self._answer_with(error_body(self._message.id, SHUT_DOWN))
         self._say(SHUT_DOWN)
         super().cut_off()
 
     def _say(self, error: ErrorData) -> None:
-        self.outlet.put(wire.sse_message(wire.error_body(self._message.id, error)))
+        self.outlet.put(sse_message(error_body(self._message.id, error)))

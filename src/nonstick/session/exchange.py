@@ -31,10 +31,14 @@ from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.types import Send
 
-from nonstick.core import dice, ending
+from nonstick.core import ending
 from nonstick.core.events import EventId, Kind, cursor_text, decode, draft
+from nonstick.core.jsonrpc import LONGEST_METHOD, error_body, notification_body, request_key, result_body
+from nonstick.core.names import new_attempt, new_name
 from nonstick.core.record import UNCONFIRMED, Record, opening_fields, subscription_field
+from nonstick.core.refusals import STREAM_LOST, Refusal, unavailable
 from nonstick.core.settings import EVERYBODY, Answer
+from nonstick.core.sse import SSE_HEADERS, sse_frame, sse_message, sse_priming, sse_retry
 from nonstick.errors import (
     AlreadyExists,
     Diverged,
@@ -48,13 +52,14 @@ from nonstick.errors import (
     TooManySessions,
     without_text,
 )
-from nonstick.http import wire
-from nonstick.http.intake import LONGEST_METHOD, after_body
+from nonstick.http.intake import after_body
+from nonstick.http.respond import JSON_TYPE, refuse, send_body
 from nonstick.log.trim import Hold
 from nonstick.node.node import SHUT_DOWN
 from nonstick.session import tracing
 from nonstick.session.kernel import initialization
-from nonstick.session.live import Session, request_key
+from nonstick.session.live import Session
+from nonstick.session.outlet import Outlet
 from nonstick.session.renewal import unattended_seconds
 from nonstick.store import NEW_STREAM, Batch, Cursor, Draft, Event
 
@@ -79,8 +84,8 @@ _UNSENT: Final = 1000
 _UNSENT_BYTES: Final = 1024 * 1024
 """Messages of one request that wait for a store that is away; beyond that the oldest are dropped."""
 
-_FULL: Final = wire.Refusal(503, "Too many open sessions", INTERNAL_ERROR, retry_after=10)
-_TOO_MANY: Final = wire.Refusal(
+_FULL: Final = Refusal(503, "Too many open sessions", INTERNAL_ERROR, retry_after=10)
+_TOO_MANY: Final = Refusal(
     429, "Too many sessions of this principal are open; end one with DELETE, or wait until one expires", retry_after=10
 )
 
@@ -131,7 +136,7 @@ class Exchange:
         self._hold = hold
         self.head = head
         self.stream = 0
-        self.attempt = self._first_attempt = dice.attempt()
+        self.attempt = self._first_attempt = new_attempt()
         self._settings = session.node.settings
         self._answer: Answer = self._settings.answer
         self._principal = principal or session.principal
@@ -162,7 +167,7 @@ class Exchange:
         self._in_doubt: Batch | None = None
         self._gave_id = False
         # How the response begins; None for a stream.
-        self._outcome: bytes | wire.Refusal | None = None
+        self._outcome: bytes | Refusal | None = None
         self._decided: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._is_decided = False
         self._attending = False
@@ -182,15 +187,15 @@ class Exchange:
 
     @cached_property
     def _writer(self) -> str:
-        return dice.name()
+        return new_name()
 
     @cached_property
     def _unsent(self) -> deque[Draft]:
         return deque(maxlen=_UNSENT)
 
     @cached_property
-    def _outlet(self) -> wire.Outlet:
-        return wire.Outlet(
+    def _outlet(self) -> Outlet:
+        return Outlet(
             patience=self._settings.send_timeout,
             ping=self._settings.ping_interval,
             until_closing=self.session.node.until_closing,
@@ -220,14 +225,14 @@ class Exchange:
     async def _respond(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
         outcome = self._outcome
         if outcome is None:
-            await send({"type": "http.response.start", "status": 200, "headers": [*headers, *wire.SSE_HEADERS]})
+            await send({"type": "http.response.start", "status": 200, "headers": [*headers, *SSE_HEADERS]})
             await self._outlet.pump(send)
-        elif isinstance(outcome, wire.Refusal):
-            await outcome.send(send, [] if self._opens else headers)
+        elif isinstance(outcome, Refusal):
+            await refuse(send, outcome, [] if self._opens else headers)
         else:
             if self._opens and not self._visible:
                 headers = []
-            await wire.send_body(send, 200, outcome, [*headers, wire.JSON_TYPE])
+            await send_body(send, 200, outcome, [*headers, JSON_TYPE])
 
     def shows_client(self, now: float) -> bool:
         """Whether the client is there, as far as its connection tells."""
@@ -236,7 +241,7 @@ class Exchange:
     def hand_over(self) -> None:
         """Closes the client's connection, if it can come back for the rest."""
         if self._gave_id:
-            self._outlet.put(wire.sse_retry(self._settings.retry_interval))
+            self._outlet.put(sse_retry(self._settings.retry_interval))
             self._outlet.end()
 
     async def _watch(self, connection: Request) -> None:
@@ -279,7 +284,7 @@ class Exchange:
         session.exchanges[self.key] = self
         session.__enter__()
         # Its connection holds the same place: it takes one until both have ended.
-        session.node.requests.take(self._request, self._principal)
+        session.node.requests.acquire(self._request, self._principal)
         session.node.spawn(self._run(), context).add_done_callback(self._ran)
 
     # ---- the handler's side
@@ -332,10 +337,10 @@ class Exchange:
         if not self._is_decided:
             # Nobody shall wait for what will not come.
             if self._window is None:
-                self._refuse(wire.unavailable("This node was shut down before it ran the request. Try again."))
+                self._refuse(unavailable("This node was shut down before it ran the request. Try again."))
             else:
-                self._refuse(wire.Refusal(500, "The request was interrupted", INTERNAL_ERROR))
-        node.requests.give_back(self._request)
+                self._refuse(Refusal(500, "The request was interrupted", INTERNAL_ERROR))
+        node.requests.release(self._request)
         self.session.__exit__()
 
     async def _conclude(self) -> None:
@@ -362,17 +367,17 @@ class Exchange:
         """The store says that this request's end is not ours to tell, or cannot take it now."""
         match error:
             case SessionNotFound():
-                self._refuse(wire.Refusal(404, "Session not found"))
+                self._refuse(Refusal(404, "Session not found"))
                 self.session.node.spawn(self.session.end())
             case StreamClosed() | Fenced():
                 # Another node has ended this stream: nothing more of it is ours to say, or to keep (P7).
                 self.session.state.revert()
                 self._give_up_stream()
             case StoreUnavailable():
-                self._refuse(wire.unavailable("The session store cannot be reached. The session is kept; try again."))
+                self._refuse(unavailable("The session store cannot be reached. The session is kept; try again."))
                 if self._in_doubt is not None:
                     # A stream may have been opened that nobody would end.
-                    await self._end_stream(wire.error_body(self.message.id, _NOT_RUN), {})
+                    await self._end_stream(error_body(self.message.id, _NOT_RUN), {})
             case _:
                 logger.error(
                     "session %s: the end of a request could not be stored: %s",
@@ -383,7 +388,7 @@ class Exchange:
 
     async def _say_untold(self) -> None:
         """What should have been said could not be: this can."""
-        body = wire.error_body(self.message.id, ending.UNTOLD)
+        body = error_body(self.message.id, ending.UNTOLD)
         if self.stream or self._in_doubt is not None:
             with contextlib.suppress(SessionNotFound, StreamClosed, Fenced):
                 await self._end_stream(body, {})
@@ -413,7 +418,7 @@ class Exchange:
             self.session.runner.init_options = initialization(self.session.node.server)
         try:
             result = await self.session.runner.on_request(self, message.method, message.params)
-            return wire.result_body(message.id, result)
+            return result_body(message.id, result)
         except (asyncio.CancelledError, GeneratorExit):
             # Maybe of this task, and so for the code that began it.
             raise
@@ -425,7 +430,7 @@ class Exchange:
         self._failure = ending.error_of(exception)
         if not isinstance(exception, MCPError | ValidationError):
             self.session.node.report(exception, "handler for %r", self.message.method)
-        return wire.error_body(self.message.id, self._failure)
+        return error_body(self.message.id, self._failure)
 
     def _stopped_body(self) -> bytes | None:
         match self._stopped:
@@ -440,7 +445,7 @@ class Exchange:
                 return None
             case _ as never:
                 assert_never(never)
-        return wire.error_body(self.message.id, self._failure)
+        return error_body(self.message.id, self._failure)
 
     async def _finish(self, body: bytes | None) -> None:
         """Saves what the request changed, and gives the answer: none if the session has ended."""
@@ -448,7 +453,7 @@ class Exchange:
             body = self._told(asyncio.CancelledError())
         async with self._writing:
             if body is None:
-                self._refuse(wire.Refusal(404, "Session not found"))
+                self._refuse(Refusal(404, "Session not found"))
                 return
             if self._opens:
                 await self._open(body)
@@ -474,7 +479,7 @@ class Exchange:
                     await self.session.node.store.update(self.session.key, fields)
             except StoreUnavailable:
                 # Not 503, which says "try again": it would run twice.
-                self._answer_with(wire.error_body(self.message.id, _UNSAVED))
+                self._answer_with(error_body(self.message.id, _UNSAVED))
                 return
             self._answer_with(body)
         self.session.state.saved(changes)
@@ -490,7 +495,7 @@ class Exchange:
             return body, self.session.state.changes()
         except (StateNotJSON, StateTooLarge) as error:
             self._failure = ErrorData(code=INTERNAL_ERROR, message=str(error))
-            return wire.error_body(self.message.id, self._failure), self.session.state.changes()
+            return error_body(self.message.id, self._failure), self.session.state.changes()
 
     async def _end_stream(self, body: bytes, fields: Mapping[str, bytes | None], news: Sequence[Draft] = ()) -> None:
         """Appends the terminal event. It waits as long as it must for the store: without it no resume would end."""
@@ -500,7 +505,7 @@ class Exchange:
                 await self._append([*news, terminal], terminal=True, fields=fields)
                 break
             except Diverged:
-                terminal = draft(Kind.TERMINAL, wire.error_body(self.message.id, wire.STREAM_LOST))
+                terminal = draft(Kind.TERMINAL, error_body(self.message.id, STREAM_LOST))
             except StoreUnavailable:
                 await asyncio.sleep(_RETRY_PAUSE)
             except (SessionNotFound, StreamClosed, Fenced):
@@ -508,7 +513,7 @@ class Exchange:
             except Exception as error:
                 # A defect of the store's, maybe with what it was to write: the end alone is tried, as another writer.
                 logger.error("the end of a stream could not be written", exc_info=without_text(error))
-                terminal, news, fields = draft(Kind.TERMINAL, wire.error_body(self.message.id, ending.UNTOLD)), (), {}
+                terminal, news, fields = draft(Kind.TERMINAL, error_body(self.message.id, ending.UNTOLD)), (), {}
                 self._forget_doubt()
                 await asyncio.sleep(_RETRY_PAUSE)
         self._outlet.end()
@@ -578,7 +583,7 @@ class Exchange:
         except AlreadyExists:
             if not self._tries:
                 # What is there is nobody's whom this client could ask for it. The next try draws another id.
-                self._answer_with(wire.unavailable("The session could not be opened. Try again."))
+                self._answer_with(unavailable("The session could not be opened. Try again."))
                 return
             # The task before this one made it, and was cancelled before it heard so.
         self._visible = True
@@ -709,7 +714,7 @@ class Exchange:
             # Whoever reads on would not know what is missing: the request ends here, under a new name (P9).
             logger.warning("session %s: the store lost events of a request's stream", session.key[:12])
             self._forget_doubt()
-            self.fail(wire.STREAM_LOST)
+            self.fail(STREAM_LOST)
             raise
         self._in_doubt = None
         opens = batch.stream == NEW_STREAM
@@ -721,15 +726,15 @@ class Exchange:
         for offset, event in enumerate(batch.events):
             event_id = self._event_id(Cursor(appended.first + offset, event.tag))
             if event.data[1] in (Kind.MESSAGE, Kind.TERMINAL):
-                self._outlet.put(wire.sse_frame(event_id, event.data[2:]))
+                self._outlet.put(sse_frame(event_id, event.data[2:]))
                 self._gave_id = True
             elif event.data[1] == Kind.OPENED and self._resumable:
-                self._outlet.put(wire.sse_priming(event_id, self._settings.retry_interval))
+                self._outlet.put(sse_priming(event_id, self._settings.retry_interval))
                 self._gave_id = True
 
     def _forget_doubt(self) -> None:
         """Goes on as another writer: what the one before wrote last is not known, and not repeated."""
-        self._writer, self._sequence, self._in_doubt = dice.name(), 0, None
+        self._writer, self._sequence, self._in_doubt = new_name(), 0, None
 
     def _opened(self) -> Draft:
         message = self.message.model_dump(mode="json", by_alias=True, exclude_unset=True)
@@ -767,7 +772,7 @@ class Exchange:
     def end(self) -> None:
         """The session ended (P6)."""
         self._stop("ended")
-        self._refuse(wire.Refusal(404, "Session not found"))
+        self._refuse(Refusal(404, "Session not found"))
 
     def fail(self, error: ErrorData) -> None:
         """It is ended from this side, with this error."""
@@ -797,14 +802,14 @@ class Exchange:
     def let_go(self) -> None:
         """Closes the client's connection, whatever is still to be said: another node says it when this one is gone."""
         if self._opens:
-            self._refuse(wire.unavailable("This node was shut down before the session could be stored. Try again."))
+            self._refuse(unavailable("This node was shut down before the session could be stored. Try again."))
             return
         # Not 503, which says "try again": it ran.
-        self._answer_with(wire.error_body(self.message.id, SHUT_DOWN))
+        self._answer_with(error_body(self.message.id, SHUT_DOWN))
         if self._gave_id:
             self.hand_over()
         else:
-            self._outlet.put(wire.sse_message(wire.error_body(self.message.id, SHUT_DOWN)))
+            self._outlet.put(sse_message(error_body(self.message.id, SHUT_DOWN)))
             self._outlet.end()
 
     def observe(self, kind: Kind, event: Event) -> None:
@@ -839,7 +844,7 @@ class Exchange:
         """The stream is another node's, or lost. A client that has an id of it learns more by resuming; others here."""
         self._answer_with(None)
         if not self._gave_id:
-            self._outlet.put(wire.sse_message(wire.error_body(self.message.id, wire.STREAM_LOST)))
+            self._outlet.put(sse_message(error_body(self.message.id, STREAM_LOST)))
         self._outlet.end()
 
     async def _heed(self, error: StoreError) -> None:
@@ -852,11 +857,11 @@ class Exchange:
             self._stopped = reason
             self._scope.cancel()
 
-    def _refuse(self, refusal: wire.Refusal) -> None:
+    def _refuse(self, refusal: Refusal) -> None:
         self._answer_with(refusal)
         self._outlet.end()
 
-    def _answer_with(self, outcome: bytes | wire.Refusal | None) -> None:
+    def _answer_with(self, outcome: bytes | Refusal | None) -> None:
         """How the response begins, unless that is decided: the session may end while its last answer is being saved."""
         if self._is_decided:
             return
@@ -903,7 +908,7 @@ class Exchange:
             logger.debug("dropped %s: the request is over, answered with JSON, or the level is not wanted", method)
             return
         try:
-            await self._emit(draft(Kind.MESSAGE, wire.notification_body(method, params)))
+            await self._emit(draft(Kind.MESSAGE, notification_body(method, params)))
         except (SessionNotFound, StreamClosed, Fenced, Diverged) as error:
             await self._heed(error)
         except StoreUnavailable:

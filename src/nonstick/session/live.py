@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
-import math
 import secrets
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack
@@ -22,7 +20,7 @@ import anyio
 import pydantic_core
 from mcp.server.connection import Connection
 from mcp.server.runner import ServerRunner, aclose_shielded
-from mcp.shared.dispatcher import CallOptions, ProgressFnT, coerce_request_id
+from mcp.shared.dispatcher import CallOptions, ProgressFnT
 from mcp.shared.exceptions import MCPError
 from mcp_types import CONNECTION_CLOSED, REQUEST_TIMEOUT, ErrorData, RequestId
 from mcp_types.version import LATEST_HANDSHAKE_VERSION
@@ -30,15 +28,16 @@ from starlette.requests import Request
 
 from nonstick.core.clipping import cancel_params, progress_params
 from nonstick.core.events import Kind, body_of, decode, draft, kind_of
+from nonstick.core.jsonrpc import as_number, notification_body, request_body, request_key
 from nonstick.core.record import CONFIRMED, Record, SessionState
+from nonstick.core.refusals import STORE_AWAY
 from nonstick.core.retention import Amount
 from nonstick.errors import Diverged, NotPending, SessionNotFound, StoreUnavailable, without_text
-from nonstick.http import wire
-from nonstick.http.intake import Room
 from nonstick.log.follow import Follower
 from nonstick.log.trim import Trimmer
 from nonstick.log.writer import Sender
 from nonstick.session import tracing
+from nonstick.session.quotas import Quota
 from nonstick.store import NEW_STREAM, Appended, Batch, Cursor, Draft, Event, Loaded
 from nonstick.waiting.patience import patiently
 
@@ -47,7 +46,7 @@ if TYPE_CHECKING:
     from nonstick.node.node import Node
     from nonstick.session.exchange import Exchange
 
-__all__ = ["Emit", "Session", "as_number", "current_connection", "current_session", "request_key"]
+__all__ = ["Emit", "Session", "current_connection", "current_session"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +57,6 @@ T = TypeVar("T")
 
 _WITHDRAW_SECONDS: Final = 5.0
 _RECENT_CANCELS: Final = 32
-_LONGEST_KEY: Final = 64
 _LOG_LEVELS: Final = ("debug", "info", "notice", "warning", "error", "critical", "alert", "emergency")
 
 _session: ContextVar[Session] = ContextVar("nonstick_session")
@@ -79,26 +77,6 @@ def current_connection() -> Connection:
 def current_session() -> Session | None:
     """The session that the current request or notification is part of; None outside of one."""
     return _session.get(None)
-
-
-def request_key(request_id: RequestId) -> str:
-    """What correlates a request with what names it: 7 and "7" are one request (as in the SDK).
-
-    At most 64 characters, because records keep these keys (P10): a longer id goes by its hash.
-    """
-    key = str(coerce_request_id(request_id))
-    return key if len(key) <= _LONGEST_KEY else hashlib.sha256(key.encode()).hexdigest()
-
-
-def as_number(value: object) -> float | None:
-    """This JSON value as a finite float; None if it is no number, or an integer that is too large for one."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
 
 
 @dataclass(slots=True)
@@ -158,7 +136,7 @@ class _Standalone:
         if not self._session.wants(method, params):
             return
         try:
-            await self._session.emit(draft(Kind.MESSAGE, wire.notification_body(method, params)))
+            await self._session.emit(draft(Kind.MESSAGE, notification_body(method, params)))
         except SessionNotFound:
             # The end cancels whoever sent this, who has done nothing wrong (P6).
             self._session.node.spawn(self._session.end())
@@ -230,18 +208,18 @@ class Session:
         return await end_lost(self)
 
     @cached_property
-    def listeners(self) -> Room:
+    def listeners(self) -> Quota:
         """Connections to the standalone stream."""
-        return Room(
+        return Quota(
             self.node.settings.max_listeners,
             429,
             "Too many streams of this session are open; close one, or wait for one to end",
         )
 
     @cached_property
-    def resumptions(self) -> Room:
+    def resumptions(self) -> Quota:
         """Streams of requests that are being resumed."""
-        return Room(
+        return Quota(
             self.node.settings.max_streams,
             429,
             "Too many streams of this session are being resumed; wait for one to end",
@@ -346,7 +324,7 @@ class Session:
     def spawn_notice(self, work: Coroutine[Any, Any, None], request: Request, context: Context) -> None:
         """As `spawn`, for the handler of a notification: the session's end cancels it (P6)."""
         task = self.spawn(work, context)
-        self.node.requests.held_while(request, task, self.principal)
+        self.node.requests.hold_while(request, task, self.principal)
         self.notices.add(task)
         task.add_done_callback(self.notices.discard)
 
@@ -508,7 +486,7 @@ class Session:
         except StoreUnavailable as error:
             logger.warning("session %s: %s", self.key[:12], error)
             # Handlers pass on to their clients what they get, and what the store said may name its host.
-            raise StoreUnavailable(wire.STORE_AWAY) from None
+            raise StoreUnavailable(STORE_AWAY) from None
         self.trimmer.note(appended, ended=_stream_of(batch, appended) if batch.terminal else None)
         return appended
 
@@ -542,7 +520,7 @@ class Session:
         with self, self.attending():
             try:
                 with tracing.asking(request_id, method, sent) as span:
-                    await emit(draft(Kind.MESSAGE, wire.request_body(request_id, method, sent)), (key,))
+                    await emit(draft(Kind.MESSAGE, request_body(request_id, method, sent)), (key,))
                     try:
                         async with asyncio.timeout(timeout):
                             return await waiter.reply
@@ -571,7 +549,7 @@ class Session:
                 await self.append(Batch([], settle=request_key(request_id)))
                 if opts.get("cancel_on_abandon", True):
                     params = {"requestId": request_id, "reason": reason}
-                    await emit(draft(Kind.MESSAGE, wire.notification_body("notifications/cancelled", params)), ())
+                    await emit(draft(Kind.MESSAGE, notification_body("notifications/cancelled", params)), ())
             except (NotPending, SessionNotFound):
                 pass
             except Exception as error:

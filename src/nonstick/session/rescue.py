@@ -19,12 +19,12 @@ from mcp.shared.transport_context import TransportContext
 from mcp_types import INTERNAL_ERROR, ErrorData, JSONRPCRequest
 from starlette.requests import Request
 
-from nonstick.core import dice
 from nonstick.core.events import Kind, decode, draft, glimpse, kind_of
+from nonstick.core.jsonrpc import error_body, request_key
+from nonstick.core.names import new_name
 from nonstick.errors import Diverged, Fenced, NotPending, StreamClosed
-from nonstick.http import wire
 from nonstick.log.follow import Slice, whole
-from nonstick.session.live import Session, request_key
+from nonstick.session.live import Session
 from nonstick.session.portable import context_of
 from nonstick.store import MAX_CLIP, MAX_READ, Batch, Cursor, Event
 
@@ -164,10 +164,10 @@ class Rescue:
 
     async def _end(self, error: ErrorData) -> None:
         """Writes the end of the stream, unless somebody else has, or has taken it over."""
-        terminal = draft(Kind.TERMINAL, wire.error_body(self._request.id, error))
+        terminal = draft(Kind.TERMINAL, error_body(self._request.id, error))
         batch = Batch(
             [terminal],
-            writer=dice.name(),
+            writer=new_name(),
             sequence=1,
             stream=self._stream,
             attempt=self._attempt,

@@ -24,15 +24,18 @@ from mcp_types import RequestId
 from mcp_types.version import is_version_at_least
 from starlette.types import Receive, Send
 
-from nonstick.core import dice
 from nonstick.core.broadcasts import LISTS, NOWHERE, Broadcast
 from nonstick.core.events import EventId, Kind, body_of, cursor_text, decode, draft, glimpse, kind_of, parse_cursor
+from nonstick.core.jsonrpc import error_body, request_key
+from nonstick.core.names import new_name
 from nonstick.core.places import MAX_PLACES, Search
+from nonstick.core.refusals import STREAM_LOST, unknown_event_id
+from nonstick.core.sse import SSE_HEADERS, sse_frame, sse_message, sse_priming, sse_retry
 from nonstick.core.turns import Turn, Turns
 from nonstick.errors import Diverged, SessionNotFound, StoreError, StoreUnavailable, without_text
-from nonstick.http import wire
 from nonstick.log.follow import Slice, Subscription
-from nonstick.session.live import Session, request_key
+from nonstick.session.live import Session
+from nonstick.session.outlet import Mark, Outlet
 from nonstick.session.rescue import Rescue
 from nonstick.store import MAX_CLIP, MAX_READ, STANDALONE, Appended, Batch, Cursor, Draft, Event
 from nonstick.waiting import background
@@ -77,7 +80,7 @@ class Reader(ABC):
         self._place = place
         self._primes = primes
         settings = session.node.settings
-        self.outlet = wire.Outlet(
+        self.outlet = Outlet(
             patience=settings.send_timeout,
             ping=settings.ping_interval,
             until_closing=session.node.until_closing,
@@ -114,7 +117,7 @@ class Reader(ABC):
 
     async def respond(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
         """Writes the response."""
-        await send({"type": "http.response.start", "status": 200, "headers": [*headers, *wire.SSE_HEADERS]})
+        await send({"type": "http.response.start", "status": 200, "headers": [*headers, *SSE_HEADERS]})
         await self.outlet.pump(send)
 
     async def _watch(self, receive: Receive) -> None:
@@ -147,16 +150,16 @@ class Reader(ABC):
             self.put_priming(self._place)
 
     def put_priming(self, place: EventId) -> None:
-        frame = wire.sse_priming(place.seal(self.session.id), self.session.node.settings.retry_interval)
+        frame = sse_priming(place.seal(self.session.id), self.session.node.settings.retry_interval)
         self.outlet.put(frame, self.mark(place.cursor.position))
 
-    def mark(self, position: int) -> wire.Mark:
+    def mark(self, position: int) -> Mark:
         """How far a frame for what is at this position brings the client."""
-        return wire.Mark(position)
+        return Mark(position)
 
     def hand_over(self) -> None:
         """The node stops: the client is told to come back, and the connection is closed (P8)."""
-        self.outlet.put(wire.sse_retry(self.session.node.settings.retry_interval))
+        self.outlet.put(sse_retry(self.session.node.settings.retry_interval))
         self.outlet.end()
 
     def cut_off(self) -> None:
@@ -169,7 +172,7 @@ class Reader(ABC):
     async def put(self, event: Event, event_id: EventId) -> None:
         """Takes a message as soon as the client has taken enough of those before."""
         await self.outlet.room()
-        frame = wire.sse_frame(event_id.seal(self.session.id), body_of(event.data))
+        frame = sse_frame(event_id.seal(self.session.id), body_of(event.data))
         self.outlet.put(frame, self.mark(event.position))
 
 
@@ -254,7 +257,7 @@ class Resumption(Reader):
             return
         first = self._events[0]
         if first.stream != stream:
-            raise wire.unknown_event_id()
+            raise unknown_event_id()
         if first.position != stream:
             first = await self._read_first() or first
         if first.position == stream and kind_of(first.data) is Kind.OPENED:
@@ -352,7 +355,7 @@ class Resumption(Reader):
     def _lose(self) -> None:
         """The store no longer has this stream: its request is answered with one error, so that nobody waits (P9)."""
         logger.warning("session %s: a stream that a client resumes is lost", self.session.key[:12])
-        self.outlet.put(wire.sse_message(wire.error_body(self._place.request, wire.STREAM_LOST)))
+        self.outlet.put(sse_message(error_body(self._place.request, STREAM_LOST)))
 
 
 class Listener(Reader):
@@ -582,7 +585,7 @@ class Listener(Reader):
         """Says in the log that this connection carries the stream from here on, and finds out where to go on."""
         self._turns.forget()
         self._place = None
-        self._turn = self._turn or dice.name()
+        self._turn = self._turn or new_name()
         self._position = sys.maxsize
         body = {
             "listener": self._turn,
@@ -730,7 +733,7 @@ class Listener(Reader):
     def _put(self, body: bytes, at: Cursor, heard: Cursor, told: str = "") -> None:
         event_id = self._place_at(at, heard, told)
         mark = self.mark(at.position, NOWHERE if told else heard)
-        self.outlet.put(wire.sse_frame(event_id.seal(self.session.id), body), mark)
+        self.outlet.put(sse_frame(event_id.seal(self.session.id), body), mark)
 
     def _place_at(self, at: Cursor, heard: Cursor, told: str) -> EventId:
         """What the client is to come back with."""
@@ -822,10 +825,10 @@ class Listener(Reader):
 
     # ---- leaving
 
-    def mark(self, position: int, heard: Cursor | None = None) -> wire.Mark:
+    def mark(self, position: int, heard: Cursor | None = None) -> Mark:
         if heard is None:
             heard = NOWHERE if self._told else self._heard
-        return wire.Mark(position, heard, self._losses)
+        return Mark(position, heard, self._losses)
 
     @property
     def _read(self) -> int:
@@ -851,7 +854,7 @@ class Listener(Reader):
         self._turn, self._claim, self._carries, self._position = "", None, False, sys.maxsize
 
     async def _append(self, event: Draft) -> Appended:
-        batch = Batch([event], writer=dice.name(), sequence=1)
+        batch = Batch([event], writer=new_name(), sequence=1)
         return await patiently(lambda: self.session.append(batch), pause=_LIVENESS_POLL)
 
     async def gone(self) -> None:

@@ -16,8 +16,8 @@ from typing import Any, Final
 import anyio.lowlevel
 
 from nonstick.core.record import CHANGED, STATE, SessionState, check_state_size, parse_changed, to_json
+from nonstick.core.refusals import STORE_AWAY
 from nonstick.errors import NoSession, SessionNotFound, StoreUnavailable
-from nonstick.http.wire import STORE_AWAY
 from nonstick.session.live import Session, current_session
 
 __all__ = ["State", "session_state"]

@@ -8,20 +8,20 @@ import sys
 
 import pytest
 
-from nonstick.core import dice
+from nonstick.core.names import new_attempt, new_name, new_tag
 
 
 def test_handlers_that_seed_the_module_s_generator_repeat_nothing() -> None:
     drawn = []
     for _ in range(2):
         random.seed(7)
-        drawn.append((dice.name(), dice.tag(), dice.attempt()))
+        drawn.append((new_name(), new_tag(), new_attempt()))
     assert drawn[0] != drawn[1]
 
 
 def test_names_and_tags_have_their_length() -> None:
-    assert {len(dice.name()) for _ in range(200)} == {16}
-    assert {len(dice.tag()) for _ in range(200)} == {8}
+    assert {len(new_name()) for _ in range(200)} == {16}
+    assert {len(new_tag()) for _ in range(200)} == {8}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no fork there")
@@ -29,14 +29,14 @@ def test_forked_workers_draw_names_of_their_own() -> None:
     """A server that loads the app before it forks gives its workers one generator."""
     program = """
 import os
-from nonstick.core import dice
-dice.name()
+from nonstick.core.names import new_name
+new_name()
 for _ in range(2):
     if (child := os.fork()) == 0:
-        print(dice.name(), flush=True)
+        print(new_name(), flush=True)
         os._exit(0)
     os.waitpid(child, 0)
-print(dice.name())
+print(new_name())
 """
     said = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     assert len(set(said.stdout.split())) == 3

@@ -1,9 +1,11 @@
-"""Who may use a session, and what of it may be seen.
+"""Names that this node gives: session ids, and random names and numbers inside a store.
 
-A session id is a bearer secret: it opens the session. The store and the logs only ever see its hash (P13).
+A session id is a bearer secret: it opens the session. The store and the logs only ever see its hash (P13). An id is
+bound to its server: of several servers on one store each tells others' ids from its own by looking at them, and asks
+the store for none of them (P1).
 
-An id is bound to its server: of several servers on one store each tells others' ids from its own by looking at them,
-and asks the store for none of them (P1).
+What is drawn for use inside a store must not repeat, and may be guessed. So it needs no system call. The generator is
+our own: handlers may seed the module's, after which every request would draw the same names.
 """
 
 from __future__ import annotations
@@ -12,33 +14,51 @@ import base64
 import hashlib
 import hmac
 import json
+import os
+import random
 import re
 import secrets
-from typing import Any, Final
-
-from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser, authorization_context
-from starlette.types import Scope
+from typing import Final
 
 __all__ = [
-    "MAX_DEPTH",
     "UNNAMED",
     "identity",
     "is_session_id",
     "is_session_of",
-    "json_depth_exceeds",
+    "new_attempt",
+    "new_name",
     "new_session_id",
-    "principal_group",
-    "principal_of",
+    "new_tag",
     "session_key",
 ]
+
+_dice = random.Random()  # noqa: S311
+if hasattr(os, "register_at_fork"):
+    # A server that loads the app and then forks would have all its workers draw the same.
+    os.register_at_fork(after_in_child=_dice.seed)
+
+
+def new_attempt() -> int:
+    """1 to 2 ** 50: the first attempt at a stream. Should the store lose the stream, another one may take its name."""
+    return _dice.getrandbits(50) + 1
+
+
+def new_name() -> str:
+    """16 hexadecimal digits: who writes to a log, or whose turn it is."""
+    return f"{_dice.getrandbits(64):016x}"
+
+
+def new_tag() -> bytes:
+    """8 bytes: an event's tag."""
+    return _dice.randbytes(8)
+
 
 _RANDOM: Final = 32
 """Characters of a session id that are random: 192 bits. Version 0.1 gave ids that are no more than that."""
 
+
 _SHAPE: Final = re.compile(r"[A-Za-z0-9_-]{32}(?:[A-Za-z0-9_-]{8})?")
 
-MAX_DEPTH: Final = 64
-"""Levels of nesting that a message may have."""
 
 UNNAMED: Final = (
     "this %s server has no name, and by its name and path its sessions are told from those of other servers on the "
@@ -85,35 +105,3 @@ def _binding(secret: str, server: str) -> str:
 def session_key(session_id: str) -> str:
     """The name of this session in the store and, shortened, in the logs."""
     return hashlib.sha256(session_id.encode()).hexdigest()[:40]
-
-
-def principal_of(scope: Scope) -> bytes:
-    """Who sends this request: client id, issuer and subject as JSON; empty without authentication.
-
-    Not the token: a refreshed token of the same principal keeps the session.
-    """
-    user = scope.get("user")
-    if not isinstance(user, AuthenticatedUser):
-        return b""
-    return json.dumps(authorization_context(user), sort_keys=True).encode()
-
-
-def principal_group(principal: bytes) -> str:
-    """The name under which the sessions of this principal are counted in the store (P10, P13)."""
-    return "principal:" + hashlib.sha256(principal).hexdigest()[:32]
-
-
-def json_depth_exceeds(value: Any, limit: int) -> bool:
-    """Whether lists and objects in this parsed JSON are nested in more than `limit` levels."""
-    level = [value]
-    for _ in range(limit):
-        inner: list[Any] = []
-        for item in level:
-            if isinstance(item, dict):
-                inner.extend(item.values())
-            elif isinstance(item, list):
-                inner.extend(item)
-        if not inner:
-            return False
-        level = inner
-    return any(isinstance(item, dict | list) for item in level)

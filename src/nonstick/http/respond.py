@@ -1,0 +1,36 @@
+"""Answers on their way out: a body, or a refusal."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from mcp_types import ErrorData
+from starlette.types import Send
+
+from nonstick.core.jsonrpc import error_body
+from nonstick.core.refusals import Refusal
+
+__all__ = ["JSON_TYPE", "refuse", "send_body"]
+
+JSON_TYPE: Final = (b"content-type", b"application/json")
+
+
+async def refuse(send: Send, refusal: Refusal, headers: list[tuple[bytes, bytes]]) -> None:
+    """A whole response that says why a request is refused."""
+    headers = list(headers)
+    if refusal.retry_after is not None:
+        headers.append((b"retry-after", str(refusal.retry_after).encode()))
+    if refusal.allow is not None:
+        headers.append((b"allow", refusal.allow.encode()))
+    if refusal.plain:
+        await send_body(send, refusal.status, refusal.message.encode(), headers)
+    else:
+        body = error_body(None, ErrorData(code=refusal.code, message=refusal.message))
+        await send_body(send, refusal.status, body, [*headers, JSON_TYPE])
+
+
+async def send_body(send: Send, status: int, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+    """A whole response."""
+    headers = [*headers, (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
