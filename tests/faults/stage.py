@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import time
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -16,10 +17,19 @@ import httpx2
 from nonstick.testing.oracle import Ran, Violation, judge
 from nonstick.testing.servers.processes import NodeProcess
 from tests.faults.client import History, Patience, Session
+from tests.pace import in_time
 
-__all__ = ["Stage"]
+__all__ = ["Stage", "gone_in"]
 
 _POLL = 0.01
+
+_DEADLINE = 60.0
+
+
+async def gone_in(node: NodeProcess, seconds: float) -> bool:
+    """Whether its process ended within so many seconds, or would have on a machine of its own."""
+    began = time.monotonic()
+    return await node.wait(_DEADLINE) and in_time(time.monotonic() - began, seconds)
 
 
 class Stage:
@@ -110,7 +120,7 @@ class Stage:
 
     async def recorded(self, label: str, *what: str, count: int = 1) -> Ran:
         """Returns the `count`th record of these kinds once it is there."""
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(_DEADLINE):
             while True:
                 found = [ran for ran in self.runs(label) if ran.what in what]
                 if len(found) >= count:

@@ -13,7 +13,7 @@ import pytest
 
 from tests.cluster.test_cli import Start, home, initialize, start
 from tests.faults.client import error_of
-from tests.faults.stage import Stage
+from tests.faults.stage import Stage, gone_in
 
 pytestmark = pytest.mark.anyio
 
@@ -46,7 +46,7 @@ async def test_exit_is_told_once_and_waits_for_what_runs(stage: Stage, loop: str
     assert error_of(await leave.end()) == TOLD
     assert "result" in (await count.end() or {})
     assert "result" in (await waiting.end() or {})
-    assert await a.wait(GRACE + 2.0), a.written
+    assert await gone_in(a, GRACE + 2.0), a.written
     assert a.status == 7, a.written
     await client.replay(leave)
     assert await client.ping(b) == 200
@@ -61,7 +61,7 @@ async def test_exit_before_anything_was_sent_is_told_too(stage: Stage) -> None:
     await client.open()
     leave = client.call("leave", status=9, silent=True)
     assert error_of(await leave.end()) == TOLD
-    assert await a.wait(GRACE + 2.0), a.written
+    assert await gone_in(a, GRACE + 2.0), a.written
     assert a.status == 9, a.written
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from nonstick.testing.servers.processes import NodeProcess
 from tests.faults.client import Session, error_of
-from tests.faults.stage import Stage
+from tests.faults.stage import Stage, gone_in
 
 pytestmark = pytest.mark.anyio
 
@@ -99,6 +99,6 @@ async def test_owner_that_stops_leaves_its_session_to_another_node(stage: Stage)
     while len(found) < 20 and found[-1] < 101:
         found.append(int(await used(client)))
     assert found[-1] == 101
-    assert await a.wait(10.0), a.written
+    assert await gone_in(a, 10.0), a.written
     assert (await stage.recorded("held", "cleaned")).node == "a"
     assert stage.judge() == []

@@ -14,7 +14,7 @@ import nonstick
 from nonstick.testing.oracle import Answered
 from nonstick.testing.servers.processes import NodeProcess
 from tests.faults.client import HEADERS, VERSION, Patience, Session
-from tests.faults.stage import Stage
+from tests.faults.stage import Stage, gone_in
 from tests.rolling.releases import released, wheel_version
 
 pytestmark = pytest.mark.anyio
@@ -134,7 +134,7 @@ async def replace(stage: Stage, node: NodeProcess, env: dict[str, str] | None) -
     await another.start()
     stage.nodes.append(another)
     node.terminate()
-    assert await node.wait(GONE), node.written
+    assert await gone_in(node, GONE), node.written
     stage.nodes.remove(node)
 
 
