@@ -72,6 +72,27 @@ async def test_handler_whose_caller_was_cancelled_before_the_answer_runs_to_its_
         await stage.reached("done")
 
 
+async def test_session_of_a_caller_that_was_cancelled_expires(memory: MakeStore) -> None:
+    """P10: nobody waits for the answer any more, though the connection was not seen to end."""
+    async with staged(memory, window=0.02, app_options={"session_idle_timeout": 1.0}) as (stage, a, _, _):
+
+        @stage.tool
+        async def wait(ctx: Context, arguments: dict[str, Any]) -> str:
+            stage.open("begun")
+            try:
+                await stage.door("never")
+            finally:
+                stage.open("stopped")
+            return "done"
+
+        session = await a.open()
+        caller = asyncio.create_task(_call_app(a, session, call("wait")))
+        await stage.reached("begun")
+        caller.cancel()
+        await asyncio.wait([caller])
+        await stage.reached("stopped")
+
+
 async def _call_app(member: Member, session: Session, message: dict[str, Any]) -> None:
     """As an ASGI server would."""
     headers = {**HEADERS, **session.headers, "host": "127.0.0.1:80"}

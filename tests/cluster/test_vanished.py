@@ -44,6 +44,9 @@ pytestmark = [pytest.mark.anyio, quiet]
 IDLE = 1.0
 """Seconds."""
 
+FOR_EVER = 600.0
+"""Seconds that do not pass."""
+
 
 class Renewing(MemoryStore):
     """Counts how often nodes renewed each session."""
@@ -342,6 +345,20 @@ async def test_connection_that_cannot_be_closed_is_no_sign_after_its_lifetime() 
         assert (await b.post(notification("notifications/x"), session)).status_code == 404
 
 
+async def test_connection_without_an_event_id_is_not_closed() -> None:
+    """P3, P10: its client could not come back for the answer."""
+    store = Renewing()
+    async with idle_soon(one(store), connection_lifetime=0.4, unattended_timeout=FOR_EVER) as (stage, a, *_):
+        session = await a.open(version="2025-06-18")
+        async with posting(a, session, call("sleep", 1, name="old", door="end")) as stream:
+            await stage.reached("at old")
+            # Each takes two rounds of 0.2 s, in which connections that are too old are closed.
+            await store.renews(session)
+            await store.renews(session)
+            stage.open("end")
+            assert text_of(await stream.outcome()) == "awake"
+
+
 async def test_stream_that_listens_without_a_session_ends_after_its_lifetime() -> None:
     """P10: a client of 2026-07-28 asks anew."""
     store = MemoryStore()
@@ -378,7 +395,7 @@ async def test_initialize_that_hangs_is_ended_when_its_client_leaves_or_after_an
     memory: MakeStore, leaves: bool
 ) -> None:
     """P10, P2: nobody else could use the session."""
-    async with idle_soon(memory) as (stage, a, _, __):
+    async with idle_soon(memory, idle=FOR_EVER if leaves else IDLE) as (stage, a, _, __):
         server: Server[Any] = node_of(a).server
         server.middleware.append(Hangs(stage))
         nobody = Session("", "", {})
