@@ -15,7 +15,6 @@ from typing import Any, Final
 
 import pydantic_core
 from mcp_types import (
-    INTERNAL_ERROR,
     INVALID_REQUEST,
     ErrorData,
     JSONRPCNotification,
@@ -28,50 +27,23 @@ from nonstick.core.events import Kind, decode, draft, glimpse, kind_of
 from nonstick.core.jsonrpc import error_body, request_key
 from nonstick.core.names import new_name
 from nonstick.core.record import OWNER, RELEASED, Record
-from nonstick.core.refusals import Refusal
+from nonstick.core.refusals import NODE_LOST, NOT_REBUILT, NOT_STARTED, SHUT_DOWN, Failure, Refusal
 from nonstick.core.settings import Rehydrate
 from nonstick.errors import Diverged, Fenced, SessionNotFound, StoreUnavailable, StreamClosed, without_text
 from nonstick.log.follow import Slice, whole
-from nonstick.node.node import SHUT_DOWN
 from nonstick.session import notice, portable
 from nonstick.session.exchange import Exchange
 from nonstick.session.live import Session
 from nonstick.store import MAX_READ, Batch, Cursor, Event, Skimmed
 from nonstick.waiting.patience import patiently
 
-__all__ = ["SESSION_LOST", "Failure", "Holding", "OpenStream", "Survey", "announce", "end_lost", "survey"]
+__all__ = ["Holding", "OpenStream", "Survey", "announce", "end_lost", "survey"]
 
 logger = logging.getLogger(__name__)
 
 _RETRY_PAUSE: Final = 1.0
 _CERTAIN_AFTER: Final = 1.0
 """Seconds that a node must be seen dead for."""
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Why streams end that no node runs any more; whether a request may be made again depends on whether it ran."""
-
-    message: str
-    reason: str
-
-    def error(self, *, ran: bool) -> ErrorData:
-        return ErrorData(code=INTERNAL_ERROR, message=self.message, data={"reason": self.reason, "retrySafe": not ran})
-
-
-SESSION_LOST: Final = Failure(
-    "The server node that held this session is gone, and the session with it: open a new one with initialize",
-    "session_lost",
-)
-_NODE_LOST: Final = Failure("The server node that ran this request was lost before it finished", "node_lost")
-_NOT_REBUILT: Final = Failure(
-    "The server node that held this session is gone, and the session could not be built anew on another one",
-    "session_not_rebuilt",
-)
-_MOVED: Final = _NODE_LOST.error(ran=True)
-_NOT_STARTED: Final = Failure(
-    "The server node that holds this session could not start the request", "request_not_started"
-).error(ran=False)
 
 
 @dataclass(slots=True)
@@ -91,7 +63,7 @@ class OpenStream:
 
     async def end(self, session: Session, failure: Failure) -> None:
         """Writes its end, unless it has one, or another attempt began."""
-        body = error_body(self.request, failure.error(ran=not self.relayed))
+        body = error_body(self.request, failure.error(retry_safe=self.relayed))
         await _end_stream(session, self.opened.event.position, self.attempt, body)
 
 
@@ -198,7 +170,7 @@ class Holding:
             found = await patiently(lambda: survey(session))
             for stream in found.open:
                 if stream.node == previous and not stream.relayed:
-                    await patiently(lambda: stream.end(session, _NODE_LOST))  # noqa: B023
+                    await patiently(lambda: stream.end(session, NODE_LOST))  # noqa: B023
             await patiently(lambda: announce(session, self._node.id))
             if not await self._rebuild():
                 await self._fail()
@@ -230,8 +202,8 @@ class Holding:
         """The state could not be built: what waits for it gets an error, and the next request tries again."""
         for stream in (await patiently(lambda: survey(self.session))).open:
             if stream.relayed:
-                await patiently(lambda: stream.end(self.session, _NOT_REBUILT))  # noqa: B023
-        await self.session.drop(_MOVED)
+                await patiently(lambda: stream.end(self.session, NOT_REBUILT))  # noqa: B023
+        await self.session.drop(NODE_LOST.error(retry_safe=False))
         await patiently(self._release)
 
     # ---- what the log brings
@@ -280,7 +252,7 @@ class Holding:
             return owner != self._node.id
         logger.warning("session %s: another node has taken it; its live view here is dropped", session.key[:12])
         # Not in this task: what is dropped may be what runs it.
-        self._node.spawn(self.clean_up(_MOVED))
+        self._node.spawn(self.clean_up(NODE_LOST.error(retry_safe=False)))
         return True
 
     async def _accept_opened(self, stream: OpenStream) -> None:
@@ -330,7 +302,7 @@ class Holding:
         except Exception as error:
             # What another release wrote, maybe: its client shall not wait for ever (P16).
             _pass_over(session, event, error)
-            answer = error_body(body["request"]["id"], _NOT_STARTED)
+            answer = error_body(body["request"]["id"], NOT_STARTED.error(retry_safe=True))
             for attempt in (body["attempt"], body["attempt"] + 1):  # taken over, or not yet
                 await patiently(lambda: _end_stream(session, event.position, attempt, answer))  # noqa: B023
 
@@ -376,7 +348,7 @@ class Holding:
         loaded = await patiently(lambda: self._node.store.load(session.key, renew=False))
         record = Record.from_fields(loaded.fields)
         if record.owner != self._node.id or not self.ready:
-            failure = error_body(message.id, _NODE_LOST.error(ran=False))
+            failure = error_body(message.id, NODE_LOST.error(retry_safe=True))
             await patiently(lambda: _end_stream(session, event.position, attempt + 1, failure))
             await self.look()
             return
@@ -444,7 +416,7 @@ async def end_lost(session: Session) -> bool:
     found = await _survey(session, lambda entry: glimpse(entry.event.data).get("node") in lost)
     ended = [stream for stream in found.open if not stream.relayed]
     for stream in ended:
-        await stream.end(session, _NODE_LOST)
+        await stream.end(session, NODE_LOST)
     return bool(ended)
 
 

@@ -19,10 +19,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from mcp.server import Server
-from mcp_types import INTERNAL_ERROR, ErrorData
 
 from nonstick.cluster.cluster import CLUSTER_KEY, Cluster
 from nonstick.core.introductions import INTRODUCTIONS
+from nonstick.core.refusals import SHUT_DOWN
 from nonstick.core.settings import Settings
 from nonstick.errors import SessionNotFound, StoreError, StoreUnavailable, without_text
 from nonstick.http.sessionless import Sessionless
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GONE_AFTER",
-    "SHUT_DOWN",
     "Counters",
     "Node",
     "begin_drain_here",
@@ -53,12 +52,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-SHUT_DOWN: Final = ErrorData(
-    code=INTERNAL_ERROR,
-    message="The server node that ran this request was shut down before it finished",
-    data={"reason": "node_shut_down", "retrySafe": False},
-)
 
 _TICK: Final = 1.0
 _TOUCHED_AT_ONCE: Final = 256

@@ -13,7 +13,7 @@ from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, Final
 
 from nonstick.core.record import LOST, OWNER
-from nonstick.core.refusals import Refusal
+from nonstick.core.refusals import SESSION_LOST, Refusal
 from nonstick.errors import StoreError
 from nonstick.store import Loaded
 
@@ -154,7 +154,7 @@ class Placement:
         logger.warning("session %s: ended, because the node that held it is gone", session.key[:12])
         await holding.announce(session, LOST)
         for stream in (await holding.survey(session)).open:
-            await stream.end(session, holding.SESSION_LOST)
+            await stream.end(session, SESSION_LOST)
         self._node.spawn(self._delete_later(session.key))
 
     async def _delete_later(self, key: str) -> None:

@@ -12,7 +12,7 @@ import logging
 from typing import Any, Final
 
 import pydantic_core
-from mcp_types import INTERNAL_ERROR, ErrorData, JSONRPCNotification, JSONRPCRequest
+from mcp_types import ErrorData, JSONRPCNotification, JSONRPCRequest
 from mcp_types.version import is_version_at_least
 from starlette.requests import Request
 from starlette.types import Receive, Send
@@ -20,11 +20,10 @@ from starlette.types import Receive, Send
 from nonstick.core.events import EventId, Kind, body_of, draft, kind_of
 from nonstick.core.jsonrpc import error_body, request_key
 from nonstick.core.names import new_attempt, new_name
-from nonstick.core.refusals import Refusal
+from nonstick.core.refusals import ANSWER_UNREAD, IN_DOUBT, SESSION_ENDED, SHUT_DOWN, Refusal
 from nonstick.core.sse import sse_message
 from nonstick.errors import SessionNotFound, StoreUnavailable
 from nonstick.http.respond import JSON_TYPE, refuse, send_body
-from nonstick.node.node import SHUT_DOWN
 from nonstick.session import portable, tracing
 from nonstick.session.live import Session
 from nonstick.session.standalone import Resumption
@@ -36,18 +35,6 @@ logger = logging.getLogger(__name__)
 
 _PATIENCE: Final = 20.0
 """Seconds for the one append; well below `WRITER_SECONDS`, within which a repeat is recognised."""
-
-_IN_DOUBT: Final = ErrorData(
-    code=INTERNAL_ERROR,
-    message="It is not known whether the request was run: the session store could not be reached",
-    data={"reason": "store_unavailable", "retrySafe": False},
-)
-_UNREAD: Final = ErrorData(
-    code=INTERNAL_ERROR,
-    message="The answer of the node that runs this request could not be read",
-    data={"reason": "answer_unread", "retrySafe": False},
-)
-_ENDED: Final = ErrorData(code=INTERNAL_ERROR, message="The session ended before the request did")
 
 
 def packed(session: Session, request: Request) -> dict[str, Any]:
@@ -114,7 +101,7 @@ class Relay(Resumption):
         self.session.relays.add(key)
         try:
             if not await self._open(self._event):
-                body = error_body(self._message.id, _IN_DOUBT)
+                body = error_body(self._message.id, IN_DOUBT)
                 await send_body(send, 200, body, [*headers, JSON_TYPE])
                 return
             await super().serve(receive, send, headers)
@@ -179,11 +166,11 @@ class Relay(Resumption):
             await super().feed()
         except SessionNotFound:
             self._answer_with(Refusal(404, "Session not found"))
-            self._say(_ENDED)
+            self._say(SESSION_ENDED)
         except Exception:
             if not self._gave_id:
                 # It could not come back for the rest.
-                self._say(_UNREAD)
+                self._say(ANSWER_UNREAD)
             raise
         finally:
             self._answer_with(None)

@@ -36,7 +36,7 @@ from nonstick.core.events import EventId, Kind, cursor_text, decode, draft
 from nonstick.core.jsonrpc import LONGEST_METHOD, error_body, notification_body, request_key, result_body
 from nonstick.core.names import new_attempt, new_name
 from nonstick.core.record import UNCONFIRMED, Record, opening_fields, subscription_field
-from nonstick.core.refusals import STREAM_LOST, Refusal, unavailable
+from nonstick.core.refusals import SHUT_DOWN, STREAM_LOST, Refusal, unavailable
 from nonstick.core.settings import EVERYBODY, Answer
 from nonstick.core.sse import SSE_HEADERS, sse_frame, sse_message, sse_priming, sse_retry
 from nonstick.errors import (
@@ -55,7 +55,6 @@ from nonstick.errors import (
 from nonstick.http.intake import after_body
 from nonstick.http.respond import JSON_TYPE, refuse, send_body
 from nonstick.log.trim import Hold
-from nonstick.node.node import SHUT_DOWN
 from nonstick.session import tracing
 from nonstick.session.kernel import initialization
 from nonstick.session.live import Session

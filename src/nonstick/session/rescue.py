@@ -16,12 +16,13 @@ from mcp.server.streamable_http import REQUEST_CANCELLED
 from mcp.shared.dispatcher import CallOptions
 from mcp.shared.exceptions import NoBackChannelError
 from mcp.shared.transport_context import TransportContext
-from mcp_types import INTERNAL_ERROR, ErrorData, JSONRPCRequest
+from mcp_types import ErrorData, JSONRPCRequest
 from starlette.requests import Request
 
 from nonstick.core.events import Kind, decode, draft, glimpse, kind_of
 from nonstick.core.jsonrpc import error_body, request_key
 from nonstick.core.names import new_name
+from nonstick.core.refusals import NODE_LOST
 from nonstick.errors import Diverged, Fenced, NotPending, StreamClosed
 from nonstick.log.follow import Slice, whole
 from nonstick.session.live import Session
@@ -155,12 +156,7 @@ class Rescue:
         again = safe and self._is_whole and self._session.node.settings.reexecute == "idempotent"
         if again and await self._run_again():
             return
-        error = ErrorData(
-            code=INTERNAL_ERROR,
-            message="The server node that ran this request was lost before it finished",
-            data={"reason": "node_lost", "retrySafe": safe},
-        )
-        await self._end(error)
+        await self._end(NODE_LOST.error(retry_safe=safe))
 
     async def _end(self, error: ErrorData) -> None:
         """Writes the end of the stream, unless somebody else has, or has taken it over."""
