@@ -11,10 +11,10 @@ from typing import Any
 import httpx2
 import pytest
 
-from nonstick.cluster.cluster import CLUSTER_KEY
 from nonstick.core.names import new_session_id, session_key
 from nonstick.core.record import opening_fields
 from nonstick.errors import SessionNotFound
+from nonstick.log.cluster_log import CLUSTER_KEY
 from nonstick.store import Cursor, Loaded, Store
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing import ManualClock

@@ -11,10 +11,10 @@ from typing import Any
 import mcp_types as types
 import pytest
 
-from nonstick.cluster.cluster import CLUSTER_KEY
 from nonstick.core.events import Kind, kind_of
 from nonstick.core.jsonrpc import LONGEST_ID
 from nonstick.core.names import session_key
+from nonstick.log.cluster_log import CLUSTER_KEY
 from nonstick.log.follow import Follower, Subscription
 from nonstick.session.exchange import Exchange
 from nonstick.session.live import Session as View

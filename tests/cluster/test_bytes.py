@@ -612,7 +612,7 @@ async def test_connection_keeps_no_more_settled_requests_than_it_may(memory: Mak
             await eventually(lambda: all(reader._seen.position >= head for reader in readers))
             assert min(len(reader._settled) for reader in readers) == 0
             assert max(len(reader._settled) for reader in readers) <= 1000
-        await eventually(lambda: not node_of(b).cluster.hearers)
+        await eventually(lambda: not node_of(b).cluster_log.hearers)
 
 
 async def test_nothing_of_what_a_client_said_of_itself_outlives_its_session(memory: MakeStore) -> None:

@@ -16,9 +16,9 @@ from mcp.shared.subscriptions import ResourceUpdated, ServerEvent, ToolsListChan
 
 import nonstick.cluster.cluster
 from nonstick import Cluster, EncryptedStore
-from nonstick.cluster.cluster import CLUSTER_KEY
 from nonstick.core.events import Kind, draft, kind_of
 from nonstick.errors import Undecryptable
+from nonstick.log.cluster_log import CLUSTER_KEY
 from nonstick.log.guard import GuardedStore
 from nonstick.store import Batch, Cursor, Store
 from nonstick.stores import open_store
@@ -42,7 +42,7 @@ class Node:
     async def start(self, stack: AsyncExitStack) -> None:
         await stack.enter_async_context(self.store)
         joined = asyncio.Event()
-        task = asyncio.create_task(self.cluster.keep(self.store, joined))
+        task = asyncio.create_task(self.cluster.log.keep(self.store, joined))
 
         async def stop() -> None:
             task.cancel()
@@ -173,7 +173,7 @@ async def test_key_that_is_gone_takes_only_what_was_said_under_it(make_store: Ca
         await first.cluster.subscription_bus.publish(ToolsListChanged())
         both = await node(new, old)
         last = await node(new)
-        assert last.cluster.broadcasts.since(Cursor(0)) is None, "whoever was away since then is told of everything"
+        assert last.cluster.log.broadcasts.since(Cursor(0)) is None, "whoever was away since then is told of everything"
         for fence, publisher in enumerate((last, both)):
             await publisher.cluster.subscription_bus.publish(ResourceUpdated(f"test://{fence}"))
             for one in (both, last):
@@ -214,8 +214,8 @@ async def test_a_record_without_keys_gets_some_and_the_log_is_followed_on(make_s
         a, b = Node(make_store()), Node(make_store())
         await a.start(stack)
         await b.start(stack)
-        await a.store.update(nonstick.cluster.cluster.CLUSTER_KEY, {"request-state-keys": None})
-        await a.store.append(nonstick.cluster.cluster.CLUSTER_KEY, Batch([draft(Kind.KEYS)]))
+        await a.store.update(CLUSTER_KEY, {"request-state-keys": None})
+        await a.store.append(CLUSTER_KEY, Batch([draft(Kind.KEYS)]))
         await a.cluster.notify_tools_changed()
         assert await a.hear() == await b.hear() == ToolsListChanged()
         assert b.cluster._codec.unseal(a.cluster._codec.seal(b"state")) == b"state"

@@ -16,9 +16,9 @@ import asyncpg
 import pydantic_core
 import pytest
 
-from nonstick.cluster.cluster import CLUSTER_KEY
 from nonstick.core.events import Kind, draft
 from nonstick.core.names import session_key
+from nonstick.log.cluster_log import CLUSTER_KEY
 from nonstick.store import Cursor, Event
 from nonstick.stores.encrypted import EncryptedStore
 from nonstick.stores.postgres import PostgresStore

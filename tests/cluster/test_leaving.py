@@ -91,8 +91,8 @@ async def test_nobody_is_told_of_broadcasts_whose_connection_has_gone(memory: Ma
             for _ in range(3):
                 stream = await stack.enter_async_context(getting(b, session))
                 await stream.event()
-            assert node_of(b).cluster.hearers
-        await eventually(lambda: not node_of(b).cluster.hearers)
+            assert node_of(b).cluster_log.hearers
+        await eventually(lambda: not node_of(b).cluster_log.hearers)
         assert await _has(stage, session, Kind.LEFT)
 
 

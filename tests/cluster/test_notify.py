@@ -12,11 +12,11 @@ import pytest
 from mcp.server import MCPServer, Server
 
 import nonstick
-import nonstick.cluster.cluster
-from nonstick.cluster.cluster import CLUSTER_KEY
+import nonstick.log.cluster_log
 from nonstick.core.events import EventId, Kind, parse_event_id
 from nonstick.core.names import session_key
 from nonstick.errors import ConfigurationError
+from nonstick.log.cluster_log import CLUSTER_KEY
 from nonstick.log.guard import GuardedStore
 from nonstick.store import Store
 from nonstick.stores.memory import MemoryStore
@@ -87,7 +87,7 @@ async def heard(stream: Stream, *what: str) -> None:
 
 async def knows(member: Member, position: int) -> None:
     """The node has read the cluster log this far."""
-    await eventually(lambda: node_of(member).cluster.broadcasts.head.position >= position)
+    await eventually(lambda: node_of(member).cluster_log.broadcasts.head.position >= position)
 
 
 async def position_of(stage: Stage) -> int:
@@ -356,7 +356,7 @@ async def test_one_who_missed_what_was_trimmed_is_told_of_everything_once(
     make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """P11: each list once, and each resource that it has subscribed to; then what comes."""
-    monkeypatch.setattr(nonstick.cluster.cluster, "_LOG_EVENTS", 8)
+    monkeypatch.setattr(nonstick.log.cluster_log, "_LOG_EVENTS", 8)
     async with gathered(make_store) as (stage, a, b, c):
         session = await a.open()
         await subscribe(a, session, "x://2", "x://1")
@@ -479,7 +479,7 @@ async def test_the_cluster_log_begins_anew_after_it_was_lost_whole(memory: MakeS
             await b.app.cluster.notify_prompts_changed()
             got = {said(await stream.message()) for _ in range(3)}
             assert got == {TOOLS, PROMPTS, RESOURCES}
-            await eventually(lambda: all(node_of(m).cluster.broadcasts.head.position for m in (a, b, c)))
+            await eventually(lambda: all(node_of(m).cluster_log.broadcasts.head.position for m in (a, b, c)))
             await a.app.cluster.notify_resources_changed()
             while said(await stream.message()) != RESOURCES:
                 pass

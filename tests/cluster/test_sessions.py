@@ -15,10 +15,10 @@ from mcp.server.context import CallNext, HandlerResult
 from mcp.shared.exceptions import MCPError
 
 from nonstick import current_connection
-from nonstick.cluster.cluster import CLUSTER_KEY
 from nonstick.core.names import session_key
 from nonstick.core.record import Record, subscription_field
 from nonstick.errors import SessionNotFound
+from nonstick.log.cluster_log import CLUSTER_KEY
 from nonstick.node.node import Node
 from nonstick.store import Store
 from nonstick.stores.memory import MemoryStore

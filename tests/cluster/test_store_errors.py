@@ -25,7 +25,6 @@ from mcp.server.request_state import InvalidRequestState
 import nonstick
 from nonstick.app import App
 from nonstick.cluster import cluster
-from nonstick.cluster.cluster import CLUSTER_KEY
 from nonstick.core.events import EventId, draft
 from nonstick.core.events import Kind as Kinds
 from nonstick.core.names import session_key
@@ -33,6 +32,7 @@ from nonstick.core.refusals import STORE_AWAY
 from nonstick.errors import NotPending, SessionNotFound, StoreUnavailable
 from nonstick.http import manager
 from nonstick.log import writer as sender
+from nonstick.log.cluster_log import CLUSTER_KEY
 from nonstick.node import holding, placement, relay
 from nonstick.node.node import Node
 from nonstick.session import exchange, rescue
@@ -799,7 +799,7 @@ async def leaving_nothing(**options: Any) -> AsyncIterator[World]:
                 await eventually(lambda: not node.sessions)  # noqa: B023
                 await eventually(lambda: not (len(node.requests) or len(node.listeners)))  # noqa: B023
                 await eventually(lambda: len(node._tasks) <= tasks)  # noqa: B023
-                assert not node.cluster.hearers
+                assert not node.cluster_log.hearers
     finally:
         logging.getLogger("nonstick").removeHandler(errors)
     await eventually(lambda: asyncio.all_tasks() <= before | {asyncio.current_task()})

@@ -12,9 +12,9 @@ import pytest
 from mcp.server import Server
 
 from nonstick import Cluster, EncryptedStore
-from nonstick.cluster.cluster import CLUSTER_KEY
 from nonstick.core.settings import Settings
 from nonstick.errors import StoreUnavailable
+from nonstick.log.cluster_log import CLUSTER_KEY
 from nonstick.log.guard import GuardedStore
 from nonstick.node.node import Node
 from nonstick.session.live import Session
@@ -46,7 +46,7 @@ async def running(store: Store, *, open_sessions: int = 0, **settings: Any) -> A
     """A node with so many sessions that are in use: "0", "1", ..."""
     server: Server[Any] = Server("test")
     async with GuardedStore(store, patience=0.05) as guarded, asyncio.timeout(60):
-        node = Node(server, None, guarded, Settings(**settings), name=None, cluster=Cluster.apart())
+        node = Node(server, None, guarded, Settings(**settings), name=None, cluster_log=Cluster.apart().log)
         for number in range(open_sessions):
             session = node.sessions[str(number)] = Session(node, f"id {number}", str(number))
             session.__enter__()

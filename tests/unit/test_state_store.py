@@ -53,7 +53,7 @@ def keys() -> list[Any]:
 
 def work_for(kept: MemoryStore, session_id: str) -> None:
     """What is done in this task from here on is the work of this session."""
-    node = Node(Server(""), None, GuardedStore(kept), Settings(), name="n", cluster=nonstick.Cluster.apart())
+    node = Node(Server(""), None, GuardedStore(kept), Settings(), name="n", cluster_log=nonstick.Cluster.apart().log)
     Session(node, session_id, session_key(session_id)).make_current()
 
 

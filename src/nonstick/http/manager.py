@@ -294,7 +294,7 @@ class SessionManager:
 
     @asynccontextmanager
     async def _serving(self, store: GuardedStore, state: Any) -> AsyncIterator[None]:
-        node = Node(self.app, state, store, self.settings, name=self._node_name, cluster=self.cluster)
+        node = Node(self.app, state, store, self.settings, name=self._node_name, cluster_log=self.cluster.log)
         node.whose = identity(self.namespace)
         with node.signals():
             async with node:

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from mcp.server import Server
 
-from nonstick.cluster.cluster import CLUSTER_KEY, Cluster
 from nonstick.core.introductions import INTRODUCTIONS
 from nonstick.core.refusals import SHUT_DOWN
 from nonstick.core.settings import Settings
 from nonstick.errors import SessionNotFound, StoreError, StoreUnavailable, without_text
 from nonstick.http.sessionless import Sessionless
+from nonstick.log.cluster_log import CLUSTER_KEY, ClusterLog
 from nonstick.log.guard import GuardedStore
 from nonstick.log.trim import Looks
 from nonstick.node.exits import Exit, draining_on_signals, end_loop, note_exit, stop_host
@@ -109,7 +109,7 @@ class Node:
         settings: Settings,
         *,
         name: str | None,
-        cluster: Cluster,
+        cluster_log: ClusterLog,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         name = name or os.environ.get("NONSTICK_NODE") or f"{socket.gethostname()}-{os.getpid()}"
@@ -119,7 +119,7 @@ class Node:
         self.lifespan_state = lifespan_state
         self.store = store
         self.settings = settings
-        self.cluster = cluster
+        self.cluster_log = cluster_log
         self.whose = ""
         """Identity of the server, as the cluster knows it."""
         self.counters = Counters()

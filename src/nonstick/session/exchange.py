@@ -547,7 +547,7 @@ class Exchange:
                 body = {"level": params["level"]}
             case "resources/subscribe":
                 # What was broadcast after this, the client expects to hear, whoever learns of this however late.
-                head = self.session.node.cluster.broadcasts.head
+                head = self.session.node.cluster_log.broadcasts.head
                 body = {"subscribed": params["uri"], "heard": cursor_text(head)}
             case "resources/unsubscribe":
                 body = {"unsubscribed": params["uri"]}
@@ -570,7 +570,7 @@ class Exchange:
         fields |= {name: data for name, data in changes.items() if data is not None} | session.first_fields
         fields |= session.node.placement.opening_fields()
         # Before the session is there: what comes later it is to hear, what came before it may (P11).
-        fields["heard"] = (cursor_text(session.node.cluster.broadcasts.head) or "").encode()
+        fields["heard"] = (cursor_text(session.node.cluster_log.broadcasts.head) or "").encode()
         fields |= UNCONFIRMED if settings.confirms else {}
         try:
             await session.node.store.create(

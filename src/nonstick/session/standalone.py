@@ -607,7 +607,7 @@ class Listener(Reader):
         if not self._given:
             self._given.extend(place for place in self._turns.trail if place.position <= self._start)
         heard = self._where_to_hear_on()
-        self._heard = await patiently(lambda: self.session.node.cluster.settle(heard), pause=_LIVENESS_POLL)
+        self._heard = await patiently(lambda: self.session.node.cluster_log.settle(heard), pause=_LIVENESS_POLL)
         if self._heard != heard:
             self._told = ""
         self._heard_before = NOWHERE if self._told else self._heard
@@ -684,7 +684,7 @@ class Listener(Reader):
     async def _carry_on(self) -> bool:
         """Carries the stream until the next turn begins (False), or it is hung up (True)."""
         with self.follow(Cursor(self._start)) as following:
-            hearers = self.session.node.cluster.hearers
+            hearers = self.session.node.cluster_log.hearers
             hearers.add(self)
             try:
                 end = await self._carry_until_end(following)
@@ -744,7 +744,7 @@ class Listener(Reader):
 
     def hear(self) -> None:
         """Puts what was broadcast since, each thing once, if the stream has come to its live end and there is room."""
-        broadcasts = self.session.node.cluster.broadcasts
+        broadcasts = self.session.node.cluster_log.broadcasts
         if self._at is None or self._heard.position > broadcasts.head.position:
             return
         if self._heard == broadcasts.head and not self._told:
@@ -773,7 +773,7 @@ class Listener(Reader):
 
     def hear_anew(self) -> None:
         """The store lost entries of the cluster log, and what there is now is known."""
-        if self._at is not None and self._heard.position > self.session.node.cluster.broadcasts.head.position:
+        if self._at is not None and self._heard.position > self.session.node.cluster_log.broadcasts.head.position:
             self._heard, self._told = NOWHERE, ""
         self.hear()
 
@@ -807,7 +807,7 @@ class Listener(Reader):
         if event.position > self._known:
             self._subscribed |= {uri}
         since = parse_cursor(body["heard"]) or Cursor(0)
-        said = self.session.node.cluster.broadcasts.said_of(uri, since)
+        said = self.session.node.cluster_log.broadcasts.said_of(uri, since)
         if said is not None and said.position <= self._heard.position and uri in self._subscribed:
             await self.outlet.room()
             self._put(Broadcast.of(ResourceUpdated(uri), said).body, event.cursor, self._heard, self._told)
