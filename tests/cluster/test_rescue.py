@@ -11,11 +11,14 @@ import mcp_types as types
 import pydantic_core
 import pytest
 from mcp.server import Server
+from opentelemetry.baggage import get_baggage, set_baggage
+from opentelemetry.context import attach, detach
 
-from nonstick.core.events import EventId, Kind, draft
+from nonstick.core.events import EventId, Kind, decode, draft, kind_of
 from nonstick.core.names import session_key
 from nonstick.store import NEW_STREAM, Batch, Cursor, Store
 from nonstick.testing.cluster import Member, Session
+from tests.cluster.asgi import Call
 from tests.cluster.conftest import MakeStore
 from tests.cluster.sse import getting, posting
 from tests.cluster.stage import Context, HeldStore, Stage, call, cancel, eventually, node_of, say, text_of
@@ -88,6 +91,31 @@ async def test_request_that_was_cancelled_before_its_node_was_lost_is_not_run_ag
             [answer] = await stream.rest()
         assert answer["error"]["message"] == "Request cancelled"
         assert stage.runs == 0
+
+
+@pytest.mark.parametrize("reexecute", ["idempotent", "never"])
+async def test_next_run_is_in_the_same_trace(memory: MakeStore, reexecute: Any) -> None:
+    """P7, P18: the log keeps the trace of a request that may be run again, and of no other."""
+    async with Safe(memory, reexecute=reexecute) as stage:
+
+        @stage.tool
+        async def who(ctx: Context, arguments: dict[str, Any]) -> str:
+            await say(ctx, "said")
+            return str(get_baggage("who"))
+
+        a, b, _ = stage.cluster
+        session = await a.open()
+        before = attach(set_baggage("who", "Ada"))
+        first = Call(a.app, "POST", session.headers, call("who"))
+        detach(before)
+        await first.whole()
+        assert text_of(first.messages[-1]) == "Ada"
+        [begun] = [event for event in await stage.log(session) if kind_of(event.data) is Kind.OPENED]
+        trace = decode(begun.data).get("trace")
+        assert trace == ({"baggage": "who=Ada"} if reexecute == "idempotent" else None)
+        if trace is not None:
+            async with getting(b, session, await opened(stage, session, call("who", 2), trace=trace)) as again:
+                assert text_of((await again.rest())[-1]) == "Ada"
 
 
 async def test_run_that_began_before_the_client_reads_goes_on(memory: MakeStore) -> None:
