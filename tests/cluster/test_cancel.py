@@ -146,7 +146,7 @@ async def test_a_cancel_that_arrives_before_its_request_still_counts(make_store:
 
 
 async def test_a_cancel_that_arrives_between_the_records_load_and_the_start_counts(make_store: MakeStore) -> None:
-    """P5: the request's node follows the log from the head that it loaded."""
+    """P5: the request's node follows the log from the head that it loaded; the handler does not even begin."""
     held: list[HeldStore] = []
 
     def make() -> Any:
@@ -155,10 +155,16 @@ async def test_a_cancel_that_arrives_between_the_records_load_and_the_start_coun
 
     async with staged(make, window=0.05) as (stage, a, b, c):
         waiting(stage)
+
+        @stage.tool
+        async def mark(ctx: Context, arguments: dict[str, Any]) -> str:
+            stage.open("begun")
+            return "done"
+
         session = await a.open()
         on_b = held[2]
         on_b.holding = True
-        async with posting(b, session, call("wait", 3)) as stream:
+        async with posting(b, session, call("mark", 3)) as stream:
             async with asyncio.timeout(DEADLINE):
                 await on_b.held.wait()
             on_b.holding = False
@@ -169,6 +175,7 @@ async def test_a_cancel_that_arrives_between_the_records_load_and_the_start_coun
                 await c.post(cancel(3), session)
                 on_b.released.set()
                 assert (await stream.outcome())["error"] == CANCELLED
+                assert not stage.marks["begun"].is_set()
 
                 async def used_up() -> bool:
                     return not await is_left(stage, session, "3")

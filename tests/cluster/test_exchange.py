@@ -314,3 +314,44 @@ async def test_session_is_confirmed_though_its_answer_was_in_doubt(
 
         await eventually(confirmed)
         assert (await stage.kinds(session)).count(Kind.TERMINAL) == 1
+
+
+async def test_request_whose_stream_could_not_be_opened_does_not_run(
+    memory: MakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P9: 503 says "try again", and its id is free again as soon as the stream that may have been opened has ended."""
+    monkeypatch.setattr("nonstick.session.exchange._EMIT_PATIENCE", 0.05)
+    monkeypatch.setattr("nonstick.session.exchange._RETRY_PAUSE", 0.05)
+    stores: list[DownStore] = []
+
+    def make() -> Store:
+        stores.append(DownStore(memory(), "append", after=True))
+        return stores[-1]
+
+    async with staged(make, answer="sse") as (stage, a, b, _):
+        runs: list[Any] = []
+
+        @stage.tool
+        async def run(ctx: Context, arguments: dict[str, Any]) -> str:
+            runs.append(ctx.request_id)
+            return "ran"
+
+        session = await a.open()
+        stores[2].holding = True
+        refused = await b.post(call("run", 1), session)
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+        assert refused.json()["id"] is None
+        stores[2].holding = False
+
+        async def answered() -> bool:
+            async with posting(b, session, call("run", 1)) as stream:
+                response = await stream.response()
+                if response.status_code == 409:
+                    return False
+                assert response.status_code == 200
+                return texts_of(await stream.rest()) == ["ran"]
+
+        await eventually(answered)
+        assert runs == [1]
+        # The answer to `initialize` is a stream too.
+        assert await stage.kinds(session) == [Kind.OPENED, Kind.TERMINAL] * 3

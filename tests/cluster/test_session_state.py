@@ -13,12 +13,12 @@ from mcp.server import MCPServer
 
 import nonstick
 from nonstick import current_connection, session_state
-from nonstick.core.record import CHANGED, SessionState
+from nonstick.core.record import CHANGED, STATE, SessionState
 from nonstick.errors import NoSession, StoreUnavailable
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing.cluster import Cluster
 from tests.cluster.conftest import MakeStore, one
-from tests.cluster.sse import posting
+from tests.cluster.sse import DEADLINE, posting
 from tests.cluster.stage import Context, Stage, call, say, staged, text_of
 
 pytestmark = pytest.mark.anyio
@@ -169,6 +169,44 @@ async def test_increment_whose_answer_was_lost_counts_once() -> None:
             assert await says(node, session, call("add", id=count)) == str(count)
             assert not store.lose
         assert json.loads(await says(a, session, call("look", id=9, key="n"))) == [3, 3]
+
+
+class Overtaken(MemoryStore):
+    """The answer to a change of `n` is lost; before that is known, a change of `m` is made that was decided earlier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held, self.may_go, self.gone = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def update(self, key: str, changes: Mapping[str, bytes | None], **options: Any) -> bool:
+        if f"{STATE}m" in changes and not self.held.is_set():
+            self.held.set()
+            await self.may_go.wait()
+            done = await super().update(key, changes, **options)
+            self.gone.set()
+            return done
+        done = await super().update(key, changes, **options)
+        if f"{STATE}n" in changes and not self.may_go.is_set():
+            self.may_go.set()
+            await self.gone.wait()
+            raise StoreUnavailable("lost by the test")
+        return done
+
+
+async def test_increment_whose_answer_was_lost_counts_once_beside_changes_of_other_keys() -> None:
+    """P9: no change on another node takes away the mark by which it is found."""
+    store = Overtaken()
+    async with staged(one(store)) as (stage, a, b, c):
+        add_tools(stage)
+        session = await a.open()
+        async with posting(c, session, call("put", m=1)) as stream:
+            async with asyncio.timeout(DEADLINE):
+                await store.held.wait()
+            assert await says(b, session, call("add")) == "1"
+            assert json.loads(text_of(await stream.outcome()))["m"] == 1
+        assert store.gone.is_set()
+        assert json.loads(await says(a, session, call("look", key="n"))) == [1, 1]
+        assert json.loads(await says(a, session, call("look", key="m"))) == [1, 1]
 
 
 async def test_limits_and_what_is_no_json_are_refused_with_what_to_do() -> None:
