@@ -65,6 +65,10 @@ def test_what_was_trimmed_before_it_was_read_is_a_gap() -> None:
     found.take(entry(7), TOOLS)
     assert since(found, 2) is None
     assert since(found, 7) == []
+    assert found.resources() == []
+    found.take(entry(9), ONE)
+    assert since(found, 7) is None
+    assert found.resources() == [ONE]
 
 
 @pytest.mark.parametrize(("after", "expected"), [(0, 3), (2, 3), (3, None), (4, None), (9, None)])
@@ -83,3 +87,11 @@ def test_it_says_what_the_log_would(said: list[ServerEvent | None], limit: int, 
         return
     last = {what: position for position, what in enumerate(said, 1) if what is not None and position > place}
     assert [position for position, _ in since(found, place) or []] == sorted(last.values())
+
+
+@given(st.lists(st.integers(0, 9), max_size=40), st.integers(1, 10))
+def test_no_more_resources_are_known_than_entries_are_kept(said: list[int], limit: int) -> None:
+    """P10: any number of resources may change; what is known is what the latest entries say."""
+    what = [ResourceUpdated(f"x://{number}") for number in said]
+    expected = dict.fromkeys(reversed(what[-limit:]))
+    assert broadcasts(*what, limit=limit).resources() == list(expected)[::-1]

@@ -16,6 +16,7 @@ import nonstick
 from nonstick import store
 from nonstick.commands import cli
 from nonstick.commands import serve as serving
+from nonstick.core import clipping, events, places
 from nonstick.core.settings import Options
 from nonstick.stores.memory import MemoryStore
 from nonstick.stores.postgres import PostgresStore
@@ -288,6 +289,11 @@ def test_serve_without_options(monkeypatch: pytest.MonkeyPatch) -> None:
     assert vars(taken[0]) == OF_SERVE
     made = serving.Settings(target="server.py", store="sqlite:///.nonstick/sessions.db")
     assert vars(made) == OF_SERVE
+
+
+def test_characters_of_a_clients_words_that_are_kept() -> None:
+    """Of a cancel's reason, and of progress; of a request's id in an event id; and how many places that names."""
+    assert (clipping.LONGEST_TEXT, events.MAX_REQUEST_ID, places.MAX_PLACES) == (1024, 128, 16)
 
 
 def test_numbers_of_the_store_protocol() -> None:

@@ -16,12 +16,15 @@ from nonstick.core.events import (
     Kind,
     _mac,
     body_of,
+    cursor_text,
     decode,
     draft,
+    glimpse,
     kind_of,
+    parse_cursor,
     parse_event_id,
 )
-from nonstick.store import STANDALONE, Cursor
+from nonstick.store import MAX_CLIP, STANDALONE, Cursor
 
 SESSION = "0123456789abcdef0123456789abcdef"
 ID = EventId(7, Cursor(9, b"\x00\x01tagtag"), "request-1")
@@ -168,8 +171,40 @@ def test_request_id_keeps_its_type() -> None:
 
 
 def test_request_id_that_is_too_long_is_left_out() -> None:
-    """`EventId.request`: none for an id of more than MAX_REQUEST_ID characters; the place is kept."""
-    assert parse_event_id(ID._replace(request="x" * 5000).seal(SESSION), SESSION) == ID._replace(request=None)
+    """`EventId.request`: none for an id of more than MAX_REQUEST_ID characters as JSON; the place is kept."""
+    for length, kept_whole in ((126, True), (127, False), (129, False), (5000, False)):
+        sent = ID._replace(request="x" * length)
+        assert parse_event_id(sent.seal(SESSION), SESSION) == (sent if kept_whole else ID._replace(request=None))
+
+
+def test_event_id_is_bound_to_the_whole_id_of_its_session() -> None:
+    """P3: also where another one begins, or ends, alike."""
+    session = "0123456789abcdef0123456789abcdef01234567"
+    for at in (0, 8, 16, 31, 32, 39):
+        other = session[:at] + "x" + session[at + 1 :]
+        assert parse_event_id(ID.seal(session), other) is None
+
+
+def test_cursor_as_text_comes_back() -> None:
+    """`cursor_text`: none for what is before everything."""
+    for cursor in (Cursor(0), Cursor(1, b"8 bytes."), Cursor(16**15 - 1, b"")):
+        assert parse_cursor(cursor_text(cursor)) == cursor
+    assert cursor_text(Cursor(-1)) is None
+    assert cursor_text(None) is None
+
+
+@pytest.mark.parametrize("text", [None, 7, 1.25, "", ".", "1", "-1.", "1.0", "1.00 ", "x.00", "1." + "00" * 9, ["1."]])
+def test_what_is_no_cursor_is_none(text: object) -> None:
+    """P12: a log may say what this version does not know."""
+    assert parse_cursor(text) is None
+
+
+def test_of_a_large_event_its_beginning_is_looked_at() -> None:
+    """`glimpse`: what was cut is not there; it takes no time in proportion to the event (P10)."""
+    body = json.dumps({"node": "a", "request": {"x": "x" * MAX_CLIP}, "after": 1}).encode()
+    for data in (draft(Kind.OPENED, body).data, draft(Kind.OPENED, body).data[:MAX_CLIP]):
+        assert glimpse(data)["node"] == "a"
+        assert "after" not in glimpse(data)
 
 
 @given(event_ids, sessions, sessions)
@@ -255,6 +290,7 @@ FORGED = {
     "Infinity": forged(request=packed("-Infinity")),
     "huge number": forged(request=packed("9" * 100)),
     "number of 64 bits": forged(request=packed(str(2**63))),
+    "negative number of 64 bits": forged(request=packed(str(-(2**63)))),
     "number that overflows": forged(request=packed("1e999")),
     "half a surrogate pair": forged(request=packed('"\\ud800"')),
     "long text": forged(request=packed(f'"{"x" * 200}"')),

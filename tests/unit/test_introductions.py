@@ -43,8 +43,8 @@ def test_what_no_session_used_for_two_periods_is_forgotten() -> None:
     assert not len(kept)
 
 
-def test_however_many_clients_come_and_however_much_they_say_little_is_kept() -> None:
-    kept = Introductions(longest=1024, most=64)
+@pytest.mark.parametrize("kept", [Introductions(), Introductions(longest=1024, most=64)], ids=["by default", "so much"])
+def test_however_many_clients_come_and_however_much_they_say_little_is_kept(kept: Introductions) -> None:
     for number in range(500):
         assert kept.parse(said(f"{number}", 700 if number % 2 else 60_000)).client_info.name == f"{number}"
     assert 0 < len(kept) <= 128
@@ -54,3 +54,14 @@ def test_however_many_clients_come_and_however_much_they_say_little_is_kept() ->
 def test_what_is_no_introduction_is_refused() -> None:
     with pytest.raises(ValidationError):
         Introductions().parse(b"{}")
+
+
+def test_as_much_is_kept_as_there_is_room_for() -> None:
+    kept = Introductions(longest=len(said("a")), most=2)
+    for name in ("a", "bb"):
+        kept.parse(said(name))
+    assert list(kept.recent) == [said("a")]
+    for name in ("b", "c", "d", "e"):
+        kept.parse(said(name))
+    assert len(kept.recent) == 1
+    assert len(kept) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -53,6 +54,9 @@ def test_a_place_that_was_trimmed_is_not_lost() -> None:
     """P10: the standalone stream is trimmed from its beginning, so that nothing before the place is left either."""
     assert latest(log(None, None, "c"), place(2, "b"), head=3) == 2
     assert latest(log(None, None, None), place(2, "b"), head=3) == 2
+    assert latest(log(None, None, None), place(3, "c"), head=3) == 3
+    # Entries of other streams stay where they are.
+    assert latest(log("x*", None, "c"), place(2, "b"), head=3) == 2
 
 
 def test_a_place_beyond_the_end_or_behind_older_messages_is_lost_not_trimmed() -> None:
@@ -101,3 +105,29 @@ def test_packed_places_are_the_latest_and_fit(distances: list[int], room: int) -
     found = unpack(text, positions[-1] + 1)
     assert found == tuple(Cursor(position, tag[:3]) for position, tag in places[len(places) - len(found) :])
     assert len(found) <= MAX_PLACES
+
+
+def test_as_many_places_are_named_as_there_may_be() -> None:
+    """P9: so many messages may be lost at once, and still each is known."""
+    places = [Cursor(position, bytes(8)) for position in range(1, 40)]
+    assert [each.position for each in unpack(pack(places, 40, 1000), 40)] == list(range(24, 40))
+
+
+def test_place_that_is_too_far_before_the_next_ends_the_list() -> None:
+    """It counts in 16 bits."""
+    for far, named in ((0xFFFF, 2), (0x10000, 1)):
+        places = [Cursor(1, b"old tag."), Cursor(1 + far, b"new tag.")]
+        assert len(unpack(pack(places, 2 + far, ROOM), 2 + far)) == named
+
+
+def test_only_places_before_the_client_are_named() -> None:
+    places = [place(1, "a"), place(2, "b"), place(3, "c")]
+    assert [each.position for each in unpack(pack(places, 2, ROOM), 2)] == [1]
+
+
+def test_places_before_the_beginning_are_refused() -> None:
+    """A client may send anything."""
+    text = pack([place(1, "a")], 3, ROOM)
+    assert unpack(text, 3) == (Cursor(1, b"a.."),)
+    with pytest.raises(ValueError, match="before the beginning"):
+        unpack(text, 1)

@@ -26,6 +26,7 @@ def test_new_ids_are_of_their_server_and_differ() -> None:
     """P1: 192 bits."""
     ids = {new_session_id(SHOP) for _ in range(1000)}
     assert len(ids) == 1000
+    assert all(len({one[at] for one in ids}) > 30 for at in range(32))
     assert all(is_session_of(SHOP, one) and len(one) == 40 for one in ids)
     assert not any(is_session_of(other, one) for one in ids for other in (BANK, ""))
 
