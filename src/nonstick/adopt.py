@@ -22,7 +22,7 @@ from starlette.types import ASGIApp
 
 from nonstick import fastmcp as fastmcp_server
 from nonstick.cluster.cluster import Cluster
-from nonstick.core.settings import Options
+from nonstick.core.settings import Options, check_arguments
 from nonstick.errors import ConfigurationError
 from nonstick.http.manager import SessionManager
 from nonstick.store import Store
@@ -151,6 +151,7 @@ def take_over(
         raise ConfigurationError(
             f"give {misplaced[0]}= where the app is made: to streamable_http_app(), http_app() or nonstick.app()"
         )
+    check_arguments(options, adopt, "nonstick.adopt()")
     places = list(_places(app))
     if not places:
         raise ConfigurationError(_NONE.format(hint=_hint(app)))

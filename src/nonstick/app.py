@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from nonstick import fastmcp as fastmcp_server
 from nonstick.adopt import Adopted, take_over
 from nonstick.cluster.cluster import Cluster
-from nonstick.core.settings import Options
+from nonstick.core.settings import Options, check_arguments
 from nonstick.errors import ConfigurationError
 from nonstick.http.manager import SessionManager, is_stateless
 from nonstick.store import Store
@@ -142,6 +142,7 @@ def app(
     Raises:
         ConfigurationError: The server is none, or an argument cannot work.
     """
+    check_arguments(options, app, "nonstick.app()")
     own: dict[str, Any] = {
         "auth": auth,
         "token_verifier": token_verifier,

@@ -6,6 +6,8 @@ once, in `manager.py`; nothing else decides a status.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import Final
 
 __all__ = [
@@ -124,6 +126,11 @@ class Trimmed(StoreError):
 
 class Diverged(StoreError):
     """The store lost what the caller knows to have been written: at the cursor, or by this writer (P9)."""
+
+
+def close_to(word: str, known: Iterable[str]) -> str | None:
+    """Which of these was probably meant by somebody who wrote `word`; None if none is like it."""
+    return next(iter(difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.75)), None)
 
 
 def without_text(error: BaseException) -> BaseException:

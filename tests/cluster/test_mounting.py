@@ -29,7 +29,6 @@ import nonstick
 from nonstick.core.names import session_key
 from nonstick.core.settings import Settings
 from nonstick.errors import ConfigurationError, NotRunning
-from nonstick.http.manager import _settings
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing.cluster import HEADERS, Session
 from tests.cluster.servers import World, answer, call, error, opening, request
@@ -336,7 +335,7 @@ async def _rebuild(_: object) -> None:
         ({"max_sessions": 0}, "max_sessions"),
         ({"max_request_body_size": 0}, "max_request_body_size"),
         ({"json_response": True, "answer": "sse"}, "give one of the two"),
-        ({"windov": 1}, "unknown option 'windov'"),
+        ({"windov": 1}, r"unknown option 'windov' of SessionManager\(\): did you mean window\?"),
         ({"lifetime": 60}, "lifetime is no option: give session_idle_timeout="),
         ({"placement": "sticky"}, "placement must be one of any, stateless, owner"),
         ({"placement": "owner", "stateless": True}, "of which there are none if stateless"),
@@ -349,6 +348,13 @@ async def _rebuild(_: object) -> None:
         ({"window": True}, "window must be"),
         ({"ping_interval": 0}, "ping_interval must be a positive"),
         ({"max_streams": None}, "max_streams must be"),
+        ({"max_streams": 2.5}, "max_streams must be a positive number without a fraction, not 2.5"),
+        ({"retry_interval": -1}, "retry_interval must be zero or a positive number of milliseconds"),
+        ({"namespace": ""}, "namespace must be a text that is not empty"),
+        ({"node_header": "yes"}, "node_header must be True or False"),
+        ({"relay_headers": "x-key"}, "relay_headers must be names of headers"),
+        ({"relay_headers": ["mcp-session-id"]}, "handlers see it anyway"),
+        ({"max_principal_share": 2}, "max_principal_share must be a share, more than 0 and at most 1"),
         ({"answer": "xml"}, "answer must be one of auto, sse, json"),
         ({"second_listener": "reject"}, "unknown option 'second_listener'"),
         ({"reexecute": "always"}, "reexecute must be one of never, idempotent"),
@@ -362,29 +368,38 @@ async def test_argument_that_cannot_work_is_refused_with_the_reason(arguments: d
         manager(**arguments)
 
 
-async def test_options_that_are_named_are_those_that_can_be_given() -> None:
-    """Each is taken by the app; nothing that is a setting of another name, or an argument, is among them."""
+async def test_options_that_are_named_can_be_given() -> None:
+    """Each is taken by the app, with its default; nothing that is a setting of another name is among them."""
     with pytest.raises(ConfigurationError) as refused:
-        manager(windov=1)
+        nonstick.app(World().server(), store="memory:", xyz=1)  # type: ignore[call-arg]
     named = str(refused.value).partition("there are: ")[2].split(", ")
-    assert {"node_name", "node_header", "window"} < set(named)
-    assert not {"lifetime", "max_sessions", "retry_interval"} & set(named)
-    defaults = {field.name: field.default for field in fields(Settings)} | {
-        "node_name": None,
-        "node_header": False,
-        "namespace": None,
-        "encryption_keys": None,
-    }
-    for name in named:
+    assert {"node_name", "node_header", "window", "session_idle_timeout", "auth"} < set(named)
+    assert "lifetime" not in named
+    defaults = {field.name: field.default for field in fields(Settings)} | {"encryption_keys": None}
+    settings = set(named) & defaults.keys()
+    for name in settings:
         nonstick.app(World().server(), store="memory:", **{name: defaults[name]})  # type: ignore[arg-type]
-    settings = {field.name for field in fields(Settings)}
-    assert settings - set(named) == {"lifetime", "max_sessions", "retry_interval"}
+    assert defaults.keys() - settings == {"lifetime"}
 
 
-@pytest.mark.parametrize("name", ["max_sessions", "retry_interval"])
-async def test_argument_is_named_where_it_was_given_as_an_option(name: str) -> None:
-    with pytest.raises(ConfigurationError, match=f"{name} is no option: give {name}="):
-        _settings({name: 1})  # type: ignore[misc]
+@pytest.mark.parametrize(
+    ("door", "wrong", "meant"),
+    [
+        (nonstick.app, "session_idle_timout", "session_idle_timeout"),
+        (nonstick.app, "transport_securty", "transport_security"),
+        (nonstick.app, "max_stream", "max_streams"),
+        (nonstick.SessionManager, "json_respnse", "json_response"),
+        (nonstick.SessionManager, "unconfirmed_life_time", "unconfirmed_lifetime"),
+        (nonstick.adopt, "encryption_key", "encryption_keys"),
+        (nonstick.adopt, "clutser", "cluster"),
+    ],
+)
+async def test_misspelt_argument_of_any_door_is_recognised(door: Any, wrong: str, meant: str) -> None:
+    """Whether it is an option of nonstick's or an argument of the door alone."""
+    server = World().server()
+    served = server.streamable_http_app() if door is nonstick.adopt else server
+    with pytest.raises(ConfigurationError, match=rf"unknown option '{wrong}' of .*\(\): did you mean {meant}\?$"):
+        door(served, store="memory:", **{wrong: 1})
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,9 @@ CLASS_METHODS: Final = 28
 CLASS_ATTRIBUTES: Final = 16
 
 LARGE_MODULES: Final[dict[str, int]] = {
-    "commands/serve.py": 496,
-    "http/manager.py": 947,
-    "node/holding.py": 461,
-    "session/exchange.py": 926,
+    "commands/serve.py": 497,
+    "http/manager.py": 856,
+    "session/exchange.py": 925,
     "session/live.py": 743,
     "session/standalone.py": 870,
     "stores/encrypted.py": 475,
@@ -32,9 +31,7 @@ LARGE_MODULES: Final[dict[str, int]] = {
 """Lines that the modules which are larger may have."""
 
 LARGE_CLASSES: Final[dict[str, tuple[int, int]]] = {
-    "core/settings.py:Settings": (3, 36),
-    "core/settings.py:Options": (0, 37),
-    "http/manager.py:SessionManager": (34, 23),
+    "http/manager.py:SessionManager": (34, 21),
     "node/node.py:Node": (23, 27),
     "session/exchange.py:Exchange": (61, 45),
     "session/live.py:Session": (56, 33),

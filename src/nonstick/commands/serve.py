@@ -36,7 +36,8 @@ from nonstick.app import app as make_app
 from nonstick.commands import loading
 from nonstick.commands import log_format as logs
 from nonstick.commands.checks import check_shared
-from nonstick.core.settings import SEND_TIMEOUT, Options
+from nonstick.core.settings import Options
+from nonstick.core.settings import Settings as EndpointSettings
 from nonstick.errors import ConfigurationError, NonstickError, StoreUnavailable, StoreUnusable, Undecryptable
 from nonstick.node.exits import exit_status
 from nonstick.node.node import GONE_AFTER, seconds_left_here
@@ -408,7 +409,7 @@ def _cut_off_the_unreachable(listener: socket.socket, settings: Settings) -> Non
     taken: for ever, if the client never reads. Connections inherit this from the socket that they come in by.
     """
     option = getattr(socket, "TCP_USER_TIMEOUT", None)  # Linux has it
-    patience = settings.options.get("send_timeout", SEND_TIMEOUT)
+    patience = settings.options.get("send_timeout", EndpointSettings.send_timeout)
     if option is not None and isinstance(patience, int | float):
         seconds = math.ceil(2 * min(patience, 86_400))
         listener.setsockopt(socket.IPPROTO_TCP, option, 1000 * seconds)

@@ -6,14 +6,10 @@ message. All HTTP statuses that nonstick gives are decided here and in `Refusal`
 
 from __future__ import annotations
 
-import inspect
 import logging
-import math
-import re
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from contextvars import Context, copy_context
-from dataclasses import fields
 from functools import lru_cache
 from typing import Any, Final, Unpack
 
@@ -65,7 +61,7 @@ from nonstick.core.names import UNNAMED, identity, is_session_id, is_session_of,
 from nonstick.core.principals import principal_of
 from nonstick.core.record import CONFIRMED, Record
 from nonstick.core.refusals import Refusal, missing_id, shutting_down, unavailable, unknown_event_id
-from nonstick.core.settings import Options, Settings
+from nonstick.core.settings import Options, Settings, check_arguments, settings_of
 from nonstick.errors import ConfigurationError, NonstickError, NotRunning, SessionNotFound, StoreUnavailable
 from nonstick.http.intake import arrived, check_headers, header
 from nonstick.http.respond import JSON_TYPE, refuse, send_body
@@ -96,12 +92,6 @@ _NOTICE_PATIENCE: Final = 5.0
 _NEVER: Final = 10 * 365 * 86_400.0
 """The lifetime, in seconds, of sessions that are not to expire: no key in a store is without one."""
 
-_GIVEN_OTHERWISE: Final = {
-    "lifetime": "give session_idle_timeout=, in seconds",
-    "max_sessions": "give max_sessions= to nonstick.app() or SessionManager()",
-    "retry_interval": "give retry_interval= to nonstick.app() or SessionManager(), in milliseconds",
-}
-
 _NO_NAME: Final = "mcp-server"
 """What the SDK calls an `MCPServer` that was given no name."""
 
@@ -110,18 +100,6 @@ _OFTEN: Final = ("notifications/progress", "notifications/cancelled")
 
 _LONGEST_URI: Final = 2048
 """Characters of a resource's URI that a record keeps."""
-
-_MAY_BE_ZERO: Final = ("window", "grace")
-_MAY_BE_NONE: Final = (
-    "max_sessions_per_principal",
-    "max_state_records",
-    "max_state_records_per_principal",
-    "unattended_timeout",
-    "unconfirmed_lifetime",
-)
-_SHARES: Final = ("max_principal_share",)
-
-_HEADER_NAME: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 
 _HOW_TO_RUN: Final = (
     "nonstick is not running in this process: its lifespan was not entered. Run the app itself with an ASGI server, "
@@ -181,10 +159,7 @@ class SessionManager:
                 "event_store= is not needed and would be ignored: streams are resumed from the session store. "
                 "Remove it."
             )
-        if session_idle_timeout is not None and not (math.isfinite(session_idle_timeout) and session_idle_timeout > 0):
-            raise ConfigurationError("session_idle_timeout must be a positive, finite number of seconds, or None")
-        if max_sessions is not None and max_sessions <= 0:
-            raise ConfigurationError("max_sessions must be a positive number of sessions, or None")
+        check_arguments(options, SessionManager, "SessionManager()")
         if max_request_body_size <= 0:
             raise ConfigurationError("max_request_body_size must be a positive number of bytes")
         if json_response and options.get("answer", "json") != "json":
@@ -201,20 +176,14 @@ class SessionManager:
                 f"{type(app).__qualname__}. A FastMCP server is for nonstick.app(), and what its http_app() returned "
                 "for nonstick.adopt()."
             )
-        node_name = options.pop("node_name", None)
-        namespace = options.pop("namespace", None)
-        if namespace is not None and not (isinstance(namespace, str) and namespace):
-            raise ConfigurationError(f"namespace must be a text that is not empty, not {namespace!r}")
-        self._node_header = options.pop("node_header", False)
         keys = options.pop("encryption_keys", None)
         if json_response:
             options["answer"] = "json"
-        self.settings = _settings(
-            options,
-            lifetime=_NEVER if session_idle_timeout is None else session_idle_timeout,
-            retry_interval=1000 if retry_interval is None else retry_interval,
-            max_sessions=max_sessions,
-        )
+        given = {**options, "max_sessions": max_sessions}
+        given["lifetime"] = _NEVER if session_idle_timeout is None else session_idle_timeout
+        if retry_interval is not None:
+            given["retry_interval"] = retry_interval
+        self.settings = settings_of(given)
         stateless = is_stateless(stateless, self.settings.placement)
         if stateless and modern is not None and not modern.stateless:
             raise ConfigurationError(
@@ -238,16 +207,15 @@ class SessionManager:
             max_request_body_size=max_request_body_size,
         )
         self._security = TransportSecurityMiddleware(security_settings)
-        self._node_name = node_name
         self.cluster = cluster or Cluster.only() or Cluster.apart()
         """What is told to every client goes through this: `await manager.cluster.notify_tools_changed()`."""
         self.has_tasks = False
         """Whether requests begin tasks that other nodes run: FastMCP's."""
-        self.namespace = namespace or self.app.name
+        self.namespace = self.settings.namespace or self.app.name
         """With the endpoint: whose sessions these are."""
         self._endpoint = endpoint
         self._server = identity(self.namespace, endpoint)
-        self._sealed_apart = namespace is not None
+        self._sealed_apart = self.settings.namespace is not None
         self.cluster.serve(self.namespace, sealed_apart=self._sealed_apart)
         self._strangers = False
         self._node: Node | None = None
@@ -294,7 +262,7 @@ class SessionManager:
 
     @asynccontextmanager
     async def _serving(self, store: GuardedStore, state: Any) -> AsyncIterator[None]:
-        node = Node(self.app, state, store, self.settings, name=self._node_name, cluster_log=self.cluster.log)
+        node = Node(self.app, state, store, self.settings, name=self.settings.node_name, cluster_log=self.cluster.log)
         node.whose = identity(self.namespace)
         with node.signals():
             async with node:
@@ -428,7 +396,7 @@ class SessionManager:
         if self._node is None:
             await refuse(send, Refusal(500, _HOW_TO_RUN, INTERNAL_ERROR), [])
             return
-        if self._node_header:
+        if self.settings.node_header:
             send = _with_header(send, (b"nonstick-node", self._node.name.encode()))
         version = header(scope, MCP_PROTOCOL_VERSION_HEADER)
         try:
@@ -867,56 +835,6 @@ def _with_header(send: Send, header: tuple[bytes, bytes]) -> Send:
     return with_header
 
 
-def _settings(options: Options, **more: Any) -> Settings:
-    defaults = {field.name: field.default for field in fields(Settings)}
-    for name, value in options.items():
-        if name in _GIVEN_OTHERWISE:
-            raise ConfigurationError(f"{name} is no option: {_GIVEN_OTHERWISE[name]}")
-        if name not in Options.__optional_keys__:
-            known = ", ".join(sorted(Options.__optional_keys__))
-            raise ConfigurationError(f"unknown option {name!r}; there are: {known}")
-        if name == "rehydrate":
-            _check_rehydrate(value)
-        elif name == "relay_headers":
-            options["relay_headers"] = _header_names(value)
-        elif isinstance(defaults[name], bool):
-            if not isinstance(value, bool):
-                raise ConfigurationError(f"{name} must be True or False, not {value!r}")
-        elif not isinstance(defaults[name], str) and not (value is None and name in _MAY_BE_NONE):
-            _check_number(name, value)
-    if options.get("rehydrate") is not None and options.get("placement") != "owner":
-        raise ConfigurationError('rehydrate= builds what an owner holds anew: it needs placement="owner"')
-    if options.get("reexecute") == "idempotent" and options.get("placement") == "owner":
-        raise ConfigurationError('reexecute="idempotent" does not go with placement="owner": what it ran on is gone')
-    choices = {
-        "answer": ("auto", "sse", "json"),
-        "placement": ("any", "stateless", "owner"),
-        "trace_session_ids": ("hashed", "raw"),
-        "reexecute": ("never", "idempotent"),
-    }
-    for name, allowed in choices.items():
-        if (chosen := options.get(name)) is not None and chosen not in allowed:
-            raise ConfigurationError(f"{name} must be one of {', '.join(allowed)}, not {chosen!r}")
-    return Settings(**{**options, **more})
-
-
-def _check_rehydrate(value: object) -> None:
-    plain = inspect.isfunction(value) and not inspect.iscoroutinefunction(value)
-    if value is not None and (plain or not callable(value)):
-        raise ConfigurationError("rehydrate must be an async function that takes a Connection")
-
-
-def _header_names(value: object) -> tuple[str, ...]:
-    """These names, in lower case."""
-    names: list[Any] | None = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else None
-    if names is None or not all(isinstance(name, str) and _HEADER_NAME.fullmatch(name) for name in names):
-        raise ConfigurationError(f'relay_headers must be names of headers, as in ["x-api-key"], not {value!r}')
-    lower = tuple(name.lower() for name in names)
-    if MCP_SESSION_ID_HEADER in lower:
-        raise ConfigurationError(f"leave {MCP_SESSION_ID_HEADER} out of relay_headers: handlers see it anyway")
-    return lower
-
-
 def _check_relayed(settings: Settings, store: Store) -> None:
     """Whether what is asked to be written of requests is written encrypted (P13)."""
     for name in ("relay_headers", "relay_query"):
@@ -936,12 +854,3 @@ def is_stateless(stateless: bool, placement: object) -> bool:
     if stateless and placement == "owner":
         raise ConfigurationError('placement="owner" holds sessions, of which there are none if stateless: give one')
     return stateless or placement == "stateless"
-
-
-def _check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ConfigurationError(f"{name} must be a finite number, not {value!r}")
-    if value < 0 or (value == 0 and name not in _MAY_BE_ZERO):
-        raise ConfigurationError(f"{name} must be {'zero or ' if name in _MAY_BE_ZERO else ''}a positive number")
-    if name in _SHARES and value > 1:
-        raise ConfigurationError(f"{name} must be a share, more than 0 and at most 1, not {value!r}")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Final
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
-from nonstick.errors import ConfigurationError
+from nonstick.errors import ConfigurationError, close_to
 from nonstick.store import Store
-from nonstick.stores.common.options import close_to, grace_in, unknown_option
+from nonstick.stores.common.options import grace_in, unknown_option
 
 __all__ = ["open_store"]
 

@@ -5,15 +5,14 @@ A mistake in a URL is told without quoting it, because it may hold a password.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Iterable
 from typing import Final
 
-from nonstick.errors import ConfigurationError
+from nonstick.errors import ConfigurationError, close_to
 
-__all__ = ["checked_grace", "close_to", "grace_in", "unknown_option"]
+__all__ = ["checked_grace", "grace_in", "unknown_option"]
 
 _NAME: Final = re.compile(r"[A-Za-z][A-Za-z_.]{0,39}")
 """What is taken for an option's name; other things may be a part of a password with an unescaped '?' or '&'."""
@@ -48,8 +47,3 @@ def unknown_option(name: str, known: Iterable[str], advice: str = "") -> Configu
     shown = f" {name!r}" if _NAME.fullmatch(name) else ""
     hint = f"Did you mean {close}?" if close else advice or f"Known are {', '.join(names)}."
     return ConfigurationError(f"the store URL has an option{shown} that is not known. {hint}")
-
-
-def close_to(word: str, known: Iterable[str]) -> str | None:
-    """Which of these was probably meant."""
-    return next(iter(difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.75)), None)
