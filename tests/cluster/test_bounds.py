@@ -18,7 +18,7 @@ from nonstick.log.cluster_log import CLUSTER_KEY
 from nonstick.log.follow import Follower, Subscription
 from nonstick.session.exchange import Exchange
 from nonstick.session.live import Session as View
-from nonstick.session.standalone import Reader
+from nonstick.session.reader import Reader
 from nonstick.store import MAX_CANCELS, STANDALONE
 from nonstick.testing.cluster import HEADERS, Member, Session
 from tests.cluster.conftest import MakeStore

@@ -44,7 +44,7 @@ def exits(monkeypatch: pytest.MonkeyPatch) -> list[Exit]:
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who reads looks often after the node that should write."""
     monkeypatch.setattr("nonstick.session.rescue._BETWEEN_LOOKS", 0.05)
-    monkeypatch.setattr("nonstick.session.standalone._LIVENESS_POLL", 0.05)
+    monkeypatch.setattr("nonstick.session.reader.LIVENESS_POLL", 0.05)
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import pytest
 
 from nonstick.core.events import Kind, kind_of
 from nonstick.core.names import session_key
-from nonstick.session import standalone as listener
+from nonstick.session import resumption
 from nonstick.store import Batch
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing.cluster import Session
@@ -118,7 +118,7 @@ class MissedOnce(MemoryStore):
 
 async def test_a_stream_that_is_missed_once_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """P3, P9: what was written before it was trimmed may still be on its way; only seen twice it is lost."""
-    monkeypatch.setattr(listener, "_EXISTENCE_POLL", 0.1)
+    monkeypatch.setattr(resumption, "_EXISTENCE_POLL", 0.1)
     store = MissedOnce()
     async with staged(one(store)) as (stage, a, b, c):
 

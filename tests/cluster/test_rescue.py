@@ -30,7 +30,7 @@ pytestmark = pytest.mark.anyio
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who reads looks often after the node that should write."""
     monkeypatch.setattr("nonstick.session.rescue._BETWEEN_LOOKS", 0.05)
-    monkeypatch.setattr("nonstick.session.standalone._LIVENESS_POLL", 0.05)
+    monkeypatch.setattr("nonstick.session.reader.LIVENESS_POLL", 0.05)
 
 
 class Safe(Stage):

@@ -35,8 +35,7 @@ from nonstick.log import writer as sender
 from nonstick.log.cluster_log import CLUSTER_KEY
 from nonstick.node import holding, placement, relay
 from nonstick.node.node import Node
-from nonstick.session import exchange, rescue
-from nonstick.session import standalone as listener
+from nonstick.session import exchange, reader, rescue
 from nonstick.store import NEW_STREAM, Batch, Cursor
 from nonstick.stores.memory import MemoryStore
 from tests.cluster.asgi import DEADLINE, Call
@@ -774,7 +773,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
         (sender, "_PATIENCE", 0.3),
         (relay, "_PATIENCE", 0.3),
         (manager, "_NOTICE_PATIENCE", 0.3),
-        (listener, "_LIVENESS_POLL", 0.1),
+        (reader, "LIVENESS_POLL", 0.1),
         (holding, "_RETRY_PAUSE", 0.05),
         (placement, "_CERTAIN_AFTER", 0.2),
         (rescue, "_BETWEEN_LOOKS", 0.1),

@@ -20,7 +20,7 @@ LARGE_MODULES: Final[dict[str, int]] = {
     "http/manager.py": 856,
     "session/exchange.py": 925,
     "session/live.py": 743,
-    "session/standalone.py": 870,
+    "session/standalone.py": 567,
     "stores/encrypted.py": 475,
     "stores/postgres/store.py": 556,
     "stores/redis/connection.py": 625,

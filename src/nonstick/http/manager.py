@@ -76,7 +76,9 @@ from nonstick.session import notice, portable, tracing
 from nonstick.session.exchange import Exchange
 from nonstick.session.kernel import offer
 from nonstick.session.live import Session
-from nonstick.session.standalone import Listener, Reader, Resumption
+from nonstick.session.reader import Reader
+from nonstick.session.resumption import Resumption
+from nonstick.session.standalone import Listener
 from nonstick.store import STANDALONE, Batch, Loaded, Store
 from nonstick.stores import open_store
 from nonstick.stores.encrypted import EncryptedStore

@@ -38,7 +38,7 @@ from nonstick.waiting.deadline import Deadline
 if TYPE_CHECKING:
     from nonstick.session.exchange import Exchange
     from nonstick.session.live import Session
-    from nonstick.session.standalone import Reader
+    from nonstick.session.reader import Reader
 
 __all__ = [
     "GONE_AFTER",

@@ -26,7 +26,7 @@ from nonstick.errors import SessionNotFound, StoreUnavailable
 from nonstick.http.respond import JSON_TYPE, refuse, send_body
 from nonstick.session import portable, tracing
 from nonstick.session.live import Session
-from nonstick.session.standalone import Resumption
+from nonstick.session.resumption import Resumption
 from nonstick.store import NEW_STREAM, Batch, Cursor, Draft, Event
 
 __all__ = ["Relay", "packed", "relay_notice"]

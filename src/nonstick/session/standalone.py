@@ -1,7 +1,6 @@
-"""One GET: what the client has not seen of a stream, then what comes, from any node (P3).
+"""A connection to the session's standalone stream: what its client has not seen, then what comes, from any node (P3).
 
-`Resumption` reads one POST's stream from an event id. `Listener` is a connection to the session's standalone stream,
-of which there may be several: the log is the arbiter, so that two never carry the same new message.
+There may be several: the log is the arbiter, so that two never carry the same new message.
 """
 
 from __future__ import annotations
@@ -11,45 +10,35 @@ import contextlib
 import hashlib
 import logging
 import sys
-from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from contextvars import copy_context
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import anyio
 import pydantic_core
 from mcp.shared.subscriptions import ResourceUpdated
 from mcp_types import RequestId
-from mcp_types.version import is_version_at_least
-from starlette.types import Receive, Send
 
 from nonstick.core.broadcasts import LISTS, NOWHERE, Broadcast
 from nonstick.core.events import EventId, Kind, body_of, cursor_text, decode, draft, glimpse, kind_of, parse_cursor
-from nonstick.core.jsonrpc import error_body, request_key
+from nonstick.core.jsonrpc import request_key
 from nonstick.core.names import new_name
 from nonstick.core.places import MAX_PLACES, Search
-from nonstick.core.refusals import STREAM_LOST, unknown_event_id
-from nonstick.core.sse import SSE_HEADERS, sse_frame, sse_message, sse_priming, sse_retry
+from nonstick.core.sse import sse_frame
 from nonstick.core.turns import Turn, Turns
-from nonstick.errors import Diverged, SessionNotFound, StoreError, StoreUnavailable, without_text
-from nonstick.log.follow import Slice, Subscription
+from nonstick.errors import Diverged, StoreError, StoreUnavailable
+from nonstick.log.follow import Slice
+from nonstick.session import reader
 from nonstick.session.live import Session
-from nonstick.session.outlet import Mark, Outlet
-from nonstick.session.rescue import Rescue
+from nonstick.session.outlet import Mark
+from nonstick.session.reader import Following, Reader
 from nonstick.store import MAX_CLIP, MAX_READ, STANDALONE, Appended, Batch, Cursor, Draft, Event
-from nonstick.waiting import background
-from nonstick.waiting.deadline import Deadline
-from nonstick.waiting.patience import patiently
 
-__all__ = ["Listener", "Resumption"]
+__all__ = ["Listener"]
 
 logger = logging.getLogger(__name__)
 
 _LEAVE_SECONDS: Final = 2.0
-
-_LIVENESS_POLL: Final = 1.5
-"""Seconds of silence after which it is looked whether the node that should write still lives."""
 
 _SILENCE: Final = 60.0
 """Seconds after which a connection that carries the standalone stream looks up, though nothing came."""
@@ -64,298 +53,6 @@ _SETTLED: Final = 1000
 """Server requests that a connection knows to be settled. One beyond them is sent, and its answer dropped."""
 
 _CANCELLED: Final = b'"notifications/cancelled"'
-
-_FIRST_SLICE: Final = 16
-"""Events of what a client missed that are read before its response begins."""
-
-_EXISTENCE_POLL: Final = 4.0
-"""Seconds, at least, between two looks whether a silent stream is still there."""
-
-
-class Reader(ABC):
-    """A connection that carries a stream: a task feeds the outlet from the log, the ASGI task pumps it."""
-
-    def __init__(self, session: Session, place: EventId | None, *, primes: bool) -> None:
-        self.session = session
-        self._place = place
-        self._primes = primes
-        settings = session.node.settings
-        self.outlet = Outlet(
-            patience=settings.send_timeout,
-            ping=settings.ping_interval,
-            until_closing=session.node.until_closing,
-        )
-        self.stays = False
-        """Its client could not come back, so that a drain waits for its end."""
-        self.began = asyncio.get_running_loop().time()
-        """In the loop's time."""
-
-    async def serve(self, receive: Receive, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
-        """Sends the stream until it ends, the session ends, or the client goes."""
-        node = self.session.node
-        node.readers.add(self)
-        self.prime()
-        if node.draining:
-            self.hand_over()
-        tasks = [node.spawn(self._feed()), node.spawn(self._watch(receive), copy_context())]
-        try:
-            with self.session:
-                await self.respond(send, headers)
-        finally:
-            node.readers.discard(self)
-            self.outlet.leave()
-            for task in tasks:
-                task.cancel()
-            await self.gone()
-
-    def shows_client(self, now: float) -> bool:
-        """Whether the client is there, as far as its connection tells."""
-        return not self.outlet.gone and now - self.began < self.session.node.settings.connection_lifetime
-
-    async def gone(self) -> None:  # noqa: B027 - most have nothing to do
-        """The connection has ended."""
-
-    async def respond(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
-        """Writes the response."""
-        await send({"type": "http.response.start", "status": 200, "headers": [*headers, *SSE_HEADERS]})
-        await self.outlet.pump(send)
-
-    async def _watch(self, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        self.outlet.leave()
-
-    async def _feed(self) -> None:
-        try:
-            await self.feed()
-        except SessionNotFound:
-            # The end of the session is the end of its streams.
-            pass
-        except Exception as error:
-            logger.error("session %s: a stream broke off", self.session.key[:12], exc_info=without_text(error))
-        finally:
-            self.outlet.end()
-
-    @abstractmethod
-    async def feed(self) -> None:
-        """Puts everything that the client is to get, in order. Returns at the stream's end."""
-
-    def prime(self) -> None:
-        """Gives the client the id again that it came with.
-
-        There are clients that come back with an id only if the connection that broke brought one. They shall not lose
-        their place because nothing happened meanwhile (P3).
-        """
-        if self._primes and self._place is not None:
-            self.put_priming(self._place)
-
-    def put_priming(self, place: EventId) -> None:
-        frame = sse_priming(place.seal(self.session.id), self.session.node.settings.retry_interval)
-        self.outlet.put(frame, self.mark(place.cursor.position))
-
-    def mark(self, position: int) -> Mark:
-        """How far a frame for what is at this position brings the client."""
-        return Mark(position)
-
-    def hand_over(self) -> None:
-        """The node stops: the client is told to come back, and the connection is closed (P8)."""
-        self.outlet.put(sse_retry(self.session.node.settings.retry_interval))
-        self.outlet.end()
-
-    def cut_off(self) -> None:
-        """The grace period is over: one that `stays` ends now."""
-        self.outlet.end()
-
-    def follow(self, after: Cursor) -> contextlib.closing[_Following]:
-        return contextlib.closing(_Following(self.session.follower.subscribe(after)))
-
-    async def put(self, event: Event, event_id: EventId) -> None:
-        """Takes a message as soon as the client has taken enough of those before."""
-        await self.outlet.room()
-        frame = sse_frame(event_id.seal(self.session.id), body_of(event.data))
-        self.outlet.put(frame, self.mark(event.position))
-
-
-class _Following:
-    """A place in the log, from which a reader takes what comes, and looks around when nothing does."""
-
-    def __init__(self, subscription: Subscription) -> None:
-        self._subscription = subscription
-        self._next: asyncio.Task[list[Event]] | None = None
-
-    async def next(self, silence: float = _LIVENESS_POLL) -> list[Event]:
-        """The next events; none after so many seconds of silence.
-
-        Raises:
-            SessionNotFound, Diverged: As `Subscription.next`.
-        """
-        if self._next is None:
-            try:
-                with Deadline(silence):
-                    await self._subscription.wait()
-            except TimeoutError:
-                return []
-            if events := self._subscription.take():
-                return events
-            self._next = background.spawn(self._subscription.next())
-        # A read of a slow store goes on meanwhile: begun anew each time, it would never come to its end.
-        await asyncio.wait([self._next], timeout=silence)
-        if not self._next.done():
-            return []
-        done, self._next = self._next, None
-        try:
-            return done.result()
-        except StoreUnavailable:
-            await asyncio.sleep(_LIVENESS_POLL)
-            return []
-
-    def close(self) -> None:
-        if self._next is not None:
-            self._next.add_done_callback(_look_at)
-            self._next.cancel()
-        self._subscription.close()
-
-
-def _look_at(task: asyncio.Task[list[Event]]) -> None:
-    """Nobody asks any more how this ended."""
-    if not task.cancelled():
-        task.exception()
-
-
-async def _entry(session: Session, cursor: Cursor) -> list[Event]:
-    """The entry that a client's event id names, and what follows it; empty if the store no longer has it."""
-    try:
-        events = await Slice(_FIRST_SLICE).read(session.node.store, session.key, Cursor(cursor.position - 1))
-    except Diverged:
-        return []
-    return events if events and events[0].cursor == cursor else []
-
-
-class Resumption(Reader):
-    """The rest of one POST's stream."""
-
-    def __init__(self, session: Session, place: EventId) -> None:
-        super().__init__(session, place, primes=is_version_at_least(session.protocol_version, "2025-11-25"))
-        self._place: EventId = place
-        self._since = session.head.position
-        """The log's end when this connection came."""
-        self._events: list[Event] = []
-        self._opened: Event | None = None
-        self._looks_at = 0.0
-        self._missed = False
-
-    async def prepare(self) -> None:
-        """Reads what the log has.
-
-        Raises:
-            Refusal: The entry is there, and another stream's.
-            SessionNotFound, StoreUnavailable: As `Store.read`.
-        """
-        stream = self._place.stream
-        self._events = await _entry(self.session, self._place.cursor)
-        if not self._events:
-            return
-        first = self._events[0]
-        if first.stream != stream:
-            raise unknown_event_id()
-        if first.position != stream:
-            first = await self._read_first() or first
-        if first.position == stream and kind_of(first.data) is Kind.OPENED:
-            self._opened = first
-
-    async def feed(self) -> None:
-        while True:
-            try:
-                await self._feed_rest()
-                return
-            except Diverged:
-                # Some place in the log is lost. This client's may not be, and nothing of the stream either.
-                self._events = await patiently(lambda: _entry(self.session, self._place.cursor), pause=_LIVENESS_POLL)
-                if not self._events:
-                    self._lose()
-                    return
-
-    async def _feed_rest(self) -> None:
-        if self._opened is None:
-            self._lose()
-            return
-        rescue = Rescue(self.session, self._opened)
-        events, self._events = self._events, []
-        if await self._carry(events, rescue):
-            return
-        with self.follow(events[-1].cursor) as following:
-            while True:
-                events = await following.next()
-                if await self._carry(events, rescue):
-                    return
-                # Other streams of the session are no sign of life.
-                if any(event.stream == self._place.stream for event in events):
-                    self._missed = False
-                    continue
-                with contextlib.suppress(StoreUnavailable):
-                    await rescue.look()
-                    if await self._is_missing():
-                        self._lose()
-                        return
-
-    async def _read_first(self) -> Event | None:
-        """What is left of the log from where the stream began; nothing if the store lost that."""
-        try:
-            found = await self.session.node.store.read(self.session.key, Cursor(self._place.stream - 1), limit=1)
-        except Diverged:
-            return None
-        return found[0] if found else None
-
-    async def _is_there(self) -> bool:
-        """Whether the store still has the stream's first event."""
-        assert self._opened is not None
-        try:
-            found = await self.session.node.store.skim(
-                self.session.key, Cursor(self._opened.position - 1), limit=1, clip=0
-            )
-        except Diverged:
-            return False
-        return bool(found) and found[0].event.cursor == self._opened.cursor
-
-    async def _is_missing(self) -> bool:
-        """Whether the stream has ended and been trimmed, so that nothing more comes of it (P9).
-
-        When it is seen twice: what came before the trim may still be on its way here.
-        """
-        now = asyncio.get_running_loop().time()
-        if now < self._looks_at:
-            return False
-        before, self._missed = self._missed, not await self._is_there()
-        self._looks_at = now if self._missed else now + _EXISTENCE_POLL
-        return before and self._missed
-
-    async def _carry(self, events: Iterable[Event], rescue: Rescue) -> bool:
-        """Puts the stream's own messages. Whether that was its end."""
-        place = self._place
-        for event in events:
-            if event.stream != place.stream:
-                continue
-            kind = kind_of(event.data)
-            if kind is Kind.TAKEN:
-                rescue.taken(event)
-            if event.position <= place.cursor.position:
-                if kind is Kind.TERMINAL:
-                    return True
-                continue
-            if kind in (Kind.MESSAGE, Kind.TERMINAL):
-                self._place = place = EventId(place.stream, event.cursor, place.request)
-                await self.put(event, place)
-            if kind is Kind.TERMINAL:
-                return True
-            # An older hang-up was meant for the connections of then.
-            if kind is Kind.HANGUP and event.position > self._since:
-                return True
-        return False
-
-    def _lose(self) -> None:
-        """The store no longer has this stream: its request is answered with one error, so that nobody waits (P9)."""
-        logger.warning("session %s: a stream that a client resumes is lost", self.session.key[:12])
-        self.outlet.put(sse_message(error_body(self._place.request, STREAM_LOST)))
 
 
 class Listener(Reader):
@@ -558,10 +255,10 @@ class Listener(Reader):
         places = sorted({place.position: place for place in seen}.values())
         while True:
             try:
-                left = await patiently(lambda: self._go_on(places, own=self._last), pause=_LIVENESS_POLL)
+                left = await self.patiently(lambda: self._go_on(places, own=self._last))
                 break
             except Diverged:
-                await asyncio.sleep(_LIVENESS_POLL)
+                await asyncio.sleep(reader.LIVENESS_POLL)
         logger.info("session %s: its standalone stream goes on after %d", self.session.key[:12], left)
         self._start = min(self._read, left)
         self._reached = min(self._reached, left)
@@ -571,7 +268,7 @@ class Listener(Reader):
         self._place = None
 
     async def _take_turns(self) -> None:
-        if self._place is not None and await patiently(self._is_carried, pause=_LIVENESS_POLL):
+        if self._place is not None and await self.patiently(self._is_carried):
             asked = (await self._ask()).first
             # It may have left, and the store lost that.
             await self._stay_silent(answers=lambda turn: turn.shown < asked)
@@ -607,7 +304,7 @@ class Listener(Reader):
         if not self._given:
             self._given.extend(place for place in self._turns.trail if place.position <= self._start)
         heard = self._where_to_hear_on()
-        self._heard = await patiently(lambda: self.session.node.cluster_log.settle(heard), pause=_LIVENESS_POLL)
+        self._heard = await self.patiently(lambda: self.session.node.cluster_log.settle(heard))
         if self._heard != heard:
             self._told = ""
         self._heard_before = NOWHERE if self._told else self._heard
@@ -666,18 +363,18 @@ class Listener(Reader):
                 for event in events:
                     self._note(event)
                 # Other streams may never be silent.
-                if events and loop.time() - looked < _LIVENESS_POLL:
+                if events and loop.time() - looked < reader.LIVENESS_POLL:
                     continue
                 looked = loop.time()
                 node = turn.node
-                if await patiently(lambda: self.session.node.store.lapsed([node]), pause=_LIVENESS_POLL):  # noqa: B023
+                if await self.patiently(lambda: self.session.node.store.lapsed([node])):  # noqa: B023
                     if doubted == turn.name:
                         turn.give_up()
                     doubted = turn.name
                     continue
                 doubted = ""
                 # Only time in which the store can be reached counts.
-                patience -= _LIVENESS_POLL
+                patience -= reader.LIVENESS_POLL
                 if answers(turn) and patience <= 0:
                     turn.give_up()
 
@@ -697,7 +394,7 @@ class Listener(Reader):
             await self._leave()
             return False
 
-    async def _carry_until_end(self, following: _Following) -> Kind:
+    async def _carry_until_end(self, following: Following) -> Kind:
         """Carries the stream until somebody says that this connection shall not: what it said."""
         while True:
             for event in await following.next(_SILENCE):
@@ -855,7 +552,7 @@ class Listener(Reader):
 
     async def _append(self, event: Draft) -> Appended:
         batch = Batch([event], writer=new_name(), sequence=1)
-        return await patiently(lambda: self.session.append(batch), pause=_LIVENESS_POLL)
+        return await self.patiently(lambda: self.session.append(batch))
 
     async def gone(self) -> None:
         if not self.session.ended:
