@@ -466,7 +466,11 @@ def working_tasks() -> set[str]:
     """What nonstick's tasks are doing."""
     tasks = (task for task in asyncio.all_tasks() if task.get_name() != f"follow {CLUSTER_KEY}")
     names = (getattr(task.get_coro(), "__qualname__", "") for task in tasks)
-    return {name for name in names if name.split(".")[0] in ("Exchange", "Session", "Follower", "Reader", "Listener")}
+    return {
+        name
+        for name in names
+        if name.split(".")[0] in ("Exchange", "Session", "Follower", "Reader", "StandaloneConnection")
+    }
 
 
 async def settled(members: tuple[Member, ...]) -> None:

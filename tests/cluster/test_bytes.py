@@ -16,7 +16,7 @@ from nonstick.core.introductions import INTRODUCTIONS
 from nonstick.core.names import session_key
 from nonstick.core.record import OWNER
 from nonstick.errors import NotPending
-from nonstick.session.standalone import Listener
+from nonstick.session.standalone import StandaloneConnection
 from nonstick.store import MAX_READ_BYTES, NEW_STREAM, STANDALONE, Appended, Batch, Cursor, Event, Skimmed, Store
 from nonstick.stores.memory import MemoryStore
 from nonstick.stores.redis import RedisStore
@@ -606,7 +606,7 @@ async def test_connection_keeps_no_more_settled_requests_than_it_may(memory: Mak
                 await stage.store.append(key, Batch(replies[start : start + 500]))
             await a.post(call("tell", text="fence"), session)
             assert text_of(await newer.message()) == "fence"
-            readers = [reader for reader in node_of(b).readers if isinstance(reader, Listener)]
+            readers = [reader for reader in node_of(b).readers if isinstance(reader, StandaloneConnection)]
             assert len(readers) == 2
             head = (await stage.store.load(key)).head.position
             await eventually(lambda: all(reader._seen.position >= head for reader in readers))

@@ -36,7 +36,7 @@ LARGE_CLASSES: Final[dict[str, tuple[int, int]]] = {
     "session/exchange.py:Exchange": (61, 45),
     "session/live.py:Session": (56, 33),
     "session/rescue.py:Rescue": (14, 17),
-    "session/standalone.py:Listener": (40, 23),
+    "session/standalone.py:StandaloneConnection": (40, 23),
     "stores/encrypted.py:EncryptedStore": (30, 5),
     "stores/postgres/store.py:PostgresStore": (35, 12),
     "stores/redis/connection.py:Connection": (15, 19),

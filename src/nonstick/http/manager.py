@@ -48,7 +48,7 @@ from mcp_types import (
     JSONRPCResponse,
     jsonrpc_message_adapter,
 )
-from mcp_types.version import HANDSHAKE_PROTOCOL_VERSIONS, is_version_at_least
+from mcp_types.version import HANDSHAKE_PROTOCOL_VERSIONS
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope, Send
@@ -78,7 +78,7 @@ from nonstick.session.kernel import offer
 from nonstick.session.live import Session
 from nonstick.session.reader import Reader
 from nonstick.session.resumption import Resumption
-from nonstick.session.standalone import Listener
+from nonstick.session.standalone import StandaloneConnection
 from nonstick.store import STANDALONE, Batch, Loaded, Store
 from nonstick.stores import open_store
 from nonstick.stores.encrypted import EncryptedStore
@@ -770,13 +770,11 @@ class SessionManager:
 
     async def _reader(self, session: Session, place: EventId | None) -> Reader:
         if place is not None and place.stream != STANDALONE:
-            resumption = Resumption(session, place)
-            await resumption.prepare()
-            return resumption
-        primes = is_version_at_least(session.protocol_version, "2025-11-25")
-        listener = Listener(session, place, primes=primes)
-        await listener.prepare()
-        return listener
+            reader: Reader = Resumption(session, place)
+        else:
+            reader = StandaloneConnection(session, place)
+        await reader.prepare()
+        return reader
 
     async def _delete(self, key: str, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
         node = self._running()

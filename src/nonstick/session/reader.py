@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from contextvars import copy_context
 from typing import Final, TypeVar
 
+from mcp_types.version import is_version_at_least
 from starlette.types import Receive, Send
 
 from nonstick.core.events import EventId, body_of
@@ -36,10 +37,11 @@ LIVENESS_POLL: Final = 1.5
 class Reader(ABC):
     """A connection that carries a stream: a task feeds the outlet from the log, the ASGI task pumps it."""
 
-    def __init__(self, session: Session, place: EventId | None, *, primes: bool) -> None:
+    def __init__(self, session: Session, place: EventId | None) -> None:
         self.session = session
         self._place = place
-        self._primes = primes
+        self._primes = is_version_at_least(session.protocol_version, "2025-11-25")
+        """The client understands a priming event."""
         settings = session.node.settings
         self.outlet = Outlet(
             patience=settings.send_timeout,
@@ -50,6 +52,15 @@ class Reader(ABC):
         """Its client could not come back, so that a drain waits for its end."""
         self.began = asyncio.get_running_loop().time()
         """In the loop's time."""
+
+    @abstractmethod
+    async def prepare(self) -> None:
+        """Reads what it needs before its response begins.
+
+        Raises:
+            Refusal: It cannot be served.
+            SessionNotFound, StoreUnavailable: As `Store.read`.
+        """
 
     async def serve(self, receive: Receive, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
         """Sends the stream until it ends, the session ends, or the client goes."""

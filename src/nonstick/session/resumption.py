@@ -8,8 +8,6 @@ import logging
 from collections.abc import Iterable
 from typing import Final
 
-from mcp_types.version import is_version_at_least
-
 from nonstick.core.events import EventId, Kind, kind_of
 from nonstick.core.jsonrpc import error_body
 from nonstick.core.refusals import STREAM_LOST, unknown_event_id
@@ -45,7 +43,7 @@ class Resumption(Reader):
     """The rest of one POST's stream."""
 
     def __init__(self, session: Session, place: EventId) -> None:
-        super().__init__(session, place, primes=is_version_at_least(session.protocol_version, "2025-11-25"))
+        super().__init__(session, place)
         self._place: EventId = place
         self._since = session.head.position
         """The log's end when this connection came."""

@@ -34,7 +34,7 @@ from nonstick.session.outlet import Mark
 from nonstick.session.reader import Following, Reader
 from nonstick.store import MAX_CLIP, MAX_READ, STANDALONE, Appended, Batch, Cursor, Draft, Event
 
-__all__ = ["Listener"]
+__all__ = ["StandaloneConnection"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ _SETTLED: Final = 1000
 _CANCELLED: Final = b'"notifications/cancelled"'
 
 
-class Listener(Reader):
+class StandaloneConnection(Reader):
     """A connection to the session's standalone stream.
 
     The log is the arbiter of several: each begins its turn with a `listening` event, carries what comes before the next
@@ -69,11 +69,10 @@ class Listener(Reader):
 
     Args:
         place: Where the client wants to go on, if it said so.
-        primes: The client understands a priming event.
     """
 
-    def __init__(self, session: Session, place: EventId | None, *, primes: bool) -> None:
-        super().__init__(session, place, primes=primes)
+    def __init__(self, session: Session, place: EventId | None) -> None:
+        super().__init__(session, place)
         self._named = place is not None
         self._turns = Turns()
         self._settled: dict[str, None] = {}
