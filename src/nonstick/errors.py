@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Final
+from typing import ClassVar, Final
 
 __all__ = [
     "AlreadyExists",
@@ -65,11 +65,22 @@ class StateFull(NonstickError):
 
 
 class StoreError(NonstickError):
-    """Base of what a store answers. Carries no payload and no session id (P13)."""
+    """Base of what a store answers. Carries no payload and no session id (P13).
+
+    Attributes:
+        usual: What it says where it is raised without a text, as every store of nonstick raises it.
+    """
+
+    usual: ClassVar[str] = "the store refused this"
+
+    def __init__(self, *text: object) -> None:
+        super().__init__(*text or (self.usual,))
 
 
 class StoreUnavailable(StoreError):
     """The store could not be reached or did not answer in time; the outcome of a write is unknown (P9)."""
+
+    usual = "the store cannot be reached"
 
 
 class StoreUnusable(StoreUnavailable):
@@ -91,9 +102,13 @@ class Undecryptable(StoreUnavailable):
 class SessionNotFound(StoreError):
     """No record under this key: it never existed, it expired by the store's clock, or it was deleted (P1)."""
 
+    usual = "no live session has this key"
+
 
 class AlreadyExists(StoreError):
     """`create` found a live record under this key."""
+
+    usual = "a live session has this key"
 
 
 class TooManySessions(StoreError):
@@ -107,13 +122,19 @@ class TooManySessions(StoreError):
 class StreamClosed(StoreError):
     """The stream has its terminal event, or never existed: nothing may follow (P3, P7)."""
 
+    usual = "the stream has ended or is not known"
+
 
 class Fenced(StoreError):
     """A later attempt took the stream over; this writer is stale (P7)."""
 
+    usual = "another attempt holds the stream"
+
 
 class NotPending(StoreError):
     """The server request that a reply names is not in the session's pending set (P4)."""
+
+    usual = "no such server request is pending"
 
 
 class Trimmed(StoreError):
@@ -126,6 +147,8 @@ class Trimmed(StoreError):
 
 class Diverged(StoreError):
     """The store lost what the caller knows to have been written: at the cursor, or by this writer (P9)."""
+
+    usual = "the store lost the entry at the cursor, entries after it, or appends of this writer"
 
 
 def close_to(word: str, known: Iterable[str]) -> str | None:

@@ -20,8 +20,9 @@ from nonstick.log.follow import Follower
 from nonstick.log.guard import GuardedStore
 from nonstick.store import NEW_STREAM, Batch, Cursor, Event, Store
 from nonstick.stores import open_store
-from nonstick.stores.redis.connection import pack
-from nonstick.stores.redis.store import _APPEND, RedisStore
+from nonstick.stores.redis.scripts import APPEND
+from nonstick.stores.redis.sockets import pack
+from nonstick.stores.redis.store import RedisStore
 from nonstick.testing import (
     Opener,
     StoreContract,
@@ -447,7 +448,7 @@ def script_of(key: str, prefix: str) -> bytes:
     stem = f"{prefix}:{{{key}}}:"
     args = (
         "EVALSHA",
-        _APPEND[1].sha,
+        APPEND.on_cluster.sha,
         3,
         f"{stem}r",
         f"{stem}w",

@@ -23,7 +23,7 @@ IN_THE_CALLERS = {
     "waiting/deadline.py": 1,
     # Of one call to the store, whose spans belong to the caller's.
     "stores/postgres/pool.py": 1,
-    "stores/redis/store.py": 1,
+    "stores/redis/servers.py": 1,
     "stores/redis/sentinel.py": 1,
     # Of a connection, before a request has come by it; of the process.
     "protocols/bounded_heads.py": 1,

@@ -22,9 +22,6 @@ LARGE_MODULES: Final[dict[str, int]] = {
     "session/live.py": 743,
     "session/standalone.py": 567,
     "stores/encrypted.py": 475,
-    "stores/postgres/store.py": 556,
-    "stores/redis/connection.py": 625,
-    "stores/redis/store.py": 742,
     "testing/contract/model.py": 546,
     "testing/oracle.py": 611,
 }
@@ -38,9 +35,6 @@ LARGE_CLASSES: Final[dict[str, tuple[int, int]]] = {
     "session/rescue.py:Rescue": (14, 17),
     "session/standalone.py:StandaloneConnection": (40, 23),
     "stores/encrypted.py:EncryptedStore": (30, 5),
-    "stores/postgres/store.py:PostgresStore": (35, 12),
-    "stores/redis/connection.py:Connection": (15, 19),
-    "stores/redis/store.py:RedisStore": (32, 13),
     "testing/contract/append.py:AppendContract": (39, 0),
     "testing/contract/record.py:RecordContract": (33, 0),
 }

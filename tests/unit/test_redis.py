@@ -29,7 +29,8 @@ from nonstick.errors import (
 from nonstick.store import NEW_STREAM, WRITER_SECONDS, Batch, Cursor, Draft, Event, News
 from nonstick.stores.redis.connection import Connection
 from nonstick.stores.redis.pubsub import Subscriber
-from nonstick.stores.redis.store import INLINE_BYTES, RedisStore
+from nonstick.stores.redis.scripts import INLINE_BYTES
+from nonstick.stores.redis.store import RedisStore
 from nonstick.stores.redis.url import Address, Deployment
 from nonstick.testing.contract.tools import drafts, texts
 from nonstick.testing.servers.proxy import FaultProxy

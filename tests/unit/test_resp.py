@@ -10,7 +10,9 @@ from contextlib import asynccontextmanager
 import pytest
 
 from nonstick.errors import StoreUnavailable
-from nonstick.stores.redis.connection import Connection, Redirected, ScriptMissing, backoff, refusal
+from nonstick.stores.common.backoff import backoff
+from nonstick.stores.redis.connection import Connection
+from nonstick.stores.redis.replies import Redirected, ScriptMissing, refusal
 from nonstick.stores.redis.url import Address
 from nonstick.testing.contract.tools import eventually
 from nonstick.testing.servers.proxy import FaultProxy

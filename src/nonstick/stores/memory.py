@@ -43,7 +43,7 @@ from nonstick.store import (
     Skimmed,
     Wake,
 )
-from nonstick.stores.common.bounds import check_bounds, fitting
+from nonstick.stores.common.bounds import NOT_OPENED, check_bounds, fitting
 from nonstick.stores.common.watches import Watches
 
 __all__ = ["MemoryStore"]
@@ -107,7 +107,7 @@ class MemoryStore:
         self._sessions: dict[str, _Session] = {}
         self._groups: dict[str, set[str]] = {}
         self._swept_at = clock()
-        self._watches = Watches()
+        self._watches = Watches[News]()
         self._nodes: dict[str, float] = {}
         self._nodes_lock = threading.Lock()
         self._entered = 0
@@ -134,7 +134,7 @@ class MemoryStore:
     ) -> None:
         now = self._now()
         if self._find(key) is not None:
-            raise AlreadyExists("a live session has this key")
+            raise AlreadyExists
         for group, limit in (limits or {}).items():
             self._check_room(group, limit)
         groups = frozenset(limits or ())
@@ -219,13 +219,13 @@ class MemoryStore:
     def _after(self, key: str, after: Cursor, limit: int) -> list[Event]:
         session = self._get(key)
         if after.position > session.head.position:
-            raise Diverged("the cursor is beyond the end of the log")
+            raise Diverged
         if after.position and after.tag:
             entry = session.events.get(after.position)
             if entry is None:
                 raise Trimmed(min(session.events, default=0))
             if entry.tag != after.tag:
-                raise Diverged("the entry at the cursor has another tag")
+                raise Diverged
         # Positions were inserted in order, and a dictionary keeps that order.
         if len(session.events) == session.head.position:
             positions = range(after.position + 1, min(session.head.position, after.position + limit) + 1)
@@ -289,7 +289,7 @@ class MemoryStore:
     def _get(self, key: str) -> _Session:
         session = self._find(key)
         if session is None:
-            raise SessionNotFound("no live session has this key")
+            raise SessionNotFound
         return session
 
     def _end(self, key: str) -> None:
@@ -329,18 +329,18 @@ class _MemoryLease:
 def _check(session: _Session, batch: Batch, latest: int) -> None:
     """Whether this batch may be written now, after the writer's `latest`; raises what `Store.append` raises."""
     if batch.stream == NEW_STREAM and not batch.events:
-        raise ValueError("a stream opens with an event")
+        raise ValueError(NOT_OPENED)
     if batch.stream > STANDALONE:
         stream = session.streams.get(batch.stream)
         if stream is None or stream.closed:
-            raise StreamClosed("the stream has ended or is not known")
+            raise StreamClosed
         if stream.attempt != batch.attempt:
-            raise Fenced("another attempt holds the stream")
+            raise Fenced
         if batch.writer and batch.sequence != latest + 1:
-            raise Diverged("the store lost appends of this writer")
+            raise Diverged
     for request in (batch.answers, batch.settle):
         if request is not None and request not in session.pending:
-            raise NotPending("no such server request is pending")
+            raise NotPending
 
 
 def _settle_stream(session: _Session, batch: Batch, name: int) -> None:

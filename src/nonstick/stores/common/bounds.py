@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Final
 
 from nonstick.store import MAX_CLIP, MAX_READ, MAX_READ_BYTES, Event
 
-__all__ = ["check_bounds", "fitting"]
+__all__ = ["NOT_OPENED", "check_bounds", "fitting"]
+
+NOT_OPENED: Final = "a stream opens with an event"
+"""Of the ValueError for a batch that opens a stream and has no event."""
 
 
 def check_bounds(*, limit: int, max_bytes: int = 1, clip: int = 0) -> None:

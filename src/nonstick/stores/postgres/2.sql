@@ -2,7 +2,7 @@
 -- the entry before; an update may lengthen the session's lifetime; a record comes with its log's size; a read is bounded
 -- by bytes, and a log can be skimmed. Nodes of version 1 go on with the functions that they know.
 
--- A random value that tells this history of the data from any other: postgres_history.py.
+-- A random value that tells this history of the data from any other: history.py.
 CREATE TABLE nonstick.mark (only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row), mark text NOT NULL);
 
 -- Lengthening it renews the expiry. Nodes of version 1 go on with the function that has one argument less.

@@ -4,7 +4,7 @@ It cannot if its tables were made anew, or were unlogged and emptied by a crash,
 a *mark* beside the tables, a random value, which is replicated, dumped and restored with them. Every answer that
 something is gone brings it along, from the same statement, and every node remembers it. A database without the mark, or
 with another one, is empty or of another history, and is not believed for a grace period: somebody may bring the data
-back. It is like the mark on Redis (redis_proof.py), but nobody has to be asked whether the database was replaced: a
+back. It is like the mark on Redis (redis/proof.py), but nobody has to be asked whether the database was replaced: a
 standby is never believed at all.
 """
 
@@ -12,13 +12,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from nonstick.errors import ConfigurationError, StoreUnavailable
 from nonstick.waiting import background
 
-__all__ = ["History"]
+if TYPE_CHECKING:
+    from nonstick.stores.postgres.pool import Connection
+
+__all__ = ["History", "make_mark", "mark_at"]
 
 logger = logging.getLogger("nonstick.store")
 
@@ -97,3 +101,16 @@ class History:
                     logger.debug("%s cannot be looked at: %s", self._url, error)
         finally:
             self._doubt = None
+
+
+async def mark_at(connection: Connection, schema: str) -> str | None:
+    """The mark of these tables; None if they have none."""
+    mark: str | None = await connection.fetchval(f'SELECT mark FROM "{schema}".mark')  # noqa: S608 - checked name
+    return mark
+
+
+async def make_mark(connection: Connection, schema: str) -> str:
+    """Gives these tables a mark, if they have none; the one that they have then."""
+    query = f'INSERT INTO "{schema}".mark (mark) VALUES ($1) ON CONFLICT DO NOTHING'  # noqa: S608 - checked name
+    await connection.execute(query, secrets.token_hex(8))
+    return await mark_at(connection, schema) or ""

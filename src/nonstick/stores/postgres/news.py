@@ -25,15 +25,16 @@ from typing import TYPE_CHECKING, Any, Final
 
 from nonstick.errors import NonstickError, StoreUnavailable
 from nonstick.store import News, Wake
+from nonstick.stores.common.backoff import backoff
 from nonstick.stores.common.watches import Watches
-from nonstick.stores.postgres.pool import TROUBLE, backoff, connect, refusal
+from nonstick.stores.postgres.pool import TROUBLE, connect, refusal
 from nonstick.stores.postgres.url import Address
 from nonstick.waiting import background
 
 if TYPE_CHECKING:
     from nonstick.stores.postgres.pool import Connection
 
-__all__ = ["MAX_PAYLOAD", "Announcer", "Listener", "pack"]
+__all__ = ["MAX_PAYLOAD", "Announcer", "NewsReader", "Wakes", "pack"]
 
 logger = logging.getLogger("nonstick.store")
 
@@ -71,6 +72,42 @@ def pack(sender: str, keys: Iterable[str]) -> tuple[list[str], int]:
         size += 1 + len(key)
     payloads.append("\n".join(parts))
     return payloads, taken
+
+
+class Wakes:
+    """Wakes the watches of this process at once, and tells the other processes what this one did.
+
+    Args:
+        address: Of the server itself, past any pooler.
+        notify: Sends payloads in one transaction; may raise StoreUnavailable.
+        connect_timeout: Seconds.
+        interval: Seconds between two proofs of life: see `NewsReader`.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        *,
+        notify: Callable[[list[str]], Awaitable[Any]],
+        connect_timeout: float,
+        interval: float,
+    ) -> None:
+        self._announcer = Announcer(notify)
+        self._reader = NewsReader(address, self._announcer, connect_timeout=connect_timeout, interval=interval)
+
+    def watch(self, key: str, wake: Wake) -> Callable[[], None]:
+        """See `Store.watch`."""
+        return self._reader.watch(key, wake)
+
+    def announce(self, key: str, news: News | None) -> None:
+        """This process appended these, or ended the session: None."""
+        self._reader.announce(key, news)
+        self._announcer.announce(key)
+
+    async def close(self, timeout: float) -> None:
+        """Ends every watch. What waits is announced still, if that is possible within these seconds."""
+        await self._reader.close()
+        await self._announcer.close(timeout)
 
 
 class Announcer:
@@ -129,7 +166,7 @@ class Announcer:
         self._task = None
 
 
-class Listener:
+class NewsReader:
     """The watches of this process, and the connection on which it hears of what others appended.
 
     It connects with the first watch, and from then on stays connected: sessions come and go faster than connections.
@@ -143,7 +180,7 @@ class Listener:
         self._announcer = announcer
         self._connect_timeout = connect_timeout
         self._interval = interval
-        self._watches = Watches()
+        self._watches = Watches[News]()
         self._in_force = False
         self._telling: asyncio.TimerHandle | None = None
         """Will tell everybody to read."""

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import re
 import socket
 import ssl
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 from nonstick.errors import ConfigurationError, StoreUnavailable, StoreUnusable
 from nonstick.stores.common import diagnosis
+from nonstick.stores.common.backoff import backoff
 from nonstick.stores.postgres.url import Address
 from nonstick.waiting import background
 
@@ -30,13 +30,11 @@ except ImportError:
 if TYPE_CHECKING:
     Connection: TypeAlias = asyncpg.Connection[asyncpg.Record]
 
-__all__ = ["STANDBY", "TROUBLE", "Pool", "SchemaMissing", "backoff", "connect", "connected", "refusal"]
+__all__ = ["STANDBY", "TROUBLE", "Pool", "SchemaMissing", "connect", "connected", "refusal"]
 
 T = TypeVar("T")
 
 _STATEMENTS: Final = 50
-_BACKOFF_SECONDS: Final = 0.05
-_MAX_BACKOFF_SECONDS: Final = 1.0
 _CLOSE_SECONDS: Final = 1.0
 _IDLE_SECONDS: Final = 60.0
 """After this time unused a connection is closed: the network may have forgotten it, and the server has others."""
@@ -110,11 +108,6 @@ def refusal(error: BaseException) -> StoreUnavailable:
     if isinstance(error, OSError):
         return StoreUnavailable(f"the store cannot be reached: {error.strerror or type(error).__name__}")
     return StoreUnavailable(f"the connection to the store failed: {type(error).__name__}")
-
-
-def backoff(failures: int) -> float:
-    """Seconds to wait before the next attempt, after that many failures in a row: doubling, capped, jittered."""
-    return min(_MAX_BACKOFF_SECONDS, _BACKOFF_SECONDS * 2.0 ** min(failures, 10)) * random.uniform(0.5, 1.0)  # noqa: S311
 
 
 async def connect(address: Address, *, timeout: float) -> Connection:

@@ -1,8 +1,9 @@
 """Sessions in PostgreSQL: every method is one call of one function, and so one transaction.
 
-store.sql holds the tables and the functions, and says what they rely on; 2.sql what changed since. The
-modules beside it: `postgres_url` reads the URL, `postgres_schema` makes and checks the tables, `postgres_pool` runs the
-calls, `postgres_news` wakes. docs/why/asyncpg.md says why the driver is asyncpg.
+store.sql holds the tables and the functions, and says what they rely on; 2.sql what changed since. The modules beside
+this one: `url` and `options` read the URL, `schema` makes and checks the tables, `pool` has the connections,
+`functions` makes the calls, `history` says whether "gone" is believed, `news` wakes. docs/why/asyncpg.md says why the
+driver is asyncpg.
 """
 
 from __future__ import annotations
@@ -10,10 +11,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import secrets
 from collections.abc import Callable, Collection, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import Any, Final, Self
 
 from nonstick.errors import (
     AlreadyExists,
@@ -22,6 +22,7 @@ from nonstick.errors import (
     Fenced,
     NotPending,
     SessionNotFound,
+    StoreError,
     StoreUnavailable,
     StreamClosed,
     TooManySessions,
@@ -42,28 +43,20 @@ from nonstick.store import (
     Skimmed,
     Wake,
 )
-from nonstick.stores.common.bounds import check_bounds
+from nonstick.stores.common.bounds import NOT_OPENED, check_bounds
 from nonstick.stores.common.upkeep import Finding, Plan, Step
 from nonstick.stores.postgres import examine as postgres_examine
-from nonstick.stores.postgres.history import History
-from nonstick.stores.postgres.news import Announcer, Listener
-from nonstick.stores.postgres.pool import STANDBY, TROUBLE, Pool, SchemaMissing, connect, connected, refusal
+from nonstick.stores.postgres.functions import MIGRATE_SECONDS, Functions
+from nonstick.stores.postgres.lease import lease_on
+from nonstick.stores.postgres.news import Wakes
+from nonstick.stores.postgres.pool import TROUBLE, connected, refusal
 from nonstick.stores.postgres.schema import plan, prepare
 from nonstick.stores.postgres.url import Address
 from nonstick.waiting import background
 
-if TYPE_CHECKING:
-    from nonstick.stores.postgres.pool import Connection
-
 __all__ = ["PostgresStore", "migrate"]
 
 logger = logging.getLogger("nonstick.store")
-
-LEASE_SECONDS: Final = 2.0
-"""How long a renewal may take: a node that cannot renew has to find out well within its lease."""
-
-MIGRATE_SECONDS: Final = 60.0
-"""How long to make or upgrade the tables may take, waiting for others that do so included."""
 
 _DICE: Final = random.SystemRandom()
 """Not the global one, whose state tests of random programs depend on."""
@@ -73,42 +66,13 @@ _SWEEP: Final = 200
 _MOST: Final = 2**63 - 1
 """Beyond any position: the largest number that the server knows."""
 
-_ARGUMENTS: Final = {
-    "create": 6,
-    "load": 2,
-    "update": 6,
-    "touch": 1,
-    "delete": 1,
-    "sweep": 1,
-    "extend": 16,
-    "read": 5,
-    "skim": 5,
-    "trim": 3,
-    "live": 1,
-    "ping": 0,
-}
-
-_SAYS_GONE: Final = {
-    "load": "NOT f.live",
-    "update": "f.f IS NULL",
-    "delete": "NOT f.f",
-    "extend": "f.outcome = 'gone'",
-    "read": "f.outcome = 'gone'",
-    "skim": "f.outcome = 'gone'",
-    "live": "true",
-}
-"""When an answer says that something is gone. It then has the database's mark in its last column, "" for none."""
-
-_REFUSALS: Final = {
-    "gone": (SessionNotFound, "no live session has this key"),
-    "exists": (AlreadyExists, "a live session has this key"),
-    "closed": (StreamClosed, "the stream has ended or is not known"),
-    "fenced": (Fenced, "another attempt holds the stream"),
-    "not pending": (NotPending, "no such server request is pending"),
-    "diverged": (
-        Diverged,
-        "the cursor is beyond the log's end, or the entry there, or what this writer wrote, is lost",
-    ),
+_REFUSALS: Final[dict[str, type[StoreError]]] = {
+    "gone": SessionNotFound,
+    "exists": AlreadyExists,
+    "closed": StreamClosed,
+    "fenced": Fenced,
+    "not pending": NotPending,
+    "diverged": Diverged,
 }
 
 
@@ -184,23 +148,12 @@ class PostgresStore:
             empty_grace=empty_grace,
         )
         self._timeout = timeout
-        self._max_waiting = max_waiting
-        self._heartbeat = heartbeat
         self._sweep_interval = sweep_interval
-        self._calls = {
-            # In the same statement, so in the same server: see `Pool.fetch`.
-            name: f"SELECT f.*, pg_is_in_recovery() AS {STANDBY}, "  # noqa: S608 - checked name
-            f"CASE WHEN {_SAYS_GONE.get(name, 'false')} THEN "
-            f"coalesce((SELECT m.mark FROM \"{self._address.schema}\".mark m), '') END AS mark "
-            f'FROM "{self._address.schema}".{name}({_placeholders(count)}) AS f'
-            for name, count in _ARGUMENTS.items()
-        }
-        self._open: Pool | None = None
-        self._ready: asyncio.Task[None] | None = None
+        self._functions = Functions(self._address, timeout=timeout, max_waiting=max_waiting)
+        self._wakes = Wakes(
+            self._address.direct(), notify=self._functions.notify, connect_timeout=timeout, interval=heartbeat
+        )
         self._keeper: asyncio.Task[None] | None = None
-        self._history = History(self.url, look=self._mark, make=self._mark_made, grace=self._address.empty_grace)
-        self._announcer = Announcer(self._notify)
-        self._listener = Listener(self._address.direct(), self._announcer, connect_timeout=timeout, interval=heartbeat)
 
     def __repr__(self) -> str:
         return f"PostgresStore({self.url!r}, schema={self._address.schema!r})"
@@ -216,15 +169,13 @@ class PostgresStore:
         return self._address.url
 
     async def __aenter__(self) -> Self:
-        if self._open is not None:
-            raise RuntimeError("a store is entered once")
-        self._open = Pool(self._address, timeout=self._timeout, max_waiting=self._max_waiting)
+        self._functions.open()
         try:
-            await self._prepared()
+            await self._functions.prepared()
         except StoreUnavailable as error:
             logger.warning("%s: %s", self.url, error)  # the calls try again, and say so
         except BaseException:
-            await self._open.close()
+            await self._functions.close()
             raise
         self._keeper = background.spawn(self._keep(), name="nonstick: keep PostgreSQL")
         return self
@@ -235,18 +186,8 @@ class PostgresStore:
         assert self._keeper is not None
         self._keeper.cancel()
         await asyncio.wait([self._keeper])
-        await self._history.close()
-        await self._listener.close()
-        await self._announcer.close(self._timeout)
-        await self._pool.close()
-        if self._ready is not None:
-            await asyncio.wait([self._ready])
-
-    @property
-    def _pool(self) -> Pool:
-        if self._open is None:
-            raise RuntimeError("the store is not open: use `async with PostgresStore(...) as store`")
-        return self._open
+        await self._wakes.close(self._timeout)
+        await self._functions.close()
 
     # ---- the record
 
@@ -257,27 +198,29 @@ class PostgresStore:
         arguments = (key, lifetime, *_columns(fields), *_columns(groups))
         deadline = asyncio.get_running_loop().time() + self._timeout
         while asyncio.get_running_loop().time() < deadline:
-            outcome, group, *_ = (await self._call("create", *arguments))[0]
+            outcome, group, *_ = (await self._functions.call("create", *arguments))[0]
             match outcome:
                 case "ok":
                     return
                 case "full":
                     raise TooManySessions(group)
                 case "bury":
-                    await self._call("delete", key)
+                    await self._functions.call("delete", key)
                 case "sweep":
                     # Whatever is due has expired or is looked at later. If nothing was done, others are at it.
-                    if not (await self._call("sweep", _SWEEP))[0][0]:
+                    if not (await self._functions.call("sweep", _SWEEP))[0][0]:
                         await asyncio.sleep(0.01)
                 case _:
-                    raise _refused(outcome)
+                    raise _REFUSALS[outcome]
         raise StoreUnavailable("the store is busy removing expired sessions")
 
     async def load(self, key: str, *, renew: bool = True) -> Loaded:
         share = FRESH_SHARE if renew else 1.0
-        live, names, values, position, tag, cancels, size, count, *_ = (await self._call("load", key, share))[0]
+        live, names, values, position, tag, cancels, size, count, *_ = (await self._functions.call("load", key, share))[
+            0
+        ]
         if not live:
-            raise _refused("gone")
+            raise SessionNotFound
         fields = dict(zip(names or (), values or (), strict=True))
         return Loaded(fields, Cursor(position, tag), frozenset(map(_from_bytes, cancels)), size, count)
 
@@ -289,28 +232,30 @@ class PostgresStore:
         expect: Mapping[str, bytes | None] | None = None,
         lifetime: float | None = None,
     ) -> bool:
-        written = (await self._call("update", key, *_columns(changes), *_columns(expect or {}), lifetime))[0][0]
+        written = (await self._functions.call("update", key, *_columns(changes), *_columns(expect or {}), lifetime))[0][
+            0
+        ]
         if written is None:
-            raise _refused("gone")
+            raise SessionNotFound
         return bool(written)
 
     async def touch(self, keys: Collection[str]) -> None:
         waiting = list(keys)
         while waiting:
             some, waiting = waiting[:_TOUCHES], waiting[_TOUCHES:]
-            await self._call("touch", some)
+            await self._functions.call("touch", some)
 
     async def delete(self, key: str) -> bool:
         # Announced also when nothing was there: the first attempt's answer may have been lost.
-        rows = await self._call("delete", key, done=lambda _: self._announce(key, None))
+        rows = await self._functions.call("delete", key, done=lambda _: self._wakes.announce(key, None))
         return bool(rows[0][0])
 
     # ---- the log
 
     async def append(self, key: str, batch: Batch) -> Appended:
         if batch.stream == NEW_STREAM and not batch.events:
-            raise ValueError("a stream opens with an event")
-        rows = await self._call(
+            raise ValueError(NOT_OPENED)
+        rows = await self._functions.call(
             "extend",
             key,
             batch.writer,
@@ -328,7 +273,7 @@ class PostgresStore:
         )
         outcome, first, size, count, *_ = rows[0]
         if outcome in _REFUSALS:
-            raise _refused(outcome)
+            raise _REFUSALS[outcome]
         return Appended(first, outcome == "duplicate", size, count)
 
     async def read(self, key: str, after: Cursor, *, limit: int = 256, max_bytes: int = MAX_READ_BYTES) -> list[Event]:
@@ -342,32 +287,32 @@ class PostgresStore:
         return [Skimmed(Event(position, tag, stream, data), size) for _, position, tag, stream, data, size, *_ in rows]
 
     async def _rows_after(self, name: str, key: str, after: Cursor, *bounds: int) -> list[Any]:
-        rows = await self._call(name, key, min(after.position, _MOST), after.tag, *bounds)
+        rows = await self._functions.call(name, key, min(after.position, _MOST), after.tag, *bounds)
         outcome = rows[0][0] if rows else None
         if outcome == "trimmed":
             raise Trimmed(rows[0][1])
         if outcome is not None:
-            raise _refused(outcome)
+            raise _REFUSALS[outcome]
         return rows
 
     async def trim(self, key: str, *, streams: Collection[int] = (), standalone_before: int = 0) -> None:
-        await self._call("trim", key, list(streams), standalone_before)
+        await self._functions.call("trim", key, list(streams), standalone_before)
 
     def watch(self, key: str, wake: Wake) -> Callable[[], None]:
-        return self._listener.watch(key, wake)
+        return self._wakes.watch(key, wake)
 
     # ---- nodes and the store itself
 
     def lease(self, node: str) -> Lease:
-        return _PostgresLease(self._address.direct(), node)
+        return lease_on(self._address.direct(), node)
 
     async def lapsed(self, nodes: Collection[str]) -> set[str]:
         if not nodes:
             return set()
-        return set(nodes) - set((await self._call("live", list(nodes)))[0][0])
+        return set(nodes) - set((await self._functions.call("live", list(nodes)))[0][0])
 
     async def ping(self) -> None:
-        await self._call("ping")
+        await self._functions.call("ping")
 
     # ---- upkeep
 
@@ -390,158 +335,33 @@ class PostgresStore:
 
     # ---- inside
 
-    async def _call(self, name: str, *args: object, done: Callable[[list[Any]], None] | None = None) -> list[Any]:
-        """The rows that this function answers. A call that found no function has not run: it is made again."""
-        pool = self._pool
-        await self._prepared()
-        try:
-            rows = await pool.fetch(self._calls[name], *args, done=done)
-        except SchemaMissing:
-            self._ready = None
-            await self._prepared()
-            rows = await pool.fetch(self._calls[name], *args, done=done)
-        if rows and (mark := rows[0][-1]) is not None:
-            self._history.check(mark or None)
-        return rows
-
-    async def _prepared(self) -> None:
-        """Returns once the schema has been looked at, which is done once, for all who wait for it.
-
-        Raises:
-            ConfigurationError: It cannot be used. Each call asks anew: somebody may have put it right.
-            StoreUnavailable: It could not be looked at yet.
-        """
-        task = self._ready
-        if task is None:
-            self._ready = task = background.spawn(self._prepare())
-        if not task.done():
-            await asyncio.wait([task], timeout=self._timeout)
-            if not task.done():
-                raise StoreUnavailable("the store's tables are still being made, or their maker is waited for")
-        if error := task.exception():
-            if self._ready is task:
-                self._ready = None
-            raise type(error)(*error.args)
-
-    async def _prepare(self) -> None:
-        async def work(connection: Connection) -> None:
-            await prepare(connection, self._address, migrate=self._address.migrate)
-            if self._history.known is None:
-                self._history.known = await self._mark_at(connection) or await self._mark_made_at(connection)
-
-        await self._pool.use(work, timeout=MIGRATE_SECONDS)
-
-    async def _mark(self) -> str | None:
-        return await self._pool.use(self._mark_at)
-
-    async def _mark_made(self) -> str:
-        return await self._pool.use(self._mark_made_at)
-
-    async def _mark_at(self, connection: Connection) -> str | None:
-        mark: str | None = await connection.fetchval(f'SELECT mark FROM "{self._address.schema}".mark')  # noqa: S608
-        return mark
-
-    async def _mark_made_at(self, connection: Connection) -> str:
-        query = f'INSERT INTO "{self._address.schema}".mark (mark) VALUES ($1) ON CONFLICT DO NOTHING'  # noqa: S608
-        await connection.execute(query, secrets.token_hex(8))
-        return await self._mark_at(connection) or ""
-
     def _appended(self, key: str, batch: Batch, answer: Any) -> None:
         """Announces what an append wrote; of a duplicate, whose first announcement may be lost, that there was one."""
         outcome, first, _, _, before, *_ = answer
         if outcome == "duplicate":
-            self._announce(key, None)
+            self._wakes.announce(key, None)
         elif outcome == "ok" and batch.events:
             stream = first if batch.stream == NEW_STREAM else batch.stream
             events = [Event(first + n, tag, stream, data) for n, (tag, data) in enumerate(batch.events)]
-            self._announce(key, News(Cursor(first - 1, before), events))
-
-    def _announce(self, key: str, news: News | None) -> None:
-        self._listener.announce(key, news)
-        self._announcer.announce(key)
-
-    async def _notify(self, payloads: list[str]) -> None:
-        query = "SELECT pg_notify($1, payload) FROM unnest($2::text[]) AS payload"
-        await self._pool.fetch(query, self._address.schema, payloads)
+            self._wakes.announce(key, News(Cursor(first - 1, before), events))
 
     async def _keep(self) -> None:
         """Removes what has expired, in small batches. Every process does, and they do not wait for each other."""
         while True:
             await asyncio.sleep(self._sweep_interval * _DICE.uniform(0.5, 1.5))
-            self._pool.close_idle()
+            self._functions.close_idle()
             try:
-                while (await self._call("sweep", _SWEEP))[0][0]:
+                while (await self._functions.call("sweep", _SWEEP))[0][0]:
                     pass
             except (StoreUnavailable, ConfigurationError) as error:
                 logger.debug("%s could not be swept: %s", self.url, error)  # whoever uses it hears of its trouble
 
 
-class _PostgresLease:
-    """A lease as a row, on a connection and in an event loop of its own, which runs while a method does.
-
-    Never retries: the next renewal will.
-    """
-
-    def __init__(self, address: Address, node: str) -> None:
-        self._address = address
-        self._node = node
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._connection: Connection | None = None
-
-    def renew(self, seconds: float) -> None:
-        try:
-            self._run("grant_lease($1, $2)", self._node, seconds)
-        except (*TROUBLE, ConfigurationError) as error:
-            raise StoreUnavailable(f"the lease at {self._address.url} was not renewed: {refusal(error)}") from None
-
-    def close(self, *, release: bool) -> None:
-        try:
-            if release:
-                self._run("release_lease($1)", self._node)
-        except (*TROUBLE, ConfigurationError):
-            pass  # it runs out by itself
-        if self._loop is not None:
-            self._drop(self._loop)
-            self._loop.close()
-            self._loop = None
-
-    def _run(self, call: str, *args: object) -> None:
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-        try:
-            self._loop.run_until_complete(self._execute(call, *args))
-        except BaseException:
-            self._drop(self._loop)
-            raise
-
-    async def _execute(self, call: str, *args: object) -> None:
-        async with asyncio.timeout(LEASE_SECONDS):
-            if self._connection is None:
-                self._connection = await connect(self._address, timeout=LEASE_SECONDS)
-            await self._connection.execute(f'SELECT "{self._address.schema}".{call}', *args)
-
-    def _drop(self, loop: asyncio.AbstractEventLoop) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.terminate()
-            # One turn more, in which the socket is closed and what the driver began is ended.
-            loop.run_until_complete(asyncio.sleep(0))
-
-
 # ---- between Python and the functions
-
-
-def _placeholders(count: int) -> str:
-    return ", ".join(f"${n}" for n in range(1, count + 1))
 
 
 def _columns(pairs: Mapping[str, Any]) -> tuple[list[str], list[Any]]:
     return list(pairs), list(pairs.values())
-
-
-def _refused(outcome: str) -> Exception:
-    kind, message = _REFUSALS[outcome]
-    return kind(message)
 
 
 def _to_bytes(request: str) -> bytes:

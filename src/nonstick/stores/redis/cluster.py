@@ -13,8 +13,10 @@ from itertools import islice
 from typing import Any, Final
 
 from nonstick.errors import StoreUnavailable, StoreUnusable
-from nonstick.stores.redis.connection import Arg, Redirected, ScriptMissing, TryAgain, Wire, backoff, open_wire
+from nonstick.stores.common.backoff import backoff
+from nonstick.stores.redis.replies import Redirected, ScriptMissing, TryAgain
 from nonstick.stores.redis.servers import Answer, Limits, Server
+from nonstick.stores.redis.sockets import Arg, Socket, open_socket
 from nonstick.stores.redis.url import Address, Deployment
 from nonstick.waiting import background
 
@@ -130,11 +132,11 @@ class ClusterServers:
             if attempts > _REDIRECTS_AT_ONCE:
                 await asyncio.sleep(min(backoff(attempts - _REDIRECTS_AT_ONCE), max(limit - loop.time(), 0)))
 
-    async def open_subscription(self) -> Wire:
+    async def open_subscription(self) -> Socket:
         """At any member: all of them get every message. Another one each time, for this one may be cut off."""
         addresses = await self._members()
         limits = self._limits
-        return await open_wire(random.choice(addresses), name=limits.name, timeout=limits.connect_timeout)  # noqa: S311
+        return await open_socket(random.choice(addresses), name=limits.name, timeout=limits.connect_timeout)  # noqa: S311
 
     async def names_for_each(self, stem: str) -> Iterable[str]:
         wanted = set(await self._members())

@@ -27,7 +27,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from nonstick.errors import StoreUnavailable
-from nonstick.stores.redis.connection import Redirected, TryAgain
+from nonstick.stores.redis.replies import Redirected, TryAgain
 from nonstick.stores.redis.servers import Server, Servers
 from nonstick.waiting import background
 from nonstick.waiting.patience import patiently

@@ -16,8 +16,11 @@ import secrets
 from collections.abc import Awaitable, Callable
 from typing import Any, Generic, TypeVar
 
-from nonstick.errors import StoreUnavailable, without_text
-from nonstick.stores.redis.connection import ServerError, Wire, backoff, is_alive, open_wire, pack, refusal
+from nonstick.errors import StoreUnavailable
+from nonstick.stores.common.backoff import backoff
+from nonstick.stores.common.watches import Watches
+from nonstick.stores.redis.replies import ServerError, is_alive, refusal
+from nonstick.stores.redis.sockets import Socket, ignore, open_socket, pack
 from nonstick.stores.redis.url import Address
 from nonstick.waiting import background
 
@@ -36,7 +39,7 @@ class Subscriber(Generic[T]):
         decode: What a payload means; None for "something happened".
         publish: Publishes to a channel through another connection; may raise StoreUnavailable. None where nothing can
             be published: then only PING proves that the server lives.
-        open: Gives a wire to the right server instead, where that is to be found out each time; raises
+        open: Gives a socket to the right server instead, where that is to be found out each time; raises
             StoreUnavailable. The address then only names the place in messages.
         interval: Seconds between two proofs of life. An interruption is noticed within two of them.
     """
@@ -49,67 +52,62 @@ class Subscriber(Generic[T]):
         prefix: str,
         decode: Callable[[bytes], T | None],
         publish: Callable[[str], Awaitable[Any]] | None = None,
-        open: Callable[[], Awaitable[Wire]] | None = None,  # noqa: A002
+        open: Callable[[], Awaitable[Socket]] | None = None,  # noqa: A002
         connect_timeout: float = 2.0,
         interval: float = 3.0,
     ) -> None:
         self._address = address
-        self._open = open or (lambda: open_wire(address, name=name, timeout=connect_timeout))
+        self._open = open or (lambda: open_socket(address, name=name, timeout=connect_timeout))
         self._own = f"{prefix}:!{secrets.token_hex(8)}"
         self._decode = decode
         self._publish = publish
         self._interval = interval
-        self._loop = asyncio.get_running_loop()
-        self._channels: dict[bytes, dict[object, Callable[[T | None], None]]] = {}
-        self._in_force: set[bytes] = set()
+        self._watches = Watches[T]()
+        self._in_force: set[str] = set()
         self._wanted = asyncio.Event()
-        self._wire: Wire | None = None
+        self._socket: Socket | None = None
         self._task: asyncio.Task[None] | None = None
         self._closed = False
         self._ponged = self._heard = True
 
     def watch(self, channel: str, wake: Callable[[T | None], None]) -> Callable[[], None]:
         """Has `wake` called from now on, first with None once the subscription is in force. Returns what stops it."""
-        name, token = channel.encode(), object()
-        watchers = self._channels.get(name)
-        if watchers is None:
-            self._channels[name] = watchers = {}
-            self._command("SUBSCRIBE", name)
-        elif name in self._in_force:
-            self._loop.call_soon(self._wake, name, token, None)
-        watchers[token] = wake
+        if channel not in self._watches:
+            self._command("SUBSCRIBE", channel)
+        watch, stop = self._watches.add(channel, wake)
+        if channel in self._in_force:
+            watch.call_soon(None)
         self._wanted.set()
         if self._task is None and not self._closed:
             self._task = background.spawn(self._run(), name="nonstick-redis-subscriber")
-        return lambda: self._stop(name, token)
+        return lambda: self._stop(channel, stop)
 
     def reopen(self) -> None:
         """Subscribes anew, over another connection."""
-        if self._wire is not None:
-            self._wire.abort("another server is the primary now")
+        if self._socket is not None:
+            self._socket.abort("another server is the primary now")
 
     async def close(self) -> None:
         """Ends every watch and the connection; nothing is left running."""
         self._closed = True
-        self._channels.clear()
+        self._watches.clear()
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
 
-    def _stop(self, name: bytes, token: object) -> None:
-        watchers = self._channels.get(name)
-        if watchers is None or watchers.pop(token, None) is None or watchers:
-            return
-        del self._channels[name]
-        self._in_force.discard(name)
-        self._command("UNSUBSCRIBE", name)
-        if not self._channels:
-            self._wanted.clear()
+    def _stop(self, channel: str, stop: Callable[[], None]) -> None:
+        was_watched = channel in self._watches
+        stop()
+        if was_watched and channel not in self._watches:
+            self._in_force.discard(channel)
+            self._command("UNSUBSCRIBE", channel)
+            if not self._watches:
+                self._wanted.clear()
 
-    def _command(self, *args: str | bytes) -> None:
+    def _command(self, *args: str) -> None:
         # Without a connection there is nothing to do: the next one starts with all subscriptions.
-        if self._wire is not None:
-            self._wire.write(pack(args))
+        if self._socket is not None:
+            self._socket.write(pack(args))
 
     # ---- the connection
 
@@ -118,7 +116,7 @@ class Subscriber(Generic[T]):
         while True:
             await self._wanted.wait()
             try:
-                wire = await self._open()
+                socket = await self._open()
             except StoreUnavailable as error:
                 if not failures:
                     logger.warning("no subscription at %s: %s", self._address.url, error)
@@ -127,33 +125,33 @@ class Subscriber(Generic[T]):
                 continue
             failures = 0
             try:
-                await self._serve(wire)
+                await self._serve(socket)
             finally:
-                self._wire = None
+                self._socket = None
                 self._in_force.clear()
-                wire.on_lost = lambda _: None
-                wire.abort("closed")
-                await wire.closed
+                socket.on_lost = ignore
+                socket.abort("closed")
+                await socket.closed
             # When a server goes down, not every node should be back in the same instant.
             await asyncio.sleep(backoff(0))
 
-    async def _serve(self, wire: Wire) -> None:
+    async def _serve(self, socket: Socket) -> None:
         """Keeps all subscriptions in force until the connection is lost, seems dead, or nothing is watched."""
-        wire.on_reply, wire.on_lost = self._on_reply, self._on_lost
-        self._wire = wire
+        socket.on_reply, socket.on_lost = self._on_reply, self._on_lost
+        self._socket = socket
         self._ponged = self._heard = True
-        own = () if self._publish is None else (self._own.encode(),)
-        for name in (*own, *self._channels):
+        own = () if self._publish is None else (self._own,)
+        for name in (*own, *self._watches):
             self._command("SUBSCRIBE", name)
         unheard = 0
-        while self._channels and not wire.closed.done():
+        while self._watches and not socket.closed.done():
             if not self._ponged or unheard > 1:
                 logger.warning("the subscription at %s is silent: connecting anew", self._address.url)
                 return
             self._ponged = False
             self._command("PING")
             sent = await self._sent_to_self()
-            await asyncio.wait([wire.closed], timeout=self._interval)
+            await asyncio.wait([socket.closed], timeout=self._interval)
             unheard = 0 if self._heard or not sent else unheard + 1
 
     async def _sent_to_self(self) -> bool:
@@ -176,31 +174,21 @@ class Subscriber(Generic[T]):
         if isinstance(reply, ServerError):
             logger.error("a subscription at %s was refused: %s", self._address.url, refusal(str(reply)))
             return
-        kind, name, body = (*reply, None)[:3] if isinstance(reply, list) else (b"pong", b"", None)
+        kind, channel, body = (*reply, None)[:3] if isinstance(reply, list) else (b"pong", b"", None)
         if kind == b"message":
-            self._on_message(name, body)
-        elif kind == b"subscribe" and name in self._channels:
-            self._in_force.add(name)
-            self._wake_all(name, None)
+            self._on_message(channel.decode(), body)
+        elif kind == b"subscribe":
+            self._on_subscribed(channel.decode())
         elif kind == b"pong":
             self._ponged = True
 
-    def _on_message(self, name: bytes, body: bytes) -> None:
-        if name in self._channels:
-            self._wake_all(name, self._decode(body))
-        elif name == self._own.encode():
+    def _on_message(self, channel: str, body: bytes) -> None:
+        if channel in self._watches:
+            self._watches.announce(channel, self._decode(body))
+        elif channel == self._own:
             self._heard = True
 
-    def _wake_all(self, name: bytes, hint: T | None) -> None:
-        for token in tuple(self._channels.get(name, ())):
-            self._wake(name, token, hint)
-
-    def _wake(self, name: bytes, token: object, hint: T | None) -> None:
-        """Wakes one watch, unless it was stopped meanwhile."""
-        wake = self._channels.get(name, {}).get(token)
-        if wake is not None:
-            try:
-                wake(hint)
-            except Exception as error:
-                # It must not raise. If it does, the other watches still get theirs.
-                logger.error("a wake raised", exc_info=without_text(error))
+    def _on_subscribed(self, channel: str) -> None:
+        if channel in self._watches:
+            self._in_force.add(channel)
+            self._watches.announce(channel, None)

@@ -15,9 +15,10 @@ from functools import partial
 from typing import Any, Final, NamedTuple
 
 from nonstick.errors import StoreUnavailable, StoreUnusable
-from nonstick.stores.redis.connection import Arg, Forbidden, UnknownCommand, Wire, ask, ask_each, discard, open_wire
 from nonstick.stores.redis.pubsub import Subscriber
+from nonstick.stores.redis.replies import Forbidden, UnknownCommand
 from nonstick.stores.redis.servers import Answer, Limits, Server, examine_briefly
+from nonstick.stores.redis.sockets import Arg, Socket, ask, ask_each, discard, open_socket
 from nonstick.stores.redis.url import Address, Deployment
 from nonstick.waiting import background
 
@@ -121,7 +122,7 @@ class SentinelServers:
     def marks_at(self, stem: str, server: Server) -> list[str]:
         return [stem]
 
-    async def open_subscription(self) -> Wire:
+    async def open_subscription(self) -> Socket:
         return await self._open()
 
     async def names_for_each(self, stem: str) -> Iterable[str]:
@@ -140,27 +141,27 @@ class SentinelServers:
 
     # ---- finding it
 
-    async def _open(self) -> Wire:
-        """A wire to the primary."""
+    async def _open(self) -> Socket:
+        """A socket to the primary."""
         address = self._settle(await self._views())
-        wire = await open_wire(
+        socket = await open_socket(
             address,
             name=self._limits.name,
             timeout=self._limits.connect_timeout,
-            check=lambda wire: self._check(wire, address),
+            check=lambda socket: self._check(socket, address),
         )
         self._current, self._server.place = address, address.place
-        return wire
+        return socket
 
-    async def _check(self, wire: Wire, address: Address) -> None:
-        if (await ask(wire, "ROLE"))[0] != b"master":
+    async def _check(self, socket: Socket, address: Address) -> None:
+        if (await ask(socket, "ROLE"))[0] != b"master":
             raise StoreUnavailable(f"{address.url}, which the Sentinels name, is no primary: a failover is under way")
         # A primary that hangs may wake up and answer this, long after another one was named in its place.
         if self._named != address:
             raise StoreUnavailable(f"{address.url} is not the primary any more")
         if self._limits.examine and address.place not in self._examined:
             self._examined.add(address.place)
-            await examine_briefly(wire, address)
+            await examine_briefly(socket, address)
 
     def _settle(self, views: list[_View]) -> Address:
         """The primary, as these say. Gives up the connections to any other."""
@@ -209,21 +210,21 @@ class SentinelServers:
         """Within half the time for connecting: it is only the first half of the way."""
         views: list[_View] = []
 
-        async def check(wire: Wire) -> None:
-            views.append(await self._ask(wire))
+        async def check(socket: Socket) -> None:
+            views.append(await self._ask(socket))
 
         try:
-            await discard(await open_wire(seed, timeout=self._limits.connect_timeout / 2, check=check))
+            await discard(await open_socket(seed, timeout=self._limits.connect_timeout / 2, check=check))
         except StoreUnusable as error:
             raise StoreUnusable(f"a Sentinel was asked for the primary: {error}") from None
         return views[0]
 
-    async def _ask(self, wire: Wire) -> _View:
+    async def _ask(self, socket: Socket) -> _View:
         of = ("SENTINEL", "MASTER", self._deployment.service)
         at = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._deployment.service)
         try:
             # In this order: the Sentinel that leads a failover knows its number before it names the new primary.
-            facts, named = await ask_each(wire, of, at)
+            facts, named = await ask_each(socket, of, at)
         except UnknownCommand:
             raise StoreUnusable(
                 "what answers there is no Sentinel: name the Sentinels, which mostly have port 26379; or write "
@@ -238,7 +239,7 @@ class SentinelServers:
                     "believed. Add +sentinel|master to its ACL line (docs/stores.md)",
                     self._deployment.url,
                 )
-            facts, named = (b"config-epoch", 0), await ask(wire, *at)
+            facts, named = (b"config-epoch", 0), await ask(socket, *at)
         except StoreUnavailable as error:
             if "No such master" not in str(error):
                 raise
@@ -257,7 +258,7 @@ class SentinelServers:
             seed,
             prefix="nonstick",
             decode=lambda body: body,
-            open=partial(open_wire, seed, timeout=self._limits.connect_timeout),
+            open=partial(open_socket, seed, timeout=self._limits.connect_timeout),
             interval=_HEARTBEAT_SECONDS,
         )
         listener.watch(_SWITCH, self._on_switch)

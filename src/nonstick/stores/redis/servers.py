@@ -1,6 +1,6 @@
 """The servers behind a Redis store's URL: which one a command goes to, and over which connection.
 
-One server is a `Servers` by itself; redis_sentinel.py and redis_cluster.py have the others. What they have in common:
+One server is a `Servers` by itself; sentinel.py and cluster.py have the others. What they have in common:
 
 * A command that may have run is never sent again: only the store's callers repeat. One that has certainly not run (the
   server said so: MOVED, ASK, TRYAGAIN) is sent where it belongs, within its deadline.
@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from nonstick.errors import StoreUnavailable, StoreUnusable
-from nonstick.stores.redis.connection import Arg, Connection, Redirected, Wire, ask, open_wire
+from nonstick.stores.redis.connection import Connection
 from nonstick.stores.redis.examine import check_server
+from nonstick.stores.redis.replies import Redirected
+from nonstick.stores.redis.sockets import Arg, Socket, ask, open_socket
 from nonstick.stores.redis.url import Address
 from nonstick.waiting import background
 
-__all__ = ["Answer", "Limits", "Server", "Servers", "SingleServer"]
+__all__ = ["Answer", "Limits", "Server", "Servers", "SingleServer", "write_anywhere"]
 
 logger = logging.getLogger("nonstick.store")
 
@@ -87,8 +89,8 @@ class Servers(Protocol):
         """Those that lie on this server: one at least."""
         ...
 
-    async def open_subscription(self) -> Wire:
-        """A wire to a server at which every channel can be subscribed to."""
+    async def open_subscription(self) -> Socket:
+        """A socket to a server at which every channel can be subscribed to."""
         ...
 
     async def names_for_each(self, stem: str) -> Iterable[str]:
@@ -111,10 +113,16 @@ class Server:
         place: Host and port, or path, of what is connected to: for logs.
         openings: How often a connection to it was opened. While that is the same, it is the same process that answers.
         owned, proven: With these openings and up to this time of the loop it is known to have its keys, and to be right
-            about what it does not have: see redis_proof.py.
+            about what it does not have: see proof.py.
     """
 
-    def __init__(self, address: Address, limits: Limits, *, open: Callable[[], Awaitable[Wire]] | None = None) -> None:  # noqa: A002
+    def __init__(
+        self,
+        address: Address,
+        limits: Limits,
+        *,
+        open: Callable[[], Awaitable[Socket]] | None = None,  # noqa: A002
+    ) -> None:
         self.address = address
         self.place = address.path or address.place
         self.openings = 0
@@ -163,18 +171,18 @@ class Server:
             open=self._open_counted,
         )
 
-    async def _open_counted(self) -> Wire:
-        wire = await self._open()
+    async def _open_counted(self) -> Socket:
+        socket = await self._open()
         self.openings += 1
-        return wire
+        return socket
 
-    async def _open_itself(self) -> Wire:
+    async def _open_itself(self) -> Socket:
         limits = self._limits
-        return await open_wire(self.address, name=limits.name, timeout=limits.connect_timeout, check=self._check)
+        return await open_socket(self.address, name=limits.name, timeout=limits.connect_timeout, check=self._check)
 
-    async def _check(self, wire: Wire) -> None:
+    async def _check(self, socket: Socket) -> None:
         if not self._examined:
-            await examine_briefly(wire, self.address, cluster=self._limits.cluster)
+            await examine_briefly(socket, self.address, cluster=self._limits.cluster)
             self._examined = True
 
 
@@ -211,8 +219,8 @@ class SingleServer:
     def marks_at(self, stem: str, server: Server) -> list[str]:
         return [stem]
 
-    async def open_subscription(self) -> Wire:
-        return await open_wire(self._address, name=self._limits.name, timeout=self._limits.connect_timeout)
+    async def open_subscription(self) -> Socket:
+        return await open_socket(self._address, name=self._limits.name, timeout=self._limits.connect_timeout)
 
     async def names_for_each(self, stem: str) -> Iterable[str]:
         return (stem,)
@@ -224,14 +232,39 @@ class SingleServer:
         await self._server.close()
 
 
-async def examine_briefly(wire: Wire, address: Address, *, cluster: bool = False) -> None:
+async def write_anywhere(servers: Servers, stem: str) -> None:
+    """Returns once one server has taken a write, of a key that begins with `stem` and is gone after a second.
+
+    Of a Cluster one server is enough: should another be away, no node would be ready, though all can serve most
+    sessions.
+
+    Raises:
+        StoreUnavailable: None has.
+    """
+    names = await servers.names_for_each(stem)
+    tries = [asyncio.ensure_future(servers.call(name, "SET", name, "", "PX", 1000)) for name in names]
+    waiting = set(tries)
+    try:
+        while True:
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            failures = [failure for tried in done if (failure := tried.exception()) is not None]
+            if len(failures) < len(done):
+                return
+            if not waiting:
+                raise failures[0]
+    finally:
+        for tried in tries:
+            tried.cancel()
+
+
+async def examine_briefly(socket: Socket, address: Address, *, cluster: bool = False) -> None:
     """Logs what is wrong with the version, role or eviction policy of a server. Whatever it permits, it is no error.
 
     Raises:
         StoreUnusable: The URL names the wrong kind of server.
     """
     try:
-        findings = await check_server(lambda *args: ask(wire, *args), cluster=cluster)
+        findings = await check_server(lambda *args: ask(socket, *args), cluster=cluster)
     except StoreUnavailable as error:
         logger.debug("%s was not examined: %s", address.url, error)
         return
@@ -273,7 +306,7 @@ class _Confirmed:
         try:
             while self._waiting:
                 some, self._waiting = self._waiting, []
-                # WAIT speaks of what was written over its own connection. Another wire may lead to another server,
+                # WAIT speaks of what was written over its own connection. Another socket may lead to another server,
                 # which would confirm what it never got.
                 same = [one for one, losses in some if losses == self.connection.losses]
                 _settle((one for one, losses in some if losses != self.connection.losses), _unconfirmed("in time"))

@@ -43,7 +43,7 @@ class Feed:
     def __init__(self, engine: Engine, interval: float) -> None:
         self._engine = engine
         self._interval = interval
-        self._watches = Watches()
+        self._watches = Watches[News]()
         self._task: asyncio.Task[None] | None = None
         self._db: sqlite3.Connection | None = None  # where the marks below hold; None: not in force
         self._version = 0
@@ -88,7 +88,7 @@ class Feed:
             await asyncio.wait([task])
         self._interrupt()
 
-    def _greet(self, watch: Watch) -> None:
+    def _greet(self, watch: Watch[News]) -> None:
         # If the feed is not in force, everybody is told to read once it is.
         if self._db is not None:
             watch.call_soon(None)

@@ -35,7 +35,7 @@ from nonstick.store import (
     Loaded,
     Skimmed,
 )
-from nonstick.stores.common.bounds import fitting
+from nonstick.stores.common.bounds import NOT_OPENED, fitting
 from nonstick.stores.sqlite.file import SQL
 
 __all__ = ["ENDED_SECONDS", "Written", "append", "bury_expired", "create", "delete", "load", "read", "renew", "skim"]
@@ -86,7 +86,7 @@ def create(
     old = db.execute(SQL["find"], (key,)).fetchone()
     if old is not None:
         if old[1] > now:
-            raise AlreadyExists("a live session has this key")
+            raise AlreadyExists
         _bury(db, now, old[0], key)
     for group, limit in limits.items():
         if _members(db, group) >= limit:
@@ -106,7 +106,7 @@ def load(db: sqlite3.Connection, now: float, key: str) -> tuple[Loaded, bool]:
     """The record, and whether the expiry is to be renewed."""
     rows = db.execute(SQL["load"], (key, now, key, now - CANCEL_SECONDS)).fetchall()
     if not rows or rows[0][0] is None:
-        raise SessionNotFound("no live session has this key")
+        raise SessionNotFound
     expires_at, lifetime, head, tag, size, count, _, _ = rows[0]
     fields = {row[6]: row[7] for row in rows if row[0] is not None and row[6] is not None}
     cancels = frozenset(row[6] for row in rows if row[0] is None)
@@ -210,13 +210,13 @@ def _rows_after(
     with contextlib.closing(db.execute(query, (argument, start, key, now, limit + checked))) as rows:
         first = next(rows, None)
         if first is None:
-            raise SessionNotFound("no live session has this key")
+            raise SessionNotFound
         if after.position > first[0]:
-            raise Diverged("the cursor is beyond the end of the log")
+            raise Diverged
         if checked and first[1] != after.position:
             raise Trimmed(_oldest(db, now, key))
         if checked and first[2] != after.tag:
-            raise Diverged("the entry at the cursor has another tag")
+            raise Diverged
         if not checked and first[1] is not None:
             yield first[1:]
         for row in rows:
@@ -296,7 +296,7 @@ def _tidy(db: sqlite3.Connection, now: float, session: int) -> None:
 def _head(db: sqlite3.Connection, now: float, key: str) -> _Head:
     row = db.execute(SQL["head"], (key, now)).fetchone()
     if row is None:
-        raise SessionNotFound("no live session has this key")
+        raise SessionNotFound
     return _Head(*row)
 
 
@@ -316,19 +316,19 @@ def _change(db: sqlite3.Connection, session: int, changes: Mapping[str, bytes | 
 def _admit(db: sqlite3.Connection, session: int, batch: Batch, before: int) -> int:
     """Whether this batch may be written now, after the writer's last, `before`; returns the stream's attempt."""
     if batch.stream == NEW_STREAM and not batch.events:
-        raise ValueError("a stream opens with an event")
+        raise ValueError(NOT_OPENED)
     attempt = batch.attempt
     if batch.stream > STANDALONE:
         stream = db.execute(SQL["get_stream"], (session, batch.stream)).fetchone()
         if stream is None or stream[1]:
-            raise StreamClosed("the stream has ended or is not known")
+            raise StreamClosed
         if stream[0] != batch.attempt:
-            raise Fenced("another attempt holds the stream")
+            raise Fenced
         if batch.writer and batch.sequence != before + 1:
-            raise Diverged("the store lost appends of this writer")
+            raise Diverged
     for request in (batch.answers, batch.settle):
         if request is not None and db.execute(SQL["is_pending"], (session, request)).fetchone() is None:
-            raise NotPending("no such server request is pending")
+            raise NotPending
     return attempt
 
 

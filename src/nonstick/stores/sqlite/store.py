@@ -107,7 +107,7 @@ class SQLiteStore:
         try:
             loaded, stale = await self._engine.run(lambda db: rows.load(db, self._file.now(), key))
             if stale and renew and not await self._engine.write(lambda db, now: rows.renew(db, now, (key,))):
-                raise SessionNotFound("no live session has this key")
+                raise SessionNotFound
         except SessionNotFound:
             self._file.check_loss()
             raise

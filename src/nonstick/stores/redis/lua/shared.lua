@@ -22,7 +22,7 @@ local function refuse(with)
   return with
 end
 
--- "gone", and with it the mark of this server's history, which says whether it can know: redis_proof.py. On a Cluster the
+-- "gone", and with it the mark of this server's history, which says whether it can know: redis/proof.py. On a Cluster the
 -- marks have slots of their own, and the client asks for one.
 local function gone()
   return refuse({'gone', ALONE and redis.call('GET', string.match(record, '^(.-):{') .. ':mark') or ''})
