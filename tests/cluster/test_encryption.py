@@ -15,7 +15,7 @@ import redis
 from nonstick import EncryptedStore, current_connection
 from nonstick.core.names import session_key
 from nonstick.store import Store
-from nonstick.stores.encrypted import KeyRing
+from nonstick.stores.encrypted.keys import KeyRing
 from nonstick.stores.redis import RedisStore
 from nonstick.stores.sqlite import SQLiteStore
 from nonstick.testing import ValkeyServer

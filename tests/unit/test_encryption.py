@@ -13,7 +13,7 @@ import pytest
 from nonstick import EncryptedStore
 from nonstick.errors import ConfigurationError, Undecryptable
 from nonstick.store import NEW_STREAM, Batch, Cursor, Draft, Event, Loaded, News
-from nonstick.stores.encrypted import PLAINTEXT, KeyRing, keys_from
+from nonstick.stores.encrypted.keys import PLAINTEXT, KeyRing, keys_from
 from nonstick.stores.memory import MemoryStore
 
 pytestmark = pytest.mark.anyio
@@ -309,4 +309,4 @@ async def test_keys_that_somebody_made_up_fill_neither_the_log_nor_the_memory(ca
         await inner.append(ALICE, Batch([draft(b"\0NE1" + number.to_bytes(4) + bytes(80))]))
         with pytest.raises(Undecryptable):
             await store.read(ALICE, Cursor(number))
-    assert len(store._told) == len(caplog.records) == 100
+    assert len(store._sealer.told) == len(caplog.records) == 100

@@ -19,7 +19,7 @@ from nonstick.log.guard import GuardedStore
 from nonstick.node.node import Node
 from nonstick.session.live import Session
 from nonstick.store import Store
-from nonstick.stores.encrypted import KeyRing
+from nonstick.stores.encrypted.keys import KeyRing
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing.contract.tools import eventually
 

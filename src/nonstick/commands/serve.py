@@ -44,7 +44,7 @@ from nonstick.node.node import GONE_AFTER, seconds_left_here
 from nonstick.protocols import Draining
 from nonstick.store import Store
 from nonstick.stores import open_store
-from nonstick.stores.encrypted import keys_from
+from nonstick.stores.encrypted.keys import keys_from
 
 __all__ = ["DEFAULT_STORE", "Settings", "bound", "serve", "worker_app"]
 
