@@ -27,7 +27,7 @@ from nonstick.store import (
 )
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing import ManualClock, StoreContract, check_programs
-from nonstick.testing.contract.append import empty_log
+from nonstick.testing.contract.checks import empty_log
 from nonstick.testing.contract.reading import five_events
 
 pytestmark = pytest.mark.anyio

@@ -14,7 +14,7 @@ import sys
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from nonstick.testing.contract.model import StoreModelContract, check_programs
+    from nonstick.testing.contract.generated import StoreModelContract, check_programs
     from nonstick.testing.contract.suite import StoreContract
     from nonstick.testing.contract.tools import Clock, ManualClock, Opener, RealClock, follow, opening, read_all
     from nonstick.testing.servers.postgres import PostgresServer
@@ -43,8 +43,8 @@ __all__ = [
 
 _HOME: Final = {
     "StoreContract": "contract",
-    "StoreModelContract": "contract.model",
-    "check_programs": "contract.model",
+    "StoreModelContract": "contract.generated",
+    "check_programs": "contract.generated",
     "FaultProxy": "servers.proxy",
     "PostgresServer": "servers.postgres",
     "ValkeyCluster": "servers.valkey_cluster",
@@ -53,12 +53,7 @@ _HOME: Final = {
 } | dict.fromkeys(("Clock", "ManualClock", "Opener", "RealClock", "follow", "opening", "read_all"), "contract.tools")
 
 if "pytest" in sys.modules:  # inside a test run: failed assertions of the suite shall show their values
-    sys.modules["pytest"].register_assert_rewrite(
-        *(
-            f"{__name__}.contract.{name}"
-            for name in ("suite", "base", "model", "tools", "record", "append", "reading", "waking", "racing")
-        )
-    )
+    sys.modules["pytest"].register_assert_rewrite(f"{__name__}.contract")
 
 
 def __getattr__(name: str) -> Any:

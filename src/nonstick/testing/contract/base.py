@@ -7,6 +7,7 @@ import secrets
 import pytest
 
 from nonstick.store import Store
+from nonstick.testing.contract.checks import empty_log
 from nonstick.testing.contract.tools import Clock, Opener, RealClock
 
 __all__ = ["ContractFixtures"]
@@ -49,3 +50,8 @@ class ContractFixtures:
     async def b(self, opener: Opener) -> Store:
         """Another node, on the same data."""
         return await opener()
+
+    @pytest.fixture
+    async def log(self, a: Store, key: str) -> str:
+        """The key of a session with an empty log."""
+        return await empty_log(a, key)

@@ -11,7 +11,7 @@ from typing import Any
 from nonstick.errors import AlreadyExists, Fenced, NotPending, StoreError, StreamClosed
 from nonstick.store import Appended, Batch, Store
 from nonstick.testing.contract.base import ContractFixtures
-from nonstick.testing.contract.record import LONG
+from nonstick.testing.contract.checks import LONG
 from nonstick.testing.contract.tools import drafts, open_stream, read_all, texts
 
 ROUNDS = 15
@@ -145,6 +145,23 @@ class RaceContract(ContractFixtures):
             assert loaded.fields == {"x": b"1"}
             assert events == {f"{key}{n}"}
             await asyncio.wait([doomed])
+
+    async def test_cancelled_call_disturbs_no_other(self, a: Store, key: str) -> None:
+        """A cancelled call must not disturb any other call: each still gets its own answer."""
+        await asyncio.gather(*(a.create(f"{key}{n}", {"n": b"%d" % n}, lifetime=LONG) for n in range(8)))
+        for spared in range(40):
+            calls = [asyncio.ensure_future(a.load(f"{key}{n % 8}")) for n in range(24)]
+            for _ in range(spared % 5):
+                await asyncio.sleep(0)
+            for n, call in enumerate(calls):
+                if n % 3 != spared % 3:
+                    call.cancel()
+            for n, answer in enumerate(await asyncio.gather(*calls, return_exceptions=True)):
+                if isinstance(answer, BaseException):
+                    assert isinstance(answer, asyncio.CancelledError)
+                    assert n % 3 != spared % 3
+                else:
+                    assert answer.fields == {"n": b"%d" % (n % 8)}
 
     async def only_one(self, error: type[StoreError], calls: Sequence[Coroutine[Any, Any, Appended | None]]) -> int:
         """Runs the calls at once; one succeeds, the others get the error. Which one it was."""

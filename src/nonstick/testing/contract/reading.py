@@ -18,7 +18,7 @@ from nonstick.store import (
     Store,
 )
 from nonstick.testing.contract.base import ContractFixtures
-from nonstick.testing.contract.record import LONG
+from nonstick.testing.contract.checks import LONG
 from nonstick.testing.contract.tools import BEGINNING, drafts, open_stream, read_all, skim_all, texts
 
 

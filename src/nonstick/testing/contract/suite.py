@@ -13,16 +13,31 @@ with data that no other test has seen. See `docs/writing-a-store.md`.
 from __future__ import annotations
 
 from nonstick.testing.contract.append import AppendContract
-from nonstick.testing.contract.model import StoreModelContract
+from nonstick.testing.contract.expiry import ExpiryContract
+from nonstick.testing.contract.generated import StoreModelContract
+from nonstick.testing.contract.lease import LeaseContract
 from nonstick.testing.contract.racing import RaceContract
 from nonstick.testing.contract.reading import ReadContract
 from nonstick.testing.contract.record import RecordContract
+from nonstick.testing.contract.streams import StreamContract
 from nonstick.testing.contract.waking import WatchContract
+from nonstick.testing.contract.writers import WriterContract
 
 __all__ = ["StoreContract"]
 
 
-class StoreContract(RecordContract, AppendContract, ReadContract, WatchContract, RaceContract, StoreModelContract):
+class StoreContract(
+    RecordContract,
+    ExpiryContract,
+    LeaseContract,
+    AppendContract,
+    WriterContract,
+    StreamContract,
+    ReadContract,
+    WatchContract,
+    RaceContract,
+    StoreModelContract,
+):
     """Every sentence of the specification, as tests; subclass it, name the subclass `Test...`, and give it `opener`.
 
     Where the store takes its clock as an argument, define the fixture `clock` as a `ManualClock` too: expiry is then

@@ -7,7 +7,7 @@ from contextlib import aclosing
 
 from nonstick.store import NEW_STREAM, STANDALONE, Batch, Cursor, News, Store
 from nonstick.testing.contract.base import ContractFixtures
-from nonstick.testing.contract.record import LONG
+from nonstick.testing.contract.checks import LONG
 from nonstick.testing.contract.tools import deadline, drafts, follow, read_all, take, texts
 
 
