@@ -12,6 +12,7 @@ from nonstick.stores.encrypted import EncryptedStore
 from nonstick.stores.memory import MemoryStore
 from nonstick.stores.redis import RedisStore
 from nonstick.testing import ManualClock, Opener, StoreContract, ValkeyServer, opening
+from nonstick.testing.contract.tools import DEADLINE
 
 KEYS = [secrets.token_bytes(32)]
 
@@ -39,7 +40,7 @@ class TestEncryptedRedisStore(StoreContract):
         prefix = f"test-{secrets.token_hex(6)}"
 
         def store() -> Store:
-            return EncryptedStore(RedisStore(valkey.url, prefix=prefix), KEYS)
+            return EncryptedStore(RedisStore(valkey.url, prefix=prefix, timeout=DEADLINE), KEYS)
 
         async with opening(store) as opener:
             yield opener

@@ -8,6 +8,7 @@ import pytest
 
 from nonstick.stores.postgres import PostgresStore
 from nonstick.testing import Opener, PostgresServer, StoreContract, opening
+from nonstick.testing.contract.tools import DEADLINE
 
 
 class TestPostgresStore(StoreContract):
@@ -15,5 +16,5 @@ class TestPostgresStore(StoreContract):
 
     @pytest.fixture
     async def opener(self, postgres: PostgresServer) -> AsyncIterator[Opener]:
-        async with opening(lambda: PostgresStore(postgres.url)) as opener:
+        async with opening(lambda: PostgresStore(postgres.url, timeout=DEADLINE)) as opener:
             yield opener

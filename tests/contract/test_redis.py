@@ -9,6 +9,7 @@ import pytest
 
 from nonstick.stores.redis import RedisStore
 from nonstick.testing import Opener, StoreContract, ValkeyServer, opening
+from nonstick.testing.contract.tools import DEADLINE
 
 
 class TestRedisStore(StoreContract):
@@ -17,5 +18,5 @@ class TestRedisStore(StoreContract):
     @pytest.fixture
     async def opener(self, valkey: ValkeyServer) -> AsyncIterator[Opener]:
         prefix = f"test-{secrets.token_hex(6)}"
-        async with opening(lambda: RedisStore(valkey.url, prefix=prefix)) as opener:
+        async with opening(lambda: RedisStore(valkey.url, prefix=prefix, timeout=DEADLINE)) as opener:
             yield opener

@@ -33,7 +33,7 @@ from nonstick.testing import (
     opening,
     read_all,
 )
-from nonstick.testing.contract.tools import deadline, drafts, eventually, open_stream, texts
+from nonstick.testing.contract.tools import DEADLINE, deadline, drafts, eventually, open_stream, texts
 from nonstick.testing.servers.valkey_cluster import ask, until
 from tests.tls import self_signed, tls_in_front_of
 
@@ -87,7 +87,7 @@ class TestRedisStoreOnCluster(StoreContract):
     @pytest.fixture
     async def opener(self, cluster: ValkeyCluster) -> AsyncIterator[Opener]:
         prefix = f"test-{secrets.token_hex(6)}"
-        async with opening(lambda: RedisStore(cluster.url, prefix=prefix)) as opener:
+        async with opening(lambda: RedisStore(cluster.url, prefix=prefix, timeout=DEADLINE)) as opener:
             yield opener
 
 
@@ -97,7 +97,7 @@ class TestRedisStoreBehindSentinels(StoreContract):
     @pytest.fixture
     async def opener(self, sentinel: ValkeySentinel) -> AsyncIterator[Opener]:
         prefix = f"test-{secrets.token_hex(6)}"
-        async with opening(lambda: RedisStore(sentinel.url, prefix=prefix)) as opener:
+        async with opening(lambda: RedisStore(sentinel.url, prefix=prefix, timeout=DEADLINE)) as opener:
             yield opener
 
 

@@ -35,6 +35,9 @@ pytestmark = pytest.mark.anyio
 
 LONG = 600.0
 SHORT = 0.2
+PATIENT = 60.0
+"""Longer than anything here takes on a busy machine."""
+
 SECRET = "hunter2/@#"
 QUOTED = "hunter2%2F%40%23"
 
@@ -69,7 +72,7 @@ def schema() -> str:
 @pytest.fixture
 async def store(server: PostgresServer, schema: str) -> AsyncIterator[PostgresStore]:
     """A store with tables of its own, which does not sweep by itself while a test looks on."""
-    async with PostgresStore(server.url, schema=schema, sweep_interval=LONG) as store:
+    async with PostgresStore(server.url, schema=schema, sweep_interval=LONG, timeout=PATIENT) as store:
         yield store
 
 
@@ -279,7 +282,7 @@ asyncio.run(main(*sys.argv[1:]))
     processes = [await asyncio.create_subprocess_exec(sys.executable, "-c", code, server.url, schema, n) for n in names]
     async with asyncio.timeout(60):
         assert [await process.wait() for process in processes] == [0, 0, 0, 0]
-    async with PostgresStore(server.url, schema=schema) as store:
+    async with PostgresStore(server.url, schema=schema, timeout=PATIENT) as store:
         events = await read_all(store, "key")
     assert [event.position for event in events] == list(range(1, len(events) + 1))
     for name in names:
@@ -294,7 +297,7 @@ async def test_tables_are_not_made_where_that_is_not_wanted(server: PostgresServ
             pass
     await migrate(f"{server.url}?schema={schema}")
     await migrate(f"{server.url}?schema={schema}")
-    async with PostgresStore(server.url, schema=schema, migrate=False) as store:
+    async with PostgresStore(server.url, schema=schema, migrate=False, timeout=PATIENT) as store:
         await store.create("key", {}, lifetime=LONG)
 
 
@@ -323,7 +326,7 @@ async def test_tables_of_the_first_release_are_upgraded_and_its_nodes_go_on(
         first.setattr("nonstick.stores.postgres.schema._STEPS", ("store.sql",))
         first.setattr("nonstick.stores.postgres.schema.VERSION", 1)
         await migrate(f"{server.url}?schema={schema}")
-    async with PostgresStore(server.url, schema=schema) as store:
+    async with PostgresStore(server.url, schema=schema, timeout=PATIENT) as store:
         await store.create("key", {"x": b"1"}, lifetime=LONG)
         assert await store.update("key", {"x": b"2"}, lifetime=2 * LONG)
         await sql("SELECT \"update\"('key', ARRAY['x'], ARRAY['3'::bytea], ARRAY[]::text[], ARRAY[]::bytea[])")
@@ -335,7 +338,7 @@ async def test_newer_tables_are_refused_if_this_code_cannot_use_them(
 ) -> None:
     """A schema of a newer release is used if that release allows it (P12), and refused clearly otherwise."""
     await sql("UPDATE meta SET version = 99")
-    async with PostgresStore(server.url, schema=schema) as other:
+    async with PostgresStore(server.url, schema=schema, timeout=PATIENT) as other:
         await other.ping()
     await sql("UPDATE meta SET oldest = 99")
     with pytest.raises(ConfigurationError, match="upgrade nonstick"):
@@ -454,7 +457,7 @@ async def test_hundred_creates_at_once_keep_to_the_limit(server: PostgresServer,
             return full.group == "all"
         return True
 
-    async with PostgresStore(server.url, schema=schema, pool_size=40) as store:
+    async with PostgresStore(server.url, schema=schema, pool_size=40, timeout=PATIENT) as store:
         await asyncio.gather(*(store.ping() for _ in range(40)))  # all connections are there
         made = await asyncio.gather(*(create(store, n) for n in range(100)))
         assert sum(made) == 5 * 4
@@ -473,7 +476,7 @@ async def test_twin_creates_in_a_full_group_make_one_session(store: PostgresStor
 
 async def test_expired_sessions_are_swept_and_leave_nothing(server: PostgresServer, schema: str, sql: Any) -> None:
     """What has expired is removed by those who use the store; what was renewed is kept."""
-    async with PostgresStore(server.url, schema=schema, sweep_interval=0.05) as store:
+    async with PostgresStore(server.url, schema=schema, sweep_interval=0.05, timeout=PATIENT) as store:
         await store.create("kept", {"x": b"1"}, lifetime=3.0, limits={"g": 100})
         for n in range(5):
             await store.create(f"key{n}", {"x": b"1"}, lifetime=SHORT, limits={"g": 100})
@@ -540,7 +543,7 @@ async def test_log_of_an_ended_session_is_swept_in_batches(store: PostgresStore,
 
 async def test_renewals_and_appends_touch_no_index(server: PostgresServer, schema: str, sql: Any) -> None:
     """The session's row is updated in place (HOT), because nothing that changes in it is indexed."""
-    async with PostgresStore(server.url, schema=schema) as store:
+    async with PostgresStore(server.url, schema=schema, timeout=PATIENT) as store:
         for n in range(20):
             await store.create(f"key{n}", {}, lifetime=LONG)
         for _ in range(20):
@@ -810,7 +813,7 @@ async def test_lease_outlives_trouble(own: PostgresServer) -> None:
 async def test_nothing_is_left_of_a_closed_store(server: PostgresServer, schema: str, sql: Any) -> None:
     """Closing ends every connection and every task that the store has begun."""
     before = asyncio.all_tasks()
-    async with PostgresStore(server.url, schema=schema) as store:
+    async with PostgresStore(server.url, schema=schema, timeout=PATIENT) as store:
         await store.create("key", {}, lifetime=LONG)
         async with watching(store, "key"):
             await asyncio.gather(*(store.append("key", Batch(drafts(b"x"))) for _ in range(30)))
@@ -844,7 +847,7 @@ async def test_news_of_this_process_are_whole_and_those_of_others_a_hint(
     server: PostgresServer, store: PostgresStore
 ) -> None:
     """P14: what the server answered an append is known here; what comes over the channel says at most "read"."""
-    async with PostgresStore(server.url, schema=store._address.schema) as other:
+    async with PostgresStore(server.url, schema=store._address.schema, timeout=PATIENT) as other:
         await store.create("key", {}, lifetime=LONG)
         async with watching(store, "key") as here, watching(other, "key") as there:
             for batch in (Batch(drafts(b"1")), Batch(drafts(b"2", b"\0\n "), stream=NEW_STREAM)):
@@ -864,7 +867,7 @@ async def test_everybody_is_told_to_read_some_times_a_second_at_most(
     """P10, P14: one short payload costs work in proportion to all that is watched, and any role may send it."""
     schema = store._address.schema
     await store.create("key", {}, lifetime=LONG)
-    async with PostgresStore(server.url, schema=schema) as other, watching(store, "key") as hints:
+    async with PostgresStore(server.url, schema=schema, timeout=PATIENT) as other, watching(store, "key") as hints:
         loop = asyncio.get_running_loop()
         began, sent = loop.time(), 500
         for _ in range(sent):
@@ -884,7 +887,7 @@ async def test_subscription_that_went_silent_is_replaced(
     async with (
         FaultProxy(server.url) as proxy,
         PostgresStore(server.url, schema=schema, listen_dsn=proxy.url, heartbeat=0.1) as store,
-        PostgresStore(server.url, schema=schema) as other,
+        PostgresStore(server.url, schema=schema, timeout=PATIENT) as other,
     ):
         await store.create("key", {}, lifetime=LONG)
         async with watching(store, "key") as hints:
@@ -907,7 +910,7 @@ async def test_news_that_could_not_be_sent_are_sent_later(server: PostgresServer
     async with (
         FaultProxy(server.url) as proxy,
         PostgresStore(proxy.url, schema=schema) as store,
-        PostgresStore(server.url, schema=schema) as other,
+        PostgresStore(server.url, schema=schema, timeout=PATIENT) as other,
     ):
         await store.create("key", {}, lifetime=LONG)
         async with watching(other, "key") as hints:
@@ -928,7 +931,7 @@ async def test_repeated_append_is_announced_again(server: PostgresServer, schema
     async with (
         FaultProxy(server.url) as proxy,
         PostgresStore(proxy.url, schema=schema) as store,
-        PostgresStore(server.url, schema=schema) as other,
+        PostgresStore(server.url, schema=schema, timeout=PATIENT) as other,
     ):
         await store.create("key", {}, lifetime=LONG)
         async with watching(other, "key") as hints:
@@ -942,7 +945,7 @@ async def test_repeated_append_is_announced_again(server: PostgresServer, schema
 
 async def test_store_works_without_prepared_statements(server: PostgresServer, schema: str) -> None:
     """`prepared=False`: for poolers that hand each transaction to another server session."""
-    async with PostgresStore(server.url, schema=schema, prepared=False) as store:
+    async with PostgresStore(server.url, schema=schema, prepared=False, timeout=PATIENT) as store:
         await store.create("key", {"x": b"1"}, lifetime=LONG, limits={"g": 5})
         await store.append("key", Batch(drafts(b"1"), writer="w", sequence=1, fields={"x": None}))
         assert (await store.load("key")).fields == {}
@@ -994,7 +997,7 @@ async def test_tables_that_are_brought_back_in_time_end_no_session(
     server: PostgresServer, schema: str, sql: Any
 ) -> None:
     """P15: nobody ever heard "gone", and nothing is doubted any more."""
-    async with PostgresStore(server.url, schema=schema) as store:
+    async with PostgresStore(server.url, schema=schema, timeout=PATIENT) as store:
         await store.create("key", {"a": b"1"}, lifetime=LONG)
         await sql(f"ALTER SCHEMA {schema} RENAME TO {schema}_away")
         with pytest.raises(StoreUnavailable, match="empty or of another history"):
