@@ -19,8 +19,8 @@ LARGE_MODULES: Final[dict[str, int]] = {
     "commands/serve.py": 497,
     "http/manager.py": 856,
     "session/exchange.py": 925,
-    "session/live.py": 743,
-    "session/standalone.py": 567,
+    "session/live.py": 741,
+    "session/standalone.py": 566,
 }
 """Lines that the modules which are larger may have."""
 
@@ -29,7 +29,6 @@ LARGE_CLASSES: Final[dict[str, tuple[int, int]]] = {
     "node/node.py:Node": (23, 27),
     "session/exchange.py:Exchange": (61, 45),
     "session/live.py:Session": (56, 33),
-    "session/rescue.py:Rescue": (14, 17),
     "session/standalone.py:StandaloneConnection": (40, 23),
 }
 """Methods and attributes that the classes which have more may have."""

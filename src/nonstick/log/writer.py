@@ -1,4 +1,4 @@
-"""Appending to the stream of a log that belongs to no request: one writer, one append outstanding."""
+"""Who writes to a log: one writer, one append outstanding, and each batch once, however often it is repeated."""
 
 from __future__ import annotations
 
@@ -7,12 +7,31 @@ from collections.abc import Sequence
 from typing import Final, Protocol
 
 from nonstick.core.names import new_name
-from nonstick.store import Appended, Batch, Draft
+from nonstick.store import STANDALONE, Appended, Batch, Draft
 
-__all__ = ["Append", "Sender"]
+__all__ = ["Append", "Sender", "once"]
 
 _PATIENCE: Final = 20.0
 """Seconds; well below `WRITER_SECONDS`, within which a repeat is recognised."""
+
+
+def once(
+    event: Draft, *, stream: int = STANDALONE, attempt: int = 1, terminal: bool = False, answers: str | None = None
+) -> Batch:
+    """A batch of one event, by a writer of its own: the store writes it once, however often it is appended.
+
+    Args:
+        stream: As in `Batch`, like the others.
+    """
+    return Batch(
+        [event],
+        writer=new_name(),
+        sequence=1,
+        stream=stream,
+        attempt=attempt,
+        terminal=terminal,
+        answers=answers,
+    )
 
 
 class Append(Protocol):

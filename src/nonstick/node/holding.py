@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Final
 
 import pydantic_core
@@ -19,120 +17,31 @@ from mcp_types import (
     ErrorData,
     JSONRPCNotification,
     JSONRPCRequest,
-    RequestId,
 )
 from starlette.requests import Request
 
-from nonstick.core.events import Kind, decode, draft, glimpse, kind_of
+from nonstick.core.events import Kind, decode, draft, kind_of
 from nonstick.core.jsonrpc import error_body, request_key
-from nonstick.core.names import new_name
 from nonstick.core.record import OWNER, RELEASED, Record
-from nonstick.core.refusals import NODE_LOST, NOT_REBUILT, NOT_STARTED, SHUT_DOWN, Failure, Refusal
+from nonstick.core.refusals import NODE_LOST, NOT_REBUILT, NOT_STARTED, SHUT_DOWN, Refusal
 from nonstick.core.settings import Rehydrate
-from nonstick.errors import Diverged, Fenced, SessionNotFound, StoreUnavailable, StreamClosed, without_text
-from nonstick.log.follow import Slice, whole
+from nonstick.errors import Diverged, SessionNotFound, StoreUnavailable
+from nonstick.log.follow import whole
+from nonstick.log.lost import end_open, end_stream
+from nonstick.log.survey import OpenStream, note_unreadable, survey
 from nonstick.session import notice, portable
 from nonstick.session.exchange import Exchange
 from nonstick.session.live import Session
-from nonstick.store import MAX_READ, Batch, Cursor, Event, Skimmed
+from nonstick.store import Batch, Cursor, Event
 from nonstick.waiting.patience import patiently
 
-__all__ = ["Holding", "OpenStream", "Survey", "announce", "end_lost", "survey"]
+__all__ = ["Holding", "announce"]
 
 logger = logging.getLogger(__name__)
 
 _RETRY_PAUSE: Final = 1.0
 _CERTAIN_AFTER: Final = 1.0
 """Seconds that a node must be seen dead for."""
-
-
-@dataclass(slots=True)
-class OpenStream:
-    """A stream without its end, as the log tells it.
-
-    Attributes:
-        opened: Its first event, of which its data may be cut off.
-        relayed: Its request was relayed, and no node took it yet.
-    """
-
-    opened: Skimmed
-    request: RequestId
-    node: str
-    attempt: int
-    relayed: bool
-
-    async def end(self, session: Session, failure: Failure) -> None:
-        """Writes its end, unless it has one, or another attempt began."""
-        body = error_body(self.request, failure.error(retry_safe=self.relayed))
-        await _end_stream(session, self.opened.event.position, self.attempt, body)
-
-
-@dataclass(slots=True)
-class Survey:
-    """What is open in a log, up to `head`."""
-
-    head: Cursor
-    open: list[OpenStream]
-
-
-async def survey(session: Session) -> Survey:
-    """Looks through the whole log for streams that have not ended.
-
-    Raises:
-        SessionNotFound, StoreUnavailable: As `Store.read`.
-    """
-    try:
-        return await _survey(session)
-    except Diverged:
-        # Whoever needs to know asks again.
-        raise StoreUnavailable("the session's log lost entries while it was read") from None
-
-
-async def _survey(session: Session, only: Callable[[Skimmed], bool] = lambda _: True) -> Survey:
-    head, unfinished = await _unfinished(session)
-    # One after the other: a relayed request may be as long as any.
-    found: list[OpenStream] = []
-    for opened, taken in unfinished:
-        try:
-            if only(taken or opened) and (one := await _open_stream(session, opened, taken)) is not None:
-                found.append(one)
-        except (LookupError, TypeError, ValueError) as error:
-            # Not what any release writes: it keeps nobody from the others.
-            _pass_over(session, opened.event, error)
-    return Survey(head, found)
-
-
-async def _unfinished(session: Session) -> tuple[Cursor, list[tuple[Skimmed, Skimmed | None]]]:
-    """The log's head; and of each stream that has not ended how it was opened, and who took it over last."""
-    store, key, part = session.node.store, session.key, Slice(MAX_READ)
-    opened: dict[int, Skimmed] = {}
-    taken: dict[int, Skimmed] = {}
-    head = Cursor(0)
-    # Without its tag: what was dropped meanwhile is no stream that is open.
-    while entries := await part.skim(store, key, Cursor(head.position)):
-        for entry in entries:
-            match kind_of(entry.event.data):
-                case Kind.OPENED:
-                    opened[entry.event.position] = entry
-                case Kind.TAKEN:
-                    taken[entry.event.stream] = entry
-                case Kind.TERMINAL:
-                    opened.pop(entry.event.stream, None)
-        head = entries[-1].event.cursor
-    return head, [(entry, taken.get(stream)) for stream, entry in opened.items()]
-
-
-async def _open_stream(session: Session, opened: Skimmed, taken: Skimmed | None) -> OpenStream | None:
-    """What the log tells of a stream; None if it was dropped meanwhile."""
-    first = await whole(session.node.store, session.key, opened)
-    if first is None:
-        return None
-    body = decode(first.data)
-    stream = OpenStream(opened, body["request"]["id"], body["node"], body["attempt"], "relay" in body)
-    if taken is not None and (last := await whole(session.node.store, session.key, taken)) is not None:
-        body = decode(last.data)
-        stream.node, stream.attempt, stream.relayed = body["node"], body["attempt"], False
-    return stream
 
 
 class Holding:
@@ -167,10 +76,10 @@ class Holding:
         """
         session = self.session
         try:
-            found = await patiently(lambda: survey(session))
+            found = await patiently(lambda: survey(session.node.store, session.key))
             for stream in found.open:
-                if stream.node == previous and not stream.relayed:
-                    await patiently(lambda: stream.end(session, NODE_LOST))  # noqa: B023
+                if stream.life.node == previous and not stream.life.is_relayed:
+                    await patiently(lambda: end_open(session.append, stream, NODE_LOST))  # noqa: B023
             await patiently(lambda: announce(session, self._node.id))
             if not await self._rebuild():
                 await self._fail()
@@ -178,7 +87,7 @@ class Holding:
             self.ready = True
             self._following = self._node.spawn(self._follow(found.head))
             for stream in found.open:
-                if stream.relayed:
+                if stream.life.is_relayed:
                     await patiently(lambda: self._accept_opened(stream))  # noqa: B023
         except SessionNotFound:
             await session.end()
@@ -200,9 +109,10 @@ class Holding:
 
     async def _fail(self) -> None:
         """The state could not be built: what waits for it gets an error, and the next request tries again."""
-        for stream in (await patiently(lambda: survey(self.session))).open:
-            if stream.relayed:
-                await patiently(lambda: stream.end(self.session, NOT_REBUILT))  # noqa: B023
+        found = await patiently(lambda: survey(self._node.store, self.session.key))
+        for stream in found.open:
+            if stream.life.is_relayed:
+                await patiently(lambda: end_open(self.session.append, stream, NOT_REBUILT))  # noqa: B023
         await self.session.drop(NODE_LOST.error(retry_safe=False))
         await patiently(self._release)
 
@@ -220,7 +130,7 @@ class Holding:
                 except Diverged:
                     # The store lost entries, maybe also that the session has another owner.
                     subscription.close()
-                    found = await patiently(lambda: survey(self.session))
+                    found = await patiently(lambda: survey(self._node.store, self.session.key))
                     subscription = self.session.follower.subscribe(found.head)
                     if await patiently(self.look):
                         return
@@ -264,7 +174,7 @@ class Holding:
         try:
             self._accept(event)
         except Exception as error:
-            _pass_over(self.session, event, error)
+            note_unreadable(self.session.key, event, error)
 
     def _accept(self, event: Event) -> None:
         kind = kind_of(event.data)
@@ -301,10 +211,10 @@ class Holding:
             pass
         except Exception as error:
             # What another release wrote, maybe: its client shall not wait for ever (P16).
-            _pass_over(session, event, error)
+            note_unreadable(session.key, event, error)
             answer = error_body(body["request"]["id"], NOT_STARTED.error(retry_safe=True))
             for attempt in (body["attempt"], body["attempt"] + 1):  # taken over, or not yet
-                await patiently(lambda: _end_stream(session, event.position, attempt, answer))  # noqa: B023
+                await patiently(lambda: end_stream(session.append, event.position, attempt, answer))  # noqa: B023
 
     async def _try(self, event: Event, body: dict[str, Any]) -> None:
         session = self.session
@@ -313,7 +223,7 @@ class Holding:
         request = portable.unpack(body["relay"]["http"], session.id)
         if (refusal := self._refusal(key)) is not None:
             await patiently(
-                lambda: _end_stream(session, event.position, body["attempt"], error_body(message.id, refusal))
+                lambda: end_stream(session.append, event.position, body["attempt"], error_body(message.id, refusal))
             )
             return
         self._taking.add(key)
@@ -349,7 +259,7 @@ class Holding:
         record = Record.from_fields(loaded.fields)
         if record.owner != self._node.id or not self.ready:
             failure = error_body(message.id, NODE_LOST.error(retry_safe=True))
-            await patiently(lambda: _end_stream(session, event.position, attempt + 1, failure))
+            await patiently(lambda: end_stream(session.append, event.position, attempt + 1, failure))
             await self.look()
             return
         session.refresh(loaded, record)
@@ -385,49 +295,6 @@ class Holding:
             await announce(self.session, RELEASED)
 
 
-def _pass_over(session: Session, event: Event, error: Exception) -> None:
-    where = (session.key[:12], event.position)
-    logger.error("session %s: passed over event %d of its log", *where, exc_info=without_text(error))
-
-
 async def announce(session: Session, owner: str) -> None:
     """Says in the log who holds the session now, for an owner of old, and for requests that wait for one."""
     await session.append(Batch([draft(Kind.OWNER, pydantic_core.to_json({"node": owner}))]))
-
-
-async def end_lost(session: Session) -> bool:
-    """Ends the streams of nodes that are gone: nobody may ever resume them, and the log keeps what has not ended.
-
-    Returns whether there were any.
-
-    Raises:
-        SessionNotFound, StoreUnavailable: As the store's methods.
-    """
-    store = session.node.store
-    nodes = {
-        str(glimpse((taken or opened).event.data).get("node")) for opened, taken in (await _unfinished(session))[1]
-    }
-    lost = await store.lapsed(nodes - {session.node.id})
-    if not lost:
-        return False
-    # Twice, because after an outage of the store every lease has lapsed.
-    await asyncio.sleep(_CERTAIN_AFTER)
-    lost &= await store.lapsed(lost)
-    found = await _survey(session, lambda entry: glimpse(entry.event.data).get("node") in lost)
-    ended = [stream for stream in found.open if not stream.relayed]
-    for stream in ended:
-        await stream.end(session, NODE_LOST)
-    return bool(ended)
-
-
-async def _end_stream(session: Session, stream: int, attempt: int, body: bytes) -> None:
-    batch = Batch(
-        [draft(Kind.TERMINAL, body)],
-        writer=new_name(),
-        sequence=1,
-        stream=stream,
-        attempt=attempt,
-        terminal=True,
-    )
-    with contextlib.suppress(StreamClosed, Fenced):
-        await session.append(batch)

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any, Final
 from nonstick.core.record import LOST, OWNER
 from nonstick.core.refusals import SESSION_LOST, Refusal
 from nonstick.errors import StoreError
+from nonstick.log.survey import survey
 from nonstick.store import Loaded
 
 if TYPE_CHECKING:
     from nonstick.node.holding import Holding
     from nonstick.node.node import Node
-    from nonstick.session.live import Session
+from nonstick.log.lost import end_open
+from nonstick.session.live import Session
 
 __all__ = ["Placement"]
 
@@ -153,8 +155,8 @@ class Placement:
             return
         logger.warning("session %s: ended, because the node that held it is gone", session.key[:12])
         await holding.announce(session, LOST)
-        for stream in (await holding.survey(session)).open:
-            await stream.end(session, SESSION_LOST)
+        for stream in (await survey(store, session.key)).open:
+            await end_open(session.append, stream, SESSION_LOST)
         self._node.spawn(self._delete_later(session.key))
 
     async def _delete_later(self, key: str) -> None:

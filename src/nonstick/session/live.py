@@ -34,6 +34,7 @@ from nonstick.core.refusals import STORE_AWAY
 from nonstick.core.retention import Amount
 from nonstick.errors import Diverged, NotPending, SessionNotFound, StoreUnavailable, without_text
 from nonstick.log.follow import Follower
+from nonstick.log.lost import end_lost
 from nonstick.log.trim import Trimmer
 from nonstick.log.writer import Sender
 from nonstick.session import tracing
@@ -202,10 +203,7 @@ class Session:
         return Trimmer(self.node, self.key, self._log, end_lost=self._end_lost)
 
     async def _end_lost(self) -> bool:
-        # Imported here: what it knows of a log is about sessions.
-        from nonstick.node.holding import end_lost
-
-        return await end_lost(self)
+        return await end_lost(self.node.store, self.key, self.append, here=self.node.id)
 
     @cached_property
     def listeners(self) -> Quota:

@@ -19,15 +19,16 @@ from mcp.shared.transport_context import TransportContext
 from mcp_types import ErrorData, JSONRPCRequest
 from starlette.requests import Request
 
-from nonstick.core.events import Kind, decode, draft, glimpse, kind_of
-from nonstick.core.jsonrpc import error_body, request_key
-from nonstick.core.names import new_name
+from nonstick.core.events import Kind, draft, kind_of
+from nonstick.core.jsonrpc import error_body
 from nonstick.core.refusals import NODE_LOST
+from nonstick.core.streams import History
 from nonstick.errors import Diverged, Fenced, NotPending, StreamClosed
 from nonstick.log.follow import Slice, whole
+from nonstick.log.writer import once
 from nonstick.session.live import Session
 from nonstick.session.portable import context_of
-from nonstick.store import MAX_CLIP, MAX_READ, Batch, Cursor, Event
+from nonstick.store import MAX_READ, Batch, Cursor, Event
 
 __all__ = ["Rescue"]
 
@@ -46,8 +47,6 @@ _LIST_PAGES = 100
 _LIST_SECONDS = 10.0
 """For the list of tools; a server that takes longer does not say of its tools that they may be called again."""
 
-_METHOD = b'"method"'
-
 
 class Rescue:
     """Watches over one unfinished stream on behalf of a client that reads it.
@@ -59,30 +58,19 @@ class Rescue:
     def __init__(self, session: Session, opened: Event) -> None:
         self._session = session
         self._opened = opened
-        self._stream = opened.position
-        body = decode(opened.data)
-        self._node: str = body["node"]
-        self._attempt: int = body["attempt"]
-        self._first_attempt = self._attempt
-        self._request = JSONRPCRequest.model_validate(body["request"], by_name=False)
-        self._relayed = "relay" in body
-        """The session's owner is to run it, and was not seen to do so yet."""
-        self._is_whole = not body.get("partial")
-        self._trace: dict[str, str] = body.get("trace", {})
+        self._history = History(opened)
         self._suspected = False
-        self._cancelled = False
-        self._asked: set[str] = set()
-        """Keys of server requests of the lost node that nobody answered."""
+        """The node was seen dead once."""
         self._loop = asyncio.get_running_loop()
         self._looked_at = self._loop.time()
         self._quiet_since = self._looked_at
         self._probe: int | None = None
+        """Position of the question whether the request still runs."""
 
     def taken(self, event: Event) -> None:
         """Another node runs the request now."""
-        body = decode(event.data)
-        self._node, self._attempt, self._suspected = body["node"], body["attempt"], False
-        self._relayed = False
+        self._history.life.note(event)
+        self._suspected = False
 
     async def look(self) -> None:
         """Looks whether the node that runs the request lives; acts when it is seen dead twice.
@@ -100,15 +88,15 @@ class Rescue:
             # Nobody looks beside a stream that moves.
             self._quiet_since, self._probe = now, None
         self._looked_at = now
-        dead = False
-        if self._relayed:
+        life, dead = self._history.life, False
+        if life.is_relayed:
             lost = False
             await session.node.placement.settle(session)
-        elif self._node == session.node.id:
-            running = any(exchange.stream == self._stream for exchange in session.exchanges.values())
+        elif life.node == session.node.id:
+            running = any(exchange.stream == self._opened.position for exchange in session.exchanges.values())
             lost = not running
         else:
-            lost = dead = bool(await session.node.store.lapsed([self._node]))
+            lost = dead = bool(await session.node.store.lapsed([life.node]))
         suspected, self._suspected = self._suspected, lost
         if (lost and suspected) or (not lost and await self._is_mute(now)):
             await self._act(dead=dead)
@@ -119,7 +107,7 @@ class Rescue:
         if self._probe is None:
             if now - self._quiet_since < _PROBE_AFTER:
                 return False
-            batch = Batch([draft(Kind.PROBE)], stream=self._stream, attempt=self._attempt)
+            batch = Batch([draft(Kind.PROBE)], stream=self._opened.position, attempt=self._history.life.attempt)
             try:
                 self._probe = (await self._session.node.store.append(self._session.key, batch)).first
             except (StreamClosed, Fenced):
@@ -134,7 +122,7 @@ class Rescue:
             # The store lost the question. Whoever follows the stream finds out whether it lost of that too.
             self._quiet_since, self._probe = now, None
             return False
-        if any(event.stream == self._stream and kind_of(event.data) is not Kind.PROBE for event, _ in entries):
+        if any(event.stream == self._opened.position and kind_of(event.data) is not Kind.PROBE for event, _ in entries):
             self._quiet_since, self._probe = now, None
             return False
         # A node whose loop hangs answers late; one that hung for longer has lost its lease.
@@ -142,33 +130,28 @@ class Rescue:
 
     async def _act(self, *, dead: bool) -> None:
         """Ends the request, or runs it again. `dead`: its node is, too, and not only the request."""
-        node = self._node
+        node = self._history.life.node
         await self._catch_up()
-        if self._node != node:
+        if self._history.life.node != node:
+            self._suspected = False
             return
-        if self._cancelled:
+        if self._history.is_cancelled:
             await self._end(ErrorData(code=REQUEST_CANCELLED, message="Request cancelled"))
             return
         owned = await self._session.node.placement.is_owned(self._session)
         if owned:
             await self._session.node.placement.settle(self._session, gone=node if dead else "")
         safe = not owned and await self._may_repeat()
-        again = safe and self._is_whole and self._session.node.settings.reexecute == "idempotent"
+        again = safe and not self._history.is_partial and self._session.node.settings.reexecute == "idempotent"
         if again and await self._run_again():
             return
         await self._end(NODE_LOST.error(retry_safe=safe))
 
     async def _end(self, error: ErrorData) -> None:
         """Writes the end of the stream, unless somebody else has, or has taken it over."""
-        terminal = draft(Kind.TERMINAL, error_body(self._request.id, error))
-        batch = Batch(
-            [terminal],
-            writer=new_name(),
-            sequence=1,
-            stream=self._stream,
-            attempt=self._attempt,
-            terminal=True,
-        )
+        life = self._history.life
+        terminal = draft(Kind.TERMINAL, error_body(life.request["id"], error))
+        batch = once(terminal, stream=self._opened.position, attempt=life.attempt, terminal=True)
         try:
             await self._session.node.store.append(self._session.key, batch)
         except (StreamClosed, Fenced):
@@ -179,35 +162,25 @@ class Rescue:
 
     async def _catch_up(self) -> None:
         """Finds out what came before the place where this client began to read: who took over, and cancels (P5)."""
-        store, log, after, part = self._session.node.store, self._session.key, Cursor(self._stream), Slice(MAX_READ)
-        while entries := await part.skim(store, log, after):
+        store, log, after, part = self._session.node.store, self._session.key, self._opened.cursor, Slice(MAX_READ)
+        history = History(self._opened)
+        while entries := await part.skim(store, log, Cursor(after.position)):
             for entry in entries:
-                if kind_of(entry.event.data) in (Kind.TAKEN, Kind.CANCEL) and (event := await whole(store, log, entry)):
-                    self._note(event)
-                self._note_question(entry.event)
-            after = Cursor(entries[-1].event.position)
-
-    def _note(self, event: Event) -> None:
-        if kind_of(event.data) is Kind.CANCEL:
-            self._cancelled |= request_key(decode(event.data)["requestId"]) == request_key(self._request.id)
-        elif event.stream == self._stream:
-            self.taken(event)
-
-    def _note_question(self, event: Event) -> None:
-        """Keeps account of the server requests that the lost node waits for. Large events may be cut off."""
-        kind = kind_of(event.data)
-        if kind is Kind.MESSAGE and event.stream == self._stream and _METHOD in event.data[:MAX_CLIP]:
-            body = glimpse(event.data)
-            if "method" in body and "id" in body:
-                self._asked.add(request_key(body["id"]))
-        elif kind is Kind.REPLY and self._asked:
-            self._asked.discard(request_key(glimpse(event.data).get("id", "")))
+                event = await whole(store, log, entry) if history.wants_whole(entry.event) else entry.event
+                if event is not None:
+                    history.note(event)
+            after = entries[-1].event.cursor
+        self._history = history
 
     async def _withdraw(self) -> None:
         """Nobody waits any more for what the lost node asked: the pending set is not to grow with each that is lost."""
-        while self._asked:
+        while self._history.unanswered:
             with contextlib.suppress(NotPending):
-                await self._session.append(Batch([], settle=self._asked.pop()))
+                await self._session.append(Batch([], settle=self._history.unanswered.pop()))
+
+    @property
+    def _message(self) -> JSONRPCRequest:
+        return JSONRPCRequest.model_validate(self._history.life.request, by_name=False)
 
     async def _run_again(self) -> bool:
         # Imported here: an exchange knows its session, and a session's streams are rescued from its readers.
@@ -218,27 +191,27 @@ class Rescue:
         request = Request(scope)
         exchange = Exchange(
             session,
-            self._request,
+            self._message,
             request,
             # A cancel may come until it is registered here (P5).
             head=self._opened.cursor,
             protocol_version=session.protocol_version,
         )
-        taken = await exchange.take_over(self._stream, self._attempt, first=self._first_attempt)
+        taken = await exchange.take_over(
+            self._opened.position, self._history.life.attempt, first=self._history.first_attempt
+        )
         if taken:
-            exchange.start(context_of(request, self._trace))
+            exchange.start(context_of(request, self._history.trace))
             session.node.counters.reexecuted += 1
             await self._withdraw()
         return taken
 
     async def _may_repeat(self) -> bool:
         """Whether the request may safely be made again: it calls a tool that says so of itself, or only reads."""
-        params = self._request.params or {}
-        if self._request.method != "tools/call":
-            return (
-                self._request.method.endswith(("/list", "/read", "/get", "/complete")) or self._request.method == "ping"
-            )
-        tool = await self._look_up(str(params.get("name")))
+        message = self._message
+        if message.method != "tools/call":
+            return message.method.endswith(("/list", "/read", "/get", "/complete")) or message.method == "ping"
+        tool = await self._look_up(str((message.params or {}).get("name")))
         annotations = (tool or {}).get("annotations") or {}
         return bool(annotations.get("readOnlyHint") or annotations.get("idempotentHint"))
 
