@@ -13,7 +13,8 @@ from mcp.server import MCPServer
 
 import nonstick
 from nonstick import current_connection, session_state
-from nonstick.core.record import CHANGED, STATE, SessionState
+from nonstick.core.record import CHANGED, STATE
+from nonstick.core.values import SessionState
 from nonstick.errors import NoSession, StoreUnavailable
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing.cluster import Cluster

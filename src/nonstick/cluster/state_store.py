@@ -26,18 +26,18 @@ from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser
 from nonstick.cluster.probing import is_probe
 from nonstick.core.names import identity
 from nonstick.core.principals import principal_of
-from nonstick.core.refusals import STORE_AWAY
+from nonstick.core.values import check_size, encoded
 from nonstick.errors import (
     AlreadyExists,
     SessionNotFound,
     StateFull,
     StateNotJSON,
-    StateTooLarge,
     StoreUnavailable,
     TooManySessions,
 )
 from nonstick.log.guard import GuardedStore
 from nonstick.session.live import Session, current_session
+from nonstick.session.state import change_fields, discreet
 from nonstick.stores.memory import MemoryStore
 
 __all__ = ["MAX_STATE", "PROBE", "Allowance", "StateStore", "within_request"]
@@ -145,7 +145,7 @@ class StateStore:
         """The value, and the seconds for which it is kept; None for no limit of its own."""
         if is_probe(self):
             return None, None
-        with _discreet():
+        with discreet():
             place = self._place(key, collection)
             return _unpack((await place.load() or {}).get(place.field))
 
@@ -161,12 +161,12 @@ class StateStore:
             SessionNotFound: The session has ended.
         """
         seconds = None if ttl is None else float(ttl)
-        with _discreet():
+        with discreet():
             await self._place(key, collection).put(_pack(value, seconds), lifetime=seconds or _LIFETIME)
 
     async def delete(self, key: str, *, collection: str | None = None) -> bool:
         """Removes the value; whether there was one."""
-        with _discreet():
+        with discreet():
             return await self._place(key, collection).drop()
 
     async def get_many(self, keys: Sequence[str], *, collection: str | None = None) -> list[dict[str, Any] | None]:
@@ -280,18 +280,27 @@ class _InSession:
             return None
 
     async def put(self, data: bytes, *, lifetime: float) -> None:
-        _check_size(self.field, data, (await self._store.load(self._key, renew=False)).fields, self._limit)
-        await self._store.update(self._key, {self.field: data})
+        def changes(fields: Mapping[str, bytes]) -> dict[str, bytes | None]:
+            _check_size(self.field, data, fields, self._limit)
+            return {self.field: data}
+
+        await change_fields(self._store, self._key, changes)
 
     async def drop(self) -> bool:
-        fields = await self.load()
-        if fields is None or self.field not in fields:
-            return False
+        was_there = False
+
+        def changes(fields: Mapping[str, bytes]) -> dict[str, bytes | None]:
+            nonlocal was_there
+            there = self.field in fields
+            # Seen once, it counts: should the answer to its removal be lost, the next look finds nothing.
+            was_there = was_there or there
+            return {self.field: None} if there else {}
+
         try:
-            await self._store.update(self._key, {self.field: None})
+            await change_fields(self._store, self._key, changes)
         except SessionNotFound:
             pass
-        return True
+        return was_there
 
 
 class _InOpening:
@@ -392,37 +401,16 @@ class _InRequest:
 
 
 def _check_size(name: str, data: bytes, fields: Mapping[str, bytes], limit: int) -> None:
-    """Returns if a record with these fields has room for this value.
-
-    Raises:
-        StateTooLarge: It has none.
-    """
-    others = sum(len(v) for k, v in fields.items() if k.startswith(FIELD) and k != name)
-    if others + len(data) > limit:
-        raise StateTooLarge(
-            f"a session keeps at most {limit} bytes of state (max_state_bytes), and this value would make it "
-            f"{others + len(data)}. Keep large things elsewhere, and their names here."
-        )
-
-
-@contextmanager
-def _discreet() -> Iterator[None]:
-    """Handlers pass on to their clients what they get, and what the store said may name its host."""
-    try:
-        yield
-    except StoreUnavailable as error:
-        logger.warning("session state: %s", error)
-        raise StoreUnavailable(STORE_AWAY) from None
+    check_size({name: data for name, data in fields.items() if name.startswith(FIELD)}, {name: data}, limit)
 
 
 def _pack(value: Mapping[str, Any], seconds: float | None) -> bytes:
     kept: dict[str, Any] = {"value": dict(value)}
     if seconds is not None:
         kept["until"] = time.time() + seconds
-    try:
-        return json.dumps(kept, allow_nan=False, separators=(",", ":")).encode()
-    except (TypeError, ValueError, RecursionError):
-        raise StateNotJSON("session state has to be JSON: other nodes could not load this value") from None
+    if (data := encoded(kept)) is None:
+        raise StateNotJSON("session state has to be JSON: other nodes could not load this value")
+    return data
 
 
 def _unpack(data: bytes | None) -> tuple[dict[str, Any] | None, float | None]:

@@ -29,9 +29,10 @@ from starlette.requests import Request
 from nonstick.core.clipping import cancel_params, progress_params
 from nonstick.core.events import Kind, body_of, decode, draft, kind_of
 from nonstick.core.jsonrpc import as_number, notification_body, request_body, request_key
-from nonstick.core.record import CONFIRMED, Record, SessionState
+from nonstick.core.record import CONFIRMED, Record
 from nonstick.core.refusals import STORE_AWAY
 from nonstick.core.retention import Amount
+from nonstick.core.values import SessionState
 from nonstick.errors import Diverged, NotPending, SessionNotFound, StoreUnavailable, without_text
 from nonstick.log.follow import Follower
 from nonstick.log.lost import end_lost

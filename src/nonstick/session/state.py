@@ -10,17 +10,20 @@ from __future__ import annotations
 import json
 import logging
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Final
 
 import anyio.lowlevel
 
-from nonstick.core.record import CHANGED, STATE, SessionState, check_state_size, parse_changed, to_json
+from nonstick.core.record import CHANGED, STATE, parse_changed
 from nonstick.core.refusals import STORE_AWAY
+from nonstick.core.values import SessionState, check_size, to_json
 from nonstick.errors import NoSession, SessionNotFound, StoreUnavailable
+from nonstick.log.guard import GuardedStore
 from nonstick.session.live import Session, current_session
 
-__all__ = ["State", "session_state"]
+__all__ = ["State", "change_fields", "discreet", "session_state"]
 
 logger = logging.getLogger(__name__)
 
@@ -148,22 +151,26 @@ class State:
     async def _change_stored(self, key: str, decide: Callable[[Any], Any]) -> Any:
         session, name, mark = self._session, STATE + key, secrets.token_hex(4).encode()
         old: Any = _ABSENT
-        while True:
-            fields = await self._load()
+        adopted: tuple[bytes | None, int] = None, 0
+
+        def changes(fields: Mapping[str, bytes]) -> dict[str, bytes | None]:
+            nonlocal old, adopted
             count, marks = parse_changed(fields.get(CHANGED))
             if mark in marks:  # it was written, and the answer lost
-                session.state.adopt(key, fields.get(name), count)
-                return old
+                adopted = fields.get(name), count
+                return {}
             old = self._value(key, fields)
             new = decide(old)
             data = None if new is _ABSENT else to_json(key, new)
-            check_state_size(fields, {name: data}, session.node.settings.max_state_bytes)
-            changed = b" ".join([b"%d" % (count + 1), *marks[1 - _MARKS :], mark])
-            expect = {name: fields.get(name), CHANGED: fields.get(CHANGED)}
-            if await self._update({name: data, CHANGED: changed}, expect):
-                session.state.adopt(key, data, count + 1)
-                return old
-            await anyio.lowlevel.checkpoint()
+            stored = {name: data for name, data in fields.items() if name.startswith(STATE)}
+            check_size(stored, {name: data}, session.node.settings.max_state_bytes)
+            adopted = data, count + 1
+            return {name: data, CHANGED: b" ".join([b"%d" % (count + 1), *marks[1 - _MARKS :], mark])}
+
+        async with self._told():
+            await change_fields(session.node.store, session.key, changes)
+        session.state.adopt(key, *adopted)
+        return old
 
     def _value(self, key: str, fields: Mapping[str, bytes]) -> Any:
         """The value of now: what was put into `Connection.state` here, else what the store has."""
@@ -173,29 +180,49 @@ class State:
         return _ABSENT if stored is None else json.loads(stored)
 
     async def _load(self) -> Mapping[str, bytes]:
-        session = self._session
+        async with self._told():
+            return (await self._session.node.store.load(self._session.key, renew=False)).fields
+
+    @asynccontextmanager
+    async def _told(self) -> AsyncIterator[None]:
+        """What the store says is told to the handler. That the session has ended cancels the handler first (P6)."""
         try:
-            return (await session.node.store.load(session.key, renew=False)).fields
-        except StoreUnavailable as error:
-            raise _away(error) from None
+            with discreet():
+                yield
         except SessionNotFound:
-            await self._ended()
+            self._session.node.spawn(self._session.end())
+            await anyio.lowlevel.checkpoint()
             raise
 
-    async def _update(self, changes: Mapping[str, bytes | None], expect: Mapping[str, bytes | None]) -> bool:
-        session = self._session
-        try:
-            return await session.node.store.update(session.key, changes, expect=expect)
-        except StoreUnavailable as error:
-            raise _away(error) from None
-        except SessionNotFound:
-            await self._ended()
-            raise
 
-    async def _ended(self) -> None:
-        """The end cancels whoever asked, who has done nothing wrong (P6)."""
-        self._session.node.spawn(self._session.end())
+async def change_fields(
+    store: GuardedStore, key: str, decide: Callable[[Mapping[str, bytes]], Mapping[str, bytes | None]]
+) -> None:
+    """Changes fields of a record by compare-and-set: anew for as long as others change the same fields meanwhile.
+
+    Args:
+        decide: Makes of the record's fields the changes, with None for a field that is to go; nothing if there is
+            nothing to do. What it raises ends the change.
+
+    Raises:
+        SessionNotFound, StoreUnavailable: As `Store.load` and `Store.update`.
+    """
+    while True:
+        fields = (await store.load(key, renew=False)).fields
+        changes = decide(fields)
+        if not changes or await store.update(key, changes, expect={name: fields.get(name) for name in changes}):
+            return
         await anyio.lowlevel.checkpoint()
+
+
+@contextmanager
+def discreet() -> Iterator[None]:
+    """Handlers pass on to their clients what they get, and what the store said may name its host (P13)."""
+    try:
+        yield
+    except StoreUnavailable as error:
+        logger.warning("session state: %s", error)
+        raise StoreUnavailable(STORE_AWAY) from None
 
 
 class _Absent:
@@ -207,12 +234,6 @@ class _Differs(Exception):
 
 
 _ABSENT: Final = _Absent()
-
-
-def _away(error: StoreUnavailable) -> StoreUnavailable:
-    """Handlers pass on to their clients what they get, and what the store said may name its host."""
-    logger.warning("session state: %s", error)
-    return StoreUnavailable(STORE_AWAY)
 
 
 def _copy(key: str, value: Any) -> Any:
