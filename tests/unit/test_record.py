@@ -1,4 +1,4 @@
-"""What a session record holds, and how session state gets into it."""
+"""What a session record holds."""
 
 from __future__ import annotations
 
