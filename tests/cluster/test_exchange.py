@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from typing import Any
 
 import pytest
+from mcp.shared.exceptions import MCPError
 from mcp_types import INTERNAL_ERROR
 
 from nonstick import current_connection, session_state
@@ -355,3 +357,25 @@ async def test_request_whose_stream_could_not_be_opened_does_not_run(
         assert runs == [1]
         # The answer to `initialize` is a stream too.
         assert await stage.kinds(session) == [Kind.OPENED, Kind.TERMINAL] * 3
+
+
+async def test_error_that_a_handler_answers_with_is_no_failure(
+    memory: MakeStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    """P16: it is logged only where a handler ends in a way that it did not choose."""
+    async with staged(memory) as (stage, a, _, _):
+
+        @stage.tool
+        async def refuse(ctx: Context, arguments: dict[str, Any]) -> str:
+            raise MCPError(-32001, "not today")
+
+        @stage.tool
+        async def fail(ctx: Context, arguments: dict[str, Any]) -> str:
+            raise LookupError("not found")
+
+        session = await a.open()
+        for tool, logged in (("refuse", 0), ("fail", 1)):
+            caplog.clear()
+            assert "error" in (await a.post(call(tool), session)).json()
+            errors = [record for record in caplog.records if record.levelno >= logging.ERROR]
+            assert len(errors) == logged

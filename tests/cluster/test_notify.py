@@ -22,7 +22,7 @@ from nonstick.store import Store
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing.cluster import Cluster, Member, Session
 from tests.cluster.conftest import MakeStore, one
-from tests.cluster.sse import Stream, getting, posting
+from tests.cluster.sse import DEADLINE, Stream, getting, posting
 from tests.cluster.stage import Context, HeldStore, Stage, announce, call, eventually, node_of, say, text_of
 from tests.cluster.test_listener import has_left
 from tests.cluster.test_streams import Forgetful
@@ -314,6 +314,30 @@ async def test_an_update_that_overtakes_the_subscription_on_its_way_to_the_conne
             await c.app.cluster.notify_resource_updated("x://1")
             await c.app.cluster.notify_tools_changed()
             await heard(stream, TOOLS)
+
+
+async def test_subscription_behind_the_record_that_a_connection_loaded_counts() -> None:
+    """P11: another request of its node, which was loaded later, knew of it first."""
+    store = MemoryStore()
+    slow = HeldStore(store, "load", after=True, when=lambda key, *_: key != CLUSTER_KEY)
+    stores: Iterator[Any] = iter([store, slow, store, store])
+    async with gathered(lambda: next(stores)) as (_, a, b, c):
+        session = await b.open()
+        async with getting(a, session) as first:
+            await first.event()
+            slow.holding = True
+            connecting = Stream(a, "GET", session, None, {})
+            async with asyncio.timeout(DEADLINE):
+                await slow.held.wait()
+            slow.holding = False
+            await subscribe(b, session, "x://1")
+            assert (await a.post({"jsonrpc": "2.0", "id": 2, "method": "ping"}, session)).json()["result"] == {}
+            slow.released.set()
+            await connecting.event()
+            await c.app.cluster.notify_resource_updated("x://1")
+            await c.app.cluster.notify_tools_changed()
+            await heard(connecting, "x://1", TOOLS)
+            await connecting.close()
 
 
 class _Deaf:
