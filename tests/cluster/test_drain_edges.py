@@ -6,8 +6,9 @@ import asyncio
 from typing import Any
 
 import httpx2
+import mcp_types as types
 import pytest
-from mcp.server import MCPServer
+from mcp.server import MCPServer, Server
 from mcp.server.mcpserver import Context as ToolContext
 
 import nonstick
@@ -21,8 +22,8 @@ from nonstick.testing.cluster import HEADERS
 from tests.cluster.conftest import MakeStore, one
 from tests.cluster.servers import opening
 from tests.cluster.sse import DEADLINE, getting, posting
-from tests.cluster.stage import Context, HeldStore, call, eventually, node_of, staged, text_of
-from tests.cluster.test_placement import desk, lose
+from tests.cluster.stage import Context, HeldStore, call, eventually, node_of, notification, staged, text_of
+from tests.cluster.test_placement import Desk, desk, lose, use
 
 pytestmark = pytest.mark.anyio
 
@@ -99,6 +100,63 @@ async def test_node_that_drains_takes_no_session_over(memory: MakeStore) -> None
         async with getting(c, session, events[0].id) as resumed:
             assert text_of((await resumed.rest())[-1]) == "101"
         assert (await stage.store.load(key)).fields[OWNER] == node_of(c).id.encode()
+
+
+async def test_session_moves_once_the_handler_of_its_notification_ended(memory: MakeStore) -> None:
+    """P8: that is work too, and mostly nothing follows it."""
+
+    class Roots(Desk):
+        def server(self) -> Server[Any]:
+            server = super().server()
+
+            async def changed(ctx: Context, params: Any) -> None:
+                self.open("handling")
+                await self.door("handled")
+
+            server.add_notification_handler("notifications/roots/list_changed", types.NotificationParams, changed)
+            return server
+
+    async def rehydrate(connection: Any) -> None:
+        await stage.rehydrate(connection)
+
+    async with Roots(memory, rehydrate=rehydrate, grace=DEADLINE) as stage:
+        a, b, _ = stage.cluster
+        session = await a.open()
+        assert (await b.post(notification("notifications/roots/list_changed"), session)).status_code == 202
+        await stage.reached("handling")
+        a.app.manager.begin_drain()
+        assert await use(b, session, 1) == 1
+        stage.open("handled")
+        await eventually(lambda: session_key(session.id) not in node_of(a).sessions)
+        assert await use(b, session, 2) == 101
+
+
+async def test_session_moves_that_becomes_idle_while_another_is_let_go() -> None:
+    """P8: whichever ends while the store is asked."""
+    stores: list[HeldStore] = []
+    shared = one(MemoryStore())
+
+    def gives_up(key: str, changes: dict[str, bytes]) -> bool:
+        return changes.get(OWNER) == b""
+
+    def make_store() -> Any:
+        stores.append(HeldStore(shared(), "update", after=False, when=gives_up))
+        return stores[-1]
+
+    async with desk(make_store, movable=True, grace=DEADLINE, window=0.02) as (stage, a, b, _):
+        idle, busy = await a.open(), await a.open()
+        async with posting(a, busy, call("wait", 1, texts=["0"])) as stream:
+            await stream.message()
+            held = stores[1]  # the first is the stage's own
+            held.holding = True
+            a.app.manager.begin_drain()
+            await held.held.wait()
+            stage.open("go on")
+            assert text_of(await stream.outcome()) == "done 1"
+        await eventually(lambda: not node_of(a).sessions[session_key(busy.id)].exchanges)
+        held.released.set()
+        await eventually(lambda: not node_of(a).sessions)
+        assert [await use(b, session, 2) for session in (idle, busy)] == [101, 101]
 
 
 async def test_relayed_request_is_not_run_on_a_state_that_is_being_cleaned_up() -> None:

@@ -232,6 +232,7 @@ class Holding:
                 await self._take_over(event, body, message, request)
         finally:
             self._taking.discard(key)
+            self._node.left()
 
     def _refusal(self, key: str) -> ErrorData | None:
         session = self.session

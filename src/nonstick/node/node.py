@@ -332,12 +332,12 @@ class Node:
             pass
 
     async def next_to_leave(self) -> None:
-        """Waits until a request has finished."""
+        """Waits until a request, or the handler of a notification, has finished."""
         self._left.clear()
         await self._left.wait()
 
     def left(self) -> None:
-        """A request has finished."""
+        """A request, or the handler of a notification, has finished."""
         self._left.set()
 
     def _running(self) -> list[Exchange]:

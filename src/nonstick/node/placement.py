@@ -171,12 +171,13 @@ class Placement:
     async def give_up_idle(self) -> None:
         """While the node drains: sessions in which nothing runs are left to other nodes at once (P8)."""
         while self._node.settings.rehydrate is not None:
-            for held in self._held():
-                if held.idle:
-                    await held.clean_up()
-                    with contextlib.suppress(StoreError):
-                        await held.let_go()
-            await self._node.next_to_leave()
+            if not (idle := [held for held in self._held() if held.idle]):
+                # With no other `await` in between: another may leave meanwhile.
+                await self._node.next_to_leave()
+            for held in idle:
+                await held.clean_up()
+                with contextlib.suppress(StoreError):
+                    await held.let_go()
 
     async def give_up_all(self) -> None:
         """The node stops: its sessions are left to other nodes, or end, with their clean-up run (P6, P8)."""

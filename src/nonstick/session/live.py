@@ -326,6 +326,7 @@ class Session:
         self.node.requests.hold_while(request, task, self.principal)
         self.notices.add(task)
         task.add_done_callback(self.notices.discard)
+        task.add_done_callback(lambda _: self.node.left())
 
     def evict(self) -> None:
         """Forgets this view; the session lives on in the store."""
