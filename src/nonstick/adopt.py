@@ -20,7 +20,7 @@ from starlette.applications import Starlette
 from starlette.routing import BaseRoute, Host, Mount, Route, Router
 from starlette.types import ASGIApp
 
-from nonstick import fastmcp as fastmcp_server
+from nonstick import fastmcp
 from nonstick.cluster.cluster import Cluster
 from nonstick.core.settings import Options, check_arguments
 from nonstick.errors import ConfigurationError
@@ -87,7 +87,7 @@ def adopt(app: AppT, *, store: str | Store, cluster: Cluster | None = None, **op
 class Adopted:
     """The MCP endpoints of one app that nonstick serves. An app that is a Starlette has it as `app.state.nonstick`."""
 
-    def __init__(self, endpoints: list[_Endpoint]) -> None:
+    def __init__(self, endpoints: list[Endpoint]) -> None:
         self._endpoints = endpoints
 
     @property
@@ -103,16 +103,16 @@ class Adopted:
     @property
     def paths(self) -> list[str]:
         """Where the endpoints are."""
-        return [endpoint.place.path for endpoint in self._endpoints]
+        return [endpoint.site.path for endpoint in self._endpoints]
 
     def is_endpoint(self, asgi: object) -> bool:
         """Whether this is one of the endpoints itself, with nothing around it."""
-        return any(endpoint.place.asgi is asgi for endpoint in self._endpoints)
+        return any(endpoint.site.asgi is asgi for endpoint in self._endpoints)
 
     @property
     def from_fastmcp(self) -> list[bool]:
         """Whether each endpoint is FastMCP's: what its server is, `manager.app` says only while that runs."""
-        return [isinstance(endpoint, _Later) for endpoint in self._endpoints]
+        return [isinstance(endpoint, FastMcpEndpoint) for endpoint in self._endpoints]
 
     @property
     def servers(self) -> list[Server[Any] | None]:
@@ -122,7 +122,7 @@ class Adopted:
     @property
     def fastmcp_apps(self) -> list[Starlette | None]:
         """FastMCP's app around each endpoint; None for the SDK's."""
-        return [endpoint.place.owner if isinstance(endpoint, _Later) else None for endpoint in self._endpoints]
+        return [endpoint.site.owner if isinstance(endpoint, FastMcpEndpoint) else None for endpoint in self._endpoints]
 
     def begin_drain(self) -> None:
         """As `SessionManager.begin_drain`, of all of them."""
@@ -152,29 +152,29 @@ def take_over(
             f"give {misplaced[0]}= where the app is made: to streamable_http_app(), http_app() or nonstick.app()"
         )
     check_arguments(options, adopt, "nonstick.adopt()")
-    places = list(_places(app))
-    if not places:
+    sites = list(_sites_in(app))
+    if not sites:
         raise ConfigurationError(_NONE.format(hint=_hint(app)))
-    if any(isinstance(place.asgi.session_manager, SessionManager) for place in places):
+    if any(isinstance(site.asgi.session_manager, SessionManager) for site in sites):
         raise ConfigurationError(_TWICE)
-    if len(places) > 1 and not isinstance(store, str):
+    if len(sites) > 1 and not isinstance(store, str):
         raise ConfigurationError(
-            f"this app has {len(places)} MCP endpoints, and each opens the store for itself: give store= as a URL"
+            f"this app has {len(sites)} MCP endpoints, and each opens the store for itself: give store= as a URL"
         )
     cluster = cluster or Cluster.only() or Cluster.apart()
-    endpoints: list[_Endpoint] = []
-    for place, name in zip(places, _names(places, options.get("namespace")), strict=True):
+    endpoints: list[Endpoint] = []
+    for site, name in zip(sites, _names(sites, options.get("namespace")), strict=True):
 
         def make(
-            theirs: StreamableHTTPSessionManager | None, place: _Place = place, name: str = name
+            theirs: StreamableHTTPSessionManager | None, site: EndpointSite = site, name: str = name
         ) -> SessionManager:
             kept = {} if theirs is None else {name: getattr(theirs, name) for name in _KEPT}
             own = options.copy()
-            if not own.get("namespace") and fastmcp_server.is_nameless(place.owner):
-                own["namespace"] = _server_name(place)
+            if not own.get("namespace") and fastmcp.is_nameless(site.owner):
+                own["namespace"] = _server_name(site)
             return SessionManager(
                 # What its server is, FastMCP says when it starts. Until then there is nothing to serve.
-                Server(_server_name(place) or "") if theirs is None else theirs.app,
+                Server(_server_name(site) or "") if theirs is None else theirs.app,
                 **{**kept, **given},
                 store=store,
                 cluster=cluster,
@@ -183,16 +183,16 @@ def take_over(
                 **own,
             )
 
-        if fastmcp_server.is_endpoint(place.asgi):
-            endpoints.append(_Later(place, make))
+        if fastmcp.is_endpoint(site.asgi):
+            endpoints.append(FastMcpEndpoint(site, make))
         else:
-            endpoints.append(_AtOnce(place, make))
+            endpoints.append(SdkEndpoint(site, make))
     for endpoint in endpoints:
         endpoint.take()
     adopted = Adopted(endpoints)
     host = _host(app)
     if host is not None:
-        _run_with(host, [endpoint for endpoint in endpoints if isinstance(endpoint, _Later)])
+        _run_with(host, [endpoint for endpoint in endpoints if isinstance(endpoint, FastMcpEndpoint)])
     if isinstance(app, Starlette):
         app.state.nonstick = adopted
     return adopted
@@ -202,7 +202,7 @@ def take_over(
 
 
 @dataclass(frozen=True, eq=False)
-class _Place:
+class EndpointSite:
     """Where an MCP endpoint stands.
 
     Attributes:
@@ -220,63 +220,63 @@ class _Place:
     owner: Starlette | None
 
 
-class _AtOnce:
+class SdkEndpoint:
     """An endpoint of the SDK: its manager is there from the beginning. Where that is run, ours is."""
 
-    def __init__(self, place: _Place, make: _Make) -> None:
-        self.place = place
-        self.manager = make(place.asgi.session_manager)
+    def __init__(self, site: EndpointSite, make: _Make) -> None:
+        self.site = site
+        self.manager = make(site.asgi.session_manager)
         self.server: Server[Any] | None = self.manager.app
 
     def take(self) -> None:
         # Hosts of a mounted app enter `session_manager.run()` of theirs: so that is what has to run ours. It runs
         # theirs in turn.
-        self.place.asgi.session_manager.run = self.manager.run
-        self.place.asgi.session_manager = self.manager
+        self.site.asgi.session_manager.run = self.manager.run
+        self.site.asgi.session_manager = self.manager
 
 
-class _Later:
+class FastMcpEndpoint:
     """An endpoint of FastMCP, which makes its manager and runs it in the app's lifespan."""
 
-    def __init__(self, place: _Place, make: _Make) -> None:
-        self.place = place
+    def __init__(self, site: EndpointSite, make: _Make) -> None:
+        self.site = site
         self._make = make
         self.manager = make(None)
         self.server: Server[Any] | None = None
 
     def take(self) -> None:
         # A request that comes before the lifespan, or without it, is told what is missing.
-        self.place.asgi.session_manager = self.manager
+        self.site.asgi.session_manager = self.manager
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Takes the place of the manager that FastMCP runs, while it runs."""
-        theirs = self.place.asgi.session_manager
+        theirs = self.site.asgi.session_manager
         if theirs is self.manager:  # the host has not entered its lifespan
             yield
             return
         self.manager = self._make(theirs)
-        fastmcp_server.keep_levels(theirs.app)
-        fastmcp_server.name_sessions_by_hash()
+        fastmcp.keep_levels(theirs.app)
+        fastmcp.name_sessions_by_hash()
         try:
             # Its lifespan is entered already; FastMCP counts who is in it, and gives what it yielded.
             async with theirs.app.lifespan(theirs.app) as state, self.manager.serving(state):
-                if self.place.owner is not None:
-                    await fastmcp_server.check_state(self.place.owner, self.manager.cluster)
-                    self.manager.has_tasks = fastmcp_server.has_tasks(self.place.owner)
-                fastmcp_server.listen(theirs.app, self.manager.cluster.subscription_bus)
-                self.place.asgi.session_manager = self.manager
+                if self.site.owner is not None:
+                    await fastmcp.check_state(self.site.owner, self.manager.cluster)
+                    self.manager.has_tasks = fastmcp.has_tasks(self.site.owner)
+                fastmcp.listen(theirs.app, self.manager.cluster.subscription_bus)
+                self.site.asgi.session_manager = self.manager
                 self.server = theirs.app
                 yield
         finally:
             self.server = None
-            self.place.asgi.session_manager = theirs  # FastMCP stops what it finds there
+            self.site.asgi.session_manager = theirs  # FastMCP stops what it finds there
 
 
-_Endpoint = _AtOnce | _Later
+Endpoint = SdkEndpoint | FastMcpEndpoint
 
 
-def _run_with(host: Router, endpoints: list[_Later]) -> None:
+def _run_with(host: Router, endpoints: list[FastMcpEndpoint]) -> None:
     """Has these endpoints run while the host's lifespan does."""
     if not endpoints:
         return
@@ -320,50 +320,50 @@ def _layers(app: Any) -> Iterator[Any]:
         app = getattr(app, "app", None)
 
 
-def _places(app: Any, begun: _Place | None = None) -> Iterator[_Place]:
-    place = begun or _Place(None, (), "", "", None)
+def _sites_in(app: Any, begun: EndpointSite | None = None) -> Iterator[EndpointSite]:
+    site = begun or EndpointSite(None, (), "", "", None)
     for layer in _layers(app):
-        if isinstance(layer, StreamableHTTPASGIApp) or fastmcp_server.is_endpoint(layer):
-            yield replace(place, asgi=layer)
+        if isinstance(layer, StreamableHTTPASGIApp) or fastmcp.is_endpoint(layer):
+            yield replace(site, asgi=layer)
             return
         if isinstance(layer, Starlette):
-            yield from _in_routes(layer.router.routes, replace(place, own_path="", owner=layer))
+            yield from _in_routes(layer.router.routes, replace(site, own_path="", owner=layer))
         elif isinstance(layer, Router):
-            yield from _in_routes(layer.routes, place)
+            yield from _in_routes(layer.routes, site)
 
 
-def _in_routes(routes: list[BaseRoute], place: _Place) -> Iterator[_Place]:
+def _in_routes(routes: list[BaseRoute], site: EndpointSite) -> Iterator[EndpointSite]:
     for route in routes:
         if isinstance(route, Route):
-            yield from _places(route.endpoint, _further(place, route.path))
+            yield from _sites_in(route.endpoint, _further(site, route.path))
         elif isinstance(route, Mount):
-            yield from _places(route.app, _further(place, route.path))
+            yield from _sites_in(route.app, _further(site, route.path))
         elif isinstance(route, Host):
-            way = (*place.way, f"host {route.host}")
-            yield from _places(route.app, replace(place, way=way, path=f"{route.host}{place.path}"))
+            way = (*site.way, f"host {route.host}")
+            yield from _sites_in(route.app, replace(site, way=way, path=f"{route.host}{site.path}"))
 
 
-def _further(place: _Place, path: str) -> _Place:
-    return replace(place, way=(*place.way, path), path=place.path + path, own_path=place.own_path + path)
+def _further(site: EndpointSite, path: str) -> EndpointSite:
+    return replace(site, way=(*site.way, path), path=site.path + path, own_path=site.own_path + path)
 
 
-def _server_name(place: _Place) -> str | None:
-    if fastmcp_server.is_endpoint(place.asgi):
-        return fastmcp_server.name_of(place.owner)
-    name: str = place.asgi.session_manager.app.name
+def _server_name(site: EndpointSite) -> str | None:
+    if fastmcp.is_endpoint(site.asgi):
+        return fastmcp.name_of(site.owner)
+    name: str = site.asgi.session_manager.app.name
     return name or None
 
 
-def _names(places: list[_Place], namespace: str | None) -> list[str]:
+def _names(sites: list[EndpointSite], namespace: str | None) -> list[str]:
     """What tells each endpoint from others of its server, or of the namespace.
 
     The path that a server's own app has, wherever that is mounted: so replicas agree that stand behind different
     prefixes. Where two in one app could be taken for each other, the whole way to them.
     """
-    short = [(namespace or _server_name(place), place.own_path) for place in places]
+    short = [(namespace or _server_name(site), site.own_path) for site in sites]
     return [
-        place.own_path if short.count(name) == 1 else json.dumps(place.way)
-        for place, name in zip(places, short, strict=True)
+        site.own_path if short.count(name) == 1 else json.dumps(site.way)
+        for site, name in zip(sites, short, strict=True)
     ]
 
 

@@ -15,7 +15,7 @@ from starlette.applications import Starlette
 from starlette.routing import BaseRoute, Match, Route
 from starlette.types import Receive, Scope, Send
 
-from nonstick import fastmcp as fastmcp_server
+from nonstick import fastmcp
 from nonstick.adopt import Adopted, take_over
 from nonstick.cluster.cluster import Cluster
 from nonstick.core.settings import Options, check_arguments
@@ -159,8 +159,8 @@ def app(
     }
     inner: Starlette
     given: dict[str, Any] = {}
-    if fastmcp_server.is_server(server):
-        inner = fastmcp_server.http_app(
+    if fastmcp.is_server(server):
+        inner = fastmcp.http_app(
             server,
             path=path,
             refused=own if transport_security is None else {**own, "transport_security": transport_security},

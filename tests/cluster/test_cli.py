@@ -412,7 +412,7 @@ def test_default_store_lies_in_the_working_directory(home: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["servr.py"], "servr.py does not exist. Give the path of a Python file, as in path/to/file.py:name. Did you"),
+        (["servr.py"], "servr.py does not exist. Did you mean server.py?"),
         (["no_such_module:mcp"], "there is no module 'no_such_module'. Looked in "),
         (["server.py:mpc"], "server.py has no 'mpc'. Try server.py:mcp."),
         (["server.py:other"], "server.py:other is of type int, not an MCP server. Name an MCPServer"),

@@ -19,7 +19,7 @@ LARGE_MODULES: Final[dict[str, int]] = {
     "commands/serve.py": 497,
     "http/manager.py": 856,
     "session/exchange.py": 925,
-    "session/live.py": 742,
+    "session/live.py": 743,
     "session/standalone.py": 566,
 }
 """Lines that the modules which are larger may have."""

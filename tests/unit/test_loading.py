@@ -126,7 +126,9 @@ async def test_factory_that_raises_shows_its_own_traceback_only(write: Write) ->
 
 async def test_factory_that_returns_something_else_is_refused(write: Write) -> None:
     write("factory_j.py", "def make():\n    return None\n")
-    with pytest.raises(loading.TargetError, match="returned None, not an MCP server"):
+    with pytest.raises(
+        loading.TargetError, match=r"factory_j\.py:make returned is of type NoneType, not an MCP server"
+    ):
         await loading.call(loading.find("factory_j.py:make"), "factory_j.py:make")
 
 
@@ -139,7 +141,7 @@ def test_missing_file_suggests_one_like_it(write: Write) -> None:
 
 def test_directory_is_no_file(write: Write) -> None:
     write("folder_l/x.py", "")
-    assert "folder_l is a directory" in str(error_of("./folder_l:mcp"))
+    assert "folder_l is no Python file" in str(error_of("./folder_l:mcp"))
 
 
 def test_missing_module_says_where_it_was_looked_for(write: Write, tmp_path: Path) -> None:
@@ -205,11 +207,11 @@ def test_module_without_any_server_says_what_it_must_hold(write: Write) -> None:
     ("source", "name", "said"),
     [
         ("thing = 42", "thing", "of type int"),
-        ("thing = None", "thing", "None"),
-        ("class Thing: ...", "Thing", "the class Thing"),
-        ("def thing(a, b=1): ...", "thing", "a function that needs arguments, thing(a, b=1)"),
-        ("import json as thing", "thing", "the module json"),
-        ("from starlette.routing import Router\nthing = Router()", "thing", "a starlette.Router"),
+        ("thing = None", "thing", "of type NoneType"),
+        ("class Thing: ...", "Thing", "of type type"),
+        ("def thing(a, b=1): ...", "thing", "of type function"),
+        ("import json as thing", "thing", "of type module"),
+        ("from starlette.routing import Router\nthing = Router()", "thing", "of type Router"),
     ],
 )
 def test_object_that_is_no_server_is_described(write: Write, source: str, name: str, said: str) -> None:

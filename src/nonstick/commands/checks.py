@@ -15,7 +15,7 @@ from mcp.server.request_state import RequestStateBoundary
 from mcp.server.subscriptions import ListenHandler
 from mcp_types import SubscriptionFilter, SubscriptionsListenRequestParams
 
-from nonstick import fastmcp as fastmcp_server
+from nonstick import fastmcp
 from nonstick.adopt import Adopted
 from nonstick.cluster.cluster import Cluster
 from nonstick.cluster.probing import probed
@@ -58,9 +58,9 @@ async def check_state(adopted: Adopted) -> list[Finding]:
     findings: list[Finding] = []
     for manager, app in zip(adopted.managers, adopted.fastmcp_apps, strict=True):
         server = getattr(getattr(app, "state", None), "fastmcp_server", None)
-        if not fastmcp_server.is_server(server):
+        if not fastmcp.is_server(server):
             continue
-        apart = [one.name for one in await fastmcp_server.without_shared_state(server, manager.cluster)]
+        apart = [one.name for one in await fastmcp.without_shared_state(server, manager.cluster)]
         findings.append(_apart(apart) if apart else _STATE_IS_SHARED)
     return findings
 

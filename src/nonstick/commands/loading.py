@@ -7,29 +7,32 @@ that can fail is a `TargetError` that says what to do.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import inspect
 import os
 import sys
 import traceback
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import TYPE_CHECKING, Any, Final, TypeGuard, Union, cast
+from typing import TYPE_CHECKING, Any, Final, TypeGuard, TypeVar, Union, cast
 
 from mcp.server import MCPServer, Server
 from starlette.applications import Starlette
 
-from nonstick import fastmcp as fastmcp_server
+from nonstick import fastmcp
 from nonstick.app import App
-from nonstick.errors import ConfigurationError
+from nonstick.errors import ConfigurationError, close_to
 
 if TYPE_CHECKING:
     from fastmcp import FastMCP
 
-__all__ = ["AnyServer", "Factory", "Found", "TargetError", "call", "find", "is_server"]
+__all__ = ["AnyServer", "Factory", "Found", "TargetError", "call", "find", "is_app", "is_server"]
+
+T = TypeVar("T")
 
 AnyServer = Union[MCPServer[Any], Server[Any], "FastMCP[Any]", Starlette]
 """What can be served: a server, or an app that has MCP endpoints."""
@@ -38,10 +41,13 @@ Factory = Callable[[], "AnyServer | Awaitable[AnyServer]"]
 Found = AnyServer | Factory
 
 DEFAULT_NAMES: Final = ("mcp", "server", "app")
-"""Which object is meant, if the module has several servers and the target names none."""
+"""Which object is meant where the target names none, and the module has not exactly one server."""
 
+_ABOVE: Final = "Its traceback is above."
+_SHAPES: Final = "Write package.module:name or path/to/file.py:name."
 _KINDS: Final = "an MCPServer, a low-level Server, a FastMCP server, or a Starlette or FastAPI app that has one in it"
 _WANTED: Final = f"{_KINDS}, or a function without arguments that returns one of these"
+_OURS: Final = " This is what nonstick.app() made, with its own store: run it with uvicorn, or name the server in it."
 
 
 class TargetError(ConfigurationError):
@@ -65,9 +71,10 @@ def find(target: str) -> Found:
         TargetError: There is no such file, module or name; its module raises; or it is no server.
     """
     place, _, name = target.partition(":")
-    if not place:
-        raise TargetError(f"{target!r} names no module. Write package.module:name or path/to/file.py:name.")
-    module = _load_file(Path(place)) if _is_path(place) else _load_module(place)
+    is_path = place.endswith(".py") or "/" in place or os.sep in place
+    if not is_path and not all(part.isidentifier() for part in place.split(".")):
+        raise TargetError(f"{target!r} names no module. {_SHAPES}")
+    module = _load_file(Path(place)) if is_path else _load_module(place)
     return _named(module, place, name) if name else _only(module, place)
 
 
@@ -84,16 +91,15 @@ async def call(found: Found, target: str) -> AnyServer:
         if inspect.isawaitable(made):
             made = await made
     except Exception as error:
-        trace = _own_trace(error)
-        raise TargetError(f"{target} raised {_last_line(error)}. Its traceback is above.", trace=trace) from error
+        raise _failed(f"{target} raised", error) from error
     if is_server(made) or is_app(made):
         return made
-    raise TargetError(f"{target} returned {_describe(made)}, not an MCP server. Return {_KINDS}.{_own_hint(made)}")
+    raise TargetError(f"what {target} returned is {_no_server(made)} Return {_KINDS}.")
 
 
 def is_server(thing: object) -> TypeGuard[MCPServer[Any] | Server[Any] | FastMCP[Any]]:
     """Whether it is an MCP server."""
-    return isinstance(thing, MCPServer | Server) or fastmcp_server.is_server(thing)
+    return isinstance(thing, MCPServer | Server) or fastmcp.is_server(thing)
 
 
 def is_app(thing: object) -> TypeGuard[Starlette]:
@@ -104,14 +110,11 @@ def is_app(thing: object) -> TypeGuard[Starlette]:
 # ---- the module
 
 
-def _is_path(place: str) -> bool:
-    return place.endswith(".py") or "/" in place or os.sep in place
-
-
 def _load_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        missing = "is a directory" if path.is_dir() else "does not exist"
-        raise TargetError(f"{path} {missing}. Give the path of a Python file, as in path/to/file.py:name.{_near(path)}")
+    if path.suffix != ".py" or not path.is_file():
+        close = close_to(path.name, [file.name for file in path.parent.glob("*.py")])
+        hint = f"Did you mean {path.parent / close}?" if close else _SHAPES
+        raise TargetError(f"{path} {'is no Python file' if path.exists() else 'does not exist'}. {hint}")
     place, path = str(path), path.resolve()
     root, parts = path.parent, [path.stem]
     while (root / "__init__.py").is_file():
@@ -119,65 +122,40 @@ def _load_file(path: Path) -> ModuleType:
         root = root.parent
     _prepend(root)
     if len(parts) > 1:  # part of a package: its relative imports must work
-        return _import(".".join(parts[:-1] if parts[-1] == "__init__" else parts), place)
-    return _execute(path, place)
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        return _imported(place, lambda: importlib.import_module(name))
+    return _imported(place, lambda: _execute(path))
 
 
-def _near(path: Path) -> str:
-    """A hint at a file of a similar name."""
-    try:
-        names = [entry.name for entry in path.parent.iterdir() if entry.suffix == ".py"]
-    except OSError:
-        return ""
-    close = difflib.get_close_matches(path.name, names, n=1)
-    return f" Did you mean {path.parent / close[0]}?" if close else ""
-
-
-def _execute(path: Path, place: str) -> ModuleType:
+def _execute(path: Path) -> ModuleType:
     # Under its own name, as an import of it from a neighbour finds it, unless it would hide a module of that name.
     name = path.stem if path.stem not in sys.modules and path.stem not in sys.stdlib_module_names else f"_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise TargetError(f"{place} is not a Python file.")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
+    except BaseException:
         del sys.modules[name]
-        raise _import_failed(place, error) from error
+        raise
     return module
 
 
 def _load_module(name: str) -> ModuleType:
-    if not all(part.isidentifier() for part in name.split(".")):
-        raise TargetError(f"{name!r} is not a module's name. Write package.module:name or path/to/file.py:name.")
     _prepend(Path.cwd())
-    return _import(name, name)
+    for part in accumulate(name.split("."), "{}.{}".format):
+        if _imported(name, partial(importlib.util.find_spec, part)) is None:
+            raise TargetError(f"there is no module {part!r}. Looked in {Path.cwd()} and on the Python path.")
+    return _imported(name, lambda: importlib.import_module(name))
 
 
-def _import(name: str, place: str) -> ModuleType:
+def _imported(place: str, load: Callable[[], T]) -> T:
     try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
-            file = Path(*name.split(".")).with_suffix(".py")
-            hint = f" Did you mean {file}?" if file.is_file() else f" Looked in {Path.cwd()} and on the Python path."
-            raise TargetError(f"there is no module {error.name!r}.{hint}") from error
-        raise _import_failed(place, error) from error
+        return load()
     except (Exception, SystemExit) as error:
-        raise _import_failed(place, error) from error
-
-
-def _import_failed(place: str, error: BaseException) -> TargetError:
-    what = _last_line(error)
-    if isinstance(error, ModuleNotFoundError):
-        advice = "Install what is missing into the environment that nonstick runs in."
-    elif isinstance(error, SystemExit):
-        advice = 'What it runs as a script belongs under `if __name__ == "__main__":`.'
-    else:
-        advice = "Its traceback is above."
-    return TargetError(f"importing {place} failed: {what}. {advice}", trace=_own_trace(error))
+        advice = 'Put that under `if __name__ == "__main__":`.' if isinstance(error, SystemExit) else _ABOVE
+        raise _failed(f"importing {place} failed:", error, advice) from error
 
 
 def _prepend(directory: Path) -> None:
@@ -185,20 +163,14 @@ def _prepend(directory: Path) -> None:
         sys.path.insert(0, str(directory))
 
 
-def _last_line(error: BaseException) -> str:
-    return traceback.format_exception_only(error)[-1].strip().rstrip(".")
-
-
-def _own_trace(error: BaseException) -> str:
-    """The traceback from where the user's code begins: ours and the import machinery's frames are left out."""
+def _failed(what: str, error: BaseException, advice: str = _ABOVE) -> TargetError:
+    """The user's own code raised. The traceback begins there: our frames and the import machinery's are left out."""
     trace: TracebackType | None = error.__traceback__
-    while trace is not None and _is_ours(trace.tb_frame.f_code.co_filename):
+    while trace is not None and trace.tb_frame.f_code.co_filename.startswith((__file__, importlib.__file__, "<frozen")):
         trace = trace.tb_next
-    return "".join(traceback.format_exception(type(error), error, trace))
-
-
-def _is_ours(filename: str) -> bool:
-    return filename == __file__ or filename == importlib.__file__ or filename.startswith("<frozen importlib")
+    last_line = traceback.format_exception_only(error)[-1].strip().rstrip(".")
+    shown = "".join(traceback.format_exception(type(error), error, trace))
+    return TargetError(f"{what} {last_line}. {advice}", trace=shown)
 
 
 # ---- the name in it
@@ -210,50 +182,33 @@ def _named(module: ModuleType, place: str, name: str) -> Found:
         try:
             thing = getattr(thing, part)
         except AttributeError:
-            raise TargetError(f"{place} has no {name!r}. {_candidates(module, place, name)}") from None
+            raise TargetError(f"{place} has no {name!r}. {_candidates(module, place)}") from None
     if is_server(thing) or is_app(thing) or _is_factory(thing):
         return thing
-    raise TargetError(f"{place}:{name} is {_describe(thing)}, not an MCP server. Name {_WANTED}.{_own_hint(thing)}")
+    raise TargetError(f"{place}:{name} is {_no_server(thing)} Name {_WANTED}.")
 
 
 def _only(module: ModuleType, place: str) -> Found:
-    servers = _servers(module)
+    servers = {name: thing for name, thing in vars(module).items() if is_server(thing)}
     if len({id(server) for server in servers.values()}) == 1:
         return next(iter(servers.values()))
     for name in DEFAULT_NAMES:
         if name in servers:
             return servers[name]
-    for name in DEFAULT_NAMES:
-        thing = getattr(module, name, None)
-        if thing is not None and not isinstance(thing, ModuleType) and not servers:
+        if not servers and not isinstance(getattr(module, name, module), ModuleType):
             return _named(module, place, name)
     which = "has several MCP servers" if servers else "has no MCP server object"
     raise TargetError(f"{place} {which}. {_candidates(module, place)}")
 
 
-def _servers(module: ModuleType) -> dict[str, MCPServer[Any] | Server[Any] | FastMCP[Any]]:
-    return {name: thing for name, thing in vars(module).items() if is_server(thing)}
-
-
-def _candidates(module: ModuleType, place: str, wanted: str = "") -> str:
-    """What could have been meant, as something to type."""
-    servers = list(_servers(module))
-    factories = [
+def _candidates(module: ModuleType, place: str) -> str:
+    """What could have been meant, as something to type: servers, else functions of the module that may make one."""
+    there = [name for name, thing in vars(module).items() if is_server(thing)] or [
         name
         for name, thing in vars(module).items()
-        if inspect.isfunction(thing) and thing.__module__ == module.__name__ and _is_factory(thing)
+        if _is_factory(thing) and getattr(thing, "__module__", "") == module.__name__
     ]
-    if servers:
-        return f"Try {_listed(f'{place}:{name}' for name in servers)}."
-    close = difflib.get_close_matches(wanted, factories, n=1) if wanted else []
-    if factories:
-        return f"If a function makes the server, name it: {_listed(f'{place}:{name}' for name in close or factories)}."
-    return f"The module must hold {_WANTED}."
-
-
-def _listed(items: Iterable[str]) -> str:
-    *rest, last = list(items)[:5]
-    return f"{', '.join(rest)} or {last}" if rest else last
+    return f"Try {' or '.join(f'{place}:{name}' for name in there[:5])}." if there else f"It must hold {_WANTED}."
 
 
 def _is_factory(thing: object) -> TypeGuard[Factory]:
@@ -267,26 +222,6 @@ def _is_factory(thing: object) -> TypeGuard[Factory]:
     return True
 
 
-def _describe(thing: object) -> str:
-    """What it is, in a few words."""
-    if thing is None:
-        return "None"
-    if inspect.isclass(thing):
-        return f"the class {thing.__qualname__}"
-    if inspect.isfunction(thing):
-        return f"a function that needs arguments, {thing.__name__}{inspect.signature(thing)}"
-    if isinstance(thing, ModuleType):
-        return f"the module {thing.__name__}"
-    kind = type(thing)
-    return (
-        f"a {kind.__module__.partition('.')[0]}.{kind.__qualname__}"
-        if kind.__module__ != "builtins"
-        else (f"of type {kind.__qualname__}")
-    )
-
-
-def _own_hint(thing: object) -> str:
-    """What to do with an app that is nonstick's already: it has a store."""
-    if isinstance(thing, App):
-        return " This is what nonstick.app() made, with its own store: run it with uvicorn, or name the server in it."
-    return ""
+def _no_server(thing: object) -> str:
+    """What it is, as the end of a sentence that began with its name."""
+    return f"of type {type(thing).__qualname__}, not an MCP server.{_OURS if isinstance(thing, App) else ''}"
