@@ -73,4 +73,9 @@ class BlockingLease:
     def _run(self, call: Coroutine[Any, Any, None], seconds: float) -> None:
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
-        self._loop.run_until_complete(asyncio.wait_for(call, seconds))
+        self._loop.run_until_complete(_within(seconds, call))
+
+
+async def _within(seconds: float, call: Coroutine[Any, Any, None]) -> None:
+    async with asyncio.timeout(seconds):
+        await call
