@@ -73,8 +73,9 @@ class StoreError(NonstickError):
 
     usual: ClassVar[str] = "the store refused this"
 
-    def __init__(self, *text: object) -> None:
-        super().__init__(*text or (self.usual,))
+    # Not in `__init__`: raising one is to cost no call.
+    def __str__(self) -> str:
+        return super().__str__() or self.usual
 
 
 class StoreUnavailable(StoreError):
