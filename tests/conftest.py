@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import pytest
 from hypothesis import HealthCheck, settings
+
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    # One server's workers are told by their parent and their command line: those of pytest are not of one server.
+    sys.argv = [*sys.argv, worker]
 
 settings.register_profile(
     "any machine",
