@@ -144,7 +144,7 @@ async def test_session_moves_that_becomes_idle_while_another_is_let_go() -> None
         return stores[-1]
 
     async with desk(make_store, movable=True, grace=DEADLINE, window=0.02) as (stage, a, b, _):
-        idle, busy = await a.open(), await a.open()
+        busy, idle = await a.open(), await a.open()
         async with posting(a, busy, call("wait", 1, texts=["0"])) as stream:
             await stream.message()
             held = stores[1]  # the first is the stage's own
