@@ -153,7 +153,7 @@ class _ByHash:
 
     def __call__(self) -> dict[str, str]:
         said, session = self._theirs(), current_session()
-        if session is None or session.node.settings.trace_session_ids == "raw":
+        if session is None or session.services.settings.trace_session_ids == "raw":
             return said
         return {name: session.key[:12] if value == session.id else value for name, value in said.items()}
 

@@ -63,7 +63,7 @@ def talking(stage: Stage) -> None:
 
 
 def dropped(stage: Stage) -> int:
-    return sum(node_of(member).counters.standalone_dropped for member in stage.cluster)
+    return sum(node_of(member).services.trimming.dropped for member in stage.cluster)
 
 
 # ---- the log
@@ -243,7 +243,9 @@ async def test_too_many_notifications_at_once_get_429(memory: MakeStore) -> None
             handled.remove(1)
 
         for member in (a, b):
-            node_of(member).server.add_notification_handler("notifications/x", types.NotificationParams, handle)
+            node_of(member).services.served.app.add_notification_handler(
+                "notifications/x", types.NotificationParams, handle
+            )
         session, other = await a.open(), await a.open()
         async with posting(b, session, call("count", 7, count=0, door="never")) as stream:
             await stage.reached("at never")
@@ -369,7 +371,7 @@ async def test_a_listener_that_never_reads_is_cut_off_and_the_next_loses_nothing
             await client.first_bytes()
             # A listener holds nobody up: what it does not take waits in the log.
             assert (await c.post(call("flood"), session)).status_code == 200
-            await eventually(lambda: not node_of(b).readers)
+            await eventually(lambda: not node_of(b).services.readers)
 
             async def left() -> bool:
                 return Kind.LEFT in await stage.kinds(session)
@@ -459,7 +461,7 @@ async def test_idle_sessions_cost_a_node_nothing(memory: MakeStore) -> None:
         # A timer that was cancelled keeps the context of its task until its time.
         await eventually(lambda: len(alive(View, Exchange, Follower, Subscription, Reader)) == len(before))
         for member in members:
-            assert node_of(member).readers == set()
+            assert node_of(member).services.readers == set()
 
 
 def working_tasks() -> set[str]:
@@ -476,5 +478,5 @@ def working_tasks() -> set[str]:
 async def settled(members: tuple[Member, ...]) -> None:
     """Returns once no node holds anything for a session."""
     await eventually(
-        lambda: not working_tasks() and not any(node_of(m).sessions or node_of(m).readers for m in members)
+        lambda: not working_tasks() and not any(node_of(m).sessions or node_of(m).services.readers for m in members)
     )

@@ -395,7 +395,7 @@ async def test_log_that_cannot_be_trimmed_is_not_read_for_every_small_request(ma
                     stage.open("go on small")
                     assert texts_of(await small.rest()) == ["done"]
                 await eventually(lambda: not node_of(c).sessions)
-            await eventually(lambda: not node_of(c).looks.under_way)
+            await eventually(lambda: not node_of(c).services.trimming.looks.under_way)
             looks = [call_ for call_ in brought if call_.method == "skim"]
             # Once for what may go, and once for whose it is that may not.
             assert [call_.after for call_ in looks].count(0) == 2
@@ -606,13 +606,13 @@ async def test_connection_keeps_no_more_settled_requests_than_it_may(memory: Mak
                 await stage.store.append(key, Batch(replies[start : start + 500]))
             await a.post(call("tell", text="fence"), session)
             assert text_of(await newer.message()) == "fence"
-            readers = [reader for reader in node_of(b).readers if isinstance(reader, StandaloneConnection)]
+            readers = [reader for reader in node_of(b).services.readers if isinstance(reader, StandaloneConnection)]
             assert len(readers) == 2
             head = (await stage.store.load(key)).head.position
             await eventually(lambda: all(reader._seen.position >= head for reader in readers))
             assert min(len(reader._settled) for reader in readers) == 0
             assert max(len(reader._settled) for reader in readers) <= 1000
-        await eventually(lambda: not node_of(b).cluster_log.hearers)
+        await eventually(lambda: not node_of(b).services.cluster_log.hearers)
 
 
 async def test_nothing_of_what_a_client_said_of_itself_outlives_its_session(memory: MakeStore) -> None:

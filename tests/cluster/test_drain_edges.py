@@ -14,8 +14,7 @@ from mcp.server.mcpserver import Context as ToolContext
 import nonstick
 from nonstick import current_connection
 from nonstick.core.names import session_key
-from nonstick.core.record import OWNER
-from nonstick.session.live import Session
+from nonstick.core.record import OWNER, Record
 from nonstick.store import Batch
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing.cluster import HEADERS
@@ -61,7 +60,7 @@ async def test_request_that_comes_while_the_lifespan_ends_is_served() -> None:
         waiting = asyncio.create_task(client.post(url, json=call("wait", 1), headers=headers))
         await began.wait()
         leave.set()
-        await eventually(lambda: app.manager._node is None or app.manager._node.draining)
+        await eventually(lambda: app.manager._node is None or app.manager._node.services.drain.begun)
         assert text_of((await client.post(url, json=call("quick", 2), headers=headers)).json()) == "quick"
         may_end.set()
         assert text_of((await waiting).json()) == "done"
@@ -75,11 +74,11 @@ async def test_node_that_stops_gives_its_lease_back(make_store: MakeStore) -> No
         name = a.app.manager.node
 
         async def holds() -> bool:
-            return not await node_of(b).store.lapsed([name])
+            return not await node_of(b).services.store.lapsed([name])
 
         await eventually(holds)
         await a.stop()
-        assert await node_of(b).store.lapsed([name]) == {name}
+        assert await node_of(b).services.store.lapsed([name]) == {name}
 
 
 async def test_node_that_drains_takes_no_session_over(memory: MakeStore) -> None:
@@ -89,8 +88,9 @@ async def test_node_that_drains_takes_no_session_over(memory: MakeStore) -> None
         key = session_key(session.id)
         await lose(stage, session, a)
         b.app.manager.begin_drain()
-        placement = node_of(b).placement
-        await placement.settle(Session(node_of(b), session.id, key), gone="gone-00000000")
+        placement, loaded = node_of(b).placement, await stage.store.load(key)
+        with node_of(b).hydrate(session.id, key, loaded, Record.from_fields(loaded.fields)):
+            await placement.settle(key, gone="gone-00000000")
         assert key not in placement._working
         assert (await stage.store.load(key)).fields[OWNER] == b"gone-00000000"
         # A client of it is handed over, with what it asked in the log.
@@ -99,7 +99,7 @@ async def test_node_that_drains_takes_no_session_over(memory: MakeStore) -> None
             assert events[-1].retry == 1000
         async with getting(c, session, events[0].id) as resumed:
             assert text_of((await resumed.rest())[-1]) == "101"
-        assert (await stage.store.load(key)).fields[OWNER] == node_of(c).id.encode()
+        assert (await stage.store.load(key)).fields[OWNER] == node_of(c).services.node_id.encode()
 
 
 async def test_session_moves_once_the_handler_of_its_notification_ended(memory: MakeStore) -> None:

@@ -234,7 +234,7 @@ async def begun(member: Member, session: Session, body: bytes, **headers: str) -
     lines = "".join(f"{name}: {value}\r\n" for name, value in named.items())
     writer.write(f"POST /mcp HTTP/1.1\r\nhost: 127.0.0.1:{member.port}\r\n{lines}\r\n".encode() + body[:10])
     await writer.drain()
-    await eventually(lambda: bool(node_of(member).until_closing))
+    await eventually(lambda: bool(node_of(member).services.drain.until_closing))
     return reader, writer
 
 
@@ -277,10 +277,10 @@ async def test_client_that_does_not_read_does_not_hold_a_node_that_closes(memory
         writer.transport.pause_reading()  # type: ignore[attr-defined]
         writer.write(body[10:])
         await stage.reached("spoke")
-        await eventually(lambda: bool(node_of(a).until_closing))
+        await eventually(lambda: bool(node_of(a).services.drain.until_closing))
         began = time.monotonic()
         await a.app.manager.drain()
-        await eventually(lambda: not len(node_of(a).requests))
+        await eventually(lambda: not len(node_of(a).services.requests))
         assert pace.in_time(time.monotonic() - began, 0.1 + ENDED)
         writer.transport.abort()
 
@@ -292,7 +292,7 @@ async def test_request_that_comes_after_the_grace_is_refused_and_does_not_run(me
         speaking(stage)
         session = await a.open()
         a.app.manager.begin_drain()
-        await eventually(lambda: node_of(a).is_closing)
+        await eventually(lambda: node_of(a).services.drain.is_closing)
         response = await a.post(call("speak", 1), session)
         assert (response.status_code, response.headers["retry-after"]) == (503, "1")
         assert not stage.marks["spoke"].is_set()

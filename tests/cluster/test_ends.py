@@ -17,10 +17,10 @@ from nonstick import current_connection
 from nonstick.core.events import EventId, Kind, draft
 from nonstick.core.names import session_key
 from nonstick.core.record import OWNER
-from nonstick.node.exits import Exit
 from nonstick.node.node import Node
 from nonstick.store import NEW_STREAM, Batch, Cursor
 from nonstick.testing.cluster import Member, Session
+from nonstick.waiting.tasks import Exit
 from tests.cluster.conftest import MakeStore
 from tests.cluster.ends import CANCELLED, EXITING, EXITS, INTERRUPTED, INVALID, WAYS, Ends, Way, end_by
 from tests.cluster.servers import messages

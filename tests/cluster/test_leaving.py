@@ -69,7 +69,7 @@ async def test_a_connection_that_goes_while_it_says_that_it_listens_leaves_after
                 [asyncio.create_task(store.held.wait()) for store in held], return_when=asyncio.FIRST_COMPLETED
             )
         goes.go()
-        await eventually(lambda: not node_of(b).readers)
+        await eventually(lambda: not node_of(b).services.readers)
         for store in held:
             store.holding = False
             store.released.set()
@@ -91,8 +91,8 @@ async def test_nobody_is_told_of_broadcasts_whose_connection_has_gone(memory: Ma
             for _ in range(3):
                 stream = await stack.enter_async_context(getting(b, session))
                 await stream.event()
-            assert node_of(b).cluster_log.hearers
-        await eventually(lambda: not node_of(b).cluster_log.hearers)
+            assert node_of(b).services.cluster_log.hearers
+        await eventually(lambda: not node_of(b).services.cluster_log.hearers)
         assert await _has(stage, session, Kind.LEFT)
 
 

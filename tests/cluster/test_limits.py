@@ -84,11 +84,11 @@ async def test_node_that_runs_all_it_may_says_so_and_takes_what_needs_no_place(m
                 assert (await listening.event()).id
             stage.open("one")
             assert text_of(await first.outcome()) == "done"
-            await eventually(lambda: len(node_of(b).requests) == 1)
+            await eventually(lambda: len(node_of(b).services.requests) == 1)
             assert text_of((await b.post(call("quick", 2), session)).json()) == "done"
             stage.open("two")
             assert texts_of(await second.rest()) == ["first", "done"]
-        await eventually(lambda: not len(node_of(b).requests))
+        await eventually(lambda: not len(node_of(b).services.requests))
 
 
 async def test_request_keeps_its_place_when_its_client_goes(memory: MakeStore) -> None:
@@ -100,7 +100,7 @@ async def test_request_keeps_its_place_when_its_client_goes(memory: MakeStore) -
             await stream.message()
         assert (await b.post(call("quick", 2), session)).status_code == 503
         stage.open("end")
-        await eventually(lambda: not len(node_of(b).requests))
+        await eventually(lambda: not len(node_of(b).services.requests))
         assert text_of((await b.post(call("quick", 2), session)).json()) == "done"
 
 
@@ -168,7 +168,7 @@ async def test_clients_without_sessions_take_places_too(memory: MakeStore) -> No
                 response = await b.client.post(b.url, json=request(method), headers={**modern, "mcp-method": method})
                 assert (response.status_code, response.headers["retry-after"]) == (503, "1"), method
             stage.open("end")
-        await eventually(lambda: not len(node_of(b).requests))
+        await eventually(lambda: not len(node_of(b).services.requests))
         response = await b.client.post(b.url, json=request("tools/list"), headers=modern)
         assert response.status_code != 503
 

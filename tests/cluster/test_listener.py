@@ -445,8 +445,8 @@ async def test_the_node_of_the_connection_before_is_gone(make_store: MakeStore) 
             await heard(first, 1)
             # As killed: nothing more of it reaches the store, and its lease lapses.
             node = node_of(c)
-            node.store.append = _never  # type: ignore[method-assign]
-            await node._keeper.stop(5.0)
+            node.services.store.append = _never  # type: ignore[method-assign]
+            await node._lease.stop(5.0)
             await first.close()
             await tell(b, session, 2)
             async with getting(a, session) as second:
@@ -469,8 +469,8 @@ async def test_a_silent_connection_goes_on_when_the_node_of_the_newer_one_is_gon
             async with getting(c, session) as second:
                 await second.event()
                 node = node_of(c)
-                node.store.append = _never  # type: ignore[method-assign]
-                await node._keeper.stop(5.0)
+                node.services.store.append = _never  # type: ignore[method-assign]
+                await node._lease.stop(5.0)
                 await second.close()
             await tell(b, session, 1)
             await heard(first, 1)

@@ -147,7 +147,7 @@ async def test_log_of_a_session_that_one_node_holds(memory: MakeStore) -> None:
         session = await a.open()
         key = session_key(session.id)
         owner = (await stage.store.load(key)).fields["owner"]
-        assert owner == node_of(a).id.encode()
+        assert owner == node_of(a).services.node_id.encode()
         assert (await b.post(call("work", 1), session)).status_code == 200
         assert (await b.post(notification("notifications/roots/list_changed"), session)).status_code == 202
         a.app.manager.begin_drain()

@@ -18,6 +18,7 @@ from nonstick.core.names import session_key
 from nonstick.errors import ConfigurationError
 from nonstick.log.cluster_log import CLUSTER_KEY
 from nonstick.log.guard import GuardedStore
+from nonstick.session.standalone import StandaloneConnection
 from nonstick.store import Store
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing.cluster import Cluster, Member, Session
@@ -87,7 +88,7 @@ async def heard(stream: Stream, *what: str) -> None:
 
 async def knows(member: Member, position: int) -> None:
     """The node has read the cluster log this far."""
-    await eventually(lambda: node_of(member).cluster_log.broadcasts.head.position >= position)
+    await eventually(lambda: node_of(member).services.cluster_log.broadcasts.head.position >= position)
 
 
 async def position_of(stage: Stage) -> int:
@@ -255,13 +256,18 @@ async def test_broadcasts_while_connections_take_over_are_heard_once(make_store:
         assert sorted(got) == sorted([*uris, "x://fence"])
 
 
+def connections(member: Member) -> list[StandaloneConnection]:
+    """To standalone streams, at this node."""
+    return [reader for reader in node_of(member).services.readers if isinstance(reader, StandaloneConnection)]
+
+
 async def test_a_slow_reader_hears_of_each_thing_once_when_it_reads(memory: MakeStore) -> None:
     """P10, P11: what was broadcast meanwhile takes no room."""
     async with gathered(memory) as (_, a, b, c):
         session = await a.open()
         await subscribe(a, session, "x://1", "x://2")
         async with slow_reader(b, session) as reader:
-            while not (waits := [one for one in node_of(b).readers if not one.outlet.has_room]):
+            while not (waits := [one for one in connections(b) if not one.outlet.has_room]):
                 await a.post(call("tell", text="x" * 200_000), session)
             for _ in range(50):
                 await c.app.cluster.notify_resource_updated("x://1")
@@ -282,7 +288,7 @@ async def slow_reader(member: Member, session: Session) -> AsyncIterator[asyncio
     request = f"GET /mcp HTTP/1.1\r\nhost: 127.0.0.1:{member.port}\r\naccept: text/event-stream\r\n{headers}\r\n"
     writer.write(request.encode())
     try:
-        await eventually(lambda: bool(node_of(member).readers))
+        await eventually(lambda: bool(node_of(member).services.readers))
         yield reader
     finally:
         writer.close()
@@ -503,7 +509,7 @@ async def test_the_cluster_log_begins_anew_after_it_was_lost_whole(memory: MakeS
             await b.app.cluster.notify_prompts_changed()
             got = {said(await stream.message()) for _ in range(3)}
             assert got == {TOOLS, PROMPTS, RESOURCES}
-            await eventually(lambda: all(node_of(m).cluster_log.broadcasts.head.position for m in (a, b, c)))
+            await eventually(lambda: all(node_of(m).services.cluster_log.broadcasts.head.position for m in (a, b, c)))
             await a.app.cluster.notify_resources_changed()
             while said(await stream.message()) != RESOURCES:
                 pass

@@ -225,7 +225,7 @@ async def test_relayed_call_is_answered_in_the_way_that_was_chosen(memory: MakeS
             await stage.reached("running")
             if answer == "json":
                 # The window passes, and it is still no stream.
-                await eventually(lambda: bool(node_of(b).readers))
+                await eventually(lambda: bool(node_of(b).services.readers))
                 assert not stream.started
             stage.open("go on")
             assert (await stream.response()).headers["content-type"].startswith(kind)
@@ -450,7 +450,7 @@ async def test_requests_that_ran_on_a_lost_owner_end_though_nobody_reads_them(me
     async with desk(memory, movable=True) as (stage, a, b, c):
         session = await a.open()
         lost = await left_open(stage, session, "gone-00000000", 1)
-        elsewhere = await left_open(stage, session, node_of(c).id, 2)
+        elsewhere = await left_open(stage, session, node_of(c).services.node_id, 2)
         await lose(stage, session, a)
         assert await _outcome(await b.post(call("use", 3), session)) == "101"
         ends = {
@@ -488,7 +488,7 @@ async def test_owner_of_old_runs_nothing_that_is_relayed(make_store: MakeStore) 
     async with desk(make_store) as (stage, a, b, _):
         session = await a.open()
         assert await use(b, session) == 1
-        await stage.store.update(session_key(session.id), {OWNER: node_of(b).id.encode()})
+        await stage.store.update(session_key(session.id), {OWNER: node_of(b).services.node_id.encode()})
         outcome = messages(await stage.cluster[2].post(call("use"), session))[-1]
         assert outcome["error"]["data"]["retrySafe"] is True
         await eventually(lambda: [page.used for page in stage.closed] == [1])
@@ -754,6 +754,6 @@ async def test_request_whose_session_moves_before_its_stream_could_be_opened_is_
             (answer,) = await stream.rest()
             assert answer["id"] == 1
             assert answer["error"]["code"] == INTERNAL_ERROR
-        await eventually(lambda: not view.is_active and not len(node_of(a).requests))
+        await eventually(lambda: not view.is_active and not len(node_of(a).services.requests))
         for down in downs:
             down.holding = False

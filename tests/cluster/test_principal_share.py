@@ -107,7 +107,7 @@ async def test_requests_of_one_principal_leave_room_for_another() -> None:
         # Also where the node is full: what the client is told is what it can change.
         assert told(await b.post(call("quick", 2), adas[0])) == (429, "1", FULL_OF_REQUESTS)
         made.may_end.set()
-        await eventually(lambda: not len(node_of(b).requests))
+        await eventually(lambda: not len(node_of(b).services.requests))
         assert (await b.post(call("quick", 2), adas[0])).status_code == 200
 
 
@@ -165,7 +165,7 @@ async def test_handlers_of_notifications_are_of_the_same_share() -> None:
             made.began += 1
             await made.may_end.wait()
 
-        node_of(b).server.add_notification_handler("notifications/x", types.NotificationParams, handle)
+        node_of(b).services.served.app.add_notification_handler("notifications/x", types.NotificationParams, handle)
         ada, bob = await opened(a, "ada"), await opened(a, "bob")
         async with posting(b, ada, call("wait", 1)) as stream:
             await made.running(1)

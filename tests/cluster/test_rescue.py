@@ -135,7 +135,7 @@ async def test_run_that_began_before_the_client_reads_goes_on(memory: MakeStore)
             assert text_of(await here.message()) == "begun 1"
             asked.clear()
             async with getting(c, session, here.last_id) as there:
-                running = {node_of(b).id}
+                running = {node_of(b).services.node_id}
                 await eventually(lambda: running in asked or there.waiting)
                 stage.open("go on")
                 assert text_of(await there.message()) == text_of(await here.message()) == "run 1"

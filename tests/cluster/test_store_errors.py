@@ -36,6 +36,7 @@ from nonstick.log.cluster_log import CLUSTER_KEY
 from nonstick.node import holding, placement, relay
 from nonstick.node.node import Node
 from nonstick.session import exchange, reader, rescue
+from nonstick.session.services import Services
 from nonstick.store import NEW_STREAM, Batch, Cursor
 from nonstick.stores.memory import MemoryStore
 from tests.cluster.asgi import DEADLINE, Call
@@ -136,7 +137,7 @@ class World:
         )
         self._running[app] = _Running(app)
         await self._running[app].started()
-        node_of(app).store.patience = 0.25
+        node_of(app).services.store.patience = 0.25
         app.cluster.subscription_bus.subscribe(lambda event: self.got.append(type(event).__name__))
         return app
 
@@ -168,7 +169,7 @@ class World:
     async def _keep(self, ctx: Context, session: str) -> str:
         state = (
             self.a.cluster.session_state_store
-            if node_of(self.a) is _node_here()
+            if node_of(self.a).services is _services_here()
             else self.b.cluster.session_state_store
         )
         await state.put(f"{session}:kept", {"value": 1})
@@ -210,10 +211,10 @@ class World:
         return "told"
 
 
-def _node_here() -> Node:
+def _services_here() -> Services:
     session = nonstick.session.live.current_session()
     assert session is not None
-    return session.node
+    return session.services
 
 
 async def _no_tools(ctx: Context, params: Any) -> types.ListToolsResult:
@@ -792,13 +793,13 @@ async def leaving_nothing(**options: Any) -> AsyncIterator[World]:
     logging.getLogger("nonstick").addHandler(errors)
     try:
         async with World(max_stall=1.0, lease=1.0, **options) as world:
-            at_rest = {node: len(node._tasks) for node in map(node_of, (world.a, world.b))}
+            at_rest = {node: len(node.services.tasks._running) for node in map(node_of, (world.a, world.b))}
             yield world
             for node, tasks in at_rest.items():
                 await eventually(lambda: not node.sessions)  # noqa: B023
-                await eventually(lambda: not (len(node.requests) or len(node.listeners)))  # noqa: B023
-                await eventually(lambda: len(node._tasks) <= tasks)  # noqa: B023
-                assert not node.cluster_log.hearers
+                await eventually(lambda: not (len(node.services.requests) or len(node.listeners)))  # noqa: B023
+                await eventually(lambda: len(node.services.tasks._running) <= tasks)  # noqa: B023
+                assert not node.services.cluster_log.hearers
     finally:
         logging.getLogger("nonstick").removeHandler(errors)
     await eventually(lambda: asyncio.all_tasks() <= before | {asyncio.current_task()})

@@ -561,10 +561,10 @@ async def test_a_resumed_connection_to_a_node_that_stops_is_primed_first(make_st
         stage.open("0")
         async with posting(b, session, call("count", count=2, doors=True)) as stream:
             await stream.message()
-            node_of(c).draining = True
+            node_of(c).services.drain.begun = True
             async with getting(c, session, stream.last_id) as resumed:
                 assert await resumed.events() == [primed(stream.last_id), Sse(retry=1000)]
-            node_of(c).draining = False
+            node_of(c).services.drain.begun = False
         for door in ("1", "end"):
             stage.open(door)
         async with getting(a, session, resumed.last_id) as again:

@@ -163,7 +163,7 @@ async def clients_vanish(make_store: MakeStore, idle: float) -> bool:
             assert refused.status_code == 503
             # An idle session, and the longest time between two looks at its log.
             began = asyncio.get_running_loop().time()
-            await eventually(lambda: len(node_of(a).requests) == 1)
+            await eventually(lambda: len(node_of(a).services.requests) == 1)
             assert in_time(asyncio.get_running_loop().time() - began, idle + 5.0 + 2.0)
             for session in gone:
                 assert (await c.post(notification("notifications/x"), session)).status_code == 404
@@ -210,7 +210,9 @@ async def test_only_the_node_where_a_client_is_seen_renews_its_session() -> None
             async with getting(c, session) as standalone:
                 await standalone.event()
                 await store.renews(session)  # one that only listens
-            await eventually(lambda: not any(len(node_of(member).readers) > (member is c) for member in (a, b, c)))
+            await eventually(
+                lambda: not any(len(node_of(member).services.readers) > (member is c) for member in (a, b, c))
+            )
             before = store.of(session)
             await store.renews(clock)
             assert store.of(session) == before
@@ -255,7 +257,7 @@ async def test_owner_lets_a_session_expire_whose_client_vanished_elsewhere(memor
             await stage.reached("at relayed")
             await stream.event()
         await stage.reached("stopped relayed")
-        await eventually(lambda: not len(node_of(a).requests) and not len(node_of(b).requests))
+        await eventually(lambda: not len(node_of(a).services.requests) and not len(node_of(b).services.requests))
         await eventually(lambda: not node_of(a).sessions)
 
 
@@ -396,7 +398,7 @@ async def test_initialize_that_hangs_is_ended_when_its_client_leaves_or_after_an
 ) -> None:
     """P10, P2: nobody else could use the session."""
     async with idle_soon(memory, idle=FOR_EVER if leaves else IDLE) as (stage, a, _, __):
-        server: Server[Any] = node_of(a).server
+        server: Server[Any] = node_of(a).services.served.app
         server.middleware.append(Hangs(stage))
         nobody = Session("", "", {})
         nobody.headers = {}
@@ -408,4 +410,4 @@ async def test_initialize_that_hangs_is_ended_when_its_client_leaves_or_after_an
         if not leaves:
             assert "took too long" in text_of(await stream.answer())
             await stream.close()
-        await eventually(lambda: not len(node_of(a).requests))
+        await eventually(lambda: not len(node_of(a).services.requests))

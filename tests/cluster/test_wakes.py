@@ -261,7 +261,7 @@ async def test_takeover_by_another_node_stops_the_request(mode: Any) -> None:
             await begun(b, session, stream)
             name, attempt = await opened(stage, session)
             store.mode = mode
-            body = {"node": node_of(c).id, "attempt": attempt + 1}
+            body = {"node": node_of(c).services.node_id, "attempt": attempt + 1}
             await stage.store.append(
                 session_key(session.id), to_stream(name, attempt, Kind.TAKEN, body, take_over=True)
             )
@@ -296,8 +296,8 @@ async def test_old_owner_hears_that_another_node_has_the_session(mode: Any) -> N
         follower = node_of(b).sessions[key].follower
         await eventually(lambda: follower.subscriptions > 0 and follower._reading is None)
         store.mode = mode
-        await stage.store.update(key, {OWNER: node_of(c).id.encode()})
-        said = draft(Kind.OWNER, pydantic_core.to_json({"node": node_of(c).id}))
+        await stage.store.update(key, {OWNER: node_of(c).services.node_id.encode()})
+        said = draft(Kind.OWNER, pydantic_core.to_json({"node": node_of(c).services.node_id}))
         await stage.store.append(key, Batch([said]))
         await eventually(lambda: key not in node_of(b).sessions)
 

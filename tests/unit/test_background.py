@@ -17,6 +17,7 @@ TEAM: ContextVar[str] = ContextVar("team")
 
 IN_THE_CALLERS = {
     "waiting/background.py": 2,
+    "waiting/tasks.py": 1,
     # Timers of one request, or of one call.
     "session/exchange.py": 2,
     "session/live.py": 1,
@@ -28,7 +29,7 @@ IN_THE_CALLERS = {
     # Of a connection, before a request has come by it; of the process.
     "protocols/bounded_heads.py": 1,
     "protocols/draining.py": 1,
-    "node/node.py": 2,
+    "node/node.py": 1,
     "protocols/loop.py": 1,
     "stores/postgres/news.py": 1,
 }
@@ -51,7 +52,7 @@ async def test_what_is_begun_in_the_background_keeps_nothing_of_its_callers_cont
 
 
 def test_every_task_and_timer_says_whose_context_it_begins_in() -> None:
-    """P18: a new one is begun by `Node.spawn` or by `background`; or, for one request alone, is counted here."""
+    """P18: a new one is begun by `Tasks.spawn` or by `background`; or, for one request alone, is counted here."""
     begins = re.compile(r"(?:create_task|ensure_future|call_later|call_at)\(")
     found = {
         path.relative_to(SOURCES).as_posix(): len(begins.findall(path.read_text()))

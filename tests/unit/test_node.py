@@ -18,6 +18,7 @@ from nonstick.log.cluster_log import CLUSTER_KEY
 from nonstick.log.guard import GuardedStore
 from nonstick.node.node import Node
 from nonstick.session.live import Session
+from nonstick.session.services import Served
 from nonstick.store import Store
 from nonstick.stores.encrypted.keys import KeyRing
 from nonstick.stores.memory import MemoryStore
@@ -46,9 +47,9 @@ async def running(store: Store, *, open_sessions: int = 0, **settings: Any) -> A
     """A node with so many sessions that are in use: "0", "1", ..."""
     server: Server[Any] = Server("test")
     async with GuardedStore(store, patience=0.05) as guarded, asyncio.timeout(60):
-        node = Node(server, None, guarded, Settings(**settings), name=None, cluster_log=Cluster.apart().log)
+        node = Node(Served(server, None, ""), guarded, Settings(**settings), cluster_log=Cluster.apart().log)
         for number in range(open_sessions):
-            session = node.sessions[str(number)] = Session(node, f"id {number}", str(number))
+            session = node.sessions[str(number)] = Session(node.services, f"id {number}", str(number))
             session.__enter__()
             session.was_heard = True
         async with node:

@@ -21,6 +21,7 @@ from nonstick.errors import SessionNotFound, StateFull, StateNotJSON, StateTooLa
 from nonstick.log.guard import GuardedStore
 from nonstick.node.node import Node
 from nonstick.session.live import Session
+from nonstick.session.services import Served
 from nonstick.store import Loaded
 from nonstick.stores.memory import MemoryStore
 from tests.cluster.servers import eventually
@@ -53,8 +54,9 @@ def keys() -> list[Any]:
 
 def work_for(kept: MemoryStore, session_id: str) -> None:
     """What is done in this task from here on is the work of this session."""
-    node = Node(Server(""), None, GuardedStore(kept), Settings(), name="n", cluster_log=nonstick.Cluster.apart().log)
-    Session(node, session_id, session_key(session_id)).make_current()
+    served, cluster_log = Served(Server(""), None, ""), nonstick.Cluster.apart().log
+    node = Node(served, GuardedStore(kept), Settings(), cluster_log=cluster_log)
+    Session(node.services, session_id, session_key(session_id)).make_current()
 
 
 async def opened(kept: MemoryStore, session_id: str = SESSION) -> None:

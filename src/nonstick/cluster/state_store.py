@@ -213,7 +213,7 @@ class StateStore:
     def _server_of(self, session: Session | None, request: _Request | None) -> str:
         """Identity of the server whose work this is: several in one process may be built with this store."""
         if session is not None:
-            return session.node.whose
+            return session.services.served.identity
         if request is not None:
             return request.server
         # A background task's.
@@ -269,9 +269,9 @@ class _InSession:
 
     def __init__(self, session: Session, field: str) -> None:
         self.field = field
-        self._store = session.node.store
+        self._store = session.services.store
         self._key = session.key
-        self._limit = session.node.settings.max_state_bytes
+        self._limit = session.services.settings.max_state_bytes
 
     async def load(self) -> Mapping[str, bytes] | None:
         try:
@@ -309,7 +309,7 @@ class _InOpening:
     def __init__(self, session: Session, field: str) -> None:
         self.field = field
         self._fields = session.first_fields
-        self._limit = session.node.settings.max_state_bytes
+        self._limit = session.services.settings.max_state_bytes
 
     async def load(self) -> Mapping[str, bytes] | None:
         return self._fields

@@ -60,12 +60,12 @@ from nonstick.core.jsonrpc import as_number, check_names, error_body, json_depth
 from nonstick.core.names import UNNAMED, identity, is_session_id, is_session_of, new_session_id, session_key
 from nonstick.core.principals import principal_of
 from nonstick.core.record import CONFIRMED, Record
-from nonstick.core.refusals import Refusal, missing_id, shutting_down, unavailable, unknown_event_id
+from nonstick.core.refusals import SHUT_DOWN, Refusal, missing_id, shutting_down, unavailable, unknown_event_id
 from nonstick.core.settings import Options, Settings, check_arguments, settings_of
 from nonstick.errors import ConfigurationError, NonstickError, NotRunning, SessionNotFound, StoreUnavailable
 from nonstick.http.intake import arrived, check_headers, header
 from nonstick.http.respond import JSON_TYPE, refuse, send_body
-from nonstick.http.sessionless import Contained, forget_session, listens
+from nonstick.http.sessionless import Contained, Sessionless, forget_session, listens
 from nonstick.http.transport import TRANSPORT
 from nonstick.http.unshared_memory import warned_of_unshared_memory
 from nonstick.log.guard import GuardedStore
@@ -78,6 +78,7 @@ from nonstick.session.kernel import offer
 from nonstick.session.live import Session
 from nonstick.session.reader import Reader
 from nonstick.session.resumption import Resumption
+from nonstick.session.services import Served
 from nonstick.session.standalone import StandaloneConnection
 from nonstick.store import STANDALONE, Batch, Loaded, Store
 from nonstick.stores import open_store
@@ -217,10 +218,10 @@ class SessionManager:
         """With the endpoint: whose sessions these are."""
         self._endpoint = endpoint
         self._server = identity(self.namespace, endpoint)
-        self._sealed_apart = self.settings.namespace is not None
-        self.cluster.serve(self.namespace, sealed_apart=self._sealed_apart)
+        self.cluster.serve(self.namespace, sealed_apart=self.settings.namespace is not None)
         self._strangers = False
         self._node: Node | None = None
+        self._sessionless = Sessionless(SHUT_DOWN, lifetime=self.settings.connection_lifetime)
         self._started = False
 
     # ---- running
@@ -253,7 +254,7 @@ class SessionManager:
         if not self.cluster.may_use(self.store):
             # The only one in the process, but of an app on another store.
             self.cluster = Cluster.apart()
-            self.cluster.serve(self.namespace, sealed_apart=self._sealed_apart)
+            self.cluster.serve(self.namespace, sealed_apart=self.settings.namespace is not None)
         if not self.stateless:
             offer(self.app)
         settings = self.settings
@@ -264,16 +265,16 @@ class SessionManager:
 
     @asynccontextmanager
     async def _serving(self, store: GuardedStore, state: Any) -> AsyncIterator[None]:
-        node = Node(self.app, state, store, self.settings, name=self.settings.node_name, cluster_log=self.cluster.log)
-        node.whose = identity(self.namespace)
+        served = Served(self.app, state, identity(self.namespace))
+        node = Node(served, store, self.settings, cluster_log=self.cluster.log, guests=[self._sessionless])
         with node.signals():
             async with node:
                 self._node = node
-                whose = (self.namespace, self._endpoint)
-                logger.info("node %s serves sessions of %r at %r from %s", node.id, *whose, self.store.url)
+                where = (self.namespace, self._endpoint, self.store.url)
+                logger.info("node %s serves sessions of %r at %r from %s", self.node, *where)
                 if self.namespace == _NO_NAME and not self.store.url.startswith("memory:"):
                     logger.warning(UNNAMED, "MCPServer")
-                contained: Any = Contained(node)
+                contained: Any = Contained(node.services.tasks)
                 self.app.middleware.insert(0, contained)
                 try:
                     yield
@@ -317,7 +318,7 @@ class SessionManager:
         Raises:
             NotRunning: Outside of `run()`.
         """
-        return self._running().id
+        return self._running().services.node_id
 
     async def check_ready(self) -> None:
         """Returns if this node can take work.
@@ -328,10 +329,10 @@ class SessionManager:
             StoreUnavailable: The store cannot be reached or written to.
             StoreUnusable, Undecryptable: It can, and will not do like this.
         """
-        node = self._running()
-        if node.draining:
+        services = self._running().services
+        if services.drain.begun:
             raise NonstickError("this node is draining")
-        await node.store.ping()
+        await services.store.ping()
         if (misfit := self.cluster.misfit) is not None:
             raise misfit
 
@@ -368,7 +369,7 @@ class SessionManager:
             NotRunning: Outside of `run()`.
             SessionNotFound, StoreUnavailable: As `Store.load`.
         """
-        return await self._running().store.load(key)
+        return await self._running().services.store.load(key)
 
     def begin_drain(self) -> None:
         """Stops taking work, and returns at once, as on SIGTERM: for a host that stops without a signal (P8).
@@ -405,7 +406,7 @@ class SessionManager:
             check_headers(scope, self.settings.max_header_bytes)
             limit, seconds = self.max_request_body_size, self.settings.receive_timeout
             body, receive = await arrived(
-                scope, receive, limit=limit, seconds=seconds, until_closing=self._node.until_closing
+                scope, receive, limit=limit, seconds=seconds, until_closing=self._node.services.drain.until_closing
             )
             if self.stateless or (version is not None and version not in HANDSHAKE_PROTOCOL_VERSIONS):
                 await self._serve_sessionless(self._node, scope, body, receive, send)
@@ -425,14 +426,15 @@ class SessionManager:
         if (routed := scope.get(TRANSPORT)) is not None:
             routed.check(header(scope, MCP_SESSION_ID_HEADER))
         forget_session(scope)
-        room = node.listeners if listens(scope) else node.requests
+        room = node.listeners if listens(scope) else node.services.requests
         principal = principal_of(scope)
         room.check(principal)
         try:
-            with room.hold(object(), principal), within_request(server=node.whose, travels=self.has_tasks):
-                await node.sessionless.serve(self._modern.handle_request, scope, body, receive, send)
+            server = node.services.served.identity
+            with room.hold(object(), principal), within_request(server=server, travels=self.has_tasks):
+                await self._sessionless.serve(self._modern.handle_request, scope, body, receive, send)
         finally:
-            node.left()
+            node.services.drain.left()
 
     async def _handle(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
@@ -466,11 +468,11 @@ class SessionManager:
             if not (isinstance(message, JSONRPCRequest) and message.method == "initialize"):
                 raise missing_id()
             principal = principal_of(request.scope)
-            node.requests.check(principal)
+            node.services.requests.check(principal)
             self._check_initialize(message)
             routed = request.scope.get(TRANSPORT)
             session_id = self.new_session_id() if routed is None else routed.open()
-            session = Session(node, session_id, self.key(session_id))
+            session = Session(node.services, session_id, self.key(session_id))
             session.hold_back()
             if self.settings.placement == "owner":
                 session.keep_anything()
@@ -484,7 +486,7 @@ class SessionManager:
                 opens=True,
                 connection=request,
             )
-            with node.requests.hold(request, principal):
+            with node.services.requests.hold(request, principal):
                 await exchange.serve(send, [_session_header(session_id)], copy_context())
         elif request.method == "GET":
             _check_accepts_stream(request)
@@ -515,11 +517,11 @@ class SessionManager:
                 problem = refusal
         principal = principal_of(request.scope)
         if isinstance(message, JSONRPCRequest):
-            node.requests.check(principal)
+            node.services.requests.check(principal)
         elif request.method == "GET":
             node.listeners.check(principal)
         sent_once = isinstance(message, JSONRPCNotification | JSONRPCResponse | JSONRPCError)
-        loaded = await node.store.load(key, patience=_NOTICE_PATIENCE if sent_once else None)
+        loaded = await node.services.store.load(key, patience=_NOTICE_PATIENCE if sent_once else None)
         record = Record.from_fields(loaded.fields)
         if record.principal != principal:
             logger.warning("session %s: refused a request of another principal", key[:12])
@@ -528,11 +530,11 @@ class SessionManager:
         if problem is not None:
             raise problem
         if message is not None:
-            session = Session.hydrate(node, session_id, key, loaded, record)
-            await self._serve_message(session, message, request, loaded, send, headers)
+            session = node.hydrate(session_id, key, loaded, record)
+            await self._serve_message(node, session, message, request, loaded, send, headers)
         elif request.method == "GET":
             _check_accepts_stream(request)
-            session = Session.hydrate(node, session_id, key, loaded, record)
+            session = node.hydrate(session_id, key, loaded, record)
             # A stream may be open for hours, and there are thousands.
             del loaded, record
             await self._serve_stream(session, request, receive, send, headers)
@@ -583,6 +585,7 @@ class SessionManager:
 
     async def _serve_message(
         self,
+        node: Node,
         session: Session,
         message: JSONRPCMessage,
         request: Request,
@@ -592,20 +595,20 @@ class SessionManager:
     ) -> None:
         with session:
             if isinstance(message, JSONRPCRequest):
-                await self._serve_request(session, message, request, loaded, send, headers)
+                await self._serve_request(node, session, message, request, loaded, send, headers)
                 return
             if isinstance(message, JSONRPCNotification):
                 await self._take_notification(session, message)
-                await self._handle_notification(session, message, request, loaded)
+                await self._handle_notification(node, session, message, request, loaded)
             else:
                 await self._take_response(session, message)
             await send_body(send, 202, b"", [*headers, JSON_TYPE])
 
     async def _handle_notification(
-        self, session: Session, message: JSONRPCNotification, request: Request, loaded: Loaded
+        self, node: Node, session: Session, message: JSONRPCNotification, request: Request, loaded: Loaded
     ) -> None:
         """Has the server's handler run, here or where the session is held."""
-        if session.node.placement.elsewhere(session, loaded) is not None:
+        if node.placement.elsewhere(session, loaded) is not None:
             handler = self.app.get_notification_handler(message.method)
             if handler is not None or message.method not in _OFTEN:
                 await relay_notice(session, message, request, patience=_NOTICE_PATIENCE)
@@ -613,13 +616,14 @@ class SessionManager:
         if len(session.notices) >= self.settings.max_streams:
             raise Refusal(429, "Too many notifications of this session are being handled; wait for some", retry_after=1)
         if session.principal:
-            session.node.requests.check_share(session.principal)
+            session.services.requests.check_share(session.principal)
         request, context = _as_relayed(session, request)
         # In the background: the client waits for no handler of a notification (as the SDK).
         session.spawn_notice(notice.handle(session, message, request), request, context)
 
     async def _serve_request(
         self,
+        node: Node,
         session: Session,
         message: JSONRPCRequest,
         request: Request,
@@ -627,9 +631,9 @@ class SessionManager:
         send: Send,
         headers: list[tuple[bytes, bytes]],
     ) -> None:
-        if session.node.is_closing:
+        if session.services.drain.is_closing:
             raise shutting_down()
-        elsewhere = session.node.placement.elsewhere(session, loaded)
+        elsewhere = node.placement.elsewhere(session, loaded)
         key = request_key(message.id)
         if key in session.exchanges or key in session.relays:
             raise Refusal(409, "Conflict: a request with this id is still running in this session")
@@ -637,7 +641,7 @@ class SessionManager:
             raise Refusal(429, "Too many requests of this session are running; wait for some", retry_after=1)
         if key in loaded.cancels:
             # It was overtaken by its own cancel (P5), which has done its work with that.
-            session.node.spawn(session.node.store.append(session.key, Batch([], uncancel=key)))
+            session.services.tasks.spawn(session.services.store.append(session.key, Batch([], uncancel=key)))
             error = ErrorData(code=REQUEST_CANCELLED, message="Request cancelled")
             await send_body(send, 200, error_body(message.id, error), [*headers, JSON_TYPE])
             return
@@ -651,7 +655,7 @@ class SessionManager:
             version = session.protocol_version
         if elsewhere is not None:
             relay = Relay(session, message, request, owner=elsewhere, since=loaded.head, version=version)
-            with session.node.requests.hold(request, session.principal):
+            with session.services.requests.hold(request, session.principal):
                 await relay.serve(request.receive, send, headers)
             return
         hold = await self._room_in_log(session, message)
@@ -660,7 +664,7 @@ class SessionManager:
             raise Refusal(409, "Conflict: a request with this id is still running in this session")
         connection = request
         request, context = _as_relayed(session, request)
-        with session.node.requests.hold(request, session.principal):
+        with session.services.requests.hold(request, session.principal):
             exchange = Exchange(
                 session,
                 message,
@@ -710,7 +714,7 @@ class SessionManager:
                 if session.unconfirmed:
                     changes |= CONFIRMED
                     lifetime = self.settings.lifetime
-                await session.node.store.update(session.key, changes, lifetime=lifetime, patience=_NOTICE_PATIENCE)
+                await session.services.store.update(session.key, changes, lifetime=lifetime, patience=_NOTICE_PATIENCE)
                 session.unconfirmed = False
             case "notifications/cancelled":
                 request_id = cancelled_request_id_from_params(params)
@@ -747,7 +751,7 @@ class SessionManager:
             resumes = place is not None and place.stream != STANDALONE
             room = session.resumptions if resumes else session.listeners
             room.check()
-            with room.hold(request), session.node.listeners.hold(request, session.principal):
+            with room.hold(request), self._running().listeners.hold(request, session.principal):
                 reader = await self._prepared(session, place)
                 await reader.serve(receive, send, headers)
 
@@ -757,7 +761,7 @@ class SessionManager:
         Raises:
             Refusal, SessionNotFound, StoreUnavailable: As `_reader`; the client may come back, or go elsewhere.
         """
-        deadline, until_closing = Deadline(None), session.node.until_closing
+        deadline, until_closing = Deadline(None), session.services.drain.until_closing
         try:
             with deadline:
                 until_closing[deadline] = None
@@ -778,9 +782,9 @@ class SessionManager:
 
     async def _delete(self, key: str, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
         node = self._running()
-        await node.store.delete(key)
+        await node.services.store.delete(key)
         if (session := node.sessions.get(key)) is not None:
-            node.spawn(session.end())
+            node.services.tasks.spawn(session.end())
         await send_body(send, 200, b"", [*headers, JSON_TYPE])
 
 

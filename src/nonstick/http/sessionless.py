@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import anyio
 import pydantic_core
@@ -27,9 +27,7 @@ from nonstick.errors import without_text
 from nonstick.http.intake import header
 from nonstick.http.respond import JSON_TYPE, send_body
 from nonstick.session.live import current_session
-
-if TYPE_CHECKING:
-    from nonstick.node.node import Node
+from nonstick.waiting.tasks import Tasks
 
 __all__ = ["Contained", "Sessionless", "forget_session", "listens"]
 
@@ -119,8 +117,8 @@ class Contained:
     take the connection with it, or the process: it becomes an error too (P16).
     """
 
-    def __init__(self, node: Node) -> None:
-        self._node = node
+    def __init__(self, tasks: Tasks) -> None:
+        self._tasks = tasks
 
     def __call__(self, ctx: ServerRequestContext[Any, Any], call_next: CallNext) -> Awaitable[HandlerResult]:
         # Those of a session have an exchange, which sees to that; for them this is to cost nothing.
@@ -143,7 +141,7 @@ class Contained:
             await _take_cancellation(task)
         if failure is None:
             return result
-        self._node.report(failure, "handler for %r", ctx.method)
+        self._tasks.report(failure, "handler for %r", ctx.method)
         raise MCPError.from_error_data(ending.error_of(failure))
 
 

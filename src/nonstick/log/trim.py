@@ -12,18 +12,18 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from nonstick.core.refusals import Refusal
 from nonstick.core.retention import Amount, Outline, Waste
+from nonstick.core.settings import Settings
 from nonstick.errors import StoreError
 from nonstick.log.follow import Slice
+from nonstick.log.guard import GuardedStore
 from nonstick.store import MAX_READ, Appended, Cursor
+from nonstick.waiting.tasks import Spawn
 
-if TYPE_CHECKING:
-    from nonstick.node.node import Node
-
-__all__ = ["Hold", "Looks", "Trimmer"]
+__all__ = ["Hold", "Looks", "Trimmer", "Trimming"]
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +119,25 @@ class Looks:
             del self.kept[old]
 
 
+class Trimming:
+    """The trimming of the sessions' logs by one node.
+
+    Args:
+        spawn: Runs it in the background.
+
+    Attributes:
+        looks: At logs that are over their bounds, or were.
+        dropped: Messages of standalone streams that went since the node started.
+    """
+
+    def __init__(self, store: GuardedStore, settings: Settings, spawn: Spawn) -> None:
+        self.store = store
+        self.settings = settings
+        self.spawn = spawn
+        self.looks = Looks()
+        self.dropped = 0
+
+
 class Hold:
     """Bytes of a log that are held for what is to be appended soon, until `release`, or meanwhile."""
 
@@ -146,8 +165,10 @@ class Trimmer:
         end_lost: Ends streams in the log that nobody else would end; whether there were any.
     """
 
-    def __init__(self, node: Node, key: str, amount: Amount, *, end_lost: Callable[[], Awaitable[bool]]) -> None:
-        self._node = node
+    def __init__(
+        self, trimming: Trimming, key: str, amount: Amount, *, end_lost: Callable[[], Awaitable[bool]]
+    ) -> None:
+        self._trimming = trimming
         self._key = key
         self._size, self._events = amount
         """As the last append or trim left it, as far as this node knows."""
@@ -158,16 +179,16 @@ class Trimmer:
     def note(self, appended: Appended, *, ended: int | None) -> None:
         """An append left this much in the log. It may have `ended` a stream, which may go now."""
         self._size, self._events = appended.size, appended.count
-        looks = self._node.looks
+        looks = self._trimming.looks
         if looks.kept or looks.under_way:
             looks.note(self._key, Amount(self._size, self._events), ended)
-        settings = self._node.settings
+        settings = self._trimming.settings
         if self._size > settings.max_log_bytes or self._events > settings.max_log_events:
             self._trim_if_due()
 
     def ended(self, stream: int) -> None:
         """Another node ended this stream."""
-        self._node.looks.note(self._key, Amount(self._size, self._events), stream)
+        self._trimming.looks.note(self._key, Amount(self._size, self._events), stream)
 
     def refresh(self, amount: Amount) -> None:
         """The log is this large, by its record."""
@@ -183,7 +204,7 @@ class Trimmer:
 
     @property
     def _is_full(self) -> bool:
-        settings = self._node.settings
+        settings = self._trimming.settings
         return self._size > _FULL * settings.max_log_bytes or self._events > _FULL * settings.max_log_events
 
     async def hold(self, size: int) -> Hold:
@@ -211,14 +232,14 @@ class Trimmer:
         self._held -= size
 
     def _may_gain(self, size: int) -> bool:
-        look = self._node.looks.get(self._key, _SOON)
-        missing = self._size + self._held + size - self._node.settings.max_log_bytes
+        look = self._trimming.looks.get(self._key, _SOON)
+        missing = self._size + self._held + size - self._trimming.settings.max_log_bytes
         return look is None or look.gain(Amount(self._size, self._events)).size >= missing
 
     def _has_room(self, size: int) -> bool:
         taken = self._size + self._held
         # An empty log takes anything.
-        return not taken or taken + size <= self._node.settings.max_log_bytes
+        return not taken or taken + size <= self._trimming.settings.max_log_bytes
 
     # ---- trimming
 
@@ -227,16 +248,16 @@ class Trimmer:
             self._begin()
 
     def _is_due(self) -> bool:
-        look = self._node.looks.get(self._key)
+        look = self._trimming.looks.get(self._key)
         return look is None or look.gain(Amount(self._size, self._events)).exceeds(self._bounds(), _AGAIN)
 
     def _begin(self, room: int = 0) -> None:
-        if self._key not in self._node.looks.under_way:
-            self._node.looks.begin(self._key, self._node.spawn(self._trim(self._bounds(room))))
+        if self._key not in self._trimming.looks.under_way:
+            self._trimming.looks.begin(self._key, self._trimming.spawn(self._trim(self._bounds(room))))
 
     async def _trimmed(self) -> bool:
         """Waits for the end of what is under way, whoever began it. Whether anything was."""
-        looks = self._node.looks
+        looks = self._trimming.looks
         task = looks.under_way.get(self._key)
         if task is None or task.done():
             return False
@@ -246,7 +267,7 @@ class Trimmer:
         return True
 
     def _bounds(self, room: int = 0) -> Amount:
-        settings = self._node.settings
+        settings = self._trimming.settings
         return Amount(max(0, settings.max_log_bytes - room), settings.max_log_events)
 
     async def _trim(self, bounds: Amount) -> None:
@@ -264,7 +285,7 @@ class Trimmer:
             outline = await self._outline()
             waste = outline.waste(bounds, _AIM)
         for streams, before in waste.portions:
-            await self._node.store.trim(self._key, streams=streams, standalone_before=before)
+            await self._trimming.store.trim(self._key, streams=streams, standalone_before=before)
             await asyncio.sleep(0)
         self._account(outline, waste)
         return outline.amount.minus(waste.amount).exceeds(bounds)
@@ -272,9 +293,9 @@ class Trimmer:
     def _account(self, outline: Outline, waste: Waste) -> None:
         left = outline.amount.minus(waste.amount)
         self._size, self._events = left
-        self._node.looks.put(self._key, left, outline.unfinished())
+        self._trimming.looks.put(self._key, left, outline.unfinished())
         if waste.messages:
-            self._node.counters.standalone_dropped += waste.messages
+            self._trimming.dropped += waste.messages
             logger.warning(
                 "session %s: dropped the oldest %d messages of its standalone stream", self._key[:12], waste.messages
             )
@@ -282,7 +303,7 @@ class Trimmer:
     async def _outline(self) -> Outline:
         """The log as it is. Others get their turns of the event loop between its pages."""
         outline, part, after = Outline(), Slice(MAX_READ), 0
-        while entries := await part.skim(self._node.store, self._key, Cursor(after), clip=2):
+        while entries := await part.skim(self._trimming.store, self._key, Cursor(after), clip=2):
             outline.add(entries)
             after = entries[-1].event.position
         return outline

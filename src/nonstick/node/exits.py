@@ -16,14 +16,13 @@ from typing import Any, Final, NoReturn
 
 import uvicorn
 
-__all__ = ["Exit", "draining_on_signals", "end_loop", "exit_status", "is_the_end", "note_exit", "stop_host"]
+from nonstick.waiting.tasks import Exit
+
+__all__ = ["draining_on_signals", "end_loop", "exit_status", "is_the_end", "note_exit", "stop_host"]
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 _Handler = Callable[[int, FrameType | None], Any]
-
-Exit = SystemExit | KeyboardInterrupt
-"""What a handler raises that wants the process to end."""
 
 
 class _Chained:

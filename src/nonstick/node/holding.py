@@ -51,7 +51,7 @@ class Holding:
         self.session = session
         self.ready = False
         """What the session holds is there: its requests may run."""
-        self._node = session.node
+        self._services = session.services
         self._taking: set[str] = set()
         """Keys of relayed requests that are being taken over."""
         self._following: asyncio.Task[None] | None = None
@@ -67,7 +67,7 @@ class Holding:
     def begin(self) -> None:
         """The session was opened here."""
         self.ready = True
-        self._following = self._node.spawn(self._follow(Cursor(0)))
+        self._following = self._services.tasks.spawn(self._follow(Cursor(0)))
 
     async def take(self, previous: str | None) -> None:
         """This node has become the owner: ends what ran on the previous one, builds the state anew, then begins (P7).
@@ -76,16 +76,16 @@ class Holding:
         """
         session = self.session
         try:
-            found = await patiently(lambda: survey(session.node.store, session.key))
+            found = await patiently(lambda: survey(session.services.store, session.key))
             for stream in found.open:
                 if stream.life.node == previous and not stream.life.is_relayed:
                     await patiently(lambda: end_open(session.append, stream, NODE_LOST))  # noqa: B023
-            await patiently(lambda: announce(session, self._node.id))
+            await patiently(lambda: announce(session, self._services.node_id))
             if not await self._rebuild():
                 await self._fail()
                 return
             self.ready = True
-            self._following = self._node.spawn(self._follow(found.head))
+            self._following = self._services.tasks.spawn(self._follow(found.head))
             for stream in found.open:
                 if stream.life.is_relayed:
                     await patiently(lambda: self._accept_opened(stream))  # noqa: B023
@@ -94,11 +94,13 @@ class Holding:
 
     async def _rebuild(self) -> bool:
         """Has the session's state built, in a task of its own: what builds it may cancel it, say (P16)."""
-        rehydrate = self._node.settings.rehydrate
+        rehydrate = self._services.settings.rehydrate
         if rehydrate is None:
             return True
-        work = self._node.contained(self._rehydrate(rehydrate), "session %s: rehydrate", self.session.key[:12])
-        task = self._node.spawn(work)
+        work = self._services.tasks.contained(
+            self._rehydrate(rehydrate), "session %s: rehydrate", self.session.key[:12]
+        )
+        task = self._services.tasks.spawn(work)
         await asyncio.wait([task])
         return not task.cancelled() and task.result() is True
 
@@ -109,7 +111,7 @@ class Holding:
 
     async def _fail(self) -> None:
         """The state could not be built: what waits for it gets an error, and the next request tries again."""
-        found = await patiently(lambda: survey(self._node.store, self.session.key))
+        found = await patiently(lambda: survey(self._services.store, self.session.key))
         for stream in found.open:
             if stream.life.is_relayed:
                 await patiently(lambda: end_open(self.session.append, stream, NOT_REBUILT))  # noqa: B023
@@ -130,7 +132,7 @@ class Holding:
                 except Diverged:
                     # The store lost entries, maybe also that the session has another owner.
                     subscription.close()
-                    found = await patiently(lambda: survey(self._node.store, self.session.key))
+                    found = await patiently(lambda: survey(self._services.store, self.session.key))
                     subscription = self.session.follower.subscribe(found.head)
                     if await patiently(self.look):
                         return
@@ -143,12 +145,15 @@ class Holding:
                     self._accept_contained(event)
         except SessionNotFound:
             # Not in this task, which the end stops.
-            self._node.spawn(self.session.end())
+            self._services.tasks.spawn(self.session.end())
         finally:
             subscription.close()
 
     def _names_another(self, event: Event) -> bool:
-        return kind_of(event.data) is Kind.OWNER and decode(event.data)["node"] not in (self._node.id, RELEASED)
+        return kind_of(event.data) is Kind.OWNER and decode(event.data)["node"] not in (
+            self._services.node_id,
+            RELEASED,
+        )
 
     async def look(self) -> bool:
         """Looks whether another node has become the owner, and gives everything up if so. Whether that was so.
@@ -157,16 +162,16 @@ class Holding:
             SessionNotFound, StoreUnavailable: As `Store.load`.
         """
         session = self.session
-        owner = Record.from_fields((await self._node.store.load(session.key, renew=False)).fields).owner
-        if owner == self._node.id or session.held is not self:
-            return owner != self._node.id
+        owner = Record.from_fields((await self._services.store.load(session.key, renew=False)).fields).owner
+        if owner == self._services.node_id or session.held is not self:
+            return owner != self._services.node_id
         logger.warning("session %s: another node has taken it; its live view here is dropped", session.key[:12])
         # Not in this task: what is dropped may be what runs it.
-        self._node.spawn(self.clean_up(NODE_LOST.error(retry_safe=False)))
+        self._services.tasks.spawn(self.clean_up(NODE_LOST.error(retry_safe=False)))
         return True
 
     async def _accept_opened(self, stream: OpenStream) -> None:
-        if (opened := await whole(self._node.store, self.session.key, stream.opened)) is not None:
+        if (opened := await whole(self._services.store, self.session.key, stream.opened)) is not None:
             self._accept_contained(opened)
 
     def _accept_contained(self, event: Event) -> None:
@@ -186,7 +191,7 @@ class Holding:
             self._handle_notice(decode(event.data))
 
     def _handle_notice(self, body: dict[str, Any]) -> None:
-        if len(self.session.notices) >= self._node.settings.max_streams:
+        if len(self.session.notices) >= self._services.settings.max_streams:
             logger.warning("session %s: dropped one notification of too many", self.session.key[:12])
             return
         message = JSONRPCNotification.model_validate(body["notification"], by_name=False)
@@ -199,13 +204,13 @@ class Holding:
     async def _run(self, event: Event, body: dict[str, Any]) -> None:
         """Takes a relayed request over, and starts it if this node still holds the session then."""
         session = self.session
-        if self._node.is_closing:
+        if self._services.drain.is_closing:
             # The next owner's.
             return
         try:
             await self._try(event, body)
         except SessionNotFound:
-            self._node.spawn(session.end())
+            self._services.tasks.spawn(session.end())
         except Diverged:
             # The store lost the stream: whoever reads it finds out.
             pass
@@ -228,11 +233,11 @@ class Holding:
             return
         self._taking.add(key)
         try:
-            with self._node.requests.hold(request, session.principal):
+            with self._services.requests.hold(request, session.principal):
                 await self._take_over(event, body, message, request)
         finally:
             self._taking.discard(key)
-            self._node.left()
+            self._services.drain.left()
 
     def _refusal(self, key: str) -> ErrorData | None:
         session = self.session
@@ -240,12 +245,12 @@ class Holding:
             return ErrorData(
                 code=INVALID_REQUEST, message="Conflict: a request with this id is still running in this session"
             )
-        if len(session.exchanges) + len(self._taking) >= self._node.settings.max_streams:
+        if len(session.exchanges) + len(self._taking) >= self._services.settings.max_streams:
             return ErrorData(
                 code=INVALID_REQUEST, message="Too many requests of this session are running; wait for some"
             )
         try:
-            self._node.requests.check(session.principal)
+            self._services.requests.check(session.principal)
         except Refusal as refusal:
             return ErrorData(code=refusal.code, message=refusal.message)
         return None
@@ -256,9 +261,9 @@ class Holding:
         if not await patiently(lambda: exchange.take_over(event.position, attempt, first=attempt + 1)):
             return
         # Looked at after the compare-and-set: an owner that takes the session from here on ends this stream.
-        loaded = await patiently(lambda: self._node.store.load(session.key, renew=False))
+        loaded = await patiently(lambda: self._services.store.load(session.key, renew=False))
         record = Record.from_fields(loaded.fields)
-        if record.owner != self._node.id or not self.ready:
+        if record.owner != self._services.node_id or not self.ready:
             failure = error_body(message.id, NODE_LOST.error(retry_safe=True))
             await patiently(lambda: end_stream(session.append, event.position, attempt + 1, failure))
             await self.look()
@@ -273,7 +278,7 @@ class Holding:
         self.ready = False
         if self._following is not None:
             self._following.cancel()
-        if error is SHUT_DOWN and self._node.settings.rehydrate is None:
+        if error is SHUT_DOWN and self._services.settings.rehydrate is None:
             await self.session.end()
         else:
             await self.session.drop(error)
@@ -285,14 +290,14 @@ class Holding:
             StoreUnavailable: As the store's methods. Its lease's end then says the same.
         """
         with contextlib.suppress(SessionNotFound):
-            if self._node.settings.rehydrate is None:
-                await self._node.store.delete(self.session.key)
+            if self._services.settings.rehydrate is None:
+                await self._services.store.delete(self.session.key)
             else:
                 await self._release()
 
     async def _release(self) -> None:
-        changes, expected = {OWNER: RELEASED.encode()}, {OWNER: self._node.id.encode()}
-        if await self._node.store.update(self.session.key, changes, expect=expected):
+        changes, expected = {OWNER: RELEASED.encode()}, {OWNER: self._services.node_id.encode()}
+        if await self._services.store.update(self.session.key, changes, expect=expected):
             await announce(self.session, RELEASED)
 
 

@@ -9,20 +9,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Coroutine, Mapping
+from typing import Any, Final
 
 from nonstick.core.record import LOST, OWNER
 from nonstick.core.refusals import SESSION_LOST, Refusal
 from nonstick.errors import StoreError
-from nonstick.log.survey import survey
-from nonstick.store import Loaded
-
-if TYPE_CHECKING:
-    from nonstick.node.holding import Holding
-    from nonstick.node.node import Node
 from nonstick.log.lost import end_open
+from nonstick.log.survey import survey
+from nonstick.node.holding import Holding, announce
 from nonstick.session.live import Session
+from nonstick.session.services import Services
+from nonstick.store import Loaded
 
 __all__ = ["Placement"]
 
@@ -41,10 +39,15 @@ _PARTING: Final = 5.0
 
 
 class Placement:
-    """The sessions that this node holds, those that it takes, and those that it finds lost."""
+    """The sessions that this node holds, those that it takes, and those that it finds lost.
 
-    def __init__(self, node: Node) -> None:
-        self._node = node
+    Args:
+        sessions: Those with a live view here.
+    """
+
+    def __init__(self, services: Services, sessions: Mapping[str, Session]) -> None:
+        self._services = services
+        self._sessions = sessions
         self._suspects: dict[str, tuple[float, float]] = {}
         """Of each node that was seen dead, when first and when last."""
         self._working: dict[str, asyncio.Task[None]] = {}
@@ -52,18 +55,18 @@ class Placement:
 
     @property
     def _owns(self) -> bool:
-        return self._node.settings.placement == "owner"
+        return self._services.settings.placement == "owner"
 
     # ---- sessions that begin here
 
     def opening_fields(self) -> dict[str, bytes]:
         """What the record of a session that is opened here says of its owner."""
-        return {OWNER: self._node.id.encode()} if self._owns else {}
+        return {OWNER: self._services.node_id.encode()} if self._owns else {}
 
-    def opened(self, session: Session) -> None:
+    def opened(self, key: str, /) -> None:
         """The session is in the store: if it is to have an owner, this node is it."""
         if self._owns:
-            _holding(session).begin()
+            _holding(self._sessions[key]).begin()
 
     # ---- requests that arrive here
 
@@ -77,24 +80,24 @@ class Placement:
         if owner is None and not self._owns:
             return None
         held = session.held
-        if held is not None and owner != self._node.id:
+        if held is not None and owner != self._services.node_id:
             session.spawn(held.look())
         elif held is not None and held.ready:
             return None
         if owner == LOST:
-            session.spawn(self.settle(session))
+            session.spawn(self.settle(session.key))
             raise _gone()
         if not owner:
-            session.spawn(self.settle(session))
+            session.spawn(self.settle(session.key))
         return owner or ""
 
     # ---- sessions whose owner may be lost
 
-    async def is_owned(self, session: Session) -> bool:
+    async def is_owned(self, key: str, /) -> bool:
         """Whether this session has, or is to have, an owner."""
-        return self._owns or _owner(await self._node.store.load(session.key, renew=False)) is not None
+        return self._owns or _owner(await self._services.store.load(key, renew=False)) is not None
 
-    async def settle(self, session: Session, *, gone: str = "") -> None:
+    async def settle(self, key: str, /, *, gone: str = "") -> None:
         """Sees to a session that nobody holds: takes it if it can be built anew here, else ends it.
 
         Returns before it was taken, but not before it was ended. Does nothing while the owner lives, or if this node
@@ -106,17 +109,17 @@ class Placement:
         Raises:
             SessionNotFound, StoreUnavailable: As the store's methods.
         """
-        node = self._node
-        session = node.sessions.get(session.key, session)
-        if node.draining or session.held is not None or session.key in self._working:
+        services = self._services
+        session = self._sessions.get(key)
+        if session is None or services.drain.begun or session.held is not None or key in self._working:
             return
-        owner = _owner(await node.store.load(session.key, renew=False))
+        owner = _owner(await services.store.load(key, renew=False))
         if owner is None and not self._owns:
             return
-        lives = owner and owner not in (LOST, node.id, gone) and not await self._is_dead(owner)
-        if lives or session.held is not None or session.key in self._working:
+        lives = owner and owner not in (LOST, services.node_id, gone) and not await self._is_dead(owner)
+        if lives or session.held is not None or key in self._working:
             return
-        if owner == LOST or (owner is not None and node.settings.rehydrate is None):
+        if owner == LOST or (owner is not None and services.settings.rehydrate is None):
             await asyncio.shield(self._work(session, self._end(session, owner)))
         else:
             self._work(session, self._take(session, owner))
@@ -128,7 +131,7 @@ class Placement:
 
     async def _is_dead(self, owner: str) -> bool:
         """Whether the node's lease has lapsed, and had some time ago already."""
-        if not await self._node.store.lapsed([owner]):
+        if not await self._services.store.lapsed([owner]):
             self._suspects.pop(owner, None)
             return False
         now = asyncio.get_running_loop().time()
@@ -139,41 +142,39 @@ class Placement:
 
     async def _take(self, session: Session, previous: str | None) -> None:
         """Makes this node the owner, unless another one has become it."""
-        me = self._node.id.encode()
+        me = self._services.node_id.encode()
         expected = None if previous is None else previous.encode()
-        if await self._node.store.update(session.key, {OWNER: me}, expect={OWNER: expected}):
+        if await self._services.store.update(session.key, {OWNER: me}, expect={OWNER: expected}):
             logger.info("session %s: taken by this node", session.key[:12])
             await _holding(session).take(previous)
 
     async def _end(self, session: Session, previous: str) -> None:
         """Ends a session that cannot be built anew: its streams with an error, then the session itself."""
-        from nonstick.node import holding
-
-        store = self._node.store
+        store = self._services.store
         expected = {OWNER: previous.encode()}
         if previous != LOST and not await store.update(session.key, {OWNER: LOST.encode()}, expect=expected):
             return
         logger.warning("session %s: ended, because the node that held it is gone", session.key[:12])
-        await holding.announce(session, LOST)
+        await announce(session, LOST)
         for stream in (await survey(store, session.key)).open:
             await end_open(session.append, stream, SESSION_LOST)
-        self._node.spawn(self._delete_later(session.key))
+        self._services.tasks.spawn(self._delete_later(session.key))
 
     async def _delete_later(self, key: str) -> None:
         await asyncio.sleep(_LINGER)
-        await self._node.store.delete(key)
+        await self._services.store.delete(key)
 
     # ---- drain
 
     def _held(self) -> list[Holding]:
-        return [session.held for session in self._node.sessions.values() if session.held is not None]
+        return [session.held for session in self._sessions.values() if session.held is not None]
 
     async def give_up_idle(self) -> None:
         """While the node drains: sessions in which nothing runs are left to other nodes at once (P8)."""
-        while self._node.settings.rehydrate is not None:
+        while self._services.settings.rehydrate is not None:
             if not (idle := [held for held in self._held() if held.idle]):
                 # With no other `await` in between: another may leave meanwhile.
-                await self._node.next_to_leave()
+                await self._services.drain.next_to_leave()
             for held in idle:
                 await held.clean_up()
                 with contextlib.suppress(StoreError):
@@ -197,9 +198,6 @@ def _owner(loaded: Loaded) -> str | None:
 
 
 def _holding(session: Session) -> Holding:
-    # Imported here: what an owner runs are exchanges, which know their node, which knows its sessions' placement.
-    from nonstick.node.holding import Holding
-
     session.held = Holding(session)
     return session.held
 

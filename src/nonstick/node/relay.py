@@ -39,10 +39,10 @@ _PATIENCE: Final = 20.0
 
 def packed(session: Session, request: Request) -> dict[str, Any]:
     """The request as the handlers of a session see it that one node holds: what may be written into its log."""
-    node = session.node
-    if not getattr(node.store.store, "encrypts", False):
+    services = session.services
+    if not getattr(services.store.store, "encrypts", False):
         return portable.pack(request)
-    return portable.pack(request, more=node.settings.relay_headers, query=node.settings.relay_query)
+    return portable.pack(request, more=services.settings.relay_headers, query=services.settings.relay_query)
 
 
 async def relay_notice(session: Session, message: JSONRPCNotification, request: Request, *, patience: float) -> None:
@@ -83,7 +83,7 @@ class Relay(Resumption):
         super().__init__(session, EventId(0, Cursor(0)))
         self._primes = is_version_at_least(version, "2025-11-25")
         self._message = message
-        self._answer = session.node.settings.answer
+        self._answer = session.services.settings.answer
         attempt = new_attempt()
         body: dict[str, Any] = {
             "node": owner,
@@ -107,7 +107,7 @@ class Relay(Resumption):
             await super().serve(receive, send, headers)
         finally:
             self.session.relays.discard(key)
-            self.session.node.left()
+            self.session.services.drain.left()
 
     async def _open(self, event: Draft) -> bool:
         """Writes the request into the log. False if nobody knows whether that was done.
@@ -143,7 +143,7 @@ class Relay(Resumption):
 
     async def _begin(self) -> bytes | Refusal | None:
         """The whole answer, or None for a stream."""
-        window = {"auto": self.session.node.settings.window, "sse": 0.0, "json": None}[self._answer]
+        window = {"auto": self.session.services.settings.window, "sse": 0.0, "json": None}[self._answer]
         await asyncio.wait([self._outcome], timeout=window)
         self._answer_with(None)
         return self._outcome.result()

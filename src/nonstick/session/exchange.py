@@ -136,7 +136,7 @@ class Exchange:
         self.head = head
         self.stream = 0
         self.attempt = self._first_attempt = new_attempt()
-        self._settings = session.node.settings
+        self._settings = session.services.settings
         self._answer: Answer = self._settings.answer
         self._principal = principal or session.principal
         self._opens = opens
@@ -197,7 +197,7 @@ class Exchange:
         return Outlet(
             patience=self._settings.send_timeout,
             ping=self._settings.ping_interval,
-            until_closing=self.session.node.until_closing,
+            until_closing=self.session.services.drain.until_closing,
         )
 
     # ---- the HTTP side
@@ -260,12 +260,12 @@ class Exchange:
         To run it, `start`. False if it is another node's already, or has ended. May be repeated as it was.
         """
         self.stream, self.attempt, self._first_attempt = stream, attempt + 1, first
-        body = {"node": self.session.node.id, "attempt": self.attempt}
+        body = {"node": self.session.services.node_id, "attempt": self.attempt}
         taken = draft(Kind.TAKEN, pydantic_core.to_json(body))
         self._sequence = 1
         batch = Batch([taken], writer=self._writer, sequence=1, stream=stream, attempt=attempt, take_over=True)
         try:
-            await self.session.node.store.append(self.session.key, batch)
+            await self.session.services.store.append(self.session.key, batch)
         except (StreamClosed, Fenced):
             return False
         return True
@@ -283,8 +283,8 @@ class Exchange:
         session.exchanges[self.key] = self
         session.__enter__()
         # Its connection holds the same place: it takes one until both have ended.
-        session.node.requests.acquire(self._request, self._principal)
-        session.node.spawn(self._run(), context).add_done_callback(self._ran)
+        session.services.requests.acquire(self._request, self._principal)
+        session.services.tasks.spawn(self._run(), context).add_done_callback(self._ran)
 
     # ---- the handler's side
 
@@ -324,10 +324,10 @@ class Exchange:
 
     def _ran(self, _: asyncio.Task[None]) -> None:
         """The task has ended. If it did not tell the request's end, another one does, which nobody cancels (P16)."""
-        node = self.session.node
-        if not self._concluded and not node.stopped and self._tries < _MOST_TRIES:
+        services = self.session.services
+        if not self._concluded and not services.tasks.stopped and self._tries < _MOST_TRIES:
             self._tries += 1
-            node.spawn(self._conclude()).add_done_callback(self._ran)
+            services.tasks.spawn(self._conclude()).add_done_callback(self._ran)
             return
         if not self._concluded:
             self._closed = True
@@ -339,7 +339,7 @@ class Exchange:
                 self._refuse(unavailable("This node was shut down before it ran the request. Try again."))
             else:
                 self._refuse(Refusal(500, "The request was interrupted", INTERNAL_ERROR))
-        node.requests.release(self._request)
+        services.requests.release(self._request)
         self.session.__exit__()
 
     async def _conclude(self) -> None:
@@ -367,7 +367,7 @@ class Exchange:
         match error:
             case SessionNotFound():
                 self._refuse(Refusal(404, "Session not found"))
-                self.session.node.spawn(self.session.end())
+                self.session.services.tasks.spawn(self.session.end())
             case StreamClosed() | Fenced():
                 # Another node has ended this stream: nothing more of it is ours to say, or to keep (P7).
                 self.session.state.revert()
@@ -397,7 +397,7 @@ class Exchange:
     def _leave(self) -> None:
         if self.session.exchanges.get(self.key) is self:
             del self.session.exchanges[self.key]
-        self.session.node.left()
+        self.session.services.drain.left()
         if self._hold is not None:
             self._hold.release()
         if self._watching is not None:
@@ -408,13 +408,13 @@ class Exchange:
             self._attending = False
             self.session.leave()
         if not self._visible:
-            self.session.node.spawn(self.session.end())
+            self.session.services.tasks.spawn(self.session.end())
 
     async def _handle(self) -> bytes:
         """Runs the kernel. The single place where an exception becomes a JSON-RPC error."""
         message = self.message
         if message.method == "initialize":
-            self.session.runner.init_options = initialization(self.session.node.server)
+            self.session.runner.init_options = initialization(self.session.services.served.app)
         try:
             result = await self.session.runner.on_request(self, message.method, message.params)
             return result_body(message.id, result)
@@ -428,7 +428,7 @@ class Exchange:
         """The answer to a request whose handler raised this. Never raises."""
         self._failure = ending.error_of(exception)
         if not isinstance(exception, MCPError | ValidationError):
-            self.session.node.report(exception, "handler for %r", self.message.method)
+            self.session.services.tasks.report(exception, "handler for %r", self.message.method)
         return error_body(self.message.id, self._failure)
 
     def _stopped_body(self) -> bytes | None:
@@ -475,7 +475,7 @@ class Exchange:
                 if news:
                     await self.session.append(Batch(news, fields=fields))
                 elif fields:
-                    await self.session.node.store.update(self.session.key, fields)
+                    await self.session.services.store.update(self.session.key, fields)
             except StoreUnavailable:
                 # Not 503, which says "try again": it would run twice.
                 self._answer_with(error_body(self.message.id, _UNSAVED))
@@ -547,7 +547,7 @@ class Exchange:
                 body = {"level": params["level"]}
             case "resources/subscribe":
                 # What was broadcast after this, the client expects to hear, whoever learns of this however late.
-                head = self.session.node.cluster_log.broadcasts.head
+                head = self.session.services.cluster_log.broadcasts.head
                 body = {"subscribed": params["uri"], "heard": cursor_text(head)}
             case "resources/unsubscribe":
                 body = {"unsubscribed": params["uri"]}
@@ -568,12 +568,12 @@ class Exchange:
         assert connection.client_params is not None
         fields = opening_fields(connection.protocol_version, connection.client_params, self._principal)
         fields |= {name: data for name, data in changes.items() if data is not None} | session.first_fields
-        fields |= session.node.placement.opening_fields()
+        fields |= session.services.owners.opening_fields()
         # Before the session is there: what comes later it is to hear, what came before it may (P11).
-        fields["heard"] = (cursor_text(session.node.cluster_log.broadcasts.head) or "").encode()
+        fields["heard"] = (cursor_text(session.services.cluster_log.broadcasts.head) or "").encode()
         fields |= UNCONFIRMED if settings.confirms else {}
         try:
-            await session.node.store.create(
+            await session.services.store.create(
                 session.key, fields, lifetime=settings.first_lifetime, limits=settings.session_limits(self._principal)
             )
         except TooManySessions as error:
@@ -588,9 +588,9 @@ class Exchange:
         self._visible = True
         session.record = Record.from_fields(fields)
         session.unconfirmed = settings.confirms
-        session.node.sessions[session.key] = session
+        session.services.views[session.key] = session
         session.state.saved(changes)
-        session.node.placement.opened(session)
+        session.services.owners.opened(session.key)
         await session.opened()
         if self._held or self._answer == "sse":
             # What a middleware sent meanwhile is on this request's stream, before its answer.
@@ -610,7 +610,7 @@ class Exchange:
         self.began = loop.time()
         if self._connection is not None and self._is_awaited:
             # What the host made of `receive` goes on in the context of the request.
-            self._watching = self.session.node.spawn(self._watch(self._connection), copy_context())
+            self._watching = self.session.services.tasks.spawn(self._watch(self._connection), copy_context())
         if self._opens:
             # It has no session yet whose expiry would end it.
             self._limit = loop.call_later(unattended_seconds(self._settings), self.fail, _NEVER_OPENED)
@@ -618,7 +618,7 @@ class Exchange:
         self._attending = True
         self.session.attend()
         if self._answer == "auto":
-            self.session.node.spawn(self._promote_in_time())
+            self.session.services.tasks.spawn(self._promote_in_time())
 
     async def _promote_in_time(self) -> None:
         while not self._closed:
@@ -737,7 +737,7 @@ class Exchange:
 
     def _opened(self) -> Draft:
         message = self.message.model_dump(mode="json", by_alias=True, exclude_unset=True)
-        body = {"node": self.session.node.id, "attempt": self.attempt, "request": message}
+        body = {"node": self.session.services.node_id, "attempt": self.attempt, "request": message}
         if self._settings.reexecute == "never":
             # Nobody needs its arguments again, which may be long (P10), and secret.
             name = (self.message.params or {}).get("name")

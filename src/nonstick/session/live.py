@@ -40,12 +40,12 @@ from nonstick.log.trim import Trimmer
 from nonstick.log.writer import Sender
 from nonstick.session import tracing
 from nonstick.session.quotas import Quota
+from nonstick.session.services import Services
 from nonstick.store import NEW_STREAM, Appended, Batch, Cursor, Draft, Event, Loaded
 from nonstick.waiting.patience import patiently
 
 if TYPE_CHECKING:
     from nonstick.node.holding import Holding
-    from nonstick.node.node import Node
     from nonstick.session.exchange import Exchange
 
 __all__ = ["Emit", "Session", "current_connection", "current_session"]
@@ -141,7 +141,7 @@ class _Standalone:
             await self._session.emit(draft(Kind.MESSAGE, notification_body(method, params)))
         except SessionNotFound:
             # The end cancels whoever sent this, who has done nothing wrong (P6).
-            self._session.node.spawn(self._session.end())
+            self._session.services.tasks.spawn(self._session.end())
             await anyio.lowlevel.checkpoint()
 
 
@@ -175,8 +175,8 @@ class Session:
     _holding = False
     _before_open: list[Draft] | None = None
 
-    def __init__(self, node: Node, session_id: str, key: str) -> None:
-        self.node = node
+    def __init__(self, services: Services, session_id: str, key: str) -> None:
+        self.services = services
         self.id = session_id
         self.key = key
         self.state = self._new_state()
@@ -196,21 +196,21 @@ class Session:
     @cached_property
     def follower(self) -> Follower:
         """Of the session's log."""
-        return Follower(self.node.store, self.key)
+        return Follower(self.services.store, self.key)
 
     @cached_property
     def trimmer(self) -> Trimmer:
         """Of the session's log."""
-        return Trimmer(self.node, self.key, self._log, end_lost=self._end_lost)
+        return Trimmer(self.services.trimming, self.key, self._log, end_lost=self._end_lost)
 
     async def _end_lost(self) -> bool:
-        return await end_lost(self.node.store, self.key, self.append, here=self.node.id)
+        return await end_lost(self.services.store, self.key, self.append, here=self.services.node_id)
 
     @cached_property
     def listeners(self) -> Quota:
         """Connections to the standalone stream."""
         return Quota(
-            self.node.settings.max_listeners,
+            self.services.settings.max_listeners,
             429,
             "Too many streams of this session are open; close one, or wait for one to end",
         )
@@ -219,7 +219,7 @@ class Session:
     def resumptions(self) -> Quota:
         """Streams of requests that are being resumed."""
         return Quota(
-            self.node.settings.max_streams,
+            self.services.settings.max_streams,
             429,
             "Too many streams of this session are being resumed; wait for one to end",
         )
@@ -241,7 +241,7 @@ class Session:
     @cached_property
     def runner(self) -> ServerRunner[Any]:
         """The SDK's kernel."""
-        return ServerRunner(self.node.server, self.connection, self.node.lifespan_state)
+        return ServerRunner(self.services.served.app, self.connection, self.services.served.lifespan_state)
 
     @property
     def protocol_version(self) -> str:
@@ -264,18 +264,9 @@ class Session:
         return Cursor(0) if self.record is None else self.record.heard
 
     def _new_state(self) -> SessionState:
-        return SessionState(secret=self.id, limit=self.node.settings.max_state_bytes)
+        return SessionState(secret=self.id, limit=self.services.settings.max_state_bytes)
 
     # ---- hydrate and evict
-
-    @classmethod
-    def hydrate(cls, node: Node, session_id: str, key: str, loaded: Loaded, record: Record) -> Session:
-        """This node's view of a stored session: the one that is there, brought up to date, or a new one (P2)."""
-        session = node.sessions.get(key)
-        if session is None:
-            session = node.sessions[key] = cls(node, session_id, key)
-        session.refresh(loaded, record)
-        return session
 
     def refresh(self, loaded: Loaded, record: Record) -> None:
         """Takes over what the store knows: other nodes may have changed it since."""
@@ -314,24 +305,24 @@ class Session:
         self.evict()
 
     def spawn(self, work: Coroutine[Any, Any, T], context: Context | None = None) -> asyncio.Task[T]:
-        """Runs this in the background, for the session, whose view is kept meanwhile. `context` as in `Node.spawn`."""
+        """Runs this in the background, for the session, whose view is kept meanwhile. `context` as in `Tasks.spawn`."""
         self.__enter__()
-        task = self.node.spawn(work, context)
+        task = self.services.tasks.spawn(work, context)
         task.add_done_callback(lambda _: self.__exit__())
         return task
 
     def spawn_notice(self, work: Coroutine[Any, Any, None], request: Request, context: Context) -> None:
         """As `spawn`, for the handler of a notification: the session's end cancels it (P6)."""
         task = self.spawn(work, context)
-        self.node.requests.hold_while(request, task, self.principal)
+        self.services.requests.hold_while(request, task, self.principal)
         self.notices.add(task)
         task.add_done_callback(self.notices.discard)
-        task.add_done_callback(lambda _: self.node.left())
+        task.add_done_callback(lambda _: self.services.drain.left())
 
     def evict(self) -> None:
         """Forgets this view; the session lives on in the store."""
-        if self.node.sessions.get(self.key) is self:
-            del self.node.sessions[self.key]
+        if self.services.views.get(self.key) is self:
+            del self.services.views[self.key]
         if self._inbox is not None:
             self._inbox.cancel()
             self._inbox = None
@@ -355,8 +346,8 @@ class Session:
         if self.ended:
             return
         self.ended = True
-        if self.node.sessions.get(self.key) is self:
-            del self.node.sessions[self.key]
+        if self.services.views.get(self.key) is self:
+            del self.services.views[self.key]
         self.follower.end()
         for exchange in list(self.exchanges.values()):
             exchange.end()
@@ -371,8 +362,8 @@ class Session:
         """Runs what handlers left in its `exit_stack`: in a task of its own, which they may cancel, say (P16)."""
         if isinstance(connection.exit_stack, _HoldingStack) and not connection.exit_stack.holds:
             return
-        work = self.node.contained(aclose_shielded(connection), "clean-up of a session")
-        await asyncio.wait([self.node.spawn(work)])
+        work = self.services.tasks.contained(aclose_shielded(connection), "clean-up of a session")
+        await asyncio.wait([self.services.tasks.spawn(work)])
 
     def keep_anything(self) -> None:
         """The connection's state is this node's alone: it may hold anything, and is not stored."""
@@ -415,7 +406,7 @@ class Session:
 
     async def _confirm(self) -> None:
         try:
-            await self.node.store.update(self.key, CONFIRMED, lifetime=self.node.settings.lifetime)
+            await self.services.store.update(self.key, CONFIRMED, lifetime=self.services.settings.lifetime)
         except SessionNotFound:
             pass
         except StoreUnavailable:
@@ -435,7 +426,7 @@ class Session:
         if self.state.changes():
             async with self.changing_state:
                 changes = self.state.changes()
-                await self.node.store.update(self.key, changes)
+                await self.services.store.update(self.key, changes)
                 self.state.saved(changes)
 
     # ---- the standalone stream
@@ -482,7 +473,7 @@ class Session:
     async def append(self, batch: Batch, *, patience: float | None = None) -> Appended:
         """As `Store.append`, and sees to the log's size afterwards (P10)."""
         try:
-            appended = await self.node.store.append(self.key, batch, patience=patience)
+            appended = await self.services.store.append(self.key, batch, patience=patience)
         except StoreUnavailable as error:
             logger.warning("session %s: %s", self.key[:12], error)
             # Handlers pass on to their clients what they get, and what the store said may name its host.
@@ -516,7 +507,7 @@ class Session:
         timeout = opts.get("timeout")
         if timeout is None:
             # A client that never replies, or is gone, must not hold its handler for ever (P10).
-            timeout = self.node.settings.server_request_timeout
+            timeout = self.services.settings.server_request_timeout
         with self, self.attending():
             try:
                 with tracing.asking(request_id, method, sent) as span:
@@ -606,7 +597,7 @@ class Session:
             return
         text = text if isinstance(text, str) else None
         told = _tell(waiter.on_progress, progress, as_number(params.get("total")), text)
-        self.node.spawn(self.node.contained(told, "progress callback"), waiter.context.copy())
+        self.services.tasks.spawn(self.services.tasks.contained(told, "progress callback"), waiter.context.copy())
 
     # ---- what the log brings
 
@@ -623,7 +614,7 @@ class Session:
     def attending_later(self) -> Iterator[None]:
         """As `attending`, from when the window has passed: most work is done by then."""
         with contextlib.ExitStack() as stack:
-            window = self.node.settings.window
+            window = self.services.settings.window
             timer = asyncio.get_running_loop().call_later(window, stack.enter_context, self.attending())
             stack.callback(timer.cancel)
             yield
@@ -633,7 +624,7 @@ class Session:
         self._attendants += 1
         if self._inbox is None and not self.ended:
             heads = [exchange.head for exchange in self.exchanges.values()]
-            self._inbox = self.node.spawn(self._attend(min(heads, default=self.head)))
+            self._inbox = self.services.tasks.spawn(self._attend(min(heads, default=self.head)))
 
     def leave(self) -> None:
         """One who attends goes; the last one stops the following."""
@@ -662,7 +653,7 @@ class Session:
                     self._take_contained(event)
         except SessionNotFound:
             # Not in this task, which the end cancels.
-            self.node.spawn(self.end())
+            self.services.tasks.spawn(self.end())
         finally:
             subscription.close()
 
@@ -699,7 +690,7 @@ class Session:
 
     def use_up_cancel(self, key: str) -> None:
         """A cancel that is left in the record did its work: a later request of that id is another one."""
-        self.node.spawn(self.append(Batch([], uncancel=key)))
+        self.services.tasks.spawn(self.append(Batch([], uncancel=key)))
 
     def was_cancelled(self, key: str, head: Cursor) -> bool:
         """Whether a cancel for this request came after its record was loaded and before it was registered here."""
@@ -713,7 +704,7 @@ class Session:
         has lost what was behind it, and gives these positions out again. The record keeps only what was not used up.
         """
         try:
-            cancels = (await patiently(lambda: self.node.store.load(self.key))).cancels
+            cancels = (await patiently(lambda: self.services.store.load(self.key))).cancels
         except SessionNotFound:
             return
         for key in cancels & self.exchanges.keys():

@@ -22,11 +22,11 @@ async def handle(session: Session, message: JSONRPCNotification, request: Reques
     session.make_current()
     with session.attending_later():
         work = session.runner.on_notify(_Context(session, request), message.method, message.params)
-        await session.node.contained(work, "handler of a notification")
+        await session.services.tasks.contained(work, "handler of a notification")
     task = asyncio.current_task()
     if task is None or not task.cancelling():
         await session.save()
-    elif not (session.ended or session.node.stopped):
+    elif not (session.ended or session.services.tasks.stopped):
         # The handler cancelled its own task, which would strike here.
         session.spawn(session.save())
 

@@ -42,11 +42,11 @@ class Reader(ABC):
         self._place = place
         self._primes = is_version_at_least(session.protocol_version, "2025-11-25")
         """The client understands a priming event."""
-        settings = session.node.settings
+        settings = session.services.settings
         self.outlet = Outlet(
             patience=settings.send_timeout,
             ping=settings.ping_interval,
-            until_closing=session.node.until_closing,
+            until_closing=session.services.drain.until_closing,
         )
         self.stays = False
         """Its client could not come back, so that a drain waits for its end."""
@@ -64,25 +64,31 @@ class Reader(ABC):
 
     async def serve(self, receive: Receive, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
         """Sends the stream until it ends, the session ends, or the client goes."""
-        node = self.session.node
-        node.readers.add(self)
+        services = self.session.services
+        services.readers.add(self)
         self.prime()
-        if node.draining:
+        if services.drain.begun:
             self.hand_over()
-        tasks = [node.spawn(self._feed()), node.spawn(self._watch(receive), copy_context())]
+        spawn = services.tasks.spawn
+        tasks = [spawn(self._feed()), spawn(self._watch(receive), copy_context())]
         try:
             with self.session:
                 await self.respond(send, headers)
         finally:
-            node.readers.discard(self)
+            services.readers.discard(self)
             self.outlet.leave()
             for task in tasks:
                 task.cancel()
             await self.gone()
 
+    @property
+    def key(self) -> str:
+        """Of the session."""
+        return self.session.key
+
     def shows_client(self, now: float) -> bool:
         """Whether the client is there, as far as its connection tells."""
-        return not self.outlet.gone and now - self.began < self.session.node.settings.connection_lifetime
+        return not self.outlet.gone and now - self.began < self.session.services.settings.connection_lifetime
 
     async def gone(self) -> None:  # noqa: B027 - most have nothing to do
         """The connection has ended."""
@@ -122,7 +128,7 @@ class Reader(ABC):
             self.put_priming(self._place)
 
     def put_priming(self, place: EventId) -> None:
-        frame = sse_priming(place.seal(self.session.id), self.session.node.settings.retry_interval)
+        frame = sse_priming(place.seal(self.session.id), self.session.services.settings.retry_interval)
         self.outlet.put(frame, self.mark(place.cursor.position))
 
     def mark(self, position: int) -> Mark:
@@ -131,7 +137,7 @@ class Reader(ABC):
 
     def hand_over(self) -> None:
         """The node stops: the client is told to come back, and the connection is closed (P8)."""
-        self.outlet.put(sse_retry(self.session.node.settings.retry_interval))
+        self.outlet.put(sse_retry(self.session.services.settings.retry_interval))
         self.outlet.end()
 
     def cut_off(self) -> None:

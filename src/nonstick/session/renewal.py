@@ -8,13 +8,11 @@ not seen, keeps its session for a bounded time. Then it expires as any other, an
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping
 
 from nonstick.core.settings import Settings
-
-if TYPE_CHECKING:
-    from nonstick.node.node import Node
-    from nonstick.session.live import Session
+from nonstick.session.live import Session
+from nonstick.session.services import Reading
 
 __all__ = ["Renewal", "unattended_seconds"]
 
@@ -27,17 +25,19 @@ def unattended_seconds(settings: Settings) -> float:
 class Renewal:
     """This node's part in keeping sessions from expiring."""
 
-    def __init__(self, node: Node) -> None:
-        self._node = node
+    def __init__(self, sessions: Mapping[str, Session], readers: Collection[Reading], settings: Settings) -> None:
+        self._sessions = sessions
+        self._readers = readers
+        self._settings = settings
 
     def due(self, *, unconfirmed: bool = False) -> list[str]:
         """Keys of the sessions to renew now; of the `unconfirmed` ones alone, which have a shorter lifetime."""
         now = asyncio.get_running_loop().time()
         self._close_old_streams(now)
-        reading = {reader.session.key for reader in self._node.readers if reader.shows_client(now)}
+        reading = {reader.key for reader in self._readers if reader.shows_client(now)}
         return [
             key
-            for key, session in self._node.sessions.items()
+            for key, session in self._sessions.items()
             if self._is_due(session, now, is_read=key in reading) and session.unconfirmed >= unconfirmed
         ]
 
@@ -50,18 +50,18 @@ class Renewal:
 
     def _extra_seconds(self, session: Session) -> float:
         """How long after the client's last sign the last renewal may be, so that the session expires in time."""
-        settings = self._node.settings
+        settings = self._settings
         granted = settings.first_lifetime if session.unconfirmed else settings.lifetime
         return unattended_seconds(settings) - granted
 
     def _close_old_streams(self, now: float) -> None:
         """A client that reads comes back, and is seen by that. One that does not read may keep a connection for days,
         in which pings fill the buffers of two kernels."""
-        began_before = now - self._node.settings.connection_lifetime
-        for reader in list(self._node.readers):
+        began_before = now - self._settings.connection_lifetime
+        for reader in list(self._readers):
             if reader.began < began_before:
                 reader.hand_over()
-        for session in self._node.sessions.values():
+        for session in self._sessions.values():
             for exchange in session.exchanges.values():
                 if exchange.began < began_before:
                     exchange.hand_over()

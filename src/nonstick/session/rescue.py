@@ -91,31 +91,31 @@ class Rescue:
         life, dead = self._history.life, False
         if life.is_relayed:
             lost = False
-            await session.node.placement.settle(session)
-        elif life.node == session.node.id:
+            await session.services.owners.settle(session.key)
+        elif life.node == session.services.node_id:
             running = any(exchange.stream == self._opened.position for exchange in session.exchanges.values())
             lost = not running
         else:
-            lost = dead = bool(await session.node.store.lapsed([life.node]))
+            lost = dead = bool(await session.services.store.lapsed([life.node]))
         suspected, self._suspected = self._suspected, lost
         if (lost and suspected) or (not lost and await self._is_mute(now)):
             await self._act(dead=dead)
 
     async def _is_mute(self, now: float) -> bool:
         """Whether the node lives and yet nobody there works for the stream: a failover may have lost its end (P9)."""
-        settings = self._session.node.settings
+        settings = self._session.services.settings
         if self._probe is None:
             if now - self._quiet_since < _PROBE_AFTER:
                 return False
             batch = Batch([draft(Kind.PROBE)], stream=self._opened.position, attempt=self._history.life.attempt)
             try:
-                self._probe = (await self._session.node.store.append(self._session.key, batch)).first
+                self._probe = (await self._session.services.store.append(self._session.key, batch)).first
             except (StreamClosed, Fenced):
                 # It has ended, or moved: the log will bring it.
                 self._quiet_since = now
             return False
         try:
-            entries = await self._session.node.store.skim(
+            entries = await self._session.services.store.skim(
                 self._session.key, Cursor(self._probe), limit=MAX_READ, clip=2
             )
         except Diverged:
@@ -138,11 +138,11 @@ class Rescue:
         if self._history.is_cancelled:
             await self._end(ErrorData(code=REQUEST_CANCELLED, message="Request cancelled"))
             return
-        owned = await self._session.node.placement.is_owned(self._session)
+        owned = await self._session.services.owners.is_owned(self._session.key)
         if owned:
-            await self._session.node.placement.settle(self._session, gone=node if dead else "")
+            await self._session.services.owners.settle(self._session.key, gone=node if dead else "")
         safe = not owned and await self._may_repeat()
-        again = safe and not self._history.is_partial and self._session.node.settings.reexecute == "idempotent"
+        again = safe and not self._history.is_partial and self._session.services.settings.reexecute == "idempotent"
         if again and await self._run_again():
             return
         await self._end(NODE_LOST.error(retry_safe=safe))
@@ -153,16 +153,15 @@ class Rescue:
         terminal = draft(Kind.TERMINAL, error_body(life.request["id"], error))
         batch = once(terminal, stream=self._opened.position, attempt=life.attempt, terminal=True)
         try:
-            await self._session.node.store.append(self._session.key, batch)
+            await self._session.services.store.append(self._session.key, batch)
         except (StreamClosed, Fenced):
             return
-        self._session.node.counters.rescued += 1
         logger.warning("session %s: ended a request whose node was lost", self._session.key[:12])
         await self._withdraw()
 
     async def _catch_up(self) -> None:
         """Finds out what came before the place where this client began to read: who took over, and cancels (P5)."""
-        store, log, after, part = self._session.node.store, self._session.key, self._opened.cursor, Slice(MAX_READ)
+        store, log, after, part = self._session.services.store, self._session.key, self._opened.cursor, Slice(MAX_READ)
         history = History(self._opened)
         while entries := await part.skim(store, log, Cursor(after.position)):
             for entry in entries:
@@ -202,7 +201,6 @@ class Rescue:
         )
         if taken:
             exchange.start(context_of(request, self._history.trace))
-            session.node.counters.reexecuted += 1
             await self._withdraw()
         return taken
 
@@ -217,8 +215,8 @@ class Rescue:
 
     async def _look_up(self, name: str) -> dict[str, Any] | None:
         """The tool, if the server lists it in time: in a task of its own, for its handler may end in any way (P16)."""
-        node = self._session.node
-        task = node.spawn(node.contained(self._find_tool(name), "handler for 'tools/list'"))
+        tasks = self._session.services.tasks
+        task = tasks.spawn(tasks.contained(self._find_tool(name), "handler for 'tools/list'"))
         try:
             await asyncio.wait([task], timeout=_LIST_SECONDS)
         finally:
@@ -227,8 +225,8 @@ class Rescue:
 
     async def _find_tool(self, name: str) -> dict[str, Any] | None:
         self._session.make_current()
-        node, connection = self._session.node, self._session.connection
-        runner: ServerRunner[Any] = ServerRunner(node.server, connection, node.lifespan_state)
+        served, connection = self._session.services.served, self._session.connection
+        runner: ServerRunner[Any] = ServerRunner(served.app, connection, served.lifespan_state)
         cursor: str | None = None
         for _ in range(_LIST_PAGES):
             page = await runner.on_request(_Silent(), "tools/list", None if cursor is None else {"cursor": cursor})

@@ -33,7 +33,7 @@ _EXISTENCE_POLL: Final = 4.0
 async def _entry(session: Session, cursor: Cursor) -> list[Event]:
     """The entry that a client's event id names, and what follows it; empty if the store no longer has it."""
     try:
-        events = await Slice(_FIRST_SLICE).read(session.node.store, session.key, Cursor(cursor.position - 1))
+        events = await Slice(_FIRST_SLICE).read(session.services.store, session.key, Cursor(cursor.position - 1))
     except Diverged:
         return []
     return events if events and events[0].cursor == cursor else []
@@ -109,7 +109,7 @@ class Resumption(Reader):
     async def _read_first(self) -> Event | None:
         """What is left of the log from where the stream began; nothing if the store lost that."""
         try:
-            found = await self.session.node.store.read(self.session.key, Cursor(self._place.stream - 1), limit=1)
+            found = await self.session.services.store.read(self.session.key, Cursor(self._place.stream - 1), limit=1)
         except Diverged:
             return None
         return found[0] if found else None
@@ -118,7 +118,7 @@ class Resumption(Reader):
         """Whether the store still has the stream's first event."""
         assert self._opened is not None
         try:
-            found = await self.session.node.store.skim(
+            found = await self.session.services.store.skim(
                 self.session.key, Cursor(self._opened.position - 1), limit=1, clip=0
             )
         except Diverged:

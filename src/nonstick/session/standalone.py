@@ -147,7 +147,7 @@ class StandaloneConnection(Reader):
         """Whether the log has this entry."""
         try:
             before = Cursor(cursor.position - 1)
-            found = await self.session.node.store.skim(self.session.key, before, limit=1, clip=0)
+            found = await self.session.services.store.skim(self.session.key, before, limit=1, clip=0)
         except Diverged:
             return False
         return bool(found) and found[0].event.cursor == cursor
@@ -155,7 +155,7 @@ class StandaloneConnection(Reader):
     async def _goes_on_after(self, position: int) -> bool:
         """Whether the store can tell what came after this position: not where it lost all of the log up to there."""
         try:
-            await self.session.node.store.skim(self.session.key, Cursor(position), limit=1, clip=0)
+            await self.session.services.store.skim(self.session.key, Cursor(position), limit=1, clip=0)
         except Diverged:
             return False
         return True
@@ -168,7 +168,7 @@ class StandaloneConnection(Reader):
             own: The one among them that the client will name.
         """
         session, search = self.session, Search(places)
-        head = (await session.node.store.load(session.key)).head.position
+        head = (await session.services.store.load(session.key)).head.position
         await self._scan(Cursor(0), search)
         start = search.latest(head)
         if start is not None and not await self._goes_on_after(start):
@@ -191,7 +191,7 @@ class StandaloneConnection(Reader):
     async def _scan(self, after: Cursor, search: Search | None = None) -> None:
         """Takes the log into account, all of it from this place on."""
         self._seen, self._turns = after, Turns()
-        while entries := await self._scanned.skim(self.session.node.store, self.session.key, self._seen):
+        while entries := await self._scanned.skim(self.session.services.store, self.session.key, self._seen):
             for event, _ in entries:
                 if search is not None:
                     search.note(event)
@@ -227,13 +227,13 @@ class StandaloneConnection(Reader):
             await self._append(draft(Kind.CARRYING, pydantic_core.to_json({"listener": turn})))
 
     async def _ask(self) -> Appended:
-        body = {"listener": None, "node": self.session.node.id}
+        body = {"listener": None, "node": self.session.services.node_id}
         return await self._append(draft(Kind.ASKING, pydantic_core.to_json(body)))
 
     async def _is_carried(self) -> bool:
         """Whether a newer connection carries the stream."""
         turn = self._turns.latest
-        return turn is not None and not turn.left and not await self.session.node.store.lapsed([turn.node])
+        return turn is not None and not turn.left and not await self.session.services.store.lapsed([turn.node])
 
     # ---- carrying it
 
@@ -285,7 +285,7 @@ class StandaloneConnection(Reader):
         self._position = sys.maxsize
         body = {
             "listener": self._turn,
-            "node": self.session.node.id,
+            "node": self.session.services.node_id,
             "since": self._where_to_begin(),
             # A client that is being told of everything has not heard it all.
             "heard": None if self._told else cursor_text(self._where_to_hear_on()),
@@ -293,7 +293,8 @@ class StandaloneConnection(Reader):
         if self._lost is not None:
             body["lost"] = self._lost
         # Its outcome must be known when this connection goes meanwhile: others wait for it to leave.
-        self._claim = self.session.node.spawn(self._append(draft(Kind.LISTENING, pydantic_core.to_json(body))))
+        work = self._append(draft(Kind.LISTENING, pydantic_core.to_json(body)))
+        self._claim = self.session.services.tasks.spawn(work)
         self._position = (await asyncio.shield(self._claim)).first
         self._claim = None
         turn_open = self._what_is_mine if self._named else self._what_is_open_before_mine
@@ -303,7 +304,7 @@ class StandaloneConnection(Reader):
         if not self._given:
             self._given.extend(place for place in self._turns.trail if place.position <= self._start)
         heard = self._where_to_hear_on()
-        self._heard = await self.patiently(lambda: self.session.node.cluster_log.settle(heard))
+        self._heard = await self.patiently(lambda: self.session.services.cluster_log.settle(heard))
         if self._heard != heard:
             self._told = ""
         self._heard_before = NOWHERE if self._told else self._heard
@@ -328,7 +329,7 @@ class StandaloneConnection(Reader):
         """The turn of this connection, until the log has been taken into account up to there."""
         if self._seen.position >= self._position:
             return None
-        return Turn(self._turn, self.session.node.id, self._position, 0)
+        return Turn(self._turn, self.session.services.node_id, self._position, 0)
 
     def _what_is_open_before_mine(self) -> Turn | None:
         return self._what_is_mine() or self._turns.open_before(self._position)
@@ -341,7 +342,7 @@ class StandaloneConnection(Reader):
     @property
     def _patience(self) -> float:
         """Seconds within which a connection that lives says what others wait for."""
-        return self.session.node.settings.send_timeout + _ANSWER_SECONDS
+        return self.session.services.settings.send_timeout + _ANSWER_SECONDS
 
     async def _follow_while(
         self, turn_open: Callable[[], Turn | None], *, answers: Callable[[Turn], bool] = lambda _: False
@@ -366,7 +367,7 @@ class StandaloneConnection(Reader):
                     continue
                 looked = loop.time()
                 node = turn.node
-                if await self.patiently(lambda: self.session.node.store.lapsed([node])):  # noqa: B023
+                if await self.patiently(lambda: self.session.services.store.lapsed([node])):  # noqa: B023
                     if doubted == turn.name:
                         turn.give_up()
                     doubted = turn.name
@@ -380,7 +381,7 @@ class StandaloneConnection(Reader):
     async def _carry_on(self) -> bool:
         """Carries the stream until the next turn begins (False), or it is hung up (True)."""
         with self.follow(Cursor(self._start)) as following:
-            hearers = self.session.node.cluster_log.hearers
+            hearers = self.session.services.cluster_log.hearers
             hearers.add(self)
             try:
                 end = await self._carry_until_end(following)
@@ -440,14 +441,14 @@ class StandaloneConnection(Reader):
 
     def hear(self) -> None:
         """Puts what was broadcast since, each thing once, if the stream has come to its live end and there is room."""
-        broadcasts = self.session.node.cluster_log.broadcasts
+        broadcasts = self.session.services.cluster_log.broadcasts
         if self._at is None or self._heard.position > broadcasts.head.position:
             return
         if self._heard == broadcasts.head and not self._told:
             return
         if not self.outlet.has_room:
             if self._hears_later is None:
-                self._hears_later = self.session.node.spawn(self._hear_later())
+                self._hears_later = self.session.services.tasks.spawn(self._hear_later())
             return
         news = broadcasts.since(self._heard)
         if news is None:
@@ -469,7 +470,7 @@ class StandaloneConnection(Reader):
 
     def hear_anew(self) -> None:
         """The store lost entries of the cluster log, and what there is now is known."""
-        if self._at is not None and self._heard.position > self.session.node.cluster_log.broadcasts.head.position:
+        if self._at is not None and self._heard.position > self.session.services.cluster_log.broadcasts.head.position:
             self._heard, self._told = NOWHERE, ""
         self.hear()
 
@@ -478,7 +479,7 @@ class StandaloneConnection(Reader):
 
         Each event id says what was told last, so that a client which comes back with it is told of the rest.
         """
-        server = self.session.node.server
+        server = self.session.services.served.app
         changed = [what for request, what in LISTS.items() if server.get_request_handler(request) is not None]
         everything = [*changed, *map(ResourceUpdated, sorted(self._subscribed))]
         bodies = {_name_of(what.body): what.body for what in (Broadcast.of(what, head) for what in everything)}
@@ -503,7 +504,7 @@ class StandaloneConnection(Reader):
         if event.position > self._known:
             self._subscribed |= {uri}
         since = parse_cursor(body["heard"]) or Cursor(0)
-        said = self.session.node.cluster_log.broadcasts.said_of(uri, since)
+        said = self.session.services.cluster_log.broadcasts.said_of(uri, since)
         if said is not None and said.position <= self._heard.position and uri in self._subscribed:
             await self.outlet.room()
             self._put(Broadcast.of(ResourceUpdated(uri), said).body, event.cursor, self._heard, self._told)
@@ -556,7 +557,7 @@ class StandaloneConnection(Reader):
     async def gone(self) -> None:
         if not self.session.ended:
             # Until it is said, others wait; but not this response, for a store that is away.
-            leaving = self.session.node.spawn(self._leave())
+            leaving = self.session.services.tasks.spawn(self._leave())
             with anyio.move_on_after(_LEAVE_SECONDS, shield=True):
                 await asyncio.wait([leaving])
 

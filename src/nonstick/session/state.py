@@ -163,12 +163,12 @@ class State:
             new = decide(old)
             data = None if new is _ABSENT else to_json(key, new)
             stored = {name: data for name, data in fields.items() if name.startswith(STATE)}
-            check_size(stored, {name: data}, session.node.settings.max_state_bytes)
+            check_size(stored, {name: data}, session.services.settings.max_state_bytes)
             adopted = data, count + 1
             return {name: data, CHANGED: b" ".join([b"%d" % (count + 1), *marks[1 - _MARKS :], mark])}
 
         async with self._told():
-            await change_fields(session.node.store, session.key, changes)
+            await change_fields(session.services.store, session.key, changes)
         session.state.adopt(key, *adopted)
         return old
 
@@ -181,7 +181,7 @@ class State:
 
     async def _load(self) -> Mapping[str, bytes]:
         async with self._told():
-            return (await self._session.node.store.load(self._session.key, renew=False)).fields
+            return (await self._session.services.store.load(self._session.key, renew=False)).fields
 
     @asynccontextmanager
     async def _told(self) -> AsyncIterator[None]:
@@ -190,7 +190,7 @@ class State:
             with discreet():
                 yield
         except SessionNotFound:
-            self._session.node.spawn(self._session.end())
+            self._session.services.tasks.spawn(self._session.end())
             await anyio.lowlevel.checkpoint()
             raise
 
