@@ -39,9 +39,8 @@ from nonstick.commands.checks import check_shared
 from nonstick.core.settings import Options
 from nonstick.core.settings import Settings as EndpointSettings
 from nonstick.errors import ConfigurationError, NonstickError, StoreUnavailable, StoreUnusable, Undecryptable
-from nonstick.node.drain import GONE_AFTER
+from nonstick.node.drain import GONE_AFTER, seconds_left_here
 from nonstick.node.exits import exit_status
-from nonstick.node.node import seconds_left_here
 from nonstick.protocols import Draining
 from nonstick.store import Store
 from nonstick.stores import open_store

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import Final, Protocol
 
@@ -16,7 +17,7 @@ from nonstick.session.services import Reading
 from nonstick.waiting.deadline import Deadline
 from nonstick.waiting.tasks import Tasks
 
-__all__ = ["GONE_AFTER", "STOP_SECONDS", "Drain", "Guest"]
+__all__ = ["GONE_AFTER", "STOP_SECONDS", "Drain", "Guest", "seconds_left_here"]
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,15 @@ GONE_AFTER: Final = 1.5
 STOP_SECONDS: Final = 0.4
 """Seconds that a handler which is ended by a drain gets to stop, before its request ends without it; and that the
 store then gets to take the end."""
+
+
+_gone_by = 0.0
+"""When, by the monotonic clock, what the last drain in this process ends has to have ended."""
+
+
+def seconds_left_here() -> float:
+    """Until what the last drain in this process ends has to have ended; 0 if there was none."""
+    return max(_gone_by - time.monotonic(), 0.0)
 
 
 class Guest(Protocol):
@@ -82,6 +92,8 @@ class Drain:
         """Stops taking work. Once."""
         self.begun = True
         self._grace_ends = asyncio.get_running_loop().time() + self._grace
+        global _gone_by
+        _gone_by = time.monotonic() + self._grace + GONE_AFTER
         self._store.end_at(self._grace_ends + GONE_AFTER)
         for reader in list(self._readers):
             reader.hand_over()

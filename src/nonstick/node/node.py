@@ -7,7 +7,6 @@ import logging
 import os
 import secrets
 import socket
-import time
 import weakref
 from collections.abc import Coroutine, Sequence
 from contextlib import AbstractContextManager
@@ -22,7 +21,7 @@ from nonstick.errors import SessionNotFound, StoreUnavailable, without_text
 from nonstick.log.cluster_log import CLUSTER_KEY, ClusterLog
 from nonstick.log.guard import GuardedStore
 from nonstick.log.trim import Trimming
-from nonstick.node.drain import GONE_AFTER, STOP_SECONDS, Drain, Guest
+from nonstick.node.drain import STOP_SECONDS, Drain, Guest
 from nonstick.node.exits import draining_on_signals, end_loop, note_exit, stop_host
 from nonstick.node.lease import LeaseKeeper
 from nonstick.node.placement import Placement
@@ -33,7 +32,7 @@ from nonstick.session.services import Reading, Served, Services
 from nonstick.store import Loaded
 from nonstick.waiting.tasks import Exit, Tasks
 
-__all__ = ["Node", "begin_drain_here", "exit_in", "seconds_left_here"]
+__all__ = ["Node", "begin_drain_here", "exit_in"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +40,6 @@ _TOUCHED_AT_ONCE: Final = 256
 _FOR_THE_LEASE: Final = 0.3
 """Seconds at the end that are kept for giving the lease back."""
 
-_gone_by = 0.0
-"""When, by the monotonic clock, what the last drain in this process ends has to have ended."""
 _running: weakref.WeakSet[Node] = weakref.WeakSet()
 
 
@@ -60,11 +57,6 @@ def exit_in(loop: asyncio.AbstractEventLoop, error: Exit) -> bool:
     if node is not None:
         loop.call_soon(node.exit, error, context=Context())
     return node is not None
-
-
-def seconds_left_here() -> float:
-    """Until what the last drain in this process ends has to have ended; 0 if there was none."""
-    return max(_gone_by - time.monotonic(), 0.0)
 
 
 class Node:
@@ -209,12 +201,9 @@ class Node:
 
     def begin_drain(self) -> None:
         """Stops taking work (P8). May be called more than once."""
-        if self._drain.begun:
-            return
-        global _gone_by
-        _gone_by = time.monotonic() + self.services.settings.grace + GONE_AFTER
-        self._drain.begin()
-        self.services.tasks.spawn(self.placement.give_up_idle())
+        if not self._drain.begun:
+            self._drain.begin()
+            self.services.tasks.spawn(self.placement.give_up_idle())
 
     async def drain(self) -> None:
         """Drains, and returns when everything here has finished, or been ended at the end of the grace period."""

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Final
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from nonstick.node.node import begin_drain_here, seconds_left_here
+from nonstick.node.drain import seconds_left_here
+from nonstick.node.node import begin_drain_here
 
 __all__ = ["Draining", "DrainingH11"]
 
