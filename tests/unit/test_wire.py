@@ -14,7 +14,7 @@ from pydantic_core import PydanticSerializationError
 from starlette.types import Message
 
 from nonstick.core.jsonrpc import error_body, notification_body, request_body, result_body
-from nonstick.core.refusals import Refusal
+from nonstick.core.refusals import Reason, Refusal
 from nonstick.core.sse import sse_frame, sse_priming, sse_retry
 from nonstick.http.respond import refuse
 from nonstick.session.outlet import Mark, Outlet
@@ -95,7 +95,7 @@ def test_priming_event_has_an_id_and_no_message() -> None:
 
 async def test_refusal_says_what_is_wrong_in_json() -> None:
     client = Client()
-    refusal = Refusal(405, "no", allow="GET", retry_after=3)
+    refusal = Refusal(Reason(405, "no", allow="GET", retry_after=3))
     await refuse(client.send, refusal, [(b"x", b"y")])
     head, body = client.messages
     headers = dict(head["headers"])
@@ -110,7 +110,7 @@ async def test_refusal_says_what_is_wrong_in_json() -> None:
 
 async def test_plain_refusal_is_text_and_changes_no_header_that_it_was_given() -> None:
     client, given_headers = Client(), [(b"x", b"y")]
-    await refuse(client.send, Refusal(403, "no", plain=True), given_headers)
+    await refuse(client.send, Refusal(Reason(403, "no", plain=True)), given_headers)
     assert client.body == b"no"
     assert given_headers == [(b"x", b"y")]
 

@@ -11,7 +11,6 @@ import pydantic_core
 from mcp.shared.dispatcher import coerce_request_id
 from mcp.shared.jsonrpc_dispatcher import progress_token_from_params
 from mcp_types import (
-    INVALID_REQUEST,
     ErrorData,
     JSONRPCError,
     JSONRPCMessage,
@@ -20,7 +19,7 @@ from mcp_types import (
     RequestId,
 )
 
-from nonstick.core.refusals import Refusal
+from nonstick.core.refusals import TOO_LONG, Refusal
 
 __all__ = [
     "LONGEST_ID",
@@ -139,7 +138,7 @@ def _check_id(what: str, value: str | int | None) -> None:
 
 
 def _too_long(what: str, limit: str) -> Refusal:
-    return Refusal(400, f"Bad Request: the {what} is longer than {limit}", INVALID_REQUEST)
+    return Refusal(TOO_LONG, what=what, limit=limit)
 
 
 def json_depth_exceeds(value: Any, limit: int) -> bool:

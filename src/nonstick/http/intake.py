@@ -9,7 +9,7 @@ from typing import Final
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope
 
-from nonstick.core.refusals import Refusal, shutting_down
+from nonstick.core.refusals import BODY_TOO_LARGE, HEAD_TOO_LARGE, SHUTTING_DOWN, TOO_SLOW, Refusal
 from nonstick.waiting.deadline import Deadline
 
 __all__ = ["after_body", "arrived", "check_headers", "header"]
@@ -47,8 +47,8 @@ async def arrived(
                 del until_closing[deadline]
     except TimeoutError:
         if deadline.was_hastened:
-            raise shutting_down() from None
-        raise Refusal(408, f"Request Timeout: the request did not arrive within {seconds:g} s") from None
+            raise Refusal(SHUTTING_DOWN) from None
+        raise Refusal(TOO_SLOW, seconds=seconds) from None
     if message["type"] != "http.request":
         raise ClientDisconnect
     if len(body) > limit:
@@ -93,7 +93,7 @@ async def _rest(begun: bytes, receive: Receive, limit: int) -> bytes:
 
 def _too_large() -> Refusal:
     # The SDK's own words.
-    return Refusal(413, "Request body too large", plain=True)
+    return Refusal(BODY_TOO_LARGE)
 
 
 def header(scope: Scope, name: str) -> str | None:
@@ -113,4 +113,4 @@ def check_headers(scope: Scope, limit: int) -> None:
         Refusal: They are longer.
     """
     if sum(map(len, chain.from_iterable(scope["headers"]))) > limit:
-        raise Refusal(431, f"Request Header Fields Too Large: the headers are longer than {limit} bytes")
+        raise Refusal(HEAD_TOO_LARGE, limit=limit)

@@ -18,7 +18,6 @@ from mcp.server import MCPServer, Server
 from mcp.server.streamable_http import (
     LAST_EVENT_ID_HEADER,
     MCP_SESSION_ID_HEADER,
-    REQUEST_CANCELLED,
     EventStore,
     check_accept_headers,
 )
@@ -36,10 +35,8 @@ from mcp.shared.inbound import MCP_PROTOCOL_VERSION_HEADER
 from mcp.shared.jsonrpc_dispatcher import cancelled_request_id_from_params, progress_token_from_params
 from mcp_types import (
     DEFAULT_NEGOTIATED_VERSION,
-    INTERNAL_ERROR,
     INVALID_PARAMS,
     INVALID_REQUEST,
-    PARSE_ERROR,
     ErrorData,
     JSONRPCError,
     JSONRPCMessage,
@@ -60,7 +57,30 @@ from nonstick.core.jsonrpc import as_number, check_names, error_body, json_depth
 from nonstick.core.names import UNNAMED, identity, is_session_id, is_session_of, new_session_id, session_key
 from nonstick.core.principals import principal_of
 from nonstick.core.record import CONFIRMED, Record
-from nonstick.core.refusals import SHUT_DOWN, Refusal, missing_id, shutting_down, unavailable, unknown_event_id
+from nonstick.core.refusals import (
+    CANCELLED_BY_CLIENT,
+    ID_IN_USE,
+    INITIALIZE_TOO_LONG,
+    NO_BATCHES,
+    NO_ID,
+    NO_MESSAGE,
+    NO_STREAM_ACCEPTED,
+    NO_SUCH_METHOD,
+    NOT_BOTH_ACCEPTED,
+    NOT_FOUND,
+    NOT_JSON,
+    NOT_JSON_ACCEPTED,
+    NOT_PARSED,
+    NOT_RUNNING,
+    SHUT_DOWN,
+    SHUTTING_DOWN,
+    STORE_UNAVAILABLE,
+    TOO_DEEP,
+    TOO_MANY_NOTICES,
+    TOO_MANY_REQUESTS,
+    UNKNOWN_EVENT_ID,
+    Refusal,
+)
 from nonstick.core.settings import Options, Settings, check_arguments, settings_of
 from nonstick.errors import ConfigurationError, NonstickError, NotRunning, SessionNotFound, StoreUnavailable
 from nonstick.http.intake import arrived, check_headers, header
@@ -103,13 +123,6 @@ _OFTEN: Final = ("notifications/progress", "notifications/cancelled")
 
 _LONGEST_URI: Final = 2048
 """Characters of a resource's URI that a record keeps."""
-
-_HOW_TO_RUN: Final = (
-    "nonstick is not running in this process: its lifespan was not entered. Run the app itself with an ASGI server, "
-    "or, where it is mounted in another app, give the host its lifespan: FastAPI(lifespan=app.lifespan), or in the "
-    "host's own lifespan: async with app.lifespan(): yield (for an app given to nonstick.adopt(): "
-    "async with app.router.lifespan_context(app): yield)"
-)
 
 
 class SessionManager:
@@ -385,7 +398,7 @@ class SessionManager:
 
     def _running(self) -> Node:
         if self._node is None:
-            raise NotRunning(_HOW_TO_RUN)
+            raise NotRunning(NOT_RUNNING.message)
         return self._node
 
     # ---- requests
@@ -397,7 +410,7 @@ class SessionManager:
     async def asgi_app(self, scope: Scope, receive: Receive, send: Send) -> None:
         """This manager as an ASGI application."""
         if self._node is None:
-            await refuse(send, Refusal(500, _HOW_TO_RUN, INTERNAL_ERROR), [])
+            await refuse(send, Refusal(NOT_RUNNING), [])
             return
         if self.settings.node_header:
             send = _with_header(send, (b"nonstick-node", self._node.name.encode()))
@@ -415,11 +428,11 @@ class SessionManager:
         except ClientDisconnect:
             logger.debug("a client went before its request was whole")
         except SessionNotFound:
-            await refuse(send, Refusal(404, "Session not found"), [])
+            await refuse(send, Refusal(NOT_FOUND), [])
         except Refusal as refusal:
             # What is still to come of the request is not waited for; but who is in the middle of a large body would not
             # read the answer of a connection that closes.
-            await refuse(send, refusal, [] if refusal.status == 413 else [(b"connection", b"close")])
+            await refuse(send, refusal, [] if refusal.reason.status == 413 else [(b"connection", b"close")])
 
     async def _serve_sessionless(self, node: Node, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         """Newer clients have no session: the SDK's own manager serves them."""
@@ -454,10 +467,10 @@ class SessionManager:
         except Refusal as refusal:
             await refuse(send, refusal, headers)
         except SessionNotFound:
-            await refuse(send, Refusal(404, "Session not found"), [])
+            await refuse(send, Refusal(NOT_FOUND), [])
         except StoreUnavailable as error:
             logger.warning("answered 503: %s", error)
-            later = unavailable("The session store cannot be reached. The session is kept; try again.")
+            later = Refusal(STORE_UNAVAILABLE)
             await refuse(send, later, headers)
 
     async def _serve_without_session(self, request: Request, body: bytes, send: Send) -> None:
@@ -466,7 +479,7 @@ class SessionManager:
         if request.method == "POST":
             message = self._parse(request.scope, body)
             if not (isinstance(message, JSONRPCRequest) and message.method == "initialize"):
-                raise missing_id()
+                raise Refusal(NO_ID)
             principal = principal_of(request.scope)
             node.services.requests.check(principal)
             self._check_initialize(message)
@@ -490,11 +503,11 @@ class SessionManager:
                 await exchange.serve(send, [_session_header(session_id)], copy_context())
         elif request.method == "GET":
             _check_accepts_stream(request)
-            raise missing_id()
+            raise Refusal(NO_ID)
         elif request.method == "DELETE":
-            raise missing_id()
+            raise Refusal(NO_ID)
         else:
-            raise _no_such_method()
+            raise Refusal(NO_SUCH_METHOD)
 
     async def _serve_session(
         self,
@@ -541,7 +554,7 @@ class SessionManager:
         elif request.method == "DELETE":
             await self._delete(key, send, headers)
         else:
-            raise _no_such_method()
+            raise Refusal(NO_SUCH_METHOD)
 
     def _parse(self, scope: Scope, body: bytes) -> JSONRPCMessage:
         """The one JSON-RPC message in this body.
@@ -552,32 +565,26 @@ class SessionManager:
         has_json, has_sse = _accepts(scope)
         if self.json_response:
             if not has_json:
-                raise Refusal(406, "Not Acceptable: Client must accept application/json")
+                raise Refusal(NOT_JSON_ACCEPTED)
         elif not (has_json and has_sse):
-            raise Refusal(406, "Not Acceptable: Client must accept both application/json and text/event-stream")
+            raise Refusal(NOT_BOTH_ACCEPTED)
         content_type = header(scope, "content-type") or ""
         if not (_is_json(content_type) if len(content_type) <= _KEPT_HEADER else _read_is_json(content_type)):
-            raise Refusal(415, "Unsupported Media Type: Content-Type must be application/json")
+            raise Refusal(NOT_JSON)
         if body.lstrip()[:1] == b"[":
             # Before it is parsed: a body full of empty lists takes twenty times its size.
-            raise Refusal(
-                400, "Validation error: JSON-RPC batches are not supported; send one message a request", INVALID_PARAMS
-            )
+            raise Refusal(NO_BATCHES)
         try:
             raw = pydantic_core.from_json(body, allow_inf_nan=False)
         except ValueError as error:
-            raise Refusal(400, f"Parse error: {error}", PARSE_ERROR) from None
+            raise Refusal(NOT_PARSED, error=error) from None
         limit = self.settings.max_json_depth
         if body.count(b"[") + body.count(b"{") > limit and json_depth_exceeds(raw, limit):
-            raise Refusal(400, f"Parse error: nested in more than {limit} levels", PARSE_ERROR)
+            raise Refusal(TOO_DEEP, limit=limit)
         try:
             parsed = jsonrpc_message_adapter.validate_python(raw, by_name=False)
         except ValidationError:
-            raise Refusal(
-                400,
-                "Validation error: the body must be one JSON-RPC 2.0 request, notification or response",
-                INVALID_PARAMS,
-            ) from None
+            raise Refusal(NO_MESSAGE) from None
         check_names(parsed)
         return parsed
 
@@ -614,7 +621,7 @@ class SessionManager:
                 await relay_notice(session, message, request, patience=_NOTICE_PATIENCE)
             return
         if len(session.notices) >= self.settings.max_streams:
-            raise Refusal(429, "Too many notifications of this session are being handled; wait for some", retry_after=1)
+            raise Refusal(TOO_MANY_NOTICES)
         if session.principal:
             session.services.requests.check_share(session.principal)
         request, context = _as_relayed(session, request)
@@ -632,17 +639,17 @@ class SessionManager:
         headers: list[tuple[bytes, bytes]],
     ) -> None:
         if session.services.drain.is_closing:
-            raise shutting_down()
+            raise Refusal(SHUTTING_DOWN)
         elsewhere = node.placement.elsewhere(session, loaded)
         key = request_key(message.id)
         if key in session.exchanges or key in session.relays:
-            raise Refusal(409, "Conflict: a request with this id is still running in this session")
+            raise Refusal(ID_IN_USE)
         if len(session.exchanges) + len(session.relays) >= self.settings.max_streams:
-            raise Refusal(429, "Too many requests of this session are running; wait for some", retry_after=1)
+            raise Refusal(TOO_MANY_REQUESTS)
         if key in loaded.cancels:
             # It was overtaken by its own cancel (P5), which has done its work with that.
             session.services.tasks.spawn(session.services.store.append(session.key, Batch([], uncancel=key)))
-            error = ErrorData(code=REQUEST_CANCELLED, message="Request cancelled")
+            error = CANCELLED_BY_CLIENT
             await send_body(send, 200, error_body(message.id, error), [*headers, JSON_TYPE])
             return
         if message.method == "resources/subscribe" and (no_room := self._refuse_subscription(session, message.params)):
@@ -661,7 +668,7 @@ class SessionManager:
         hold = await self._room_in_log(session, message)
         if hold is not None and key in session.exchanges:
             hold.release()
-            raise Refusal(409, "Conflict: a request with this id is still running in this session")
+            raise Refusal(ID_IN_USE)
         connection = request
         request, context = _as_relayed(session, request)
         with session.services.requests.hold(request, session.principal):
@@ -689,7 +696,7 @@ class SessionManager:
     def _check_initialize(self, message: JSONRPCRequest) -> None:
         limit = self.settings.max_initialize_bytes
         if len(pydantic_core.to_json(message.params)) > limit:
-            raise Refusal(400, f"The parameters of initialize are longer than {limit} bytes", INVALID_PARAMS)
+            raise Refusal(INITIALIZE_TOO_LONG, limit=limit)
 
     def _refuse_subscription(self, session: Session, params: dict[str, Any] | None) -> ErrorData | None:
         """The error for a subscription that the session's record has no room for (P10)."""
@@ -747,7 +754,7 @@ class SessionManager:
             text = request.headers.get(LAST_EVENT_ID_HEADER)
             place = parse_event_id(text, session.id) if text else None
             if text and place is None:
-                raise unknown_event_id()
+                raise Refusal(UNKNOWN_EVENT_ID)
             resumes = place is not None and place.stream != STANDALONE
             room = session.resumptions if resumes else session.listeners
             room.check()
@@ -770,7 +777,7 @@ class SessionManager:
                 finally:
                     del until_closing[deadline]
         except TimeoutError:
-            raise shutting_down() from None
+            raise Refusal(SHUTTING_DOWN) from None
 
     async def _reader(self, session: Session, place: EventId | None) -> Reader:
         if place is not None and place.stream != STANDALONE:
@@ -796,10 +803,6 @@ def _as_relayed(session: Session, request: Request) -> tuple[Request, Context]:
     return request, portable.context_of(request, tracing.here())
 
 
-def _no_such_method() -> Refusal:
-    return Refusal(405, "Method Not Allowed", allow="GET, POST, DELETE")
-
-
 def _accepts(scope: Scope) -> tuple[bool, bool]:
     """Whether JSON, and whether an event stream, may be the answer."""
     accept = header(scope, "accept") or ""
@@ -823,7 +826,7 @@ _is_json: Final = lru_cache(maxsize=64)(_read_is_json)
 
 def _check_accepts_stream(request: Request) -> None:
     if not _accepts(request.scope)[1]:
-        raise Refusal(406, "Not Acceptable: Client must accept text/event-stream")
+        raise Refusal(NO_STREAM_ACCEPTED)
 
 
 def _session_header(session_id: str) -> tuple[bytes, bytes]:

@@ -17,16 +17,16 @@ JSON_TYPE: Final = (b"content-type", b"application/json")
 
 async def refuse(send: Send, refusal: Refusal, headers: list[tuple[bytes, bytes]]) -> None:
     """A whole response that says why a request is refused."""
-    headers = list(headers)
-    if refusal.retry_after is not None:
-        headers.append((b"retry-after", str(refusal.retry_after).encode()))
-    if refusal.allow is not None:
-        headers.append((b"allow", refusal.allow.encode()))
-    if refusal.plain:
-        await send_body(send, refusal.status, refusal.message.encode(), headers)
+    headers, reason = [*headers], refusal.reason
+    if reason.retry_after is not None:
+        headers.append((b"retry-after", str(reason.retry_after).encode()))
+    if reason.allow is not None:
+        headers.append((b"allow", reason.allow.encode()))
+    if reason.plain:
+        await send_body(send, reason.status, refusal.message.encode(), headers)
     else:
-        body = error_body(None, ErrorData(code=refusal.code, message=refusal.message))
-        await send_body(send, refusal.status, body, [*headers, JSON_TYPE])
+        body = error_body(None, ErrorData(code=reason.code, message=refusal.message))
+        await send_body(send, reason.status, body, [*headers, JSON_TYPE])
 
 
 async def send_body(send: Send, status: int, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:

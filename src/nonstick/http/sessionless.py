@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nonstick.core import ending
 from nonstick.core.jsonrpc import error_body
-from nonstick.core.refusals import shutting_down
+from nonstick.core.refusals import SHUTTING_DOWN, Refusal
 from nonstick.core.sse import sse_message
 from nonstick.errors import without_text
 from nonstick.http.intake import header
@@ -84,7 +84,7 @@ class Sessionless:
         """
         listening = listens(scope)
         if listening and self._closed:
-            raise shutting_down()
+            raise Refusal(SHUTTING_DOWN)
         response = _Response(send)
         with _held(self._listening if listening else self._working) as until:
             if listening:

@@ -8,7 +8,7 @@ from starlette.types import Receive, Scope, Send
 
 from nonstick.core.principals import principal_of
 from nonstick.core.record import Record
-from nonstick.core.refusals import missing_id
+from nonstick.core.refusals import NO_ID, Refusal
 from nonstick.errors import SessionNotFound
 
 if TYPE_CHECKING:
@@ -86,6 +86,6 @@ class Session:
             Refusal: This session is open already: its requests carry its id.
         """
         if not self._is_new:
-            raise missing_id()
+            raise Refusal(NO_ID)
         self._is_new = False
         return self.id

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-from nonstick.core.refusals import Refusal
+from nonstick.core.refusals import LOG_FULL, Refusal
 from nonstick.core.retention import Amount, Outline, Waste
 from nonstick.core.settings import Settings
 from nonstick.errors import StoreError
@@ -219,11 +219,7 @@ class Trimmer:
             self._begin(size)
             await self._trimmed()
         if not self._has_room(size):
-            raise Refusal(
-                429,
-                "The log of this session is full of requests that have not ended (max_log_bytes); wait for some to end",
-                retry_after=1,
-            )
+            raise Refusal(LOG_FULL)
         self._held += size
         return Hold(self, size)
 

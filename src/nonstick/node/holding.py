@@ -13,7 +13,6 @@ from typing import Any, Final
 
 import pydantic_core
 from mcp_types import (
-    INVALID_REQUEST,
     ErrorData,
     JSONRPCNotification,
     JSONRPCRequest,
@@ -23,7 +22,7 @@ from starlette.requests import Request
 from nonstick.core.events import Kind, decode, draft, kind_of
 from nonstick.core.jsonrpc import error_body, request_key
 from nonstick.core.record import OWNER, RELEASED, Record
-from nonstick.core.refusals import NODE_LOST, NOT_REBUILT, NOT_STARTED, SHUT_DOWN, Refusal
+from nonstick.core.refusals import ID_IN_USE, NODE_LOST, NOT_REBUILT, NOT_STARTED, SHUT_DOWN, TOO_MANY_REQUESTS, Refusal
 from nonstick.core.settings import Rehydrate
 from nonstick.errors import Diverged, SessionNotFound, StoreUnavailable
 from nonstick.log.follow import whole
@@ -242,17 +241,13 @@ class Holding:
     def _refusal(self, key: str) -> ErrorData | None:
         session = self.session
         if key in session.exchanges or key in self._taking:
-            return ErrorData(
-                code=INVALID_REQUEST, message="Conflict: a request with this id is still running in this session"
-            )
+            return Refusal(ID_IN_USE).error
         if len(session.exchanges) + len(self._taking) >= self._services.settings.max_streams:
-            return ErrorData(
-                code=INVALID_REQUEST, message="Too many requests of this session are running; wait for some"
-            )
+            return Refusal(TOO_MANY_REQUESTS).error
         try:
             self._services.requests.check(session.principal)
         except Refusal as refusal:
-            return ErrorData(code=refusal.code, message=refusal.message)
+            return refusal.error
         return None
 
     async def _take_over(self, event: Event, body: dict[str, Any], message: JSONRPCRequest, request: Request) -> None:

@@ -16,6 +16,12 @@ from typing import Any, Final, Self
 
 from nonstick.core.introductions import INTRODUCTIONS
 from nonstick.core.record import Record
+from nonstick.core.refusals import (
+    NODE_RUNS_TOO_MANY,
+    NODE_STREAMS_TOO_MANY,
+    PRINCIPAL_RUNS_TOO_MANY,
+    PRINCIPAL_STREAMS_TOO_MANY,
+)
 from nonstick.core.settings import Settings
 from nonstick.errors import SessionNotFound, StoreUnavailable, without_text
 from nonstick.log.cluster_log import CLUSTER_KEY, ClusterLog
@@ -96,12 +102,9 @@ class Node:
             readers=readers,
             requests=Quota(
                 settings.max_streams_per_node,
-                503,
-                "This node is running as many requests as it may; try again",
+                NODE_RUNS_TOO_MANY,
                 share=settings.max_principal_share,
-                share_message=(
-                    "You have as many requests running on this node as one principal may; wait for some to end"
-                ),
+                share_held=PRINCIPAL_RUNS_TOO_MANY,
             ),
             trimming=Trimming(store, settings, tasks.spawn),
             cluster_log=cluster_log,
@@ -109,10 +112,9 @@ class Node:
         self.placement = self.services.owners = Placement(self.services, self.sessions)
         self.listeners = Quota(
             settings.max_listeners_per_node,
-            503,
-            "As many streams are open on this node as it may keep; try again",
+            NODE_STREAMS_TOO_MANY,
             share=settings.max_principal_share,
-            share_message="You have as many streams open on this node as one principal may; close one",
+            share_held=PRINCIPAL_STREAMS_TOO_MANY,
         )
         self._exit: Exit | None = None
         """What a handler raised that wants the process to end."""

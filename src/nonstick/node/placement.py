@@ -13,7 +13,7 @@ from collections.abc import Coroutine, Mapping
 from typing import Any, Final
 
 from nonstick.core.record import LOST, OWNER
-from nonstick.core.refusals import SESSION_LOST, Refusal
+from nonstick.core.refusals import HOLDER_GONE, SESSION_LOST, Refusal
 from nonstick.errors import StoreError
 from nonstick.log.lost import end_open
 from nonstick.log.survey import survey
@@ -203,4 +203,4 @@ def _holding(session: Session) -> Holding:
 
 
 def _gone() -> Refusal:
-    return Refusal(404, "Session not found: the server node that held it is gone. Open a new session with initialize")
+    return Refusal(HOLDER_GONE)

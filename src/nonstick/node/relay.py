@@ -20,7 +20,7 @@ from starlette.types import Receive, Send
 from nonstick.core.events import EventId, Kind, body_of, draft, kind_of
 from nonstick.core.jsonrpc import error_body, request_key
 from nonstick.core.names import new_attempt, new_name
-from nonstick.core.refusals import ANSWER_UNREAD, IN_DOUBT, SESSION_ENDED, SHUT_DOWN, Refusal
+from nonstick.core.refusals import ANSWER_UNREAD, IN_DOUBT, NOT_FOUND, SESSION_ENDED, SHUT_DOWN, Refusal
 from nonstick.core.sse import sse_message
 from nonstick.errors import SessionNotFound, StoreUnavailable
 from nonstick.http.respond import JSON_TYPE, refuse, send_body
@@ -165,7 +165,7 @@ class Relay(Resumption):
         try:
             await super().feed()
         except SessionNotFound:
-            self._answer_with(Refusal(404, "Session not found"))
+            self._answer_with(Refusal(NOT_FOUND))
             self._say(SESSION_ENDED)
         except Exception:
             if not self._gave_id:

@@ -19,7 +19,6 @@ from typing import Any, Final, Literal, assert_never
 
 import anyio
 import pydantic_core
-from mcp.server.streamable_http import REQUEST_CANCELLED
 from mcp.shared.dispatcher import CallOptions
 from mcp.shared.exceptions import MCPError, NoBackChannelError
 from mcp.shared.jsonrpc_dispatcher import progress_token_from_params
@@ -36,7 +35,20 @@ from nonstick.core.events import EventId, Kind, cursor_text, decode, draft
 from nonstick.core.jsonrpc import LONGEST_METHOD, error_body, notification_body, request_key, result_body
 from nonstick.core.names import new_attempt, new_name
 from nonstick.core.record import UNCONFIRMED, Record, opening_fields, subscription_field
-from nonstick.core.refusals import SHUT_DOWN, STREAM_LOST, Refusal, unavailable
+from nonstick.core.refusals import (
+    CANCELLED_BY_CLIENT,
+    INTERRUPTED,
+    NOT_FOUND,
+    NOT_OPENED,
+    NOT_RUN_HERE,
+    NOT_STORED,
+    SHUT_DOWN,
+    STORE_UNAVAILABLE,
+    STREAM_LOST,
+    TOO_MANY_SESSIONS,
+    TOO_MANY_SESSIONS_OF_PRINCIPAL,
+    Refusal,
+)
 from nonstick.core.settings import EVERYBODY, Answer
 from nonstick.core.sse import SSE_HEADERS, sse_frame, sse_message, sse_priming, sse_retry
 from nonstick.errors import (
@@ -83,10 +95,6 @@ _UNSENT: Final = 1000
 _UNSENT_BYTES: Final = 1024 * 1024
 """Messages of one request that wait for a store that is away; beyond that the oldest are dropped."""
 
-_FULL: Final = Refusal(503, "Too many open sessions", INTERNAL_ERROR, retry_after=10)
-_TOO_MANY: Final = Refusal(
-    429, "Too many sessions of this principal are open; end one with DELETE, or wait until one expires", retry_after=10
-)
 
 _MOST_TRIES: Final = 3
 """Tasks that are to tell one request's end, one after the other: somebody may cancel each of them."""
@@ -336,9 +344,9 @@ class Exchange:
         if not self._is_decided:
             # Nobody shall wait for what will not come.
             if self._window is None:
-                self._refuse(unavailable("This node was shut down before it ran the request. Try again."))
+                self._refuse(Refusal(NOT_RUN_HERE))
             else:
-                self._refuse(Refusal(500, "The request was interrupted", INTERNAL_ERROR))
+                self._refuse(Refusal(INTERRUPTED))
         services.requests.release(self._request)
         self.session.__exit__()
 
@@ -366,14 +374,14 @@ class Exchange:
         """The store says that this request's end is not ours to tell, or cannot take it now."""
         match error:
             case SessionNotFound():
-                self._refuse(Refusal(404, "Session not found"))
+                self._refuse(Refusal(NOT_FOUND))
                 self.session.services.tasks.spawn(self.session.end())
             case StreamClosed() | Fenced():
                 # Another node has ended this stream: nothing more of it is ours to say, or to keep (P7).
                 self.session.state.revert()
                 self._give_up_stream()
             case StoreUnavailable():
-                self._refuse(unavailable("The session store cannot be reached. The session is kept; try again."))
+                self._refuse(Refusal(STORE_UNAVAILABLE))
                 if self._in_doubt is not None:
                     # A stream may have been opened that nobody would end.
                     await self._end_stream(error_body(self.message.id, _NOT_RUN), {})
@@ -435,7 +443,7 @@ class Exchange:
         match self._stopped:
             case "cancelled":
                 # This era's wire ends a request only with a response, also a cancelled one (as the SDK).
-                self._failure = ErrorData(code=REQUEST_CANCELLED, message="Request cancelled")
+                self._failure = CANCELLED_BY_CLIENT
             case "failed":
                 assert self._failure is not None
             case "fenced":
@@ -452,7 +460,7 @@ class Exchange:
             body = self._told(asyncio.CancelledError())
         async with self._writing:
             if body is None:
-                self._refuse(Refusal(404, "Session not found"))
+                self._refuse(Refusal(NOT_FOUND))
                 return
             if self._opens:
                 await self._open(body)
@@ -577,12 +585,13 @@ class Exchange:
                 session.key, fields, lifetime=settings.first_lifetime, limits=settings.session_limits(self._principal)
             )
         except TooManySessions as error:
-            self._answer_with(_FULL if error.group == EVERYBODY else _TOO_MANY)
+            full = TOO_MANY_SESSIONS if error.group == EVERYBODY else TOO_MANY_SESSIONS_OF_PRINCIPAL
+            self._answer_with(Refusal(full))
             return
         except AlreadyExists:
             if not self._tries:
                 # What is there is nobody's whom this client could ask for it. The next try draws another id.
-                self._answer_with(unavailable("The session could not be opened. Try again."))
+                self._answer_with(Refusal(NOT_OPENED))
                 return
             # The task before this one made it, and was cancelled before it heard so.
         self._visible = True
@@ -771,7 +780,7 @@ class Exchange:
     def end(self) -> None:
         """The session ended (P6)."""
         self._stop("ended")
-        self._refuse(Refusal(404, "Session not found"))
+        self._refuse(Refusal(NOT_FOUND))
 
     def fail(self, error: ErrorData) -> None:
         """It is ended from this side, with this error."""
@@ -801,7 +810,7 @@ class Exchange:
     def let_go(self) -> None:
         """Closes the client's connection, whatever is still to be said: another node says it when this one is gone."""
         if self._opens:
-            self._refuse(unavailable("This node was shut down before the session could be stored. Try again."))
+            self._refuse(Refusal(NOT_STORED))
             return
         # Not 503, which says "try again": it ran.
         self._answer_with(error_body(self.message.id, SHUT_DOWN))

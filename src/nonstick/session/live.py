@@ -30,7 +30,7 @@ from nonstick.core.clipping import cancel_params, progress_params
 from nonstick.core.events import Kind, body_of, decode, draft, kind_of
 from nonstick.core.jsonrpc import as_number, notification_body, request_body, request_key
 from nonstick.core.record import CONFIRMED, Record
-from nonstick.core.refusals import STORE_AWAY
+from nonstick.core.refusals import STORE_AWAY, TOO_MANY_RESUMED, TOO_MANY_STREAMS
 from nonstick.core.retention import Amount
 from nonstick.core.values import SessionState
 from nonstick.errors import Diverged, NotPending, SessionNotFound, StoreUnavailable, without_text
@@ -211,8 +211,7 @@ class Session:
         """Connections to the standalone stream."""
         return Quota(
             self.services.settings.max_listeners,
-            429,
-            "Too many streams of this session are open; close one, or wait for one to end",
+            TOO_MANY_STREAMS,
         )
 
     @cached_property
@@ -220,8 +219,7 @@ class Session:
         """Streams of requests that are being resumed."""
         return Quota(
             self.services.settings.max_streams,
-            429,
-            "Too many streams of this session are being resumed; wait for one to end",
+            TOO_MANY_RESUMED,
         )
 
     @cached_property

@@ -8,9 +8,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from mcp_types import INTERNAL_ERROR, INVALID_REQUEST
-
-from nonstick.core.refusals import Refusal
+from nonstick.core.refusals import Reason, Refusal
 
 __all__ = ["Quota", "Slot"]
 
@@ -20,20 +18,17 @@ class Quota:
 
     Args:
         slots: How many there are.
-        status: HTTP status of the refusal where none is left: 429 if the client has them, 503 if all clients have.
-        message: What to tell the client.
+        none_left: Why one is refused where none is left.
         share: The share of the slots that may be one principal's. Clients without one, who cannot be told apart, are
             not limited by it.
-        share_message: What to tell the client where its principal has that many.
+        share_held: Why one is refused to a principal that has its share; as `none_left` if nothing else is said.
     """
 
-    def __init__(self, slots: int, status: int, message: str, *, share: float = 1.0, share_message: str = "") -> None:
+    def __init__(self, slots: int, none_left: Reason, *, share: float = 1.0, share_held: Reason | None = None) -> None:
         self._slots = slots
         self._share = max(1, int(slots * share))
-        self._status = status
-        self._code = INVALID_REQUEST if status < 500 else INTERNAL_ERROR
-        self._message = message
-        self._share_message = share_message
+        self._none_left = none_left
+        self._share_held = share_held or none_left
         self._held: dict[object, int] = {}
         self._whose: dict[object, bytes] = {}
         """The principal of each holder that has one."""
@@ -53,7 +48,7 @@ class Quota:
         if principal:
             self.check_share(principal)
         if len(self._held) >= self._slots:
-            raise Refusal(self._status, self._message, self._code, retry_after=1)
+            raise Refusal(self._none_left)
 
     def check_share(self, principal: bytes) -> None:
         """Returns if this principal may have one more slot, as far as its share goes.
@@ -62,7 +57,7 @@ class Quota:
             Refusal: It has its share.
         """
         if self._taken.get(principal, 0) >= self._share:
-            raise Refusal(429, self._share_message, INVALID_REQUEST, retry_after=1)
+            raise Refusal(self._share_held)
 
     def hold(self, holder: object, principal: bytes = b"") -> Slot:
         """Holds a slot while the block runs, even where none is left: see `check`."""

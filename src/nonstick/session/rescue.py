@@ -12,7 +12,6 @@ import logging
 from typing import Any
 
 from mcp.server.runner import ServerRunner
-from mcp.server.streamable_http import REQUEST_CANCELLED
 from mcp.shared.dispatcher import CallOptions
 from mcp.shared.exceptions import NoBackChannelError
 from mcp.shared.transport_context import TransportContext
@@ -21,7 +20,7 @@ from starlette.requests import Request
 
 from nonstick.core.events import Kind, draft, kind_of
 from nonstick.core.jsonrpc import error_body
-from nonstick.core.refusals import NODE_LOST
+from nonstick.core.refusals import CANCELLED_BY_CLIENT, NODE_LOST
 from nonstick.core.streams import History
 from nonstick.errors import Diverged, Fenced, NotPending, StreamClosed
 from nonstick.log.follow import Slice, whole
@@ -136,7 +135,7 @@ class Rescue:
             self._suspected = False
             return
         if self._history.is_cancelled:
-            await self._end(ErrorData(code=REQUEST_CANCELLED, message="Request cancelled"))
+            await self._end(CANCELLED_BY_CLIENT)
             return
         owned = await self._session.services.owners.is_owned(self._session.key)
         if owned:

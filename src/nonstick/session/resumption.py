@@ -10,7 +10,7 @@ from typing import Final
 
 from nonstick.core.events import EventId, Kind, kind_of
 from nonstick.core.jsonrpc import error_body
-from nonstick.core.refusals import STREAM_LOST, unknown_event_id
+from nonstick.core.refusals import STREAM_LOST, UNKNOWN_EVENT_ID, Refusal
 from nonstick.core.sse import sse_message
 from nonstick.errors import Diverged, StoreUnavailable
 from nonstick.log.follow import Slice
@@ -65,7 +65,7 @@ class Resumption(Reader):
             return
         first = self._events[0]
         if first.stream != stream:
-            raise unknown_event_id()
+            raise Refusal(UNKNOWN_EVENT_ID)
         if first.position != stream:
             first = await self._read_first() or first
         if first.position == stream and kind_of(first.data) is Kind.OPENED:
