@@ -10,15 +10,18 @@ import pytest
 
 from nonstick.errors import (
     AlreadyExists,
+    ConfigurationError,
     Diverged,
     Fenced,
     NotPending,
     SessionNotFound,
     StoreError,
     StoreUnavailable,
+    StoreUnusable,
     StreamClosed,
     TooManySessions,
     Trimmed,
+    Undecryptable,
 )
 from nonstick.log.follow import Slice
 from nonstick.log.guard import GuardedStore
@@ -30,6 +33,7 @@ from nonstick.store import (
     Cursor,
     Draft,
     Event,
+    Loaded,
     Skimmed,
     Store,
     Wake,
@@ -184,6 +188,93 @@ async def test_callers_own_timeout_is_not_taken_for_the_stores() -> None:
             await guarded.load(KEY)
 
 
+# ---- when it is no use to wait
+
+
+async def test_no_call_lasts_longer_than_the_node() -> None:
+    """P8: whatever patience it was granted."""
+    guarded = GuardedStore(Unsteady(*["hang"] * 10), patience=600)
+    loop = asyncio.get_running_loop()
+    guarded.end_at(loop.time() + 0.05)
+    started = loop.time()
+    for call in calls(guarded):
+        with pytest.raises(StoreUnavailable):
+            await call()
+    assert in_time(loop.time() - started, 5)
+
+
+async def test_store_that_hangs_when_it_is_closed_does_not_keep_the_node(caplog: pytest.LogCaptureFixture) -> None:
+    """P8: once the node's end is near."""
+
+    class Hanging(MemoryStore):
+        async def __aexit__(self, *error: Any) -> None:
+            await asyncio.Event().wait()
+
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(60), GuardedStore(Hanging()) as guarded:
+        guarded.end_at(loop.time())
+    assert "could not be closed in time" in caplog.text
+
+
+async def test_what_is_under_way_may_be_ended_and_nothing_else() -> None:
+    """`end_pending`: neither what has ended, nor what comes after it."""
+    unsteady = Unsteady("work", "work", "hang")
+    guarded = GuardedStore(unsteady, patience=600)
+    await guarded.create(KEY, {}, lifetime=9)
+    await guarded.load(KEY)
+    guarded.end_pending()
+    await asyncio.sleep(0)
+    hanging = asyncio.create_task(guarded.load(KEY))
+    await asyncio.sleep(0)
+    assert unsteady.calls == 3
+    async with asyncio.timeout(60):
+        guarded.end_pending()
+        with pytest.raises(StoreUnavailable):
+            await hanging
+        await guarded.load(KEY)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (StoreUnusable("make its directory"), StoreUnusable),
+        (Undecryptable("make its directory"), Undecryptable),
+        (ConfigurationError("make its directory"), StoreUnusable),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+async def test_what_would_be_so_again_is_said_at_once(error: Exception, said: type[StoreError]) -> None:
+    """P9: somebody has to change something first, and reads what."""
+    asked: list[str] = []
+
+    class Misfit(MemoryStore):
+        async def load(self, key: str, *, renew: bool = True) -> Loaded:
+            asked.append(key)
+            raise error
+
+    with pytest.raises(StoreUnavailable, match="make its directory") as caught:
+        await GuardedStore(Misfit(), patience=600).load(KEY)
+    assert caught.type is said
+    assert asked == [KEY]
+
+
+async def test_pauses_between_repeats_grow_up_to_half_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """P9: a store that was away for long is asked again soon after it is back."""
+    pauses: list[float] = []
+
+    async def pass_at_once(seconds: float) -> None:
+        pauses.append(seconds)
+
+    unsteady = Unsteady(*["fail"] * 20)
+    guarded = GuardedStore(unsteady, patience=600)
+    with monkeypatch.context() as patched:
+        patched.setattr("nonstick.log.guard.asyncio.sleep", pass_at_once)
+        await guarded.ping()
+    assert len(pauses) == 20
+    assert 0.01 <= pauses[0] <= 0.02
+    assert all(0.25 <= pause <= 0.5 for pause in pauses[5:])
+
+
 # ---- errors that a method may not raise
 
 MAY: dict[str, set[type[StoreError]]] = {
@@ -269,6 +360,9 @@ async def test_what_an_append_may_raise_is_what_its_batch_gives_reason_for(
         with pytest.raises(StoreError) as caught:
             await store.append(KEY, batch)
         assert caught.type is (error if error in may or issubclass(error, StoreUnavailable) else StoreUnavailable)
+        # What a store says may name its host, or what it keeps.
+        assert caught.value.__cause__ is None
+        assert caught.value.__suppress_context__ or caught.type is error
 
 
 async def test_a_cursor_without_a_tag_and_a_create_without_limits_have_fewer_answers() -> None:
@@ -328,6 +422,30 @@ async def test_read_that_failed_is_repeated_for_less() -> None:
         del store.asked[:]
         assert len(await guarded.skim(KEY, Cursor(0), limit=256)) == 1
         assert store.asked == [(256, 0), (64, 0), (16, 0)]
+
+
+async def test_read_that_keeps_failing_asks_for_one_event_at_least() -> None:
+    """P10: less than that is no question."""
+    store = Overtaxed(0, 0)
+    guarded = GuardedStore(store, patience=0.2)
+    await guarded.create(KEY, {}, lifetime=60)
+    with pytest.raises(StoreUnavailable):
+        await guarded.read(KEY, Cursor(0), limit=2, max_bytes=5)
+    assert store.asked[:3] == [(2, 5), (1, 1), (1, 1)]
+
+
+async def test_reading_goes_on_behind_a_place_that_was_trimmed() -> None:
+    """P10: not from the beginning: what is left before the place was read."""
+    guarded = GuardedStore(MemoryStore())
+    await guarded.create(KEY, {}, lifetime=60)
+    await guarded.append(KEY, Batch([Draft(b"1 bytes.", b"kept")], stream=NEW_STREAM))
+    await guarded.append(KEY, Batch([Draft(b"2 bytes.", b"trimmed"), Draft(b"3 bytes.", b"new")]))
+    await guarded.trim(KEY, standalone_before=3)
+    with pytest.raises(Trimmed):
+        await guarded.read(KEY, Cursor(2, b"2 bytes."))
+    assert [event.position for event in await guarded.read_on(KEY, Cursor(2, b"2 bytes."))] == [3]
+    assert [event.position for event in await Slice().read(guarded, KEY, Cursor(2, b"2 bytes."))] == [3]
+    assert [entry.event.position for entry in await Slice().skim(guarded, KEY, Cursor(2, b"2 bytes."))] == [3]
 
 
 async def test_slice_stays_small_until_something_is_read_and_grows_again() -> None:
