@@ -215,7 +215,7 @@ async def test_reply_that_the_log_cannot_take_is_503_and_counts_once_it_can(
     memory: MakeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """P4, P9: 202 means that the handler gets it."""
-    monkeypatch.setattr("nonstick.http.manager._NOTICE_PATIENCE", 0.05)
+    monkeypatch.setattr("nonstick.http.post.PATIENCE_FOR_WHAT_COMES_ONCE", 0.05)
     stores: list[DownStore] = []
 
     def make() -> Store:

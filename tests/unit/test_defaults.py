@@ -224,7 +224,7 @@ def test_manager_without_options_hides_its_node_and_encrypts_nothing() -> None:
     """Its namespace is the server's name."""
     plain = manager()
     assert not isinstance(plain.store, nonstick.EncryptedStore)
-    assert plain.namespace == "defaults"
+    assert plain.endpoint.namespace == "defaults"
     assert (plain.stateless, plain.json_response, plain.max_request_body_size) == (False, False, 4_194_304)
 
 

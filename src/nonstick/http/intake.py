@@ -1,22 +1,65 @@
-"""What is admitted of a request on its way in: how long its head and its body may be, and whose it is (P10)."""
+"""What is admitted of a request on its way in: its head, its body, and the one message in that (P10)."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable
+from functools import lru_cache
 from itertools import chain
-from typing import Final
+from typing import Final, Protocol
 
-from starlette.requests import ClientDisconnect
+import pydantic_core
+from mcp.server.streamable_http import check_accept_headers
+from mcp_types import JSONRPCMessage, jsonrpc_message_adapter
+from pydantic import ValidationError
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope
 
-from nonstick.core.refusals import BODY_TOO_LARGE, HEAD_TOO_LARGE, SHUTTING_DOWN, TOO_SLOW, Refusal
+from nonstick.core.jsonrpc import check_names, json_depth_exceeds
+from nonstick.core.refusals import (
+    BODY_TOO_LARGE,
+    HEAD_TOO_LARGE,
+    NO_BATCHES,
+    NO_MESSAGE,
+    NO_STREAM_ACCEPTED,
+    NOT_BOTH_ACCEPTED,
+    NOT_JSON,
+    NOT_JSON_ACCEPTED,
+    NOT_PARSED,
+    SHUTTING_DOWN,
+    TOO_DEEP,
+    TOO_SLOW,
+    Refusal,
+)
 from nonstick.waiting.deadline import Deadline
 
-__all__ = ["after_body", "arrived", "check_headers", "header"]
+__all__ = ["TRANSPORT", "Routed", "after_body", "arrived", "check_accepts_stream", "check_headers", "header", "parse"]
+
+TRANSPORT: Final = "nonstick.session"
+"""Where an ASGI scope says that this request was routed to one session."""
 
 
 _HEADERS: Final = "nonstick.headers"
 """Where a scope keeps its headers by name, with the list that they are from."""
+
+
+class Routed(Protocol):
+    """The session that a request was routed to, by routing that is not ours."""
+
+    def check(self, session_id: str | None) -> None:
+        """Returns if a request with this id in its headers may be served there.
+
+        Raises:
+            SessionNotFound: It is another session's.
+        """
+        ...
+
+    def open(self) -> str:
+        """The id that an `initialize` without one opens.
+
+        Raises:
+            Refusal: The session is open already: its requests carry its id.
+        """
+        ...
 
 
 async def arrived(
@@ -114,3 +157,70 @@ def check_headers(scope: Scope, limit: int) -> None:
     """
     if sum(map(len, chain.from_iterable(scope["headers"]))) > limit:
         raise Refusal(HEAD_TOO_LARGE, limit=limit)
+
+
+def parse(scope: Scope, body: bytes, *, json_alone: bool, max_depth: int) -> JSONRPCMessage:
+    """The one JSON-RPC message in this body.
+
+    Args:
+        json_alone: Answers are never streams, so that clients need not accept any.
+        max_depth: Levels of nesting.
+
+    Raises:
+        Refusal: It is no such thing, or the headers are wrong.
+    """
+    has_json, has_sse = _accepts(scope)
+    if json_alone:
+        if not has_json:
+            raise Refusal(NOT_JSON_ACCEPTED)
+    elif not (has_json and has_sse):
+        raise Refusal(NOT_BOTH_ACCEPTED)
+    content_type = header(scope, "content-type") or ""
+    if not (_is_json(content_type) if len(content_type) <= _KEPT_HEADER else _read_is_json(content_type)):
+        raise Refusal(NOT_JSON)
+    if body.lstrip()[:1] == b"[":
+        # Before it is parsed: a body full of empty lists takes twenty times its size.
+        raise Refusal(NO_BATCHES)
+    try:
+        raw = pydantic_core.from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise Refusal(NOT_PARSED, error=error) from None
+    if body.count(b"[") + body.count(b"{") > max_depth and json_depth_exceeds(raw, max_depth):
+        raise Refusal(TOO_DEEP, limit=max_depth)
+    try:
+        parsed = jsonrpc_message_adapter.validate_python(raw, by_name=False)
+    except ValidationError:
+        raise Refusal(NO_MESSAGE) from None
+    check_names(parsed)
+    return parsed
+
+
+def _accepts(scope: Scope) -> tuple[bool, bool]:
+    """Whether JSON, and whether an event stream, may be the answer."""
+    accept = header(scope, "accept") or ""
+    return _accepted(accept) if len(accept) <= _KEPT_HEADER else _read_accept(accept)
+
+
+def _read_accept(accept: str) -> tuple[bool, bool]:
+    """As the SDK reads it."""
+    return check_accept_headers(Request({"type": "http", "headers": [(b"accept", accept.encode("latin-1"))]}))
+
+
+def _read_is_json(content_type: str) -> bool:
+    return "application/json" in (part.strip() for part in content_type.split(";")[0].split(","))
+
+
+# Clients say few things. One may fill a head with them, which is not kept (P10).
+_KEPT_HEADER: Final = 256
+_accepted: Final = lru_cache(maxsize=64)(_read_accept)
+_is_json: Final = lru_cache(maxsize=64)(_read_is_json)
+
+
+def check_accepts_stream(scope: Scope) -> None:
+    """Returns if an event stream may be the answer.
+
+    Raises:
+        Refusal: The client does not accept one.
+    """
+    if not _accepts(scope)[1]:
+        raise Refusal(NO_STREAM_ACCEPTED)

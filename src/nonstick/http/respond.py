@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Final
 
+from mcp.server.streamable_http import MCP_SESSION_ID_HEADER
 from mcp_types import ErrorData
-from starlette.types import Send
+from starlette.types import Message, Send
 
 from nonstick.core.jsonrpc import error_body
 from nonstick.core.refusals import Refusal
 
-__all__ = ["JSON_TYPE", "refuse", "send_body"]
+__all__ = ["JSON_TYPE", "refuse", "send_body", "session_header", "with_header"]
 
 JSON_TYPE: Final = (b"content-type", b"application/json")
 
@@ -34,3 +35,19 @@ async def send_body(send: Send, status: int, body: bytes, headers: list[tuple[by
     headers = [*headers, (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+def session_header(session_id: str) -> tuple[bytes, bytes]:
+    """The header by which a response names its session."""
+    return MCP_SESSION_ID_HEADER.encode(), session_id.encode()
+
+
+def with_header(send: Send, header: tuple[bytes, bytes]) -> Send:
+    """Sends responses with one header more."""
+
+    async def send_with(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", ()), header]}
+        await send(message)
+
+    return send_with

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, Self
+from typing import Self
 
 from starlette.types import Receive, Scope, Send
 
@@ -10,14 +10,10 @@ from nonstick.core.principals import principal_of
 from nonstick.core.record import Record
 from nonstick.core.refusals import NO_ID, Refusal
 from nonstick.errors import SessionNotFound
+from nonstick.http.intake import TRANSPORT
+from nonstick.http.manager import SessionManager
 
-if TYPE_CHECKING:
-    from nonstick.http.manager import SessionManager
-
-__all__ = ["TRANSPORT", "Session"]
-
-TRANSPORT: Final = "nonstick.session"
-"""Where an ASGI scope says that this request was routed to one `Session`."""
+__all__ = ["Session"]
 
 
 class Session:
@@ -36,7 +32,7 @@ class Session:
     def __init__(self, manager: SessionManager, *, existing_session_id: str | None = None) -> None:
         self._manager = manager
         self._is_new = existing_session_id is None
-        self.id = manager.new_session_id() if existing_session_id is None else existing_session_id
+        self.id = manager.endpoint.new_session_id() if existing_session_id is None else existing_session_id
         self.record: Record | None = None
         """What was known of the session when `hydrate` loaded it."""
 
@@ -55,7 +51,7 @@ class Session:
             StoreUnavailable: Answer 503 with Retry-After, never 404: that would end the session for the client (P9).
             NotRunning: The manager does not run in this process.
         """
-        loaded = await manager.load(manager.key(session_id))
+        loaded = await manager.load(manager.endpoint.key(session_id))
         record = Record.from_fields(loaded.fields)
         if record.principal != (b"" if scope is None else principal_of(scope)):
             raise SessionNotFound
