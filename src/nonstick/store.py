@@ -1,7 +1,7 @@
 """The store protocol: a session is a small record plus an ordered log. These docstrings are the specification.
 
 Words (docs/glossary.md): an *event* is one immutable entry of a session's log; its *position* is an int from 1,
-without gaps, assigned by the append; its *tag* is 8 random bytes that its writer chose. A *stream* is named by the
+without gaps, assigned by the append; its *tag* is 8 random bytes, chosen by the writer. A *stream* is named by the
 position of its `opened` event; 0 is the session's standalone stream, to which everything belongs that is not one
 POST's. A *writer* is whoever appends, with at most one append outstanding, numbered by its own sequence from 1.
 
@@ -11,8 +11,8 @@ Rules for every method:
   never sees the id itself (P13).
 * Only the store's clock decides expiry. An expired session is indistinguishable from one that never existed.
 * `SessionNotFound` makes a client drop its session, so it is raised only on the word of a server that can know (P15):
-  not of one that was replaced and has not noticed, nor of one that came back without its data. Till that is clear the
-  store is unavailable. The same holds for each other answer that says that something is not there.
+  not of one that was replaced and has not noticed, nor of one that came back without its data. Until that is certain,
+  the call raises `StoreUnavailable`. The same holds for each other answer that says that something is not there.
 * A failure to reach the store, or to hear its answer, raises `StoreUnavailable` and nothing else. A write then has
   an unknown outcome. Every write here may be repeated as it was, with the same arguments: that is how the outcome is
   learned.
@@ -73,8 +73,8 @@ MAX_READ = 1000
 """The largest `limit` that `read` and `skim` take."""
 
 MAX_READ_BYTES = 1024 * 1024
-"""The largest `max_bytes` that `read` takes: a thousand events may be gigabytes, and whoever fetches them at once holds
-up everybody else, in the store as in the node (P10)."""
+"""The largest `max_bytes` that `read` takes: a thousand events may be gigabytes, and fetching them at once holds
+everybody up, in the store as in the node (P10)."""
 
 MAX_CLIP = 1024
 """The largest `clip` that `skim` takes: with `MAX_READ` events about as much as one `read` gives."""
@@ -149,7 +149,11 @@ class Loaded(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one append writes, all or nothing.
+    """What one append writes, all or nothing: events, and what else changes in the same step.
+
+    Most batches have `events`, `writer`, `sequence` and `stream` alone. The others are about the stream's life
+    (`attempt`, `take_over`, `terminal`), the pending set (`expect`, `answers`, `settle`), the record's cancels
+    (`cancel`, `uncancel`) and its `fields`; each stands for itself.
 
     Attributes:
         events: One or more drafts, except where only `settle`, `uncancel` or `fields` is wanted: then none.
@@ -330,7 +334,7 @@ class Store(Protocol):
         ...
 
     async def touch(self, keys: Collection[str]) -> None:
-        """Renews the expiry of those of these sessions that are live; the others are passed over."""
+        """Renews the expiry of those of these sessions that are live; the others are ignored."""
         ...
 
     async def delete(self, key: str) -> bool:

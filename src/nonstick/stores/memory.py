@@ -49,7 +49,7 @@ from nonstick.stores.common.watches import Watches
 __all__ = ["MemoryStore"]
 
 _SWEEP_SECONDS = 10.0
-"""How often expired sessions are looked for. A look costs time in proportion to the live sessions."""
+"""Between two looks for expired sessions. A look costs time in proportion to the live sessions."""
 
 
 @dataclass(slots=True)

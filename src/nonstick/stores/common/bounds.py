@@ -30,7 +30,7 @@ def check_bounds(*, limit: int, max_bytes: int = 1, clip: int = 0) -> None:
 def fitting(events: Iterable[Event], max_bytes: int) -> Iterator[Event]:
     """The first of these events, and those after it while they are together no more than `max_bytes`.
 
-    Takes one more than it gives, and no more than that.
+    Takes from `events` at most one more than it gives.
     """
     size = 0
     for number, event in enumerate(events):

@@ -41,7 +41,7 @@ def grace_in(text: str) -> float:
 
 
 def unknown_option(name: str, known: Iterable[str], advice: str = "") -> ConfigurationError:
-    """What to raise for an option that there is none of."""
+    """What to raise for an option that does not exist."""
     names = list(known)
     close = close_to(name, names)
     shown = f" {name!r}" if _NAME.fullmatch(name) else ""

@@ -132,10 +132,10 @@ class Sealer:
         return place, self.ring.open(key, _bound_to(stream, event.tag), _PLACE.size, event.data)
 
     def _explained(self, what: str, error: Undecryptable, data: bytes) -> Undecryptable:
-        """The error, with what it is about; logged, once for each key: an operator has to know, whoever asked."""
+        """The error, with what it is about. Also logged, once for each key: an operator has to know."""
         explained = Undecryptable(f"{what} {error}")
         name = (key_name_of(data) or b"").hex()
-        # Whoever writes to the store can make up any number of keys.
+        # An attacker who can write to the store can make up any number of keys.
         if name not in self.told and len(self.told) < _MOST_TOLD:
             self.told.add(name)
             logger.error("%s; this node has %s", explained, ", ".join(self.ring.names) or "no key")

@@ -1,8 +1,8 @@
 """News of appends by NOTIFY: gathered and sent after the commit, heard on one LISTEN connection per process.
 
-NOTIFY inside an append's transaction would make all appends of a database commit one after the other. So whoever
-appended announces it afterwards; what gathers while an announcement is under way goes with the next one. What is
-lost (a process that dies in between, an interruption) is found by those who read on their own after some silence.
+NOTIFY inside an append's transaction would make all appends of a database commit one after the other. So the process
+that appended announces the append afterwards; what gathers while an announcement is under way goes with the next one.
+What is lost (a process dies in between, a connection breaks) is found by followers: they read after some silence.
 
 All of a deployment's news go over one channel, named like its schema. PostgreSQL lets every role that may connect hear
 it and write to it, so nothing in it is believed, and nothing of a session shows in it (P14). A payload is a first line
@@ -42,7 +42,7 @@ MAX_PAYLOAD: Final = 7_999
 """Bytes that PostgreSQL lets through."""
 
 _MAX_PAYLOADS: Final = 32
-"""Payloads of one transaction: it holds a lock that all who announce need."""
+"""Payloads of one transaction, which holds a lock that every process needs to announce."""
 
 _MAX_WAITING: Final = 10_000
 """News that may wait for the server. Beyond that everybody is told to read."""
@@ -50,7 +50,8 @@ _MAX_WAITING: Final = 10_000
 _EVERYBODY: Final = " "
 
 _EVERYBODY_SECONDS: Final = 0.2
-"""Between two times that everybody is told to read, which anybody may say and costs in proportion to the watches."""
+"""Seconds, at least, between two times that every watch is told to read: any role may ask for that, and it costs in
+proportion to the watches."""
 
 _PROOF: Final = "!"
 """Begins what a process sends to itself. No key does."""
@@ -100,7 +101,7 @@ class Wakes:
         return self._reader.watch(key, wake)
 
     def announce(self, key: str, news: News | None) -> None:
-        """This process appended these, or ended the session: None."""
+        """This process appended these events. None: it ended the session, or may have appended."""
         self._reader.announce(key, news)
         self._announcer.announce(key)
 
@@ -134,7 +135,7 @@ class Announcer:
             self._task = background.spawn(self._run(), name="nonstick: announce on PostgreSQL")
 
     async def send_to_self(self, proof: str) -> bool:
-        """Sends a payload without news, in whose place is this; whether that went well."""
+        """Sends a payload that has this proof in place of news. Returns whether it was sent."""
         try:
             await self._notify([f"{self.sender}\n{_PROOF}{proof}"])
         except StoreUnavailable:
@@ -200,7 +201,7 @@ class NewsReader:
         return stop
 
     def announce(self, key: str, news: News | None) -> None:
-        """What this process did itself, as the server answered it. Of others' doings it hears that there are some."""
+        """Wakes the watches for what this process did itself."""
         self._watches.announce(key, news)
 
     async def close(self) -> None:

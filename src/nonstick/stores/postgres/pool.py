@@ -50,7 +50,7 @@ TROUBLE: Final = (
     TimeoutError,
     StoreUnusable,
 )
-"""What the driver raises when it cannot do what it was told; and `connect`, where it is known why."""
+"""What the driver raises when it cannot do what it was told, and what `connect` raises where it knows the cause."""
 
 _ADVICE: Final = {
     "08": "the connection to the store was lost",
@@ -246,7 +246,7 @@ class Pool:
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled():
-            task.exception()  # whose caller was cancelled, nobody asks for it
+            task.exception()  # if its caller was cancelled, nobody else takes it
 
     def close_idle(self) -> None:
         """Closes what nobody has used for a while."""

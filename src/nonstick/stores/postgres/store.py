@@ -354,7 +354,7 @@ class PostgresStore:
                 while (await self._functions.call("sweep", _SWEEP))[0][0]:
                     pass
             except (StoreUnavailable, ConfigurationError) as error:
-                logger.debug("%s could not be swept: %s", self.url, error)  # whoever uses it hears of its trouble
+                logger.debug("%s could not be swept: %s", self.url, error)  # calls report its trouble
 
 
 # ---- between Python and the functions

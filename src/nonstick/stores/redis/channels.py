@@ -1,8 +1,8 @@
-"""Who else may use the channels of a store on a Redis-compatible server: its ACL says so, if one may ask.
+"""Which other users may use the channels of a store on a Redis-compatible server, as far as its ACL may be read.
 
 What nodes announce there is whole events, so that another node need not read them. A user who may subscribe sees what
-clients are sent; one who may publish can show them what was never appended, and answer in their place. Who may read and
-write the sessions themselves gains nothing by that, so only users who may not are told of.
+clients are sent; a user who may publish can show clients what was never appended, and answer in their place. A user who
+may read and write the sessions themselves gains nothing by that, so only other users are reported.
 """
 
 from __future__ import annotations

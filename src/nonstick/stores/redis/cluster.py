@@ -26,7 +26,7 @@ logger = logging.getLogger("nonstick.store")
 
 SLOTS: Final = 16384
 _ASK_SECONDS: Final = 0.5
-"""How long one member may take to tell who has which slots, before the next one is asked."""
+"""How long one member may take to tell which member has which slots, before the next one is asked."""
 
 _PAUSE_SECONDS: Final = 0.1
 """Between two readings of the table, while calls fail."""
@@ -52,7 +52,7 @@ def key_slot(key: str) -> int:
 
 @dataclass(slots=True)
 class _Table:
-    """Who has which slots, as one member told it.
+    """Which member has which slots, as one of them told it.
 
     Attributes:
         owners: By slot. Empty until it was told for the first time.
@@ -172,7 +172,7 @@ class ClusterServers:
             server = self._servers[address] = Server(address, self._limits)
         return server
 
-    # ---- who owns what
+    # ---- owners of slots
 
     async def _owner(self, slot: int) -> Address:
         if not self._table.owners:
@@ -249,7 +249,7 @@ class ClusterServers:
         return min(_ASK_SECONDS, self._limits.timeout)
 
     async def _table_of(self, teller: Address) -> _Table:
-        """Who has which slots, as this member says."""
+        """Which member has which slots, as this one says."""
         reply = await self._server(teller).call(("CLUSTER", "SLOTS"), timeout=self._patience())
         table = _Table([None] * SLOTS)
         for first, last, *members in reply:
@@ -272,10 +272,10 @@ class ClusterServers:
                 del self._servers[address]
                 await server.close()
 
-    # ---- who is believed
+    # ---- proof
 
     async def is_owner(self, key: str, server: Server) -> bool:
-        """Asks other primaries: so many that one of those who voted is among them, had another owner been elected.
+        """Asks other primaries: so many that, had another owner been elected, one that voted for it is among them.
 
         Where there is no other primary a replica is asked; and where there is no other member at all nobody is: none
         can have taken over.

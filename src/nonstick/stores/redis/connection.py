@@ -76,7 +76,7 @@ class Connection:
         self._given_up: Socket | None = None
         self._connecting: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._asked = 0.0
+        self._asked_at = 0.0
         self._closed = False
 
     @property
@@ -108,7 +108,7 @@ class Connection:
             self._refuse()
         now = self._loop.time()
         if not unanswered:
-            self._asked = now
+            self._asked_at = now
         future: asyncio.Future[Any] = self._loop.create_future()
         unanswered.add(future, now + (self._timeout if timeout is None else timeout), len(packed), replies=1 + asking)
         if self._socket is not None:
@@ -179,7 +179,7 @@ class Connection:
     def _adopt(self, socket: Socket) -> None:
         socket.on_reply, socket.on_lost = self._on_reply, self._on_lost
         self._socket = socket
-        self._asked = self._loop.time()
+        self._asked_at = self._loop.time()
         for packed in self._unanswered.to_write():
             socket.write(packed)
         # The socket may have died between the login's last reply and here: then nobody has told us.
@@ -220,7 +220,7 @@ class Connection:
             return
         now = self._loop.time()
         socket = self._socket
-        if socket is not None and now - max(socket.heard, self._asked) >= self._timeout:
+        if socket is not None and now - max(socket.heard_at, self._asked_at) >= self._timeout:
             socket.abort(f"nothing was heard for {self._timeout:g} s")
         self._unanswered.expire(now, self._late)
         self._timer = background.later(_SWEEP_SECONDS, self._sweep)

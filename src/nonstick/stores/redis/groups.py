@@ -66,7 +66,7 @@ class Groups:
         await self._briefly(_if_reached(self._call, name, "ZREM", name, key) for name in names)
 
     async def _briefly(self, calls: Iterable[Awaitable[None]]) -> None:
-        """Makes these calls, and waits for them only a part of the time that whoever asked for the session has.
+        """Makes these calls, and waits for them only a part of the time that the store's caller has.
 
         What is done to the session is done: a server that hangs, and has nothing but a group, must not undo that.
         """

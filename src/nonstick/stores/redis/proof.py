@@ -3,8 +3,8 @@
 A 404 makes a client drop its session, so a "no" has to be proven, which a "yes" need not be. There are two servers
 that say no and do not know:
 
-* One that was replaced, and does not know it yet: it hung, was taken for dead, and wakes up. Those who would know are
-  asked, after it has answered: see `Servers.is_owner`.
+* One that was replaced, and does not know it yet: it hung, was taken for dead, and wakes up. After it has answered,
+  other servers are asked that would know: see `Servers.is_owner`.
 * One that has come back without its data. Each server carries a *mark*, a random value under a key of its own, made
   when the store is first used, and replicated and persisted as all the rest is. Every node remembers the marks that it
   saw. A server without its mark, or with another one, is empty or of another history.
@@ -75,10 +75,10 @@ class Proof:
     async def of_owner(self, key: str, server: Server, openings: int) -> bool:
         """Whether this server, which answered when it had been connected to so often, still has the key.
 
-        Enough for a "no" that says nothing of a loss. If not, whoever asked it asks again.
+        Enough for a "no" that says nothing of a loss. If it has not, the caller asks whichever server has the key now.
 
         Raises:
-            StoreUnavailable: Nobody who knows can be asked.
+            StoreUnavailable: No server that would know can be asked.
         """
         if server.openings != openings:
             return False
@@ -87,13 +87,13 @@ class Proof:
         return await self._once(("owner", server, openings), lambda: self._check_owner(key, server, openings))
 
     async def of_loss(self, key: str, server: Server, openings: int, *, mark: bytes | None = None) -> bool:
-        """As `of_owner`, and whether it can know that something is not there.
+        """As `of_owner`, and whether this server can know that something is not there.
 
         Args:
             mark: What the server carried when it said so, "" for none; without it, it is asked for.
 
         Raises:
-            StoreUnavailable: Nobody can tell, now or for a while.
+            StoreUnavailable: That cannot be told, now or for a while.
         """
         if server.openings != openings:
             return False
@@ -112,7 +112,7 @@ class Proof:
         return before == openings and self._loop.time() < until
 
     async def _once(self, what: tuple[str, Server, int], check: Callable[[], Coroutine[Any, Any, bool]]) -> bool:
-        """What `check` finds out, for all who want to know it at once."""
+        """What `check` finds out. Callers that want to know the same at the same time share one check."""
         task = self._checks.get(what)
         if task is None:
             self._checks[what] = task = background.spawn(check(), name="nonstick-redis-proof")
@@ -202,7 +202,7 @@ class Proof:
             try:
                 value = await server.call(("GET", name))
             except (Redirected, TryAgain):
-                # Who follows that learns where it is now, and so which marks this server should have.
+                # Following the redirection teaches `Servers` which marks this server should have now.
                 await self._servers.call(name, "GET", name)
                 continue
             told = True

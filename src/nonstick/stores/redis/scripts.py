@@ -127,7 +127,7 @@ class Scripts:
 
         Raises:
             SessionNotFound, AlreadyExists, StreamClosed, Fenced, NotPending, Diverged: The script refused.
-            StoreUnavailable: There is no answer, or nobody who can know it.
+            StoreUnavailable: There is no answer, or none of a server that can know it.
         """
         stem = f"{self._prefix}:{{{key}}}:"
         names = (stem + "r", stem + "w", stem + "l")

@@ -54,7 +54,7 @@ class LastFailover:
         self._behind_since: float | None = None
 
     def latest(self, views: list[_View], sentinels: int) -> _View:
-        """The view of whoever knows of the latest failover; of several with the same number, what most say.
+        """The view with the highest number of a failover; of several with that number, the one that most share.
 
         Raises:
             StoreUnavailable: All of them are behind what was heard before.
@@ -79,7 +79,7 @@ class SentinelServers:
     every Sentinel is listened to all the time, and the connections are given up when they name another primary.
 
     Args:
-        listen: Whether to listen; without, whoever keeps this for long has to reopen it by itself.
+        listen: Whether to listen to the Sentinels for failovers. Without, the caller closes this before each use.
         last: What is known of failovers already.
     """
 

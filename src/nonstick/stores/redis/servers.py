@@ -112,8 +112,8 @@ class Server:
     Attributes:
         place: Host and port, or path, of what is connected to: for logs.
         openings: How often a connection to it was opened. While that is the same, it is the same process that answers.
-        owned, proven: With these openings and up to this time of the loop it is known to have its keys, and to be right
-            about what it does not have: see proof.py.
+        owned, proven: Openings, and a time of the loop up to which they count. With so many openings the server is
+            known to have its keys (owned), and to be right about what it does not have (proven): see proof.py.
     """
 
     def __init__(

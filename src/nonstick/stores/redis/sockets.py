@@ -46,14 +46,14 @@ class Socket(asyncio.Protocol):
 
     Attributes:
         closed: Done once the socket is closed and `on_lost` has been called.
-        heard: Loop time at which something last arrived.
+        heard_at: Loop time at which something last arrived.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.on_reply: Callable[[Any], None] = ignore
         self.on_lost: Callable[[str], None] = ignore
         self.closed: asyncio.Future[None] = loop.create_future()
-        self.heard = loop.time()
+        self.heard_at = loop.time()
         self._loop = loop
         self._reader = hiredis.Reader(replyError=ServerError, notEnoughData=_NOTHING)
         self._transport: asyncio.Transport | None = None
@@ -91,7 +91,7 @@ class Socket(asyncio.Protocol):
                 sock.setsockopt(os_socket.IPPROTO_TCP, os_socket.TCP_KEEPIDLE, 60)
 
     def data_received(self, data: bytes) -> None:
-        self.heard = self._loop.time()
+        self.heard_at = self._loop.time()
         reader = self._reader
         try:
             reader.feed(data)
@@ -131,8 +131,8 @@ async def open_socket(
         await discard(socket)
         raise
     except Exception as error:
-        # Mostly an OSError; a host name that cannot be one is a UnicodeError. Nothing else may leave here: those who
-        # connect in the background would not try again.
+        # Mostly an OSError; a host name that cannot be one is a UnicodeError. Nothing else may leave here: a task that
+        # connects in the background would end, and not try again.
         await discard(socket)
         if (why := await _mistake(error, address, timeout)) is not None:
             raise StoreUnusable(why) from error
@@ -194,7 +194,7 @@ async def _spoken_at(address: Address, seconds: float) -> diagnosis.Protocol | N
 async def _log_in(socket: Socket, address: Address, name: str) -> None:
     commands = address.login()
     if name:
-        # Only for whoever looks at CLIENT LIST: a proxy in between may refuse it.
+        # Only shown by CLIENT LIST: a proxy in between may refuse it.
         commands.insert(-1, ("CLIENT", "SETNAME", name))
     for command, reply in zip(commands, await _exchange(socket, commands), strict=True):
         if isinstance(reply, ServerError) and command[0] != "CLIENT" and not is_alive(reply):

@@ -75,7 +75,7 @@ from nonstick.stores.redis.url import Deployment, Durability
 __all__ = ["RedisStore"]
 
 SKIMMED_BYTES: Final = 4 * MAX_READ_BYTES
-"""About so much of a log is looked at in one `skim`. The server has to fetch events whole, but sends less of them."""
+"""About how many bytes of a log one `skim` looks at. The server has to fetch events whole, but sends less of them."""
 
 _TOUCHES: Final = 256
 
@@ -149,7 +149,7 @@ class RedisStore:
         self._heartbeat = heartbeat
         self._empty_grace = _first_given(empty_grace, self._deployment.empty_grace, EMPTY_GRACE_SECONDS)
         self._last_failover = LastFailover()
-        # What the scripts prefix the names of groups with. Empty: they keep no groups.
+        # The scripts put this before the names of groups. Empty: they keep no groups.
         self._indexed_by_scripts = "" if self._deployment.kind == "cluster" else prefix
         self._entered: _Opened | None = None
 

@@ -35,8 +35,13 @@ class Unanswered:
         return len(self._commands) < self._max_waiting and self._bytes + size <= self._max_bytes
 
     def add(self, future: asyncio.Future[Any], deadline: float, size: int, *, replies: int) -> None:
-        """Adds a command of so many bytes at the end. `deadline`: loop time; `replies`: how many come, the last one
-        being the command's own."""
+        """Adds a command at the end.
+
+        Args:
+            deadline: Loop time.
+            size: Bytes.
+            replies: How many come. The last one is the command's own.
+        """
         self._commands.append((future, deadline, size, replies))
         self._bytes += size
 

@@ -1,4 +1,4 @@
-"""Work on the file inline, in the event loop; where another process holds the lock, again in one thread."""
+"""Runs work on the file in the event loop and, where another process holds the lock, again in a thread that waits."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ class Engine:
         """
         if self._inline_of != self.file.generation:
             self._drop_inline()
-        # It may have been dropped again by somebody who got it a moment earlier.
+        # Another caller, which got the connection a moment earlier, may have dropped it again.
         while self._inline is None:
             if self._opening is None:
                 self._opening = background.spawn(self._open(), name="nonstick: open SQLite")
                 self._opening.add_done_callback(_look_at)
-            # Shielded: others wait for it too.
+            # Shielded: other callers wait for the same opening.
             await asyncio.shield(self._opening)
         return self._inline
 
@@ -144,6 +144,6 @@ class Engine:
 
 
 def _look_at(task: asyncio.Task[None]) -> None:
-    """Nobody may wait any more to hear how this ended."""
+    """Takes the outcome: by now every caller that waited for it may be gone, and asyncio would complain."""
     if not task.cancelled():
         task.exception()

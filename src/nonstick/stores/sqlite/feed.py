@@ -1,4 +1,4 @@
-"""What other processes append, noticed by polling SQLite's change counter while somebody watches."""
+"""Notices what other processes append, by polling SQLite's change counter while anything is watched."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _RETRY_SECONDS: Final = 0.5
 class Feed:
     """Wakes this process's watchers for its own appends at once, and for those of others within the poll interval.
 
-    After a second without any news, within 50 ms.
+    After a second without any news the interval is 50 ms at least.
 
     There is one writer at a time, so the ids of events and of ends follow the order of commits, and whatever has an
     id after the last one seen is new.
@@ -55,7 +55,7 @@ class Feed:
 
     def watch(self, key: str, wake: Wake) -> Callable[[], None]:
         watch, stop = self._watches.add(key, wake)
-        # Whoever begins to wait mostly has asked for something.
+        # A new watch mostly belongs to a client that has just asked for something.
         self._news_at = time.monotonic()
         if self._task is None:
             self._task = background.spawn(self._poll(), name="nonstick: watch SQLite")

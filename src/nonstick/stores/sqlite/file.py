@@ -114,7 +114,7 @@ class DatabaseFile:
         self._looking = threading.Lock()
 
     def now(self) -> float:
-        """Seconds by the store's clock. Right once a connection was opened."""
+        """Seconds by the store's clock. Correct once a connection has been opened."""
         return self._clock() + self._shift
 
     def check_place(self) -> None:
@@ -137,7 +137,7 @@ class DatabaseFile:
 
         Raises:
             sqlite3.Error: The file cannot be opened or written.
-            ConfigurationError: It never will be: wrong place, wrong kind of file, or a newer schema.
+            ConfigurationError: It can never be used: wrong place, wrong kind of file, or a newer schema.
         """
         self.check_place()
         _warn_of_old_sqlite()
@@ -157,7 +157,7 @@ class DatabaseFile:
         return db
 
     def look(self) -> bool:
-        """Whether the file of this name is the one that was opened. If not for the whole grace period, it counts anew.
+        """Whether the file that has this name is the one that was opened. After the grace period another one may be it.
 
         A file that was removed or replaced lives on in the processes that have it open, and in no other (P15).
         """
@@ -239,7 +239,7 @@ class DatabaseFile:
         _keep_private(self.path)  # not before it is known to be ours
         self._use_wal(db)
         db.execute("PRAGMA synchronous = NORMAL")
-        # A checkpoint syncs the disk, so it must not happen inside somebody's append: see sqlite_keeper.
+        # A checkpoint syncs the disk, so it must not happen inside somebody's append: see keeper.py.
         db.execute("PRAGMA wal_autocheckpoint = 0")
         if version < SCHEMA_VERSION:
             self._create_schema(db)
@@ -317,7 +317,7 @@ def _keep_private(path: Path) -> None:
             if stat.S_IMODE(one.stat().st_mode) & ~_MODE:
                 one.chmod(_MODE)
         except OSError:
-            pass  # another user's, who let this one in
+            pass  # the file is another user's, who gave this user access
 
 
 def transact(db: sqlite3.Connection, clock: Callable[[], float], work: Callable[[sqlite3.Connection, float], T]) -> T:

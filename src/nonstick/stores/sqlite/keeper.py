@@ -24,16 +24,16 @@ CHECKPOINT_BYTES: Final = 4 * 1024 * 1024
 
 _INTERVAL: Final = 1.0
 _TERM: Final = 30.0
-"""How long a process that found something to do remains the only one who does it."""
+"""Seconds for which the process that found something to do is the only one that does it."""
 _WAIT: Final = 1.0
 _PAUSE: Final = 0.002
 
 
 class Keeper:
-    """Looks every second whether there is something to do. If nothing is, it writes nothing.
+    """Looks every second whether there is something to do. Writes nothing if there is not.
 
-    One process does it, because two that checkpoint at once can corrupt the file in older versions of SQLite. It
-    is named in the file for a term; where it died, the next one waits for the end of the term.
+    One process does the work, because two that checkpoint at once can corrupt the file in older versions of SQLite.
+    The file names that process for a term; if it dies, the next one waits for the end of the term.
     """
 
     def __init__(self, file: DatabaseFile, interval: float = _INTERVAL) -> None:
@@ -88,7 +88,7 @@ class Keeper:
             if large:
                 _checkpoint(db)
         except (sqlite3.Error, NonstickError) as error:
-            # Whoever uses the store hears of its trouble; this comes again in a second.
+            # Calls of the store report its trouble; the keeper tries again in a second.
             _log.debug("%s could not be tidied: %s", self._file.path, error)
             self._drop()
 

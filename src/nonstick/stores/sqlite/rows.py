@@ -44,12 +44,12 @@ ENDED_SECONDS: Final = 60.0
 """How long watchers have to notice that a session ended."""
 
 _SKIMMED_BYTES: Final = 4 * MAX_READ_BYTES
-"""About so much of a log is looked at in one `skim`."""
+"""About how many bytes of a log one `skim` looks at."""
 
 _SWEEP_ROWS: Final = 200
 """Rows of ended sessions that one transaction removes, so that none takes long."""
 _BURY_PER_CREATE: Final = 2
-"""More than the one that it adds, so that expired sessions do not pile up."""
+"""Expired sessions that one `create` ends: more than it adds, so that they do not pile up."""
 _BURY_PER_PURGE: Final = 50
 
 

@@ -1,7 +1,7 @@
 """A store in one SQLite file: for several processes on one machine.
 
-The modules beside it: `sqlite_file` opens it, `sqlite_rows` has what each method does, `sqlite_engine` runs that
-without blocking the event loop, `feed` watches, `keeper` tidies, and `store.sql` holds the statements.
+The modules beside this one: `file` opens the file, `rows` has what each method does to it, `engine` runs that without
+blocking the event loop, `feed` watches, `keeper` tidies, and `store.sql` holds the statements.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -104,13 +105,10 @@ class SQLiteStore:
             pass
 
     async def load(self, key: str, *, renew: bool = True) -> Loaded:
-        try:
+        with self._doubting():
             loaded, stale = await self._engine.run(lambda db: rows.load(db, self._file.now(), key))
             if stale and renew and not await self._engine.write(lambda db, now: rows.renew(db, now, (key,))):
                 raise SessionNotFound
-        except SessionNotFound:
-            self._file.check_loss()
-            raise
         return loaded
 
     async def update(
@@ -121,11 +119,8 @@ class SQLiteStore:
         expect: Mapping[str, bytes | None] | None = None,
         lifetime: float | None = None,
     ) -> bool:
-        try:
+        with self._doubting():
             return await self._engine.write(lambda db, now: rows.update(db, now, key, changes, expect or {}, lifetime))
-        except SessionNotFound:
-            self._file.check_loss()
-            raise
 
     async def touch(self, keys: Collection[str]) -> None:
         if keys:
@@ -142,29 +137,20 @@ class SQLiteStore:
     # ---- the log
 
     async def append(self, key: str, batch: Batch) -> Appended:
-        try:
+        with self._doubting():
             written = await self._engine.write(lambda db, now: rows.append(db, now, key, batch))
-        except SessionNotFound:
-            self._file.check_loss()
-            raise
         self._feed.announce(key, written)
         return written.appended
 
     async def read(self, key: str, after: Cursor, *, limit: int = 256, max_bytes: int = MAX_READ_BYTES) -> list[Event]:
         check_bounds(limit=limit, max_bytes=max_bytes)
-        try:
+        with self._doubting():
             return await self._engine.run(lambda db: rows.read(db, self._file.now(), key, after, limit, max_bytes))
-        except SessionNotFound:
-            self._file.check_loss()
-            raise
 
     async def skim(self, key: str, after: Cursor, *, limit: int = 256, clip: int = MAX_CLIP) -> list[Skimmed]:
         check_bounds(limit=limit, clip=clip)
-        try:
+        with self._doubting():
             return await self._engine.run(lambda db: rows.skim(db, self._file.now(), key, after, limit, clip))
-        except SessionNotFound:
-            self._file.check_loss()
-            raise
 
     async def trim(self, key: str, *, streams: Collection[int] = (), standalone_before: int = 0) -> None:
         await self._engine.write(lambda db, now: rows.trim(db, now, key, streams, standalone_before))
@@ -202,6 +188,15 @@ class SQLiteStore:
         await self._apart(lambda: self._file.connect().close())
         for step in steps:
             done(step)
+
+    @contextmanager
+    def _doubting(self) -> Iterator[None]:
+        """Inside, "gone" counts only if the file that is open can know that (P15)."""
+        try:
+            yield
+        except SessionNotFound:
+            self._file.check_loss()
+            raise
 
     async def _apart(self, work: Callable[[], T]) -> T:
         """What `work` returns, in a thread and on connections of its own, open store or not."""

@@ -114,8 +114,8 @@ def programs() -> st.SearchStrategy[Program]:
 async def check_programs(a: Store, b: Store, name: str, *, examples: int = EXAMPLES, shrink: bool = True) -> None:
     """Generates programs and runs them on these two nodes, each on new sessions whose keys begin with `name`.
 
-    Much the same programs every time. A failure carries the program that fails, in the error's notes; with `shrink` the
-    smallest that does.
+    Much the same programs every time. The notes of a failure's error show the program that fails; with `shrink`, the
+    smallest one that fails.
     """
     runs = iter(range(1 << 32))
 

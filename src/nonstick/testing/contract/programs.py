@@ -234,9 +234,7 @@ async def same(model: Callable[[], object], real: Callable[[], Awaitable[object]
 
 
 async def run_program(program: Program, a: Store, b: Store, keys: tuple[str, ...]) -> None:
-    """Runs the program on both nodes and on the model, then compares all that is left, and that it can be ended, as
-    either node sees it.
-    """
+    """Runs the program on both nodes and on the model; compares what is left on each node, and ends the sessions."""
     count = iter(range(1, 1 << 32))
     world = World((a, b), ModelStore(), keys, lambda: next(count).to_bytes(8, "big"))
     for key in keys:

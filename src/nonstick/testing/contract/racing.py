@@ -1,4 +1,4 @@
-"""The contract under concurrency: what happens once, happens once, whoever races for it and whoever gives up."""
+"""The contract under concurrency: what may happen once happens once, however many race for it or are cancelled."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class RaceContract(ContractFixtures):
             assert (await a.load(name)).fields == {"by": (b"a", b"b")[winner]}
 
     async def test_one_of_racing_terminals_ends_the_stream(self, a: Store, b: Store, key: str) -> None:
-        """`Batch.terminal`: a stream ends once, whoever races for it (P7)."""
+        """`Batch.terminal`: a stream ends once, however many race for it (P7)."""
         await a.create(key, {}, lifetime=LONG)
         for _ in range(ROUNDS):
             stream = await open_stream(a, key)

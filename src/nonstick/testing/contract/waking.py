@@ -170,7 +170,7 @@ class WatchContract(ContractFixtures):
         stop()
         heard, before = len(stopped.calls), len(kept.calls)
         await a.append(key, Batch(drafts(b"1")))
-        await kept.more(before)  # the fence: whoever still watched has been called by now
+        await kept.more(before)  # the fence: every watch that is left has been called by now
         await b.append(key, Batch(drafts(b"2")))
         await kept.more(before + 1)
         assert len(stopped.calls) == heard

@@ -53,7 +53,7 @@ class ReservedPort:
     """A free loopback port that stays free for a server which sets SO_REUSEADDR, until this object goes."""
 
     def __init__(self) -> None:
-        # Never listens: whoever connects while the server is down is refused.
+        # Never listens: a client that connects while the server is down is refused.
         self._socket = socket.socket()
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._socket.bind(("127.0.0.1", 0))

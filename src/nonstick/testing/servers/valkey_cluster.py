@@ -116,7 +116,7 @@ class ValkeyCluster:
         """For a `RedisStore`: all servers are named, so that it is found while any of them answers."""
         return "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in self.nodes)
 
-    # ---- who is who
+    # ---- members
 
     def slot(self, key: str) -> int:
         """The hash slot of this key; of a session's keys `{session key}` is enough."""
@@ -139,7 +139,7 @@ class ValkeyCluster:
         until(lambda: all(self._is_ok(node) for node in running), "the cluster's state is ok")
 
     def wait_until_whole(self) -> None:
-        """Returns once a primary can be lost again: all servers run and agree who owns what, and who follows whom.
+        """Returns once a primary can be lost again: all servers run, and agree on owners and followers.
 
         Each follower has everything that its primary had when this was called.
         """
