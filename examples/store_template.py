@@ -66,8 +66,6 @@ POLL_SECONDS: Final = 0.02
 WAIT_SECONDS: Final = 2.0
 """How long a call waits for another process's lock before it raises StoreUnavailable."""
 
-_GONE: Final = "no live session has this key"
-
 
 # ---- a session
 
@@ -164,14 +162,14 @@ def check(session: Session, batch: Batch, sequence: int) -> None:
     if batch.stream > STANDALONE:
         attempt, closed = session.streams.get(str(batch.stream), (0, True))
         if closed:
-            raise StreamClosed("the stream has ended or is not known")
+            raise StreamClosed
         if attempt != batch.attempt:
-            raise Fenced("another attempt holds the stream")
+            raise Fenced
         if batch.writer and batch.sequence != sequence + 1:
-            raise Diverged("the store lost appends of this writer")
+            raise Diverged
     for request in (batch.answers, batch.settle):
         if request is not None and request not in session.pending:
-            raise NotPending("no such server request is pending")
+            raise NotPending
 
 
 def settle(session: Session, batch: Batch, now: float) -> None:
@@ -200,13 +198,13 @@ def forget(session: Session, now: float) -> None:
 
 def events_after(session: Session, after: Cursor, limit: int) -> list[Event]:
     if after.position > session.position:
-        raise Diverged("the cursor is beyond the end of the log")
+        raise Diverged
     if after.position and after.tag:
         tags = {position: tag for position, tag, _, _ in session.events}
         if after.position not in tags:
             raise Trimmed(min(tags, default=0))
         if tags[after.position] != _text(after.tag):
-            raise Diverged("the entry at the cursor has another tag")
+            raise Diverged
     later = [event for event in session.events if event[0] > after.position][:limit]
     return [Event(position, _bytes(tag), stream, _bytes(data)) for position, tag, stream, data in later]
 
@@ -410,7 +408,7 @@ class DocumentStore:
     ) -> None:
         def work(database: Database, now: float) -> None:
             if database.get(key, now) is not None:
-                raise AlreadyExists("a live session has this key")
+                raise AlreadyExists
             for group, most in (limits or {}).items():
                 if database.count(group, now) >= most:
                     raise TooManySessions(group)
@@ -524,7 +522,7 @@ class DocumentStore:
 def _get(database: Database, key: str, now: float) -> Session:
     session = database.get(key, now)
     if session is None:
-        raise SessionNotFound(_GONE)
+        raise SessionNotFound
     return session
 
 
