@@ -42,6 +42,7 @@ from tests.cluster.stage import (
     text_of,
     texts_of,
 )
+from tests.pace import unhurried
 
 pytestmark = pytest.mark.anyio
 
@@ -615,9 +616,10 @@ async def test_connection_keeps_no_more_settled_requests_than_it_may(memory: Mak
         await eventually(lambda: not node_of(b).services.cluster_log.hearers)
 
 
-async def test_nothing_of_what_a_client_said_of_itself_outlives_its_session(memory: MakeStore) -> None:
+@unhurried("idle", 0.5, 2.0, 8.0)
+async def test_nothing_of_what_a_client_said_of_itself_outlives_its_session(memory: MakeStore, idle: float) -> None:
     """P10: a node keeps it parsed for those who say the same, while there are any."""
-    async with staged(memory, session_idle_timeout=0.5, unconfirmed_lifetime=None) as (stage, a, b, _):
+    async with staged(memory, session_idle_timeout=idle, unconfirmed_lifetime=None) as (stage, a, b, _):
         talking(stage)
         names = [f"client {number}" for number in range(20)]
         for name in names:

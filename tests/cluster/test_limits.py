@@ -33,6 +33,7 @@ from tests.cluster.stage import (
     text_of,
     texts_of,
 )
+from tests.pace import unhurried
 
 pytestmark = pytest.mark.anyio
 
@@ -311,15 +312,16 @@ async def confirmed(stage: Stage, session: Session) -> bool:
     return "unconfirmed" not in (await stage.store.load(session_key(session.id))).fields
 
 
-async def test_first_request_that_streams_confirms_its_session(make_store: MakeStore) -> None:
+@unhurried("first", 1.0, 4.0, 16.0)
+async def test_first_request_that_streams_confirms_its_session(make_store: MakeStore, first: float) -> None:
     """P10: on every store; and while it runs the session does not expire."""
-    async with staged(make_store, unconfirmed_lifetime=1.0, window=0.02) as (stage, a, b, c):
+    async with staged(make_store, unconfirmed_lifetime=first, window=0.02) as (stage, a, b, c):
         waiting(stage)
         session = await a.open(initialized=False)
         async with posting(b, session, call("speak", 1, door="end")) as stream:
             await stream.message()
             async with getting(c, session):
-                await asyncio.sleep(1.5)  # longer than it had been given
+                await asyncio.sleep(1.5 * first)  # longer than it had been given
             assert not await confirmed(stage, session)
             stage.open("end")
             assert texts_of(await stream.rest())[-1:] == ["done"]

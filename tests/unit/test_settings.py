@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.pace import crowding, in_time
+from tests.pace import crowding, in_time, unhurried
 
 
 def test_random_test_whose_examples_are_slow_to_make_and_to_run_passes() -> None:
@@ -33,3 +35,37 @@ def test_promise_about_time_is_held_to_the_pace_of_the_machine() -> None:
     assert crowding() >= 1.0
     assert in_time(0.9, 1.0)
     assert not in_time(1e6, 1.0)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("late_by", "least", "tried"),
+    [
+        pytest.param(0.0, 2.0, [8.0], id="a machine of its own"),
+        pytest.param(4.0, 2.0, [8.0], id="no failure"),
+        pytest.param(4.0, 10.0, [8.0, 32.0], id="busy"),
+        pytest.param(4.0, 100.0, [8.0, 32.0], id="busy for ever"),
+        pytest.param(0.0, 10.0, [8.0], id="no excuse"),
+    ],
+)
+async def test_failure_counts_unless_the_machine_was_busy(
+    late_by: float, least: float, tried: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fails on a machine that is busy otherwise is tried again with more seconds; with the most it has to pass."""
+    given, late = [], 0.0
+    monkeypatch.setattr("tests.pace._now", lambda: late)
+
+    @unhurried("seconds", 8.0, 32.0)
+    async def test(seconds: float) -> None:
+        nonlocal late
+        given.append(seconds)
+        await asyncio.sleep(0)
+        late += late_by
+        assert seconds >= least
+
+    if tried[-1] >= least:
+        await test()
+    else:
+        with pytest.raises(AssertionError):
+            await test()
+    assert given == tried
