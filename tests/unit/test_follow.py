@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from nonstick.errors import Diverged, SessionNotFound, StoreUnavailable, Trimmed
-from nonstick.log.follow import Follower, Subscription
+from nonstick.log.follow import Follower, Subscription, _Pace, whole
 from nonstick.log.guard import GuardedStore
 from nonstick.store import MAX_READ_BYTES, Batch, Cursor, Draft, Event, News, Wake
 from nonstick.stores.memory import MemoryStore
@@ -694,3 +694,64 @@ async def test_long_backlog_lets_others_have_their_turns() -> None:
     assert len(read) > 10
     # The follower and its subscription may each read once in a turn.
     assert max(read.count(turn) for turn in read) <= 2
+
+
+# ---- how often
+
+
+def test_reads_that_wakes_ask_for_in_vain_become_rare() -> None:
+    """P10: four are free, then each waits longer, up to a fifth of a second; what brings something is free again."""
+    pace, now, pauses = _Pace(), 1000.0, list[float]()
+    pace.took(now, brought=True)
+    for _ in range(12):
+        pauses.append(round(pace.pause(now), 9))
+        now += pauses[-1]
+        pace.took(now, brought=False)
+    assert pauses == [0.0, 0.0, 0.0, 0.0, 0.01, 0.02, 0.04, 0.08, 0.16, 0.2, 0.2, 0.2]
+    assert pace.pause(now + 0.15) == pytest.approx(0.05)
+    pace.took(now, brought=True)
+    assert pace.pause(now) == 0.0
+
+
+def test_reads_in_vain_are_forgotten_after_some_silence() -> None:
+    """P10: between two looks that nobody asked for there is more."""
+    pace, now = _Pace(), 1000.0
+    for _ in range(20):
+        pace.took(now, brought=False)
+    assert pace.pause(now) == pytest.approx(0.2)
+    pace.took(now + 0.39, brought=False)
+    assert pace.pause(now + 0.39) == pytest.approx(0.2)
+    pace.took(now + 0.8, brought=False)
+    assert pace.pause(now + 0.8) == 0.0
+
+
+# ---- the whole of what was skimmed
+
+
+async def test_event_that_was_cut_off_is_read_whole(store: Careless) -> None:
+    """And one that was not is there already."""
+    guarded = GuardedStore(store)
+    large, small = Draft(b"1 bytes.", b"x" * 2000), Draft(b"2 bytes.", b"small")
+    await store.append(KEY, Batch([large, small]))
+    store.reads = 0
+    one, two = await guarded.skim(KEY, Cursor(0), clip=10)
+    event = await whole(guarded, KEY, one)
+    assert event is not None
+    assert event.data == large.data
+    event = await whole(guarded, KEY, two)
+    assert event is not None
+    assert event.data == small.data
+    assert store.reads == 1
+
+
+async def test_nothing_is_whole_of_what_was_dropped_or_lost(store: Careless) -> None:
+    """P9, P10: nor is what has its place now."""
+    guarded = GuardedStore(store)
+    await store.append(KEY, Batch([Draft(tag, b"x" * 2000) for tag in (b"1 bytes.", b"2 bytes.", b"3 bytes.")]))
+    skimmed = await guarded.skim(KEY, Cursor(0), clip=10)
+    await store.trim(KEY, standalone_before=3)
+    assert [await whole(guarded, KEY, one) for one in skimmed[:2]] == [None, None]
+    store.lost.add(b"3 bytes.")
+    assert await whole(guarded, KEY, skimmed[2]) is None
+    beyond = skimmed[2]._replace(event=skimmed[2].event._replace(position=7))
+    assert await whole(guarded, KEY, beyond) is None
