@@ -15,9 +15,10 @@ from mcp.server import Server
 
 import nonstick
 from nonstick import store
+from nonstick.cluster.state_store import MAX_STATE
 from nonstick.commands import cli
 from nonstick.commands import serve as serving
-from nonstick.core import clipping, events, places
+from nonstick.core import clipping, events, jsonrpc, places
 from nonstick.core.settings import Settings
 from nonstick.stores.memory import MemoryStore
 from nonstick.stores.postgres import PostgresStore
@@ -292,8 +293,12 @@ def test_serve_without_options(monkeypatch: pytest.MonkeyPatch) -> None:
     assert vars(made) == OF_SERVE
 
 
-def test_characters_of_a_clients_words_that_are_kept() -> None:
-    """Of a cancel's reason, and of progress; of a request's id in an event id; and how many places that names."""
+def test_how_much_is_kept_of_what_clients_say() -> None:
+    """Of a cancel's reason, and of progress; of a request's id in an event id; and how many places that names.
+
+    And of what a client names at all; and bytes of a value of FastMCP's outside of sessions.
+    """
+    assert (jsonrpc.LONGEST_ID, jsonrpc.LONGEST_METHOD, MAX_STATE) == (1024, 256, 1_048_576)
     assert (clipping.LONGEST_TEXT, events.MAX_REQUEST_ID, places.MAX_PLACES) == (1024, 128, 16)
 
 

@@ -356,6 +356,24 @@ async def test_place_that_the_store_lost_is_reported_to_every_subscription(store
     again.close()
 
 
+async def test_loss_is_reported_where_the_place_itself_is_still_there(store: Careless, follower: Follower) -> None:
+    """P9: what comes after it is not what came after it once."""
+    first = await append(store)
+    ahead = follower.subscribe(Cursor(0))
+    await append(store, 4)
+    await collect(ahead, 5)
+    behind = follower.subscribe(first)
+    store.lost = {event.tag for event in await store.read(KEY, first)}
+    store.wakes[0](None)
+    with pytest.raises(Diverged):
+        async with asyncio.timeout(DEADLINE):
+            await ahead.next()
+    with pytest.raises(Diverged):
+        await behind.next()
+    ahead.close()
+    behind.close()
+
+
 async def test_subscription_that_begins_at_a_lost_place_hears_of_it(store: Careless, follower: Follower) -> None:
     """P9."""
     await append(store, 5)

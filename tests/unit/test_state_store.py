@@ -24,6 +24,7 @@ from nonstick.session.live import Session
 from nonstick.session.services import Served
 from nonstick.store import Loaded
 from nonstick.stores.memory import MemoryStore
+from nonstick.testing import ManualClock
 from tests.cluster.servers import eventually
 
 pytestmark = pytest.mark.anyio
@@ -140,6 +141,25 @@ async def test_value_of_a_session_ends_with_it(kept: MemoryStore, state: StateSt
     assert not await state.delete(f"{SESSION}:cart")
     with pytest.raises(SessionNotFound):
         await state.put(f"{SESSION}:cart", {"value": 1})
+
+
+async def test_handler_that_uses_its_state_keeps_no_session() -> None:
+    """P10: the client's requests do; a handler may work on for long after its client left."""
+    clock = ManualClock()
+    kept, state = MemoryStore(clock=clock), StateStore()
+    state.use(GuardedStore(kept), Allowance())
+    await opened(kept)  # for a minute
+    key = f"{SESSION}:cart"
+    for _ in range(3):
+        await clock.advance(19)
+        await state.put(key, {"value": 1})
+        assert await state.get(key) == {"value": 1}
+        assert await state.delete(key)
+        assert not await state.delete(key)
+    await clock.advance(3)
+    assert await state.get(key) is None
+    with pytest.raises(SessionNotFound):
+        await kept.load(session_key(SESSION))
 
 
 async def test_record_of_a_session_is_reached_only_by_what_was_admitted_to_it(
