@@ -208,7 +208,7 @@ async def test_delete_that_failed_stops_nothing(memory: MakeStore) -> None:
     """P6, P9: the session is kept, and with it what runs."""
     downs = Downs(memory, "delete")
     async with staged(downs.make) as (stage, a, b, _):
-        node_of(b).store.patience = 0.05
+        node_of(b).services.store.patience = 0.05
 
         @stage.tool
         async def wait(ctx: Context, arguments: dict[str, Any]) -> str:
@@ -341,7 +341,7 @@ async def test_nothing_waits_for_the_end_of_a_node(memory: MakeStore) -> None:
         async with getting(b, session, place) as resumed, getting(b, session) as standalone:
             await standalone.event()
             await resumed.rest()
-        await eventually(lambda: not node_of(b).until_closing)
+        await eventually(lambda: not node_of(b).services.drain.until_closing)
         await eventually(lambda: not len(node_of(b).listeners))
 
 
