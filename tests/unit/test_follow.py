@@ -263,6 +263,19 @@ async def test_bytes_that_wait_for_a_slow_subscription_are_bounded(store: Carele
     slow.close()
 
 
+async def test_events_that_wait_for_a_slow_subscription_are_bounded(store: Careless, follower: Follower) -> None:
+    """P10: however small they are."""
+    quick, slow = follower.subscribe(Cursor(0)), follower.subscribe(Cursor(0))
+    for _ in range(40):
+        await append(store, 100)
+    assert await collect(quick, 4000) == between(1, 4000)
+    waiting = slow.take()
+    assert 100 < len(waiting) <= 1100
+    assert await collect(slow, 4000) == between(len(waiting) + 1, 4000)
+    quick.close()
+    slow.close()
+
+
 async def test_small_events_are_read_many_at_a_time(store: Careless, follower: Follower) -> None:
     """A long log does not take a round trip for every few events."""
     await append(store, 3000)
