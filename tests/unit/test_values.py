@@ -159,6 +159,66 @@ def test_what_another_node_saved_is_taken_over_but_for_what_was_changed_here() -
     assert state.changes() == {"state:a": b'"here"', "state:b": None}
 
 
+def test_value_that_another_node_removed_stays_where_it_was_changed_here() -> None:
+    """P2: what is saved last counts."""
+    state = on_another_node({"state:a": b"[1]", "state:b": b"1"})
+    state["a"].append(2)
+    state.refresh({})
+    assert state == {"a": [1, 2]}
+    assert state.changes() == {"state:a": b"[1,2]"}
+
+
+def test_older_record_than_what_is_known_is_passed_over() -> None:
+    """P2: of two requests, the one that was loaded first may come here last."""
+    state = SessionState()
+    state.refresh({"n": b"2"}, 2)
+    state.refresh({"n": b"1"}, 1)
+    assert state == {"n": 2}
+    state.adopt("n", b"4", 4)
+    state.adopt("m", b"3", 3)  # its answer came later
+    state.refresh({"n": b"3", "m": b"3"}, 3)
+    assert state == {"n": 4, "m": 3}
+    state.refresh({"n": b"5"}, 5)
+    assert state == {"n": 5}
+    assert state.changes() == {}
+
+
+def test_value_that_a_step_of_its_own_wrote_takes_the_place_of_what_was_not_saved() -> None:
+    """P2: it was made from that."""
+    state = on_another_node({"state:n": b"1"})
+    state["n"] = 7
+    state["m"] = 8
+    assert [state.unsaved(key) for key in ("n", "m", "o")] == [(7,), (8,), None]
+    state.adopt("n", b"9", 1)
+    assert state == {"n": 9, "m": 8}
+    assert state.unsaved("n") is None
+    del state["n"]
+    assert state.unsaved("n") == ()
+    state.adopt("n", None, 2)
+    assert state.unsaved("n") is None
+    assert state.changes() == {"state:m": b"8"}
+
+
+def test_state_that_became_too_large_is_what_it_was_before() -> None:
+    """P10: no later request of the session fails for it."""
+    state = SessionState(limit=20)
+    state.refresh({"a": b"1"})
+    state["a"] = 2
+    state["b"] = "x" * 20
+    with pytest.raises(StateTooLarge):
+        state.changes()
+    assert state == {"a": 1}
+    assert state.changes() == {}
+    state["b"] = 1
+    assert state.changes() == {"state:b": b"1"}
+
+
+def test_key_may_be_as_long_as_a_fields_name_can_hold() -> None:
+    state = SessionState()
+    state["x" * 256] = 1
+    assert list(state.changes()) == ["state:" + "x" * 256]
+
+
 def test_copy_is_a_plain_dict() -> None:
     """And no pickle of ours is ever made (P13)."""
     state = SessionState()
