@@ -669,6 +669,57 @@ async def test_nothing_is_left_behind(store: Careless, follower: Follower) -> No
     assert asyncio.all_tasks() == before
 
 
+async def test_follower_that_nobody_needs_any_more_does_nothing(store: Careless, follower: Follower) -> None:
+    """P10: neither by a read that is under way, nor by a wake that comes late, nor by the clock."""
+    before = asyncio.all_tasks()
+    begun = asyncio.Event()
+
+    class Hanging(MemoryStore):
+        async def read(self, *_args: Any, **_more: Any) -> list[Event]:
+            begun.set()
+            await asyncio.Event().wait()
+            return []
+
+    subscription = Follower(GuardedStore(Hanging(), patience=2 * DEADLINE), KEY).subscribe(Cursor(0))
+    await begun.wait()
+    subscription.close()
+    await ended(asyncio.all_tasks() - before)
+    await append(store)
+    subscription = follower.subscribe(Cursor(0))
+    await collect(subscription, 1)
+    await ended(asyncio.all_tasks() - before)
+    subscription.close()
+    reads = store.reads
+    for wake in store.wakes:
+        wake(None)
+    await asyncio.sleep(0)
+    assert asyncio.all_tasks() == before
+    assert store.reads == reads
+
+
+async def test_silent_log_is_looked_at_for_ever_and_not_once_it_is_left(
+    store: Careless, follower: Follower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P9: at the slowest pace that there is, and no slower; P10: a timer that is left behind would go on."""
+    monkeypatch.setattr("nonstick.log.follow._FIRST_POLL", 0.001)
+    monkeypatch.setattr("nonstick.log.follow._SLOWEST_POLL", 0.01)
+    store.loses_wakes = True
+    subscription = follower.subscribe(Cursor(0))
+    async with asyncio.timeout(DEADLINE):
+        while store.reads < 40:  # noqa: ASYNC110 - nothing tells of a read
+            await asyncio.sleep(0.001)
+    subscription.close()
+    reads = store.reads
+    other = Careless()
+    await other.create(KEY, {}, lifetime=600)
+    fence = Follower(GuardedStore(other), KEY).subscribe(Cursor(0))
+    async with asyncio.timeout(DEADLINE):
+        while other.reads < 20:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    fence.close()
+    assert store.reads == reads
+
+
 class Defective(MemoryStore):
     """Raises at its first read what no store may raise."""
 
