@@ -149,7 +149,9 @@ async def test_clients_that_vanished_give_all_their_places_back(make_store: Make
             question = await asked.message()
         async with getting(b, present, last) as resumed:
             gone = [await vanish_at(stage, a, tool, **arguments) for tool, arguments in WAYS.items()]
-            assert (await a.post(call("sleep", 2, name="one too many"), present)).status_code == 503
+            # If it came late, places would be free again, and it would wait for ever.
+            async with asyncio.timeout(idle):
+                assert (await a.post(call("sleep", 2, name="one too many"), present)).status_code == 503
             # An idle session, and the longest time between two looks at its log.
             began = asyncio.get_running_loop().time()
             await eventually(lambda: len(node_of(a).services.requests) == 1)
