@@ -15,7 +15,7 @@ from typing import Self
 import pytest
 
 from nonstick.testing import PostgresServer
-from nonstick.testing.servers.valkey import free_port
+from nonstick.testing.servers.valkey import ReservedPort
 
 START_SECONDS = 120.0
 
@@ -46,7 +46,8 @@ class PgBouncer:
         self._program = program
         self._server = server
         self._home = Path(tempfile.mkdtemp(prefix="nonstick-pgbouncer-"))
-        self.port = free_port()
+        self._reserved = ReservedPort()
+        self.port = self._reserved.port
 
     @property
     def url(self) -> str:

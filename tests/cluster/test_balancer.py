@@ -10,6 +10,7 @@ import httpx2
 import pytest
 
 from nonstick.testing.servers.balancer import Backend, Balancer, Exchange
+from nonstick.testing.servers.valkey import ReservedPort
 
 pytestmark = pytest.mark.anyio
 
@@ -48,15 +49,6 @@ async def three_nodes() -> AsyncIterator[list[Backend]]:
         yield [a, b, c]
 
 
-async def closed_port() -> int:
-    """A port that refuses connections."""
-    server = await asyncio.start_server(lambda _r, _w: None, "127.0.0.1", 0)
-    port: int = server.sockets[0].getsockname()[1]
-    server.close()
-    await server.wait_closed()
-    return port
-
-
 async def test_each_request_of_one_connection_goes_to_the_next_node() -> None:
     async with three_nodes() as nodes, Balancer(nodes) as balancer, httpx2.AsyncClient(timeout=60) as client:
         assert [(await client.get(balancer.url)).text for _ in range(5)] == ["a", "b", "c", "a", "b"]
@@ -76,7 +68,8 @@ async def test_random_pick_repeats_from_its_seed() -> None:
 
 async def test_node_that_refuses_is_passed_over() -> None:
     async with three_nodes() as nodes:
-        nodes[1] = Backend("b", await closed_port())
+        closed = ReservedPort()
+        nodes[1] = Backend("b", closed.port)
         async with Balancer(nodes) as balancer, httpx2.AsyncClient(timeout=60) as client:
             served = [(await client.get(balancer.url)).text for _ in range(6)]
             assert set(served) == {"a", "c"}
@@ -85,7 +78,8 @@ async def test_node_that_refuses_is_passed_over() -> None:
 
 async def test_no_node_at_all_is_a_502() -> None:
     reports = asyncio.Queue[Exchange]()
-    dead = Backend("a", await closed_port())
+    closed = ReservedPort()
+    dead = Backend("a", closed.port)
     async with Balancer([dead], observe=reports.put_nowait) as balancer, httpx2.AsyncClient(timeout=60) as client:
         assert (await client.get(balancer.url)).status_code == 502
         exchange = await asyncio.wait_for(reports.get(), DEADLINE)

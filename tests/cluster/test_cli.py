@@ -355,7 +355,7 @@ def test_head_that_does_not_end_is_refused(start: Start) -> None:
     ) as patient:  # it says so just before it listens
         assert patient.get(f"http://127.0.0.1:{port}/healthz").status_code == 200
     for endless in (b"x: " + b"y" * 100_000, b"x: y\r\n" * 20_000):
-        with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+        with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE) as client:
             client.sendall(b"GET /healthz HTTP/1.1\r\nhost: 127.0.0.1\r\n")
             answer = b""
             with contextlib.suppress(ConnectionError):

@@ -64,7 +64,7 @@ async def test_a_connection_that_goes_while_it_says_that_it_listens_leaves_after
             store.holding = True
         goes = listening(b, session)
         await goes.begun()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await asyncio.wait(
                 [asyncio.create_task(store.held.wait()) for store in held], return_when=asyncio.FIRST_COMPLETED
             )

@@ -276,7 +276,7 @@ async def test_a_slow_reader_hears_of_each_thing_once_when_it_reads(memory: Make
             assert not waits[0].outlet.has_room
             text = ""
             while '"x://2"' not in text:
-                text = text[-1000:] + (await asyncio.wait_for(reader.read(1 << 20), 15)).decode()
+                text = text[-1000:] + (await asyncio.wait_for(reader.read(1 << 20), 60)).decode()
             assert text.count('"x://1"') == text.count('"x://2"') == 1
 
 

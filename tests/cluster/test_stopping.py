@@ -30,7 +30,7 @@ from nonstick.errors import NotRunning
 from nonstick.protocols import Draining
 from nonstick.protocols.draining import DrainingH11
 from nonstick.testing.cluster import HEADERS, Member, Session
-from nonstick.testing.servers.valkey import free_port
+from nonstick.testing.servers.valkey import ReservedPort
 from tests.cluster.sse import DEADLINE, getting, posting
 from tests.cluster.stage import call, eventually, text_of
 from tests.pace import in_time
@@ -89,7 +89,8 @@ class Process:
     def __init__(self, home: Path, *command: str, name: str) -> None:
         (home / "stops.py").write_text(SERVER)
         self.name = name
-        self.port = free_port()
+        self._reserved = ReservedPort()
+        self.port = self._reserved.port
         self.url = f"http://127.0.0.1:{self.port}/mcp"
         self.client = httpx2.AsyncClient(timeout=30)
         self._child = subprocess.Popen(

@@ -6,7 +6,6 @@ import asyncio
 import json
 import secrets
 import signal
-import socket
 import sys
 from asyncio.subprocess import STDOUT, Process
 from collections import Counter
@@ -19,6 +18,7 @@ import pytest
 from mcp.server import MCPServer
 
 import nonstick
+from nonstick.testing.servers.valkey import ReservedPort
 from tests.cluster.servers import call, opening
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
@@ -95,9 +95,8 @@ async def workers(
 ) -> AsyncIterator[tuple[int, Process, Path]]:
     """`uvicorn server:app --workers 4`."""
     (home / "server.py").write_text(source)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
+    reserved = ReservedPort()
+    port = reserved.port
     log = home / "log"
     command = ["-m", "uvicorn", "server:app", "--workers", str(count), "--port", str(port), "--log-level", "warning"]
     with log.open("wb") as out:

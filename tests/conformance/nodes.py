@@ -15,7 +15,7 @@ from typing import Final, Literal, Self
 
 from nonstick.testing import PostgresServer, ValkeyServer
 from nonstick.testing.servers.balancer import Backend, Balancer
-from nonstick.testing.servers.valkey import free_port
+from nonstick.testing.servers.valkey import ReservedPort
 from tests.conformance.kills import Kills
 
 __all__ = ["ROOT", "SDK", "Answer", "Server", "Setup", "StoreKind", "balanced", "nonstick", "serving", "store_url"]
@@ -72,7 +72,8 @@ class Server:
     """
 
     def __init__(self, setup: Setup) -> None:
-        self.port = free_port()
+        self._reserved = ReservedPort()
+        self.port = self._reserved.port
         self._command = [sys.executable, "-m", *setup, "--port", str(self.port)]
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed on leaving
         self._process: Popen[bytes] | None = None

@@ -20,6 +20,7 @@ from nonstick.stores.redis.proof import PROVEN_SECONDS
 from nonstick.testing import ValkeyCluster, ValkeySentinel, ValkeyServer
 from nonstick.testing.contract.tools import deadline, drafts, eventually, texts
 from nonstick.testing.servers.valkey_cluster import ask
+from tests.pace import unhurried
 
 pytestmark = pytest.mark.anyio
 
@@ -114,11 +115,12 @@ async def test_new_deployment_says_at_once_that_a_session_is_not_there(own: Valk
         assert mark_of(own, prefix) == mark
 
 
+@unhurried("grace", 1.0, 4.0, 16.0)
 async def test_server_that_comes_back_empty_is_not_believed_for_the_grace_period(
-    own: ValkeyServer, prefix: str, key: str, caplog: pytest.LogCaptureFixture
+    own: ValkeyServer, prefix: str, key: str, caplog: pytest.LogCaptureFixture, grace: float
 ) -> None:
     """P15: unavailable for every call, logged once with what to do; new sessions open; then it has a new mark."""
-    async with RedisStore(own.url, prefix=prefix, timeout=PATIENT, empty_grace=GRACE) as store:
+    async with RedisStore(own.url, prefix=prefix, timeout=PATIENT, empty_grace=grace) as store:
         await store.create(key, {}, lifetime=LONG)
         assert await is_gone(store, made_up())
         before = mark_of(own, prefix)
@@ -140,7 +142,7 @@ async def test_server_that_comes_back_empty_is_not_believed_for_the_grace_period
         assert await store.delete(young)
         assert mark_of(own, prefix) is None
         await eventually(lambda: is_gone(store, key))
-        assert asyncio.get_running_loop().time() - began >= GRACE * 0.8
+        assert asyncio.get_running_loop().time() - began >= grace * 0.8
         assert set((await outcomes(store, key)).values()) == {"gone"}
         assert mark_of(own, prefix) not in (None, before)
     told = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
@@ -190,11 +192,12 @@ async def test_data_that_are_brought_back_in_time_end_no_session(own: ValkeyServ
         await eventually(lambda: is_gone(store, made_up()))
 
 
+@unhurried("grace", 1.0, 4.0, 16.0)
 async def test_mark_that_another_node_made_does_not_shorten_the_grace_period(
-    own: ValkeyServer, prefix: str, key: str
+    own: ValkeyServer, prefix: str, key: str, grace: float
 ) -> None:
     """P15: a node that starts afresh remembers nothing and makes a mark at once; the others have another history."""
-    async with RedisStore(own.url, prefix=prefix, timeout=PATIENT, empty_grace=GRACE) as store:
+    async with RedisStore(own.url, prefix=prefix, timeout=PATIENT, empty_grace=grace) as store:
         await store.create(key, {}, lifetime=LONG)
         assert await is_gone(store, made_up())
         await asyncio.to_thread(own.restart, keep_data=False)

@@ -30,6 +30,7 @@ from nonstick.stores.postgres.store import PostgresStore, migrate
 from nonstick.stores.postgres.url import Address
 from nonstick.testing import FaultProxy, PostgresServer, read_all
 from nonstick.testing.contract.tools import deadline, drafts, eventually, follow, take, texts
+from tests.pace import unhurried
 
 pytestmark = pytest.mark.anyio
 
@@ -953,11 +954,13 @@ async def test_store_works_without_prepared_statements(server: PostgresServer, s
         assert await store.delete("key")
 
 
+@unhurried("grace", 1.0, 4.0, 16.0)
 async def test_database_that_lost_its_tables_is_not_believed_for_the_grace_period(
-    server: PostgresServer, schema: str, sql: Any, caplog: pytest.LogCaptureFixture
+    server: PostgresServer, schema: str, sql: Any, caplog: pytest.LogCaptureFixture, grace: float
 ) -> None:
     """P15: what it does not have is unavailable, new sessions open at once; then its mark is another one."""
-    async with PostgresStore(server.url, schema=schema, empty_grace=1.0) as store:
+    async with PostgresStore(server.url, schema=schema, empty_grace=grace, timeout=PATIENT) as store:
+        caplog.clear()
         await store.create("key", {}, lifetime=LONG)
         with pytest.raises(SessionNotFound):
             await store.load("nobody")
@@ -977,7 +980,7 @@ async def test_database_that_lost_its_tables_is_not_believed_for_the_grace_perio
                 await call()
         await store.create("young", {}, lifetime=LONG)
         assert (await store.load("young")).fields == {}
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while True:
                 try:
                     await store.load("key")
@@ -1017,7 +1020,7 @@ async def test_unlogged_tables_that_a_crash_has_emptied_are_doubted(schema: str)
             with pytest.raises(SessionNotFound):
                 await store.load("nobody")
             await asyncio.to_thread(own.restart, keep_data=True)
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 with pytest.raises(StoreUnavailable, match="empty or of another history"):
                     while True:
                         try:

@@ -24,7 +24,7 @@ from nonstick.commands.log_format import wants_colour
 from nonstick.core.events import parse_event_id
 from nonstick.store import STANDALONE
 from nonstick.testing.servers.balancer import Backend, Balancer, Exchange
-from nonstick.testing.servers.valkey import DIE_WITH_PARENT, free_port
+from nonstick.testing.servers.valkey import DIE_WITH_PARENT, ReservedPort
 
 __all__ = ["CLIENT_NAME", "LEASE", "Cluster", "Narrator", "Node", "Problem", "Stage", "served", "text_of", "what"]
 
@@ -118,7 +118,8 @@ class Node:
 
     def __init__(self, name: str, home: Path) -> None:
         self.name = name
-        self.port = free_port()
+        self._reserved = ReservedPort()
+        self.port = self._reserved.port
         self.log = home / f"{name}.log"
         self._process: subprocess.Popen[bytes] | None = None
 

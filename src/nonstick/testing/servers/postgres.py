@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from nonstick.errors import ConfigurationError
-from nonstick.testing.servers.valkey import free_port
+from nonstick.testing.servers.valkey import ReservedPort
 
 __all__ = ["PostgresServer", "postgres_folder"]
 
@@ -94,20 +94,19 @@ class PostgresServer:
         self._user, self._group = _unprivileged()
         self._home = Path(tempfile.mkdtemp(prefix="nonstick-postgres-"))
         self._children: list[subprocess.Popen[bytes]] = []
-        self._port = 0
-        self._known = False
+        self._reserved = ReservedPort()
         self._clean = weakref.finalize(self, _clean, self._children, self._home)
         self._programs = _reachable(postgres_folder(), self._home, self._user) / "bin"
 
     @property
     def url(self) -> str:
         """Where it listens, for a `PostgresStore`."""
-        return f"postgresql://nonstick@127.0.0.1:{self._port}/postgres"
+        return f"postgresql://nonstick@127.0.0.1:{self.port}/postgres"
 
     @property
     def port(self) -> int:
         """Its TCP port."""
-        return self._port
+        return self._reserved.port
 
     @property
     def running(self) -> bool:
@@ -142,20 +141,9 @@ class PostgresServer:
         """Starts it, with whatever data its directory holds, and waits until it accepts connections."""
         if not (self._data / "PG_VERSION").exists():
             self._initialise()
-        limit = time.monotonic() + START_SECONDS
-        while True:
-            port = self._port or free_port()
-            self._children[:] = [self._spawn(port)]
-            self._port = port
-            if self._is_ready(limit):
-                self._known = True
-                return
-            # Somebody may have taken the port since it was free. Once clients know it, only waiting is left.
-            if time.monotonic() > limit or "Address already in use" not in self.log:
-                raise RuntimeError(f"postgres did not start:\n{self.log[-2000:]}")
-            if not self._known:
-                self._port = 0
-            (self._home / "log").unlink(missing_ok=True)
+        self._children[:] = [self._spawn()]
+        if not self._is_ready(time.monotonic() + START_SECONDS):
+            raise RuntimeError(f"postgres did not start:\n{self.log[-2000:]}")
 
     def kill(self) -> None:
         """SIGKILL for all of its processes; returns once they are gone."""
@@ -204,8 +192,8 @@ class PostgresServer:
         if done.returncode:
             raise RuntimeError(f"{Path(command[0]).name} failed:\n{done.stderr.decode(errors='replace')[-2000:]}")
 
-    def _spawn(self, port: int) -> subprocess.Popen[bytes]:
-        command = [str(self._programs / "postgres"), "-D", str(self._data), "-c", f"port={port}"]
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        command = [str(self._programs / "postgres"), "-D", str(self._data), "-c", f"port={self.port}"]
         for name, value in self._settings.items():
             command += ["-c", f"{name}={value}"]
         # The kernel's promise is bound to the thread that started the child, so only the main one may ask for it.

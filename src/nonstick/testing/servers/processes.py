@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from nonstick.testing.servers.valkey import DIE_WITH_PARENT, free_port
+from nonstick.testing.servers.valkey import DIE_WITH_PARENT, ReservedPort
 
 __all__ = ["NodeProcess"]
 
@@ -51,7 +51,8 @@ class NodeProcess:
         log: Path | None = None,
     ) -> None:
         self.name = name
-        self.port = free_port()
+        self._reserved = ReservedPort()
+        self.port = self._reserved.port
         self.url = f"http://127.0.0.1:{self.port}{path}"
         self.frozen = False
         self._target = target

@@ -80,20 +80,19 @@ class ValkeyServer:
         self._home = Path(tempfile.mkdtemp(prefix="nonstick-valkey-"))
         self._socket = self._home / "socket" if unix else None
         self._children: list[subprocess.Popen[bytes]] = []
-        self._port = 0
-        self._known = False
+        self._reserved = None if unix else ReservedPort()
         self._frozen = False
         self._clean = weakref.finalize(self, _clean, self._children, self._home)
 
     @property
     def url(self) -> str:
         """Where it listens, for a `RedisStore`."""
-        return f"redis://127.0.0.1:{self._port}" if self._socket is None else f"unix://{self._socket}"
+        return f"redis://127.0.0.1:{self.port}" if self._socket is None else f"unix://{self._socket}"
 
     @property
     def port(self) -> int:
         """Its TCP port; 0 on a Unix socket."""
-        return self._port
+        return 0 if self._reserved is None else self._reserved.port
 
     @property
     def running(self) -> bool:
@@ -131,20 +130,9 @@ class ValkeyServer:
 
     def start(self) -> None:
         """Starts it, with whatever data its directory holds, and waits until it answers."""
-        limit = time.monotonic() + START_SECONDS
-        while True:
-            port = self._port or (free_port() if self._socket is None else 0)
-            self._children[:] = [self._spawn(port)]
-            self._port = port
-            if self._answers(limit):
-                self._known = True
-                return
-            # Somebody may have taken the port since it was free. Once clients know it, only waiting is left.
-            if time.monotonic() > limit or "Address already in use" not in self.log:
-                raise RuntimeError(f"valkey-server did not start:\n{self.log[-2000:]}")
-            if not self._known:
-                self._port = 0
-            (self._home / "log").unlink(missing_ok=True)
+        self._children[:] = [self._spawn()]
+        if not self._answers(time.monotonic() + START_SECONDS):
+            raise RuntimeError(f"valkey-server did not start:\n{self.log[-2000:]}")
 
     def kill(self) -> None:
         """SIGKILL; returns once it is gone."""
@@ -179,14 +167,14 @@ class ValkeyServer:
         os.kill(self.pid, signal.SIGCONT)
         self._frozen = False
 
-    def _arguments(self, port: int) -> list[str]:
+    def _arguments(self) -> list[str]:
         """Of the server's command line."""
         listen = ["--unixsocket", str(self._socket)] if self._socket else ["--bind", "127.0.0.1"]
-        arguments = ["--port", str(port), *listen, "--dir", str(self._home), "--save", ""]
+        arguments = ["--port", str(self.port), *listen, "--dir", str(self._home), "--save", ""]
         return [*arguments, "--appendonly", "yes" if self._appendonly else "no", "--daemonize", "no", *self._options]
 
-    def _spawn(self, port: int) -> subprocess.Popen[bytes]:
-        command = [str(self._binary), *self._arguments(port)]
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        command = [str(self._binary), *self._arguments()]
         # The kernel's promise is bound to the thread that started the child, so only the main one may ask for it.
         if sys.platform == "linux" and threading.current_thread() is threading.main_thread():
             command = [sys.executable, "-ISc", DIE_WITH_PARENT, *command]
@@ -197,8 +185,7 @@ class ValkeyServer:
         while self.running and time.monotonic() < limit:
             try:
                 if self._command("PING") == b"+PONG\r\n":
-                    # Somebody else's server may hold the port: ours would then have ended.
-                    return self.running
+                    return True
             except OSError:
                 pass
             time.sleep(0.005)
@@ -208,7 +195,7 @@ class ValkeyServer:
         """Sends a command without arguments; returns the one line that it answers."""
         with socket.socket(socket.AF_UNIX if self._socket else socket.AF_INET) as connection:
             connection.settimeout(START_SECONDS)
-            connection.connect(str(self._socket) if self._socket else ("127.0.0.1", self._port))
+            connection.connect(str(self._socket) if self._socket else ("127.0.0.1", self.port))
             connection.sendall(f"{name}\r\n".encode())
             with connection.makefile("rb") as answers:
                 return answers.readline()

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from nonstick.testing.servers.valkey import ReservedPort, ValkeyServer
+from nonstick.testing.servers.valkey import ValkeyServer
 from nonstick.testing.servers.valkey_cluster import ask, until
 
 __all__ = ["ValkeySentinel"]
@@ -23,8 +23,6 @@ class _Watcher(ValkeyServer):
 
     def __init__(self, *options: str) -> None:
         super().__init__(*options)
-        self._reserved = ReservedPort()
-        self._port = self._reserved.port
         self.id = secrets.token_hex(20)
 
     def configure(self, *lines: str) -> None:
@@ -35,7 +33,7 @@ class _Watcher(ValkeyServer):
     def _configuration(self) -> Path:
         return self._home / "sentinel.conf"
 
-    def _arguments(self, port: int) -> list[str]:
+    def _arguments(self) -> list[str]:
         return [str(self._configuration), "--sentinel", *self._options]
 
     def _data(self) -> list[Path]:
