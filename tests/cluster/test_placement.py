@@ -128,9 +128,9 @@ async def use(member: Member, session: Session, id: int = 1) -> int:  # noqa: A0
     """How often the page was used, asked through this node."""
     response = await member.post(call("use", id), session)
     assert response.status_code == 200, response.text
-    assert response.headers["content-type"].startswith("application/json")
     assert response.headers["mcp-session-id"] == session.id
-    return int(text_of(response.json()))
+    # A stream, where building the session anew took longer than the window.
+    return int(text_of(messages(response)[-1]))
 
 
 async def test_state_that_cannot_be_stored_is_used_from_every_node(make_store: MakeStore) -> None:
