@@ -46,7 +46,7 @@ def server() -> Iterator[ValkeyServer]:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """What does not come in memory does not come."""
     monkeypatch.setattr(doctor, "WAKE_SECONDS", 0.05)
-    monkeypatch.setattr(doctor, "LEASE_SECONDS", 0.05)
+    monkeypatch.setattr(doctor, "LEASE_SECONDS", (0.05, 1.0, 20.0))
     monkeypatch.setattr(doctor, "LAPSE_SECONDS", 0.05)
 
 
@@ -118,6 +118,14 @@ class Lying(MemoryStore):
         return set(nodes)
 
 
+class LyingLate(Lying):
+    """The lease may have lapsed meanwhile, if it is not longer than this."""
+
+    async def lapsed(self, nodes: Collection[str]) -> set[str]:
+        await asyncio.sleep(0.2)
+        return await super().lapsed(nodes)
+
+
 class Stopped(MemoryStore):
     async def lapsed(self, nodes: Collection[str]) -> set[str]:
         return set()
@@ -137,6 +145,7 @@ class Forbidden(MemoryStore):
         (Torn, "sharing"),
         (Immortal, "end"),
         (Lying, "lease"),
+        (LyingLate, "lease"),
         (Stopped, "lease"),
         (Forbidden, "trial"),
     ],
