@@ -379,11 +379,18 @@ def test_settings_are_given_by_their_names(start: Start, home: Path) -> None:
     assert "max_sessions must be a positive number" in ended.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
         ("max_header_bytes", "is not NAME=VALUE"),
+        ("windov=3", "there is no setting 'windov': did you mean window?"),
+        ("session_idle_timout=3", "did you mean session_idle_timeout?"),
+        ("worker=3", "did you mean --workers?"),
+        ("second_listener=reject", "there is no setting 'second_listener'; docs/limits.md and docs/cli.md have all"),
+        ("log_level=debug", "has an option of its own: --log-level"),
+        ("encryption_keys=k", "it is given in NONSTICK_ENCRYPTION_KEYS"),
+        ("rehydrate=1", "only be given to nonstick.app()"),
+        ("custom_starlette_routes=[]", "only be given to nonstick.app()"),
         ("lease=3", "has an option of its own: --lease"),
         ("max_sessions=many", "give a number"),
         ("auth=1", "only be given to nonstick.app()"),

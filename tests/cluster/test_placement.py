@@ -23,7 +23,8 @@ from pydantic import AnyHttpUrl
 
 import nonstick
 from nonstick import current_attempt, current_connection
-from nonstick.commands.serve import Settings, _application, adopted_in
+from nonstick.commands.application import application
+from nonstick.commands.serve_options import ServeOptions
 from nonstick.core.events import Kind, decode, draft, kind_of
 from nonstick.core.names import session_key
 from nonstick.core.record import LOST, OWNER
@@ -661,8 +662,8 @@ async def test_nodes_that_place_sessions_anywhere_relay_those_that_have_an_owner
 
 @pytest.mark.parametrize("placement", ["any", "stateless", "owner"])
 def test_placement_on_the_command_line_is_that_of_the_app(placement: Any) -> None:
-    app = _application(MCPServer("plain"), Settings(target="", store="memory:", placement=placement))
-    manager = adopted_in(app).managers[0]
+    app = application(MCPServer("plain"), ServeOptions(target="", store="memory:", placement=placement))
+    manager = app.state.nonstick.managers[0]
     assert manager.settings.placement == placement
     assert manager.stateless == (placement == "stateless")
 

@@ -9,10 +9,10 @@ from typing import Any, Final
 import pytest
 import yaml
 
-from nonstick.commands import serve as serving
+from nonstick.commands.serve_options import ServeOptions
 
 DEPLOY: Final = Path(__file__).parents[2] / "deploy"
-GRACE: Final = next(field.default for field in fields(serving.Settings) if field.name == "grace")
+GRACE: Final = next(field.default for field in fields(ServeOptions) if field.name == "grace")
 
 
 def documents(name: str) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from mcp.server import Server
 import nonstick
 from nonstick import store
 from nonstick.cluster.state_store import MAX_STATE
-from nonstick.commands import cli
-from nonstick.commands import serve as serving
+from nonstick.commands import cli, serve
+from nonstick.commands.serve_options import ServeOptions
 from nonstick.core import clipping, events, jsonrpc, places
 from nonstick.core.settings import Settings
 from nonstick.stores.memory import MemoryStore
@@ -160,7 +160,7 @@ OF_SERVE: Final[dict[str, Any]] = {
     "placement": "any",
     "grace": 20.0,
     "lease": 12.0,
-    "options": {},
+    "settings": {},
     "log_format": "text",
     "log_level": "info",
 }
@@ -279,17 +279,17 @@ def test_store_url_without_options() -> None:
 
 
 def test_serve_without_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[serving.Settings] = []
+    taken: list[ServeOptions] = []
 
-    def serve(settings: serving.Settings) -> int:
-        taken.append(settings)
+    def note(options: ServeOptions) -> int:
+        taken.append(options)
         return 0
 
-    monkeypatch.setattr(serving, "serve", serve)
+    monkeypatch.setattr(serve, "serve", note)
     monkeypatch.delenv("NONSTICK_STORE", raising=False)
     assert cli.main(["serve", "server.py"]) == 0
     assert vars(taken[0]) == OF_SERVE
-    made = serving.Settings(target="server.py", store="sqlite:///.nonstick/sessions.db")
+    made = ServeOptions(target="server.py", store="sqlite:///.nonstick/sessions.db")
     assert vars(made) == OF_SERVE
 
 

@@ -16,7 +16,6 @@ CLASS_METHODS: Final = 28
 CLASS_ATTRIBUTES: Final = 16
 
 LARGE_MODULES: Final[dict[str, int]] = {
-    "commands/serve.py": 497,
     "session/exchange.py": 934,
     "session/live.py": 732,
     "session/standalone.py": 567,

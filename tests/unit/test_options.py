@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import fields
 from typing import Any, Final, get_type_hints
@@ -10,6 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nonstick.commands import cli, serve
+from nonstick.commands.serve_options import ServeOptions
 from nonstick.core.settings import OF_THE_SDK, Options, Settings, must, settings_of
 from nonstick.errors import ConfigurationError
 
@@ -112,6 +115,33 @@ def test_long_value_is_not_quoted() -> None:
 def test_what_does_not_go_together_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="what it ran on is gone"):
         settings_of({"placement": "owner", "reexecute": "idempotent"})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_setting_can_be_said_on_a_command_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or has an option there, or is refused there: nothing in between."""
+    taken: list[ServeOptions] = []
+
+    def note(options: ServeOptions) -> int:
+        taken.append(options)
+        return 0
+
+    monkeypatch.setattr(serve, "serve", note)
+    argument, default = OF_THE_SDK.get(name, name), DEFAULTS[name]
+    text = default if must(name).said_as == "text" and default is not None else json.dumps(default)
+    command = ["serve", "server.py", "--store", "memory:", "--set", f"{argument}={text}"]
+    if argument in vars(ServeOptions(target="", store="")) or must(name).said_as == "nothing":
+        with pytest.raises(SystemExit) as refused:
+            cli.main(command)
+        assert refused.value.code == 2
+        return
+    assert cli.main(command) == 0
+    (said,) = taken[0].settings.items()
+    # Only a text may be anything, so "null" is one.
+    assert said == (
+        argument,
+        "null" if must(name).said_as == "text" and default is None else json.loads(json.dumps(default)),
+    )
 
 
 JSON = st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st.text(), st.lists)

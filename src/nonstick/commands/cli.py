@@ -13,12 +13,15 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from importlib.metadata import version
-from typing import Any, Final
+from typing import Any, Final, get_args
 
-from nonstick.commands import doctor, migrate
-from nonstick.commands import log_format as logs
-from nonstick.errors import ConfigurationError, StoreUnavailable
+from nonstick.app import app
+from nonstick.commands import doctor, log_format, migrate
+from nonstick.commands.serve_options import DEFAULT_STORE, ServeOptions
+from nonstick.core.settings import Answer, Placement, Settings, arguments_of, said_as
+from nonstick.errors import ConfigurationError, StoreUnavailable, close_to
 from nonstick.stores import open_store
 from nonstick.stores.common.upkeep import Finding
 
@@ -89,17 +92,12 @@ examples:
   nonstick migrate --store postgresql://owner@db/app --dry-run             what would be done
   nonstick migrate --store postgresql://owner@db/app --print-sql | less    for whoever runs SQL on that server
 """
-_OF_THEIR_OWN: Final = ("store", "host", "path", "answer", "placement", "grace", "lease")
-_WORDS: Final = ("reexecute", "node_name", "namespace", "trace_session_ids")
-_OBJECTS: Final = (
-    "server",
-    "cluster",
-    "transport_security",
-    "auth",
-    "token_verifier",
-    "auth_server_provider",
-    "rehydrate",
-)
+_OPTIONS: Final = {
+    field.name: f"--{field.name.replace('_', '-')}"
+    for field in fields(ServeOptions)
+    if field.name not in ("target", "settings")
+}
+"""Of `nonstick serve`, by their names in `ServeOptions`. `--set` takes what they do not."""
 
 _DEMO = """\
 examples:
@@ -129,12 +127,11 @@ def _refuse(message: str, trace: str = "") -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from nonstick.commands import serve as serving  # here, because `--help` needs no web server
+    from nonstick.commands import serve  # here, because `--help` needs no web server
 
-    fields = {name: value for name, value in vars(options).items() if name in serving.Settings.__dataclass_fields__}
-    fields["options"] = dict(options.options)
-    fields["store"] = _named_store(options) or serving.DEFAULT_STORE
-    return serving.serve(serving.Settings(**fields))
+    given = {name: getattr(options, name) for name in _OPTIONS}
+    given["store"] = _named_store(options) or DEFAULT_STORE
+    return serve.serve(ServeOptions(target=options.target, settings=dict(options.settings), **given))
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -183,9 +180,9 @@ def _named_store(options: argparse.Namespace) -> str | None:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from nonstick.commands.demo import acts as demo
+    from nonstick.commands.demo import acts
 
-    return demo.run(store=options.store, sdk=options.sdk, nodes=options.nodes)
+    return acts.run(store=options.store, sdk=options.sdk, nodes=options.nodes)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -233,38 +230,38 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     how.add_argument("--reload", action="store_true", help="start again whenever a Python file changes")
     parser.add_argument(
         "--answer",
-        choices=("auto", "sse", "json"),
-        default="auto",
+        choices=get_args(Answer),
+        default=Settings.answer,
         help="how a request is answered: auto is JSON, or a stream if the handler sends something first or takes "
         "longer; sse is always a stream; json is never one. Default: %(default)s",
     )
     parser.add_argument(
         "--placement",
-        choices=("any", "stateless", "owner"),
-        default="any",
+        choices=get_args(Placement),
+        default=Settings.placement,
         help="which nodes serve a session: any of them; none, there are no sessions; or the one that opened it, which "
         "the others relay to and with which it ends. Default: %(default)s",
     )
     parser.add_argument(
         "--grace",
         type=_seconds,
-        default=20.0,
+        default=Settings.grace,
         metavar="SECONDS",
-        help="how long a stop (SIGTERM) waits for what runs. Default: 20",
+        help="how long a stop (SIGTERM) waits for what runs. Default: %(default)g",
     )
     parser.add_argument(
         "--lease",
         type=_lease,
-        default=12.0,
+        default=Settings.lease,
         metavar="SECONDS",
         help="how long a node that is not heard of counts as alive; after that, and a few seconds, whoever waits for "
-        "a request that it ran gets an error. Default: 12",
+        "a request that it ran gets an error. Default: %(default)g",
     )
     parser.add_argument(
         "--set",
-        dest="options",
+        dest="settings",
         action="append",
-        type=_option,
+        type=_setting,
         default=[],
         metavar="NAME=VALUE",
         help="any other setting of nonstick.app(), say max_sessions=50000 or send_timeout=10; may be given several "
@@ -276,7 +273,7 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         default="text",
         help="one line per record either way, on stderr. Default: %(default)s",
     )
-    parser.add_argument("--log-level", choices=logs.LEVELS, default="info", help="Default: %(default)s")
+    parser.add_argument("--log-level", choices=log_format.LEVELS, default="info", help="Default: %(default)s")
     parser.set_defaults(run=_serve)
 
 
@@ -360,16 +357,25 @@ def _lease(text: str) -> float:
     return _number(text, 1, 86_400, "a number of seconds (1 to 86400)")
 
 
-def _option(text: str) -> tuple[str, Any]:
+def _setting(text: str) -> tuple[str, Any]:
+    """One `--set NAME=VALUE`. What the value must be is said where the server is made."""
     name, _, value = text.partition("=")
     if not name.isidentifier() or not value:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
-    if name in _OF_THEIR_OWN:
-        raise argparse.ArgumentTypeError(f"{name!r} has an option of its own: --{name}")
-    if name in _OBJECTS:
-        raise argparse.ArgumentTypeError(f"{name!r} can only be given to nonstick.app(), in Python")
-    if name in _WORDS:
-        return name, value
+    if name in _OPTIONS:
+        raise argparse.ArgumentTypeError(f"{name!r} has an option of its own: {_OPTIONS[name]}")
+    if name == "encryption_keys":
+        raise argparse.ArgumentTypeError("encryption_keys is a secret: it is given in NONSTICK_ENCRYPTION_KEYS")
+    known = arguments_of(app)
+    if name not in known:
+        meant = close_to(name, [*known, *_OPTIONS])
+        hint = f": did you mean {_OPTIONS.get(meant, meant)}?" if meant else "; docs/limits.md and docs/cli.md have all"
+        raise argparse.ArgumentTypeError(f"there is no setting {name!r}{hint}")
+    match said_as(name, app):
+        case "text":
+            return name, value
+        case "nothing":
+            raise argparse.ArgumentTypeError(f"{name!r} can only be given to nonstick.app(), in Python")
     try:
         return name, json.loads(value)
     except ValueError:

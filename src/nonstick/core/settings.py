@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from typing import Annotated, Any, Final, Literal, NamedTuple, TypedDict, get_args, get_type_hints
 
@@ -36,6 +36,7 @@ __all__ = [
     "arguments_of",
     "check_arguments",
     "must",
+    "said_as",
     "settings_of",
 ]
 
@@ -63,16 +64,19 @@ OF_THE_SDK: Final = {
 # ---- what a value must be
 
 
+SaidAs = Literal["text", "json", "nothing"]
+
+
 class Must(NamedTuple):
     """What the value of a setting must be: "max_streams must be " + this.
 
     Attributes:
         be: With the unit.
-        in_python: No text on a command line can say it.
+        said_as: How a command line says it: as a text, as JSON, or not at all.
     """
 
     be: str
-    in_python: bool = False
+    said_as: SaidAs = "json"
 
 
 def _whole(value: object) -> object:
@@ -108,10 +112,10 @@ Count = Annotated[_Whole, Field(gt=0), Must("a positive number without a fractio
 Bytes = Annotated[_Whole, Field(gt=0), Must("a positive number of bytes, without a fraction")]
 Milliseconds = Annotated[_Whole, Field(ge=0), Must("zero or a positive number of milliseconds, without a fraction")]
 Flag = Annotated[bool, Strict(), Must("True or False")]
-Name = Annotated[str, Strict(), Field(min_length=1), Must("a text that is not empty")]
+Name = Annotated[str, Strict(), Field(min_length=1), Must("a text that is not empty", "text")]
 HeaderNames = Annotated[Collection[str], PlainValidator(_header_names), Must('names of headers, as in ["x-api-key"]')]
 Rebuilds = Annotated[
-    Rehydrate, AfterValidator(_async_function), Must("an async function that takes a Connection", in_python=True)
+    Rehydrate, AfterValidator(_async_function), Must("an async function that takes a Connection", "nothing")
 ]
 
 
@@ -318,6 +322,16 @@ def arguments_of(door: Callable[..., object]) -> list[str]:
     return [*named, *sorted(Options.__optional_keys__)]
 
 
+def said_as(name: str, door: Callable[..., object]) -> SaidAs:
+    """How a command line says this argument of a function that takes `Options`."""
+    settings = {OF_THE_SDK.get(field.name, field.name): field.name for field in fields(Settings)}
+    if name in settings:
+        return must(settings[name]).said_as
+    # A default that is a number or a truth value shows what such an argument takes; others take objects.
+    one = inspect.signature(door).parameters.get(name)
+    return "json" if one is not None and isinstance(one.default, int | float) else "nothing"
+
+
 def check_arguments(given: Iterable[str], door: Callable[..., object], called: str) -> None:
     """Returns if a function that takes `Options` has arguments of these names.
 
@@ -371,7 +385,7 @@ def _must(hint: Any) -> Must:
         if isinstance(one, Must):
             return one
     if isinstance(get_args(hint)[0], str):
-        return Must(f"one of {', '.join(get_args(hint))}")
+        return Must(f"one of {', '.join(get_args(hint))}", "text")
     found = _must(get_args(hint)[0])
     return found._replace(be=f"{found.be}, or None")
 

@@ -23,7 +23,7 @@ from mcp.client import ClientRequestContext
 from mcp.shared.exceptions import MCPError
 from mcp_types import ElicitRequestParams, ElicitResult
 
-from nonstick.commands.demo.stage import CLIENT_NAME, LEASE, Cluster, Narrator, Problem, Stage, served, text_of
+from nonstick.commands.demo.stage import CLIENT_NAME, LEASE, DemoNodes, Narrator, Problem, Stage, served, text_of
 from nonstick.stores import open_store
 
 __all__ = ["run"]
@@ -52,10 +52,10 @@ def run(*, store: str | None, sdk: bool, nodes: int) -> int:
     with tempfile.TemporaryDirectory(prefix="nonstick-demo-") as home, _stopped_like_ctrl_c():
         shared = open_store(store).url if store else "a temporary SQLite file"
         store = store or f"sqlite:///{Path(home) / 'sessions.db'}"
-        cluster = Cluster(Path(home), store, nodes, sdk=sdk)
-        _introduce(tell, cluster, shared)
+        started = DemoNodes(Path(home), store, nodes, sdk=sdk)
+        _introduce(tell, started, shared)
         try:
-            return asyncio.run(_play(tell, cluster))
+            return asyncio.run(_play(tell, started))
         except KeyboardInterrupt:
             tell.line("\ninterrupted; the nodes are stopped")
             return 130
@@ -71,18 +71,18 @@ def _stopped_like_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _introduce(tell: Narrator, cluster: Cluster, shared: str) -> None:
-    names = [node.name for node in cluster.nodes]
-    how = "each serves with the SDK alone" if cluster.sdk else f"they share {shared}"
+def _introduce(tell: Narrator, nodes: DemoNodes, shared: str) -> None:
+    names = [node.name for node in nodes.members]
+    how = "each serves with the SDK alone" if nodes.sdk else f"they share {shared}"
     tell.line(f"{len(names)} nodes, {names[0]} to {names[-1]}, each a process of its own; {how}.")
     tell.line("In front of them a proxy sends every request to the next node: nothing is sticky.")
     tell.line("The client is the official Python client in its handshake mode, which has sessions.")
 
 
-async def _play(tell: Narrator, cluster: Cluster) -> int:
+async def _play(tell: Narrator, nodes: DemoNodes) -> int:
     try:
-        async with cluster, Stage(tell, cluster) as stage:
-            for number, act in enumerate(SDK_ACTS if cluster.sdk else ACTS, 1):
+        async with nodes, Stage(tell, nodes) as stage:
+            for number, act in enumerate(SDK_ACTS if nodes.sdk else ACTS, 1):
                 tell.title(f"{number}. {(act.__doc__ or '').splitlines()[0]}")
                 async with asyncio.timeout(_ACT_SECONDS):
                     await stage.restart()
@@ -103,7 +103,7 @@ async def _play(tell: Narrator, cluster: Cluster) -> int:
 def _summary(stage: Stage) -> str:
     lost = sum(exchange.status == 404 for exchange in stage.exchanges)
     total = len(stage.exchanges)
-    if stage.cluster.sdk:
+    if stage.nodes.sdk:
         return f"failed as it must without nonstick: {lost} of {total} requests got 404"
     return (
         f"{total} requests ({served(stage.exchanges)}), {stage.progress} progress notifications, "
@@ -131,7 +131,7 @@ async def one_session_on_every_node(stage: Stage) -> None:
     """
     async with stage.client() as client:
         await client.list_tools()
-        for _ in stage.cluster.nodes:
+        for _ in stage.nodes.members:
             await _where(stage, client)
         await _count(stage, client)
     session_id = stage.session_id()
@@ -140,7 +140,7 @@ async def one_session_on_every_node(stage: Stage) -> None:
     if status != 404:
         raise Problem(f"a request in the ended session got {status}, not 404")
     stage.tell.aside("404, as it must be: the session has ended, and every node knows")
-    idle = {node.name for node in stage.cluster.nodes} - {exchange.backend for exchange in stage.exchanges}
+    idle = {node.name for node in stage.nodes.members} - {exchange.backend for exchange in stage.exchanges}
     if idle:
         raise Problem(f"{', '.join(sorted(idle))} served nothing")
 
@@ -155,7 +155,7 @@ async def kill_the_node_that_opened_the_session(stage: Stage) -> None:
         victim = stage.last("initialize").backend
         streams = stage.streams()
         stage.kill(victim)
-        for _ in range(2 * len(stage.cluster.nodes)):
+        for _ in range(2 * len(stage.nodes.members)):
             await _where(stage, client)
         await _count(stage, client)
         if streams[-1].backend == victim:
@@ -198,7 +198,7 @@ async def the_sdk_alone(stage: Stage) -> None:
     with stage.expecting(404):
         try:
             async with stage.client() as client:
-                for _ in stage.cluster.nodes:
+                for _ in stage.nodes.members:
                     await _where(stage, client)
         except Exception as error:
             stage.tell.aside(f"the client gives up: {_reason(error)}")

@@ -26,7 +26,7 @@ from nonstick.store import STANDALONE
 from nonstick.testing.servers.balancer import Backend, Balancer, Exchange
 from nonstick.testing.servers.valkey import DIE_WITH_PARENT, ReservedPort
 
-__all__ = ["CLIENT_NAME", "LEASE", "Cluster", "Narrator", "Node", "Problem", "Stage", "served", "text_of", "what"]
+__all__ = ["CLIENT_NAME", "LEASE", "DemoNode", "DemoNodes", "Narrator", "Problem", "Stage", "served", "text_of", "what"]
 
 CLIENT_NAME: Final = "demo-client"
 
@@ -68,7 +68,7 @@ class Narrator:
         self.line(self._paint(f"      {text}", "2"))
 
     def event(self, text: str) -> None:
-        """Something that happens to the cluster."""
+        """Something that happens to the nodes."""
         self.line(self._paint(f"   *  {text}", "1;31"))
 
     def exchange(self, exchange: Exchange, *, bad: bool) -> None:
@@ -113,7 +113,7 @@ def _resumes_a_call(exchange: Exchange) -> bool:
 # ---- the nodes
 
 
-class Node:
+class DemoNode:
     """One process that serves the demo's server."""
 
     def __init__(self, name: str, home: Path) -> None:
@@ -184,17 +184,17 @@ class Node:
         return "\n".join([f"   {self.name}'s log ends with:", *(f"   | {line}" for line in lines[-_LOG_LINES:])])
 
 
-class Cluster:
+class DemoNodes:
     """The nodes: all ready once entered, all gone once left, however that happens."""
 
     def __init__(self, home: Path, store: str, size: int, *, sdk: bool) -> None:
         self.sdk = sdk
-        self.nodes = [Node(f"node-{letter}", home) for letter in "abcdefghi"[:size]]
+        self.members = [DemoNode(f"node-{letter}", home) for letter in "abcdefghi"[:size]]
         self._store = store
 
     @property
     def backends(self) -> list[Backend]:
-        return [Backend(node.name, node.port) for node in self.nodes]
+        return [Backend(node.name, node.port) for node in self.members]
 
     async def __aenter__(self) -> Self:
         try:
@@ -213,9 +213,9 @@ class Cluster:
         """Starts the nodes that do not run, and returns when all are ready.
 
         Raises:
-            Problem: As `Node.ready`.
+            Problem: As `DemoNode.ready`.
         """
-        idle = [node for node in self.nodes if not node.running]
+        idle = [node for node in self.members if not node.running]
         for node in idle:
             node.start(self._store, sdk=self.sdk)
         async with httpx2.AsyncClient(timeout=_START_SECONDS) as http:
@@ -224,17 +224,17 @@ class Cluster:
 
     def kill(self, name: str) -> None:
         """SIGKILL, and returns when the process is gone."""
-        (node,) = [node for node in self.nodes if node.name == name]
+        (node,) = [node for node in self.members if node.name == name]
         node.signal(signal.SIGKILL)
         node.wait(_STOP_SECONDS)
 
     def running(self, name: str) -> bool:
-        return any(node.running for node in self.nodes if node.name == name)
+        return any(node.running for node in self.members if node.name == name)
 
     def _stop(self) -> None:
-        for node in self.nodes:
+        for node in self.members:
             node.signal(signal.SIGTERM)
-        for node in self.nodes:
+        for node in self.members:
             if not node.wait(_STOP_SECONDS):
                 node.signal(signal.SIGKILL)
                 node.wait(_STOP_SECONDS)
@@ -244,18 +244,18 @@ class Cluster:
 
 
 class Stage:
-    """What an act has in hand. Entered, it has a balancer in front of the cluster."""
+    """What an act has in hand. Entered, it has a balancer in front of the nodes."""
 
-    def __init__(self, tell: Narrator, cluster: Cluster) -> None:
+    def __init__(self, tell: Narrator, nodes: DemoNodes) -> None:
         self.tell = tell
-        self.cluster = cluster
+        self.nodes = nodes
         self.exchanges: list[Exchange] = []
         self.progress = 0
         self.killed: list[str] = []
         self.cuts = 0
         self.unexpected: list[str] = []
         self._expected = 0
-        self._balancer = Balancer(cluster.backends, observe=self._saw)
+        self._balancer = Balancer(nodes.backends, observe=self._saw)
         self._changed = asyncio.Event()
 
     async def __aenter__(self) -> Self:
@@ -318,15 +318,15 @@ class Stage:
     def kill(self, name: str) -> None:
         """SIGKILL for a node; the balancer is not told."""
         self.tell.event(f"kill -9 {name}")
-        self.cluster.kill(name)
+        self.nodes.kill(name)
         self.killed.append(name)
 
     async def restart(self) -> None:
         """Starts the nodes again that were killed."""
-        for node in self.cluster.nodes:
+        for node in self.nodes.members:
             if not node.running:
                 self.tell.event(f"{node.name} is started again")
-        await self.cluster.start()
+        await self.nodes.start()
 
     def cut(self, exchange: Exchange) -> None:
         """Cuts the connection that carries this exchange."""
@@ -356,7 +356,7 @@ class Stage:
             self.tell.exchange(exchange, bad=bad)
             if bad:
                 self.unexpected.append(f"{what(exchange)} got {exchange.status} from {exchange.backend or 'no node'}")
-        elif not exchange.complete and not self.cluster.running(exchange.backend):
+        elif not exchange.complete and not self.nodes.running(exchange.backend):
             self.tell.aside(f"{what(exchange)} of {exchange.backend} is cut off")
         self._changed.set()
 
