@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Literal
 
+import mcp_types as types
 import pydantic_core
 import pytest
 
@@ -36,6 +37,7 @@ from tests.cluster.stage import (
     cancel,
     eventually,
     node_of,
+    notification,
     say,
     staged,
     text_of,
@@ -443,6 +445,87 @@ async def test_log_is_watched_no_longer_than_anything_of_its_session_runs() -> N
             assert texts_of(await stream.rest()) == ["done"]
         await eventually(lambda: view.follower.subscriptions == 0)
         await eventually(lambda: store.watches[key] == 0)
+
+
+async def test_log_is_not_followed_for_a_handler_that_has_ended() -> None:
+    """P10: of a notification, say, though its window passes later."""
+    store = Watched()
+    async with staged(one(store), window=0.2) as (stage, _a, b, _c):
+        ended: list[str] = []
+
+        @stage.tool
+        async def wait(ctx: Context, args: dict[str, Any]) -> str:
+            await stage.door("end")
+            return "done"
+
+        async def handle(ctx: Context, params: types.NotificationParams) -> None:
+            ended.append("x/done")
+
+        node_of(b).services.served.app.add_notification_handler("x/done", types.NotificationParams, handle)
+        session = await b.open()
+        key = session_key(session.id)
+        assert (await b.post(notification("x/done"), session)).status_code == 202
+        await eventually(lambda: bool(ended))
+        # Its window passes after that of the notification, and then it has an event id.
+        async with posting(b, session, call("wait")) as stream:
+            await stream.event()
+            assert store.watches[key] == 1
+            stage.open("end")
+            assert texts_of(await stream.rest()) == ["done"]
+        await eventually(lambda: key not in node_of(b).sessions)
+        assert store.watches[key] == 0
+
+
+async def test_old_cancel_at_the_end_of_the_log_hits_no_new_request() -> None:
+    """P5: the log ends with it when the next request of that id begins, on a view that took note of it."""
+    async with staged(one(MemoryStore()), window=0.05, answer="json") as (stage, _a, b, c):
+
+        @stage.tool
+        async def think(ctx: Context, args: dict[str, Any]) -> str:
+            stage.open("thinks")
+            await stage.door("never")
+            return "done"
+
+        @stage.tool
+        async def quick(ctx: Context, args: dict[str, Any]) -> str:
+            return "quick"
+
+        session = await b.open()
+        key = session_key(session.id)
+        async with getting(b, session) as standalone:
+            await standalone.event()
+            thinking = asyncio.create_task(b.post(call("think", "same"), session))
+            await stage.reached("thinks")
+            await eventually(lambda: node_of(b).sessions[key].follower.subscriptions > 1)
+            assert (await c.post(cancel("same"), session)).status_code == 202
+            assert text_of((await thinking).json()) == "Request cancelled"
+            assert (await stage.kinds(session))[-1] is Kind.CANCEL
+
+            async def used_up() -> bool:
+                return not (await stage.store.load(key)).cancels
+
+            await eventually(used_up)
+            assert text_of((await b.post(call("quick", "same"), session)).json()) == "quick"
+
+
+async def test_second_reply_is_dropped_where_the_first_is_not_heard_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """P4, P14: the first that the store took counts, not the first that the handler's node hears of."""
+    monkeypatch.setattr("nonstick.log.follow._FIRST_POLL", 1.0)
+    async with misinformed() as (stage, store, _a, b, c):
+
+        @stage.tool
+        async def question(ctx: Context, args: dict[str, Any]) -> str:
+            return str((await ask(ctx))["content"]["name"])
+
+        session = await b.open()
+        async with posting(b, session, call("question", 1)) as stream:
+            asked = await stream.message()
+            view = node_of(b).sessions[session_key(session.id)]
+            await eventually(lambda: view.follower._reading is None)
+            store.mode = "lost"
+            assert (await c.post(accept(asked, "Ada"), session)).status_code == 202
+            assert (await b.post(accept(asked, "Bob"), session)).status_code == 202
+            assert texts_of(await stream.rest()) == ["Ada"]
 
 
 def test_every_mode_but_one_tells_of_a_phantom() -> None:
