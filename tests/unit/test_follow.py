@@ -383,8 +383,13 @@ async def test_loss_is_reported_where_the_place_itself_is_still_there(store: Car
             await ahead.next()
     with pytest.raises(Diverged):
         await behind.next()
-    ahead.close()
-    behind.close()
+    # Though they stay, whoever begins again gets what there is, and what comes.
+    again = follower.subscribe(Cursor(0))
+    assert await collect(again, 5) == between(1, 5)
+    await append(store)
+    assert await collect(again, 6) == [6]
+    for subscription in (ahead, behind, again):
+        subscription.close()
 
 
 async def test_subscription_that_begins_at_a_lost_place_hears_of_it(store: Careless, follower: Follower) -> None:

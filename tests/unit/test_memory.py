@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from nonstick.errors import AlreadyExists, SessionNotFound
-from nonstick.store import Batch, Cursor, Draft
+from nonstick.store import CANCEL_SECONDS, Batch, Cursor, Draft
 from nonstick.stores.memory import MemoryStore
 
 pytestmark = pytest.mark.anyio
@@ -60,3 +60,31 @@ async def test_lifetime_ends_at_its_last_instant() -> None:
             await store.read("key", Cursor(0))
         await store.create("key", {}, lifetime=5)
         assert (await store.load("key")).fields == {}
+
+
+async def test_cancel_is_left_for_a_minute_and_no_longer() -> None:
+    now = [0.0]
+    async with MemoryStore(clock=lambda: now[0]) as store:
+        await store.create("key", {}, lifetime=1000)
+        await store.append("key", Batch([], cancel="7"))
+        now[0] = CANCEL_SECONDS - 0.25
+        assert (await store.load("key")).cancels == {"7"}
+        now[0] = CANCEL_SECONDS
+        assert (await store.load("key")).cancels == frozenset()
+
+
+async def test_closed_store_wakes_nobody() -> None:
+    """What its last user watched."""
+    woken: list[object] = []
+    store = MemoryStore()
+    async with store:
+        await store.create("key", {}, lifetime=1000)
+        store.watch("key", woken.append)
+        await asyncio.sleep(0)
+        assert woken == [None]
+    async with store:
+        await store.append("key", Batch([Draft(b"8 bytes.", b"data")]))
+        fence = asyncio.Event()
+        store.watch("key", lambda _: fence.set())
+        await fence.wait()
+    assert woken == [None]

@@ -139,7 +139,8 @@ class ExpiryContract(ContractFixtures):
             if clock.exact:
                 await clock.advance(0.01)
             await a.append(key, Batch(drafts(b"x"), cancel=f"r{number}"))
-            await a.append(key, Batch(drafts(b"x"), cancel="again"))
+            if number in (0, 80):
+                await a.append(key, Batch(drafts(b"x"), cancel="again"))
         kept = (await b.load(key)).cancels
         assert len(kept) == MAX_CANCELS
         # Where the store's clock ticks slowly, a few of the oldest are equally old.
