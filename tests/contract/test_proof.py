@@ -456,7 +456,10 @@ async def test_sentinel_that_knows_of_the_latest_failover_is_right_against_most_
             new = await asyncio.to_thread(group.failover)
             await until_answered(lambda: store.load(key))
             await asyncio.to_thread(old.restart, keep_data=False)
+            # Or the third Sentinel would tell them, at any moment, and make that server a replica again.
+            ask(old, "ACL", "SETUSER", "default", "-publish", "-replicaof", "-slaveof")
             for stale in group.sentinels[:2]:
+                ask(stale, "ACL", "SETUSER", "default", "-publish")
                 ask(stale, "SENTINEL", "REMOVE", "nonstick")
                 ask(stale, "SENTINEL", "MONITOR", "nonstick", "127.0.0.1", old.port, 2)
             assert [named_by(watcher) for watcher in group.sentinels] == [old.port, old.port, new.port]
