@@ -161,7 +161,7 @@ def take_over(
         raise ConfigurationError(
             f"this app has {len(sites)} MCP endpoints, and each opens the store for itself: give store= as a URL"
         )
-    cluster = cluster or Cluster.only() or Cluster.apart()
+    cluster = cluster or Cluster.only() or Cluster.private()
     endpoints: list[Endpoint] = []
     for site, name in zip(sites, _names(sites, options.get("namespace")), strict=True):
 

@@ -403,6 +403,27 @@ def test_setting_that_cannot_be_given_is_refused(wrong: str, said: str, capsys: 
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["serve", "server.py", "--wrokers", "3"], "there is no option --wrokers: did you mean --workers?"),
+        (["serve", "server.py", "--logformat=json"], "there is no option --logformat: did you mean --log-format?"),
+        (["serve", "server.py", "--max-streams=3"], "--max-streams is given as --set max_streams=VALUE"),
+        (["serve", "server.py", "--max_stream", "3"], "did you mean --set max_streams=VALUE?"),
+        (["serve", "server.py", "--xyz"], "there is no option --xyz; --help lists those that there are"),
+        (["serve", "server.py", "another.py"], "there is no option another.py; --help"),
+        (["migrate", "--store", "memory:", "--dryrun"], "there is no option --dryrun; --help"),
+    ],
+)
+def test_option_that_there_is_none_of_is_refused(
+    wrong: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(wrong) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("nonstick: ")
+    assert said in line
+
+
 @pytest.mark.slow
 def test_default_store_lies_in_the_working_directory(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found by the ping before the server: the target's failure comes after."""

@@ -47,7 +47,7 @@ async def running(store: Store, *, open_sessions: int = 0, **settings: Any) -> A
     """A node with so many sessions that are in use: "0", "1", ..."""
     server: Server[Any] = Server("test")
     async with GuardedStore(store, patience=0.05) as guarded, asyncio.timeout(60):
-        node = Node(Served(server, None, ""), guarded, Settings(**settings), cluster_log=Cluster.apart().log)
+        node = Node(Served(server, None, ""), guarded, Settings(**settings), cluster_log=Cluster.private().log)
         for number in range(open_sessions):
             session = node.sessions[str(number)] = Session(node.services, f"id {number}", str(number))
             session.__enter__()

@@ -55,7 +55,7 @@ def keys() -> list[Any]:
 
 def work_for(kept: MemoryStore, session_id: str) -> None:
     """What is done in this task from here on is the work of this session."""
-    served, cluster_log = Served(Server(""), None, ""), nonstick.Cluster.apart().log
+    served, cluster_log = Served(Server(""), None, ""), nonstick.Cluster.private().log
     node = Node(served, GuardedStore(kept), Settings(), cluster_log=cluster_log)
     Session(node.services, session_id, session_key(session_id)).make_current()
 
@@ -68,7 +68,7 @@ async def opened(kept: MemoryStore, session_id: str = SESSION) -> None:
 
 def test_it_is_what_fastmcp_takes() -> None:
     """The protocol of py-key-value-aio."""
-    store: AsyncKeyValue = nonstick.Cluster.apart().session_state_store
+    store: AsyncKeyValue = nonstick.Cluster.private().session_state_store
     assert isinstance(store, StateStore)
 
 

@@ -107,8 +107,8 @@ class Cluster:
         return thing is self._bus or thing is self._codec or thing is self._state
 
     @classmethod
-    def apart(cls) -> Cluster:
-        """One that no server was built with."""
+    def private(cls) -> Cluster:
+        """A cluster that `only()` does not find: made for an app whose server was given none."""
         cluster = cls()
         cls._made.discard(cluster)
         return cluster
@@ -156,7 +156,7 @@ class Cluster:
         """
         if isinstance(store, str) and store.lower().startswith("memory:"):
             raise ConfigurationError("no other process can use memory:; give the URL of the store that the nodes use")
-        cluster, opened = cls.apart(), open_store(store)
+        cluster, opened = cls.private(), open_store(store)
         if namespace:
             cluster.serve(namespace)
         if encryption_keys is not None:

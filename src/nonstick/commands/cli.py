@@ -109,8 +109,10 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
-    options = _parser().parse_args(argv)
+    options, unknown = _parser().parse_known_args(argv)
     try:
+        if unknown:
+            raise ConfigurationError(_no_such_option(unknown[0], serves=options.run is _serve))
         status: int = options.run(options)
     except (ConfigurationError, StoreUnavailable) as error:
         return _refuse(str(error), getattr(error, "trace", ""))
@@ -124,6 +126,22 @@ def _refuse(message: str, trace: str = "") -> int:
         print(trace.rstrip(), file=sys.stderr)
     print(f"nonstick: {message}", file=sys.stderr)
     return 2
+
+
+def _no_such_option(text: str, *, serves: bool) -> str:
+    """What to say of an argument that the command does not take; `serves` for `nonstick serve`."""
+    flag, _, _ = text.partition("=")
+    name = flag.lstrip("-").replace("-", "_")
+    known = arguments_of(app) if serves else []
+    if name in known:
+        return f"{flag} is given as --set {name}=VALUE"
+    meant = close_to(name, [*_OPTIONS, *known]) if serves else None
+    hint = (
+        f": did you mean {_OPTIONS.get(meant, f'--set {meant}=VALUE')}?"
+        if meant
+        else "; --help lists those that there are"
+    )
+    return f"there is no option {flag}{hint}"
 
 
 def _serve(options: argparse.Namespace) -> int:

@@ -163,7 +163,7 @@ class SessionManager:
             security_settings=security_settings,
             max_request_body_size=max_request_body_size,
         )
-        self.cluster = cluster or Cluster.only() or Cluster.apart()
+        self.cluster = cluster or Cluster.only() or Cluster.private()
         """What is told to every client goes through this: `await manager.cluster.notify_tools_changed()`."""
         self.has_tasks = False
         """Whether requests begin tasks that other nodes run: FastMCP's."""
@@ -214,7 +214,7 @@ class SessionManager:
         """Opens the store, and takes part in the cluster."""
         if not self.cluster.may_use(self.store):
             # The only one in the process, but of an app on another store.
-            self.cluster = Cluster.apart()
+            self.cluster = Cluster.private()
             self.cluster.serve(self.endpoint.namespace, sealed_apart=self.settings.namespace is not None)
         if not self.stateless:
             offer(self.app)
