@@ -85,8 +85,10 @@ class StandsStill:
 class Rehearsal:
     """A stage of which each node but the first has a store that stands still at another step."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, patience: float, **options: Any) -> None:
         store = MemoryStore()
+        self.patience = patience
+        """Seconds within which a request comes to its node's step, if it ever does."""
         self.stores: list[StandsStill] = []
 
         def make() -> Store:
@@ -127,7 +129,7 @@ class Rehearsal:
         stream = begin(member)
         try:
             waiting = asyncio.create_task(store.stands.wait())
-            await asyncio.wait([waiting, stream.task], timeout=2.0, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([waiting, stream.task], timeout=self.patience, return_when=asyncio.FIRST_COMPLETED)
             waiting.cancel()
             if store.stands.is_set() and not stream.task.done():
                 self.reached.append(self.stores.index(store) - 1)
@@ -181,20 +183,22 @@ SHUT_DOWN: Final = (200, "node_shut_down")
 IN_DOUBT: Final = (200, "store_unavailable")
 
 
+@pace.unhurried("patience", 2.0, 8.0, 16.0)
 @pytest.mark.parametrize("goes_on", [True, False])
-async def test_get_at_every_step_of_its_start(goes_on: bool) -> None:
+async def test_get_at_every_step_of_its_start(goes_on: bool, patience: float) -> None:
     """P8: it is handed over, or told to come back."""
-    async with Rehearsal(grace=LONG if goes_on else SHORT) as play, asyncio.timeout(2 * DEADLINE):
+    async with Rehearsal(patience, grace=LONG if goes_on else SHORT) as play, asyncio.timeout(2 * DEADLINE):
         session = await play.first.open()
         ends = await play.at_every_step(session, gets(session), goes_on=goes_on)
         assert set(ends) == ({HANDED_OVER} if goes_on else {HANDED_OVER, REFUSED}), ends
         assert {1, 2, 3} <= set(play.reached)
 
 
+@pace.unhurried("patience", 2.0, 8.0, 16.0)
 @pytest.mark.parametrize("goes_on", [True, False])
-async def test_resumption_at_every_step_of_its_start(goes_on: bool) -> None:
+async def test_resumption_at_every_step_of_its_start(goes_on: bool, patience: float) -> None:
     """P8: it is handed over, or told to come back."""
-    async with Rehearsal(grace=LONG if goes_on else SHORT) as play, asyncio.timeout(2 * DEADLINE):
+    async with Rehearsal(patience, grace=LONG if goes_on else SHORT) as play, asyncio.timeout(2 * DEADLINE):
         session = await play.first.open()
         running = Stream(play.first, "POST", session, call("speak", 1, door="never"), {})
         last = (await running.event()).id
@@ -204,20 +208,25 @@ async def test_resumption_at_every_step_of_its_start(goes_on: bool) -> None:
         await running.close()
 
 
+@pace.unhurried("patience", 2.0, 8.0, 16.0)
 @pytest.mark.parametrize("goes_on", [True, False])
-async def test_request_at_every_step_of_its_start(goes_on: bool) -> None:
+async def test_request_at_every_step_of_its_start(goes_on: bool, patience: float) -> None:
     """P8: it has its result; or its client is told that it did not run, or did not end, or comes back for its end."""
-    async with Rehearsal(grace=LONG if goes_on else SHORT) as play, asyncio.timeout(2 * DEADLINE):
+    async with Rehearsal(patience, grace=LONG if goes_on else SHORT) as play, asyncio.timeout(2 * DEADLINE):
         session = await play.first.open()
         ends = await play.at_every_step(session, posts(session), goes_on=goes_on)
         assert set(ends) == ({RESULT} if goes_on else {REFUSED, SHUT_DOWN, HANDED_OVER, RESULT}), ends
         assert {1, 2, 3} <= set(play.reached)
 
 
+@pace.unhurried("patience", 2.0, 8.0, 16.0)
 @pytest.mark.parametrize("goes_on", [True, False])
-async def test_relay_at_every_step_of_its_start(goes_on: bool) -> None:
+async def test_relay_at_every_step_of_its_start(goes_on: bool, patience: float) -> None:
     """P8: with `placement="owner"`. Once it has an event id it is handed over, for it runs elsewhere."""
-    async with Rehearsal(grace=LONG if goes_on else SHORT, placement="owner") as play, asyncio.timeout(2 * DEADLINE):
+    async with (
+        Rehearsal(patience, grace=LONG if goes_on else SHORT, placement="owner") as play,
+        asyncio.timeout(2 * DEADLINE),
+    ):
         session = await play.first.open()
         ends = await play.at_every_step(session, posts(session), goes_on=goes_on)
         assert set(ends) == ({HANDED_OVER, RESULT} if goes_on else {REFUSED, IN_DOUBT, HANDED_OVER, RESULT}), ends
@@ -238,13 +247,14 @@ async def begun(member: Member, session: Session, body: bytes, **headers: str) -
     return reader, writer
 
 
+@pace.unhurried("grace", 0.5, 2.0, 8.0)
 @pytest.mark.parametrize("headers", [{}, {"mcp-protocol-version": "2026-07-28", "mcp-method": "tools/list"}])
 async def test_request_that_is_half_sent_may_come_in_within_the_grace_and_is_refused_after_it(
-    memory: MakeStore, headers: dict[str, str]
+    memory: MakeStore, headers: dict[str, str], grace: float
 ) -> None:
     """P8: else it would hold the node for `receive_timeout`."""
     body = json.dumps(call("speak", 1)).encode()
-    async with Stage(memory, nodes=1, grace=0.5) as stage, asyncio.timeout(DEADLINE):
+    async with Stage(memory, nodes=1, grace=grace) as stage, asyncio.timeout(DEADLINE):
         (a,) = stage.cluster
         speaking(stage)
         session = await a.open()
@@ -255,12 +265,12 @@ async def test_request_that_is_half_sent_may_come_in_within_the_grace_and_is_ref
         in_time[1].write(body[10:])
         status = await in_time[0].readline()
         assert b" 503 " not in status
-        assert pace.in_time(time.monotonic() - began, 0.5)
+        assert pace.in_time(time.monotonic() - began, grace)
         answer = await too_late[0].read()
         assert answer.startswith(b"HTTP/1.1 503 ")
         assert b"connection: close" in answer
         assert b"retry-after: 1" in answer
-        assert pace.in_time(time.monotonic() - began, 0.5 + ENDED)
+        assert pace.in_time(time.monotonic() - began, grace + ENDED)
         for _, writer in (in_time, too_late):
             writer.close()
         await draining
