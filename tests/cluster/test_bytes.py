@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, Self
 import pydantic_core
 import pytest
 
-from nonstick.core.events import EventId, Kind, draft
+from nonstick.core.event_ids import EventId
+from nonstick.core.events import Kind, draft
 from nonstick.core.introductions import INTRODUCTIONS
 from nonstick.core.names import session_key
 from nonstick.core.record import OWNER

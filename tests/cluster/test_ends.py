@@ -14,7 +14,8 @@ import pytest
 from mcp_types import INTERNAL_ERROR
 
 from nonstick import current_connection
-from nonstick.core.events import EventId, Kind, draft
+from nonstick.core.event_ids import EventId
+from nonstick.core.events import Kind, draft
 from nonstick.core.names import session_key
 from nonstick.core.record import OWNER
 from nonstick.node.node import Node

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from nonstick.core.events import Kind, draft, kind_of, parse_event_id
+from nonstick.core.event_ids import parse_event_id
+from nonstick.core.events import Kind, draft, kind_of
 from nonstick.core.names import new_name, session_key
 from nonstick.store import Batch
 from nonstick.testing.cluster import Member, Session

@@ -8,7 +8,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 
-from nonstick.core.events import EventId, Kind, decode, kind_of, parse_event_id
+from nonstick.core.event_ids import EventId, parse_event_id
+from nonstick.core.events import Kind, decode, kind_of
 from nonstick.core.names import session_key
 from nonstick.store import MAX_CLIP, Batch, Cursor, Draft, Skimmed
 from nonstick.testing.cluster import Member, Session

@@ -13,7 +13,8 @@ from mcp.server import MCPServer, Server
 
 import nonstick
 import nonstick.log.cluster_log
-from nonstick.core.events import EventId, Kind, parse_event_id
+from nonstick.core.event_ids import EventId, parse_event_id
+from nonstick.core.events import Kind
 from nonstick.core.names import session_key
 from nonstick.errors import ConfigurationError
 from nonstick.log.cluster_log import CLUSTER_KEY

@@ -14,7 +14,8 @@ from mcp.server import Server
 from opentelemetry.baggage import get_baggage, set_baggage
 from opentelemetry.context import attach, detach
 
-from nonstick.core.events import EventId, Kind, decode, draft, kind_of
+from nonstick.core.event_ids import EventId
+from nonstick.core.events import Kind, decode, draft, kind_of
 from nonstick.core.names import session_key
 from nonstick.store import NEW_STREAM, Batch, Cursor, Store
 from nonstick.testing.cluster import Member, Session

@@ -25,8 +25,9 @@ from mcp.server.request_state import InvalidRequestState
 import nonstick
 from nonstick.app import App
 from nonstick.cluster import cluster
-from nonstick.core.events import EventId, draft
+from nonstick.core.event_ids import EventId
 from nonstick.core.events import Kind as Kinds
+from nonstick.core.events import draft
 from nonstick.core.names import session_key
 from nonstick.core.refusals import STORE_AWAY
 from nonstick.errors import NotPending, SessionNotFound, StoreUnavailable

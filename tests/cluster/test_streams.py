@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from nonstick import current_connection
-from nonstick.core.events import EventId, Kind, kind_of, parse_event_id
+from nonstick.core.event_ids import EventId, parse_event_id
+from nonstick.core.events import Kind, kind_of
 from nonstick.core.names import session_key
 from nonstick.store import MAX_CLIP, MAX_READ_BYTES, Cursor, Event, Skimmed, Store
 from nonstick.stores.memory import MemoryStore

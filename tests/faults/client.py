@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import httpx2
 
-from nonstick.core.events import parse_event_id
+from nonstick.core.event_ids import parse_event_id
 from nonstick.testing.oracle import (
     Answered,
     Called,

@@ -18,7 +18,7 @@ from nonstick import store
 from nonstick.cluster.state_store import MAX_STATE
 from nonstick.commands import cli, serve
 from nonstick.commands.serve_options import ServeOptions
-from nonstick.core import clipping, events, jsonrpc, places
+from nonstick.core import clipping, event_ids, jsonrpc, places
 from nonstick.core.settings import Settings
 from nonstick.stores.memory import MemoryStore
 from nonstick.stores.postgres import PostgresStore
@@ -299,7 +299,7 @@ def test_how_much_is_kept_of_what_clients_say() -> None:
     And of what a client names at all; and bytes of a value of FastMCP's outside of sessions.
     """
     assert (jsonrpc.LONGEST_ID, jsonrpc.LONGEST_METHOD, MAX_STATE) == (1024, 256, 1_048_576)
-    assert (clipping.LONGEST_TEXT, events.MAX_REQUEST_ID, places.MAX_PLACES) == (1024, 128, 16)
+    assert (clipping.LONGEST_TEXT, event_ids.MAX_REQUEST_ID, places.MAX_PLACES) == (1024, 128, 16)
 
 
 def test_numbers_of_the_store_protocol() -> None:

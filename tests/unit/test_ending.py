@@ -11,8 +11,8 @@ from mcp.shared.exceptions import MCPError
 from mcp_types import INTERNAL_ERROR, INVALID_PARAMS, ErrorData
 from pydantic import BaseModel, ValidationError
 
-from nonstick.core import ending
 from nonstick.core.jsonrpc import error_body
+from nonstick.session import ending
 
 
 class Mute(Exception):

@@ -10,20 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nonstick.core.events import (
-    MAX_REQUEST_ID,
-    EventId,
-    Kind,
-    _mac,
-    body_of,
-    cursor_text,
-    decode,
-    draft,
-    glimpse,
-    kind_of,
-    parse_cursor,
-    parse_event_id,
-)
+from nonstick.core.event_ids import MAX_REQUEST_ID, EventId, _mac, cursor_text, parse_cursor, parse_event_id
+from nonstick.core.events import Kind, body_of, decode, draft, glimpse, kind_of
 from nonstick.store import MAX_CLIP, STANDALONE, Cursor
 
 SESSION = "0123456789abcdef0123456789abcdef"

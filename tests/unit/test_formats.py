@@ -17,7 +17,8 @@ from mcp_types import InitializeRequestParams
 
 import nonstick
 from nonstick.cluster.state_store import Allowance, StateStore
-from nonstick.core.events import EventId, Kind, body_of, draft, parse_event_id
+from nonstick.core.event_ids import EventId, parse_event_id
+from nonstick.core.events import Kind, body_of, draft
 from nonstick.core.jsonrpc import request_key
 from nonstick.core.names import identity, is_session_of, session_key
 from nonstick.core.principals import principal_group, principal_of

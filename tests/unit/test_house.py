@@ -17,8 +17,8 @@ CLASS_ATTRIBUTES: Final = 16
 
 LARGE_MODULES: Final[dict[str, int]] = {
     "session/exchange.py": 934,
-    "session/live.py": 732,
-    "session/standalone.py": 567,
+    "session/live.py": 731,
+    "session/standalone.py": 568,
 }
 """Lines that the modules which are larger may have."""
 

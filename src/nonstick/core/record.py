@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 
 from mcp_types import InitializeRequestParams
 
-from nonstick.core.events import parse_cursor
+from nonstick.core.event_ids import parse_cursor
 from nonstick.core.introductions import INTRODUCTIONS
 from nonstick.errors import StoreUnavailable
 from nonstick.store import Cursor

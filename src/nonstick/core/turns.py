@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from nonstick.core.events import Kind, decode, kind_of, parse_cursor
+from nonstick.core.event_ids import parse_cursor
+from nonstick.core.events import Kind, decode, kind_of
 from nonstick.store import Cursor, Event
 
 __all__ = ["Turn", "Turns"]

@@ -6,7 +6,7 @@ from mcp.server.streamable_http import LAST_EVENT_ID_HEADER
 from starlette.requests import Request
 from starlette.types import Receive, Send
 
-from nonstick.core.events import EventId, parse_event_id
+from nonstick.core.event_ids import EventId, parse_event_id
 from nonstick.core.refusals import SHUTTING_DOWN, UNKNOWN_EVENT_ID, Refusal
 from nonstick.session.live import Session
 from nonstick.session.quotas import Quota

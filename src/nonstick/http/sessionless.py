@@ -19,13 +19,13 @@ from mcp.shared.inbound import MCP_METHOD_HEADER
 from mcp_types import ErrorData
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from nonstick.core import ending
 from nonstick.core.jsonrpc import error_body
 from nonstick.core.refusals import SHUTTING_DOWN, Refusal
 from nonstick.core.sse import sse_message
 from nonstick.errors import without_text
 from nonstick.http.intake import header
 from nonstick.http.respond import JSON_TYPE, send_body
+from nonstick.session import ending
 from nonstick.session.live import current_session
 from nonstick.waiting.tasks import Tasks
 

@@ -20,7 +20,6 @@ from mcp.shared.subscriptions import ServerEvent, event_from_wire
 
 from nonstick.core.broadcasts import LISTS, NOWHERE, Broadcasts
 from nonstick.core.events import Kind, decode, draft, kind_of
-from nonstick.core.refusals import STORE_AWAY
 from nonstick.errors import (
     AlreadyExists,
     Diverged,
@@ -32,7 +31,7 @@ from nonstick.errors import (
     Undecryptable,
 )
 from nonstick.log.follow import Follower
-from nonstick.log.guard import GuardedStore
+from nonstick.log.guard import GuardedStore, withheld
 from nonstick.log.writer import Sender
 from nonstick.store import MAX_READ, Appended, Batch, Cursor, Event, Loaded
 from nonstick.waiting import background
@@ -350,9 +349,7 @@ class ClusterLog:
                 await self.join(self._store)
                 appended = await self._store.append(CLUSTER_KEY, batch, patience=patience)
         except (SessionNotFound, StoreUnavailable) as error:
-            logger.warning("the cluster log: %s", error)
-            # Handlers pass on to their clients what they get, and what the store said may name its host.
-            raise StoreUnavailable(STORE_AWAY) from None
+            raise withheld(error, "the cluster log") from None
         if appended.count > _LOG_EVENTS:
             try:
                 await self._store.trim(CLUSTER_KEY, standalone_before=appended.first - _LOG_EVENTS // 2)

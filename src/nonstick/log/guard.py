@@ -16,6 +16,7 @@ from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Final, Self, TypeVar
 
+from nonstick.core.refusals import STORE_AWAY
 from nonstick.errors import (
     AlreadyExists,
     ConfigurationError,
@@ -47,7 +48,7 @@ from nonstick.store import (
 )
 from nonstick.waiting.deadline import Deadline
 
-__all__ = ["LESS", "PATIENCE", "GuardedStore"]
+__all__ = ["LESS", "PATIENCE", "GuardedStore", "withheld"]
 
 logger = logging.getLogger(__name__)
 
@@ -269,6 +270,15 @@ def _answers_to(batch: Batch) -> _Answers:
     if batch.answers is not None or batch.settle is not None:
         answers += (NotPending,)
     return answers
+
+
+def withheld(error: Exception, what: str, *args: object) -> StoreUnavailable:
+    """What handlers get of this error of the store, which is logged.
+
+    They pass it on to their clients, and what the store said may name its host (P13).
+    """
+    logger.warning(f"{what}: %s", *args, error)
+    return StoreUnavailable(STORE_AWAY)
 
 
 def _report(error: StoreError) -> None:

@@ -17,7 +17,8 @@ from mcp_types.version import is_version_at_least
 from starlette.requests import Request
 from starlette.types import Receive, Send
 
-from nonstick.core.events import EventId, Kind, body_of, draft, kind_of
+from nonstick.core.event_ids import EventId
+from nonstick.core.events import Kind, body_of, draft, kind_of
 from nonstick.core.jsonrpc import error_body, request_key
 from nonstick.core.names import new_attempt, new_name
 from nonstick.core.refusals import ANSWER_UNREAD, IN_DOUBT, NOT_FOUND, SESSION_ENDED, SHUT_DOWN, Refusal

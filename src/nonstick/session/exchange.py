@@ -30,8 +30,8 @@ from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.types import Send
 
-from nonstick.core import ending
-from nonstick.core.events import EventId, Kind, cursor_text, decode, draft
+from nonstick.core.event_ids import EventId, cursor_text
+from nonstick.core.events import Kind, decode, draft
 from nonstick.core.jsonrpc import LONGEST_METHOD, error_body, notification_body, request_key, result_body
 from nonstick.core.names import new_attempt, new_name
 from nonstick.core.record import UNCONFIRMED, Record, opening_fields, subscription_field
@@ -67,7 +67,7 @@ from nonstick.errors import (
 from nonstick.http.intake import after_body
 from nonstick.http.respond import JSON_TYPE, refuse, send_body
 from nonstick.log.trim import Hold
-from nonstick.session import tracing
+from nonstick.session import ending, tracing
 from nonstick.session.kernel import initialization
 from nonstick.session.live import Session
 from nonstick.session.outlet import Outlet

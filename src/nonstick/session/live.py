@@ -30,11 +30,12 @@ from nonstick.core.clipping import cancel_params, progress_params
 from nonstick.core.events import Kind, body_of, decode, draft, kind_of
 from nonstick.core.jsonrpc import as_number, notification_body, request_body, request_key
 from nonstick.core.record import CONFIRMED, Record
-from nonstick.core.refusals import STORE_AWAY, TOO_MANY_RESUMED, TOO_MANY_STREAMS
+from nonstick.core.refusals import TOO_MANY_RESUMED, TOO_MANY_STREAMS
 from nonstick.core.retention import Amount
 from nonstick.core.values import SessionState
 from nonstick.errors import Diverged, NotPending, SessionNotFound, StoreUnavailable, without_text
 from nonstick.log.follow import Follower
+from nonstick.log.guard import withheld
 from nonstick.log.lost import end_lost
 from nonstick.log.trim import Trimmer
 from nonstick.log.writer import Sender
@@ -473,9 +474,7 @@ class Session:
         try:
             appended = await self.services.store.append(self.key, batch, patience=patience)
         except StoreUnavailable as error:
-            logger.warning("session %s: %s", self.key[:12], error)
-            # Handlers pass on to their clients what they get, and what the store said may name its host.
-            raise StoreUnavailable(STORE_AWAY) from None
+            raise withheld(error, "session %s", self.key[:12]) from None
         self.trimmer.note(appended, ended=_stream_of(batch, appended) if batch.terminal else None)
         return appended
 

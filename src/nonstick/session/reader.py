@@ -13,7 +13,8 @@ from typing import Final, TypeVar
 from mcp_types.version import is_version_at_least
 from starlette.types import Receive, Send
 
-from nonstick.core.events import EventId, body_of
+from nonstick.core.event_ids import EventId
+from nonstick.core.events import body_of
 from nonstick.core.sse import SSE_HEADERS, sse_frame, sse_priming, sse_retry
 from nonstick.errors import SessionNotFound, StoreUnavailable, without_text
 from nonstick.log.follow import Subscription

@@ -8,7 +8,8 @@ import logging
 from collections.abc import Iterable
 from typing import Final
 
-from nonstick.core.events import EventId, Kind, kind_of
+from nonstick.core.event_ids import EventId
+from nonstick.core.events import Kind, kind_of
 from nonstick.core.jsonrpc import error_body
 from nonstick.core.refusals import STREAM_LOST, UNKNOWN_EVENT_ID, Refusal
 from nonstick.core.sse import sse_message

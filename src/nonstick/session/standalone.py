@@ -20,7 +20,8 @@ from mcp.shared.subscriptions import ResourceUpdated
 from mcp_types import RequestId
 
 from nonstick.core.broadcasts import LISTS, NOWHERE, Broadcast
-from nonstick.core.events import EventId, Kind, body_of, cursor_text, decode, draft, glimpse, kind_of, parse_cursor
+from nonstick.core.event_ids import EventId, cursor_text, parse_cursor
+from nonstick.core.events import Kind, body_of, decode, draft, glimpse, kind_of
 from nonstick.core.jsonrpc import request_key
 from nonstick.core.names import new_name
 from nonstick.core.places import MAX_PLACES, Search

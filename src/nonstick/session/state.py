@@ -17,10 +17,9 @@ from typing import Any, Final
 import anyio.lowlevel
 
 from nonstick.core.record import CHANGED, STATE, parse_changed
-from nonstick.core.refusals import STORE_AWAY
 from nonstick.core.values import SessionState, check_size, to_json
 from nonstick.errors import NoSession, SessionNotFound, StoreUnavailable
-from nonstick.log.guard import GuardedStore
+from nonstick.log.guard import GuardedStore, withheld
 from nonstick.session.live import Session, current_session
 
 __all__ = ["State", "change_fields", "discreet", "session_state"]
@@ -221,8 +220,7 @@ def discreet() -> Iterator[None]:
     try:
         yield
     except StoreUnavailable as error:
-        logger.warning("session state: %s", error)
-        raise StoreUnavailable(STORE_AWAY) from None
+        raise withheld(error, "session state") from None
 
 
 class _Absent:

@@ -21,7 +21,7 @@ from mcp.client.streamable_http import streamable_http_client
 from mcp_types import CallToolResult, Implementation, TextContent
 
 from nonstick.commands.log_format import wants_colour
-from nonstick.core.events import parse_event_id
+from nonstick.core.event_ids import parse_event_id
 from nonstick.store import STANDALONE
 from nonstick.testing.servers.balancer import Backend, Balancer, Exchange
 from nonstick.testing.servers.valkey import DIE_WITH_PARENT, ReservedPort
