@@ -666,8 +666,10 @@ async def test_append_with_a_lost_answer_lands_once_when_repeated(server: Postgr
 
 async def test_silent_server_is_unavailable_in_time(own: PostgresServer) -> None:
     """Every call is bounded: StoreUnavailable, also for those that wait behind others (P9)."""
-    async with PostgresStore(own.url, schema="silent", timeout=0.5, pool_size=2) as store:
+    async with PostgresStore(own.url, schema="silent", timeout=PATIENT) as store:
         await store.create("key", {}, lifetime=LONG)
+    async with PostgresStore(own.url, schema="silent", timeout=0.5, pool_size=2) as store:
+        await recovered(lambda: store.load("key"))
         own.freeze()
         calls = [store.load("key"), *(store.append("key", Batch(drafts(b"x"))) for _ in range(5)), store.ping()]
         async with asyncio.timeout(60):

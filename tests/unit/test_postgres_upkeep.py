@@ -11,7 +11,7 @@ from urllib.parse import quote
 import asyncpg
 import pytest
 
-from nonstick.commands import migrate
+from nonstick.commands import doctor, migrate
 from nonstick.commands.doctor import diagnose
 from nonstick.errors import ConfigurationError, StoreUnavailable
 from nonstick.store import Batch
@@ -26,6 +26,8 @@ from tests.pgbouncer import PgBouncer
 pytestmark = pytest.mark.anyio
 
 LONG = 600.0
+PATIENT = 60.0
+"""Longer than any call takes, also on a busy machine."""
 
 Sql = Callable[..., Awaitable[Any]]
 
@@ -170,14 +172,17 @@ async def test_newer_tables_than_this_release_can_use_are_an_error(
 # ---- a pooler
 
 
-async def test_pooler_without_a_way_past_it_is_told(server: PostgresServer, pooler: PgBouncer, schema: str) -> None:
+async def test_pooler_without_a_way_past_it_is_told(
+    server: PostgresServer, pooler: PgBouncer, schema: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """LISTEN does not get through, and the doctor says so and what to add; with `listen_dsn` all is well."""
+    monkeypatch.setattr(doctor, "SLOW_SECONDS", PATIENT)
     await done(PostgresStore(server.url, schema=schema))
     found = await examined(pooler.url, schema=schema, timeout=1.0)
     assert (found["pooler"].level, found["listen"].level) == ("warning", "error")
     assert "listen_dsn=" in found["pooler"].advice
     url = f"{pooler.url}&listen_dsn={quote(server.url, safe='')}"
-    findings = await diagnose(lambda: PostgresStore(url, schema=schema))
+    findings = await diagnose(lambda: PostgresStore(url, schema=schema, timeout=PATIENT))
     assert [finding for finding in findings if finding.level != "ok"] == []
     assert by_subject(findings)["pooler"].text.startswith("there is one")
 
@@ -187,7 +192,7 @@ async def test_two_nodes_behind_a_pooler_make_the_tables_and_wake_each_other(
 ) -> None:
     """Everything but LISTEN goes through a pooler that pools transactions, also making the tables."""
     url = f"{pooler.url}&schema={schema}&listen_dsn={quote(server.url, safe='')}"
-    async with open_store(url) as a, open_store(url) as b:
+    async with PostgresStore(url, timeout=PATIENT) as a, PostgresStore(url, timeout=PATIENT) as b:
         await asyncio.gather(*(store.ping() for store in (a, b) for _ in range(10)))
         await a.create("key", {}, lifetime=LONG)
         woken = asyncio.Event()
