@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from nonstick.core.settings import Options, Settings
+from nonstick.commands.serve_options import ServeOptions
+from nonstick.core.settings import OF_THE_SDK, Settings, must
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = [*sorted(DOCS.rglob("*.md")), *sorted(ROOT.glob("*.md")), ROOT / "deploy" / "README.md"]
 
-GIVEN_IN_PYTHON = {"rehydrate", "encryption_keys"}
+GIVEN_IN_PYTHON = {"rehydrate"}
 OPTIONS_OF_THE_COMMAND = {"answer", "placement", "grace", "lease"}
 OF_THE_ENVIRONMENT = {"node_name"}
-CALLED_OTHERWISE = {"lifetime": "session_idle_timeout"}
+SAID_OTHERWISE = {"namespace": "the MCP server's name"}
 
 
 def slug(heading: str) -> str:
@@ -43,15 +46,43 @@ def test_every_module_is_in_the_table_of_modules_once() -> None:
     assert sorted(named) == sorted(there)
 
 
+def rows(page: str, after: str) -> Iterator[tuple[str, str]]:
+    """What a page's tables have after this heading: a name, and what its row says of its default."""
+    for line in (DOCS / page).read_text().partition(after)[2].splitlines():
+        if line.startswith("| `"):
+            first, second = re.split(r" (?<!\\)\| ", line.removeprefix("| ").removesuffix(" |"))[:2]
+            names = re.findall(r"`([^`]+)`", first)
+            yield from zip(names, second.split(", ", len(names) - 1), strict=len(names) > 1)
+
+
+def on_page(name: str, default: Any) -> str:
+    """A default as a page says it, without commas in its number."""
+    kind = must(name).be
+    if isinstance(default, bool | str | None):
+        return f"`{default}`" if not isinstance(default, bool) else f"`{str(default).lower()}`"
+    if "bytes" in kind:
+        return f"{default // 1024} KiB" if default < 1024 * 1024 else f"{default // (1024 * 1024)} MiB"
+    unit = " ms" if "milliseconds" in kind else " s" if "seconds" in kind else ""
+    return f"{default:.10g}{unit}" if default != () else "none"
+
+
 def test_every_setting_is_on_a_page_with_its_default() -> None:
     """In a table of docs/limits.md or of docs/cli.md."""
-    tables = (DOCS / "limits.md").read_text() + (DOCS / "cli.md").read_text().partition("### Settings")[2]
-    rows = [line.split("|")[1] for line in tables.splitlines() if line.startswith("| `")]
-    listed = set(re.findall(r"`(\w+)`", " ".join(rows)))
-    settings = {field.name for field in fields(Settings)} | set(Options.__optional_keys__)
-    elsewhere = GIVEN_IN_PYTHON | OPTIONS_OF_THE_COMMAND | OF_THE_ENVIRONMENT
-    wanted = {CALLED_OTHERWISE.get(name, name) for name in settings - elsewhere}
-    assert wanted <= listed, wanted - listed
+    listed = dict([*rows("limits.md", "# Limits"), *rows("cli.md", "### Settings")])
+    for field in fields(Settings):
+        if field.name in GIVEN_IN_PYTHON | OPTIONS_OF_THE_COMMAND | OF_THE_ENVIRONMENT:
+            continue
+        said = listed[OF_THE_SDK.get(field.name, field.name)].replace(",", "")
+        wanted = SAID_OTHERWISE.get(field.name) or on_page(field.name, field.default)
+        assert re.match(rf"{re.escape(wanted)}(?![\w.])", said), (field.name, said, wanted)
+
+
+def test_every_option_of_serve_is_on_its_page_with_its_default() -> None:
+    """In the table of docs/cli.md."""
+    listed = {names.split()[0]: said for names, said in rows("cli.md", "### Options")}
+    for field in fields(ServeOptions):
+        if field.name not in ("target", "settings", "store", "reload"):
+            assert listed[f"--{field.name.replace('_', '-')}"].strip("`") == f"{field.default}".removesuffix(".0")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
