@@ -1,8 +1,8 @@
 """`nonstick.adopt`: takes over the MCP endpoints of an app that the SDK or FastMCP has built, and nothing else of it.
 
 Each endpoint of theirs is an object whose `session_manager` can be assigned; it is found wherever it stands in the app.
-Their own manager still runs, entered by whoever entered it before, because it serves the clients that have no session
-and because the server's lifespan is entered by it: once, as ever. Ours runs inside of it.
+Their own manager still runs, and the host enters it as before: it serves the clients that have no session, and enters
+the server's lifespan, once. Our manager runs inside of theirs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from nonstick.store import Store
 __all__ = ["Adopted", "adopt", "take_over"]
 
 _Make = Callable[[StreamableHTTPSessionManager | None], SessionManager]
-"""Makes our manager, set up like theirs if there is one yet."""
+"""Makes our manager. If their manager is there already, ours is set up like it."""
 
 AppT = TypeVar("AppT", bound=ASGIApp)
 
@@ -229,7 +229,7 @@ class SdkEndpoint:
         self.server: Server[Any] | None = self.manager.app
 
     def take(self) -> None:
-        # Hosts of a mounted app enter `session_manager.run()` of theirs: so that is what has to run ours. It runs
+        # The host of a mounted app enters `run()` of their manager, so this has to be the `run()` of ours, which enters
         # theirs in turn.
         self.site.asgi.session_manager.run = self.manager.run
         self.site.asgi.session_manager = self.manager
@@ -259,7 +259,7 @@ class FastMcpEndpoint:
         fastmcp.keep_levels(theirs.app)
         fastmcp.name_sessions_by_hash()
         try:
-            # Its lifespan is entered already; FastMCP counts who is in it, and gives what it yielded.
+            # The lifespan is entered already. FastMCP counts how often, and gives each time what was yielded first.
             async with theirs.app.lifespan(theirs.app) as state, self.manager.serving(state):
                 if self.site.owner is not None:
                     await fastmcp.check_state(self.site.owner, self.manager.cluster)
@@ -300,7 +300,7 @@ def _run_with(host: Router, endpoints: list[FastMcpEndpoint]) -> None:
 
 
 def _host(app: Any) -> Router | None:
-    """What runs the lifespan of this app."""
+    """The router that runs the lifespan of this app; None if there is none."""
     for layer in _layers(app):
         if isinstance(layer, Starlette):
             return layer.router
@@ -310,7 +310,7 @@ def _host(app: Any) -> Router | None:
 
 
 def _layers(app: Any) -> Iterator[Any]:
-    """The app and what is in it, one in the other, as far as middleware goes."""
+    """The app, the app that it wraps as middleware, and so on inwards, up to the first one with routes."""
     seen: set[int] = set()
     while app is not None and id(app) not in seen:
         seen.add(id(app))
@@ -368,7 +368,7 @@ def _names(sites: list[EndpointSite], namespace: str | None) -> list[str]:
 
 
 def _hint(app: Any) -> str:
-    """What is wrong with an app that has no endpoint, as far as can be seen."""
+    """What to do about an app without an MCP endpoint, as far as its routes show why there is none."""
     for route in _all_routes(app):
         called = getattr(route, "endpoint", None) or getattr(route, "app", None)
         if isinstance(getattr(called, "__self__", None), StreamableHTTPSessionManager):

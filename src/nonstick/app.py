@@ -39,7 +39,6 @@ class App(Starlette):
     """The SDK's app, or FastMCP's, with its routes, middleware and authentication, whose sessions any node can serve.
 
     Run it with an ASGI server. Where it is mounted in another app, that app must enter `lifespan`.
-
     """
 
     def __init__(self, inner: Starlette, adopted: Adopted) -> None:
@@ -192,7 +191,7 @@ def app(
 
 
 def _check_own(server: MCPServer[Any] | Server[Any], own: dict[str, Any]) -> None:
-    """Whether this server takes these arguments, and they protect what they seem to."""
+    """Returns if this server takes these arguments, and they protect what they seem to protect."""
     if isinstance(server, MCPServer) and own:
         raise ConfigurationError(
             f"give {', '.join(own)} to the MCPServer, not to nonstick.app(): MCPServer(..., auth=, token_verifier=, "
@@ -207,7 +206,7 @@ def _check_own(server: MCPServer[Any] | Server[Any], own: dict[str, Any]) -> Non
 
 
 def _bare_path(routes: Sequence[BaseRoute], adopted: Adopted) -> str | None:
-    """The MCP endpoint's path, if a request for it passes nothing else: no authentication, and no other route."""
+    """The MCP endpoint's path, if its requests pass nothing else: no authentication, no other route. Else None."""
     path = adopted.paths[0]
     asked = {"type": "http", "method": "POST", "path": path, "root_path": "", "headers": []}
     first = next((route for route in routes if route.matches(asked)[0] is not Match.NONE), None)

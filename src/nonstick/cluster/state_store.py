@@ -130,7 +130,7 @@ class StateStore:
         self._servers: Sequence[str] = ()
 
     def use(self, store: GuardedStore, room: Allowance, servers: Sequence[str] = ()) -> None:
-        """Keeps everything there from now on; what is outside of sessions for each of these servers apart."""
+        """Keeps everything in this store from now on. Values outside of sessions are kept apart for each server."""
         self._store = store
         self._room = room
         self._servers = servers
@@ -138,7 +138,7 @@ class StateStore:
     # ---- AsyncKeyValue
 
     async def get(self, key: str, *, collection: str | None = None) -> dict[str, Any] | None:
-        """The value; None if there is none, or its time is over."""
+        """The value; None for a key without one, or whose time is over."""
         return (await self.ttl(key, collection=collection))[0]
 
     async def ttl(self, key: str, *, collection: str | None = None) -> tuple[dict[str, Any] | None, float | None]:
@@ -146,8 +146,8 @@ class StateStore:
         if is_probe(self):
             return None, None
         with discreet():
-            place = self._place(key, collection)
-            return _unpack((await place.load() or {}).get(place.field))
+            at = self._field_of(key, collection)
+            return _unpack((await at.load() or {}).get(at.field))
 
     async def put(
         self, key: str, value: Mapping[str, Any], *, collection: str | None = None, ttl: SupportsFloat | None = None
@@ -162,12 +162,12 @@ class StateStore:
         """
         seconds = None if ttl is None else float(ttl)
         with discreet():
-            await self._place(key, collection).put(_pack(value, seconds), lifetime=seconds or _LIFETIME)
+            await self._field_of(key, collection).put(_pack(value, seconds), lifetime=seconds or _LIFETIME)
 
     async def delete(self, key: str, *, collection: str | None = None) -> bool:
         """Removes the value; whether there was one."""
         with discreet():
-            return await self._place(key, collection).drop()
+            return await self._field_of(key, collection).drop()
 
     async def get_many(self, keys: Sequence[str], *, collection: str | None = None) -> list[dict[str, Any] | None]:
         """As `get`, of each."""
@@ -197,7 +197,7 @@ class StateStore:
 
     # ---- where a value is
 
-    def _place(self, key: str, collection: str | None) -> _Place:
+    def _field_of(self, key: str, collection: str | None) -> RecordField:
         name = json.dumps([collection, key])
         field = FIELD + identity(name)
         whose, colon, _ = key.partition(":")
@@ -246,13 +246,13 @@ def _principal() -> bytes:
     return b"" if token is None else principal_of({"user": AuthenticatedUser(token)})
 
 
-class _Place(Protocol):
+class RecordField(Protocol):
     """A field of a record."""
 
     field: str
 
     async def load(self) -> Mapping[str, bytes] | None:
-        """The record; None if there is none."""
+        """The fields of the record; None if the record is not there."""
         ...
 
     async def put(self, data: bytes, *, lifetime: float) -> None:

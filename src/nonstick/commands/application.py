@@ -51,7 +51,7 @@ class DeferredApp:
         self._app: Starlette | None = None
 
     async def prepare(self) -> None:
-        """Makes it, once.
+        """Makes the application, once.
 
         Raises:
             TargetError: The factory failed.
@@ -136,20 +136,20 @@ class DeferredApp:
 
 
 def _mistake(error: BaseException | None) -> ConfigurationError | None:
-    """The first mistake of configuration in this; task groups put what is raised in them into groups."""
+    """The first mistake of configuration in an error, which a task group may have put into a group."""
     if isinstance(error, BaseExceptionGroup):
         return next((found for one in error.exceptions if (found := _mistake(one)) is not None), None)
     return error if isinstance(error, ConfigurationError) else None
 
 
 def _misfit(adopted: Adopted) -> StoreUnusable | None:
-    """Why a store will not do until somebody changes something."""
+    """Why one of the stores cannot be used until somebody changes something; None if all can be used."""
     misfits = (manager.cluster.misfit for manager in adopted.managers)
     return next((misfit for misfit in misfits if isinstance(misfit, StoreUnusable)), None)
 
 
 def application(server: loading.AnyServer, options: ServeOptions) -> Starlette:
-    """What serves this server: its own app, or one that is made for it; with probes."""
+    """The app that serves this server, with probes. A server that comes in an app keeps that app."""
     named = Options(
         answer=options.answer,
         placement=options.placement,
@@ -211,7 +211,7 @@ def _not_ready(reason: str) -> JSONResponse:
 def _end_in_time() -> None:
     """Sees to it that the process ends, though a handler does not stop, or blocks a thread (P8).
 
-    Everything else has ended, and whoever waited for such a handler was told.
+    Everything else has ended, and the clients that waited for such a handler were told.
     """
     threading.Thread(
         target=_end_after, args=(max(seconds_left_here(), 0.0) + _STUBBORN_SECONDS,), name="nonstick-end", daemon=True
@@ -228,5 +228,5 @@ def _end_after(seconds: float) -> None:
 
 
 def complain(error: NonstickError) -> None:
-    """In a worker process: in the first one the command line does it."""
+    """Says in a worker process why it cannot start. In the first process the command line says it."""
     sys.stderr.write(f"{getattr(error, 'trace', '')}nonstick: {error}\n")

@@ -1,7 +1,8 @@
 """Whether a server was built with what its nodes have to share: the bus and the keys of clients of 2026-07-28, and the
 state of FastMCP.
 
-What a server has is not asked for but tried: see `probing`. A FastMCP server shows its keys only while it runs.
+A server cannot be asked what it has. So each thing is used once, and the cluster notes whether its own was: see
+`cluster/probing.py`. A FastMCP server shows its keys only while it runs.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _KEYS: Final = (
     "request_state_security=cluster.request_state_security",
     "a requestState of one node is refused by the others, unless it was given keys that they share",
 )
-"""How a server gets it, and what is missed without it."""
+"""Of each thing: the argument that gives it to a server, and what clients miss without it."""
 
 
 async def check_shared(adopted: Adopted) -> list[Finding]:
@@ -92,7 +93,7 @@ def _unseen(cluster: Cluster) -> Finding:
 
 
 def _finding(kind: str, has: Mapping[tuple[str, str], bool | None], cluster: Cluster) -> Finding:
-    """What is missing of these; None stands for what the server does not need, or cannot be tried."""
+    """What is missing of these things. None stands for one that the server does not need, or that cannot be tried."""
     missing = [lines for lines, there in has.items() if there is False]
     if not missing:
         return Finding("ok", "2026-07-28", "the server was built with what these clients need shared between nodes")
@@ -111,11 +112,11 @@ def _finding(kind: str, has: Mapping[tuple[str, str], bool | None], cluster: Clu
 
 
 class _Enough(Exception):
-    """What was to be seen was seen."""
+    """Ends the trial: what it was made for has been seen."""
 
 
 class _Session:
-    """In the place of a client's session."""
+    """Stands for a client's session in a trial."""
 
     async def send_notification(self, *_: Any, **__: Any) -> None:
         raise _Enough

@@ -103,10 +103,10 @@ async def diagnose(make: Callable[[], Store], *, alone: bool = False) -> list[Fi
 
 
 async def look_at_server(target: str) -> list[Finding]:
-    """Whether the server that this names was built with what its nodes have to share. It is not run.
+    """Whether the server that a target names was built with what its nodes have to share. The server is not run.
 
     Raises:
-        TargetError: It names none.
+        TargetError: The target names no server.
     """
     server = await loading.call(loading.find(target), target)
     if isinstance(server, Starlette):
@@ -192,7 +192,7 @@ class _Wakes:
         self._heard.set()
 
     async def next(self) -> bool:
-        """Whether there is one in time."""
+        """Whether a wake comes in time."""
         try:
             async with asyncio.timeout(WAKE_SECONDS):
                 await self._heard.wait()

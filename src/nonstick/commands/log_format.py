@@ -79,7 +79,7 @@ class _Formatter(logging.Formatter):
         return "request" if _is_access(record) else record.getMessage()
 
     def trace(self, record: logging.LogRecord) -> str:
-        """The traceback; "" if there is none."""
+        """The traceback; "" for a record without an exception."""
         error = record.exc_info[1] if record.exc_info else None
         if error is None:
             return ""

@@ -1,7 +1,7 @@
 """`nonstick serve`: checks everything that can be checked, then lets uvicorn run the application.
 
 One process serves the object that was found. With `--workers` or `--reload` uvicorn starts processes that find it
-again; their settings travel in an environment variable, so that a store's password is not on a command line.
+again; their options travel in an environment variable, so that a store's password is not on a command line.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def serve(options: ServeOptions) -> int:
     """Serves until told to stop; returns the exit status.
 
     Raises:
-        TargetError, ConfigurationError, StoreUnusable: It cannot work; nothing was started.
+        TargetError, ConfigurationError, StoreUnusable: The server, an option or the store cannot work. Nothing was
+            started.
     """
     _configure_logs(options)
     _stop_at_once_on(signal.SIGTERM)
@@ -132,10 +133,10 @@ def _serve_in_children(options: ServeOptions, listener: socket.socket) -> int:
 
 
 def bound(options: ServeOptions) -> socket.socket:
-    """A socket bound there, not listening yet.
+    """A socket that is bound to the host and port of these options, and does not listen yet.
 
     Raises:
-        ConfigurationError: It cannot be had.
+        ConfigurationError: There is no such address, or the port cannot be had.
     """
     host, port = options.host, options.port
     try:
@@ -203,12 +204,12 @@ def _configure_logs(options: ServeOptions) -> None:
 
 
 def _prepare_store(options: ServeOptions) -> None:
-    """Sees that nothing has to be changed before the store can be used. That it cannot be reached is no reason to stop.
+    """Checks that nothing has to be changed before the store can be used. A store that is away is no reason to stop.
 
     Raises:
         ConfigurationError: The URL names no store, or one that cannot serve several processes; or an encryption key is
             none.
-        StoreUnusable: It will not do like this. The message says where it is and what to do.
+        StoreUnusable: The store cannot be used as it is. The message says where the store is, and what to do.
     """
     keys_from(os.environ)
     if options.store == DEFAULT_STORE:

@@ -13,7 +13,7 @@ from nonstick.core.settings import Answer, Placement, Settings
 __all__ = ["DEFAULT_STORE", "ServeOptions"]
 
 DEFAULT_STORE: Final = "sqlite:///.nonstick/sessions.db"
-"""In the working directory: shared by what is started there."""
+"""A file in the working directory: all processes that are started there share it."""
 
 _VARIABLE: Final = "NONSTICK_SERVE"
 

@@ -39,11 +39,12 @@ STATE: Final = "state:"
 CHANGED: Final = "changed"
 SUBSCRIPTION: Final = "sub:"
 OWNER: Final = "owner"
-"""The field that names the node which holds the session; there is none where any node serves it."""
+"""The field that names the node which holds the session. A session that any node serves has no such field."""
 RELEASED: Final = ""
-"""As owner: the one that held it gave it up, for another to take."""
+"""As owner: the node that held the session gave it up, for another one to take."""
 LOST: Final = "!"
-"""As owner: the one that held it is gone, and the session with it. No node's id, for those end in a random number."""
+"""As owner: the node that held the session is gone, and the session with it. No node has this id, for ids end in a
+random number."""
 
 UNCONFIRMED: Final[Mapping[str, bytes]] = {"unconfirmed": b"1"}
 """Of a session that has its first, short lifetime."""
@@ -78,7 +79,7 @@ class Record(NamedTuple):
         """Decodes what `load` returned.
 
         Raises:
-            StoreUnavailable: It cannot be read here: it is encrypted, or of a release that changed the format (P12).
+            StoreUnavailable: The record is encrypted, or of a release that changed the format: unreadable here (P12).
         """
         if fields.get("v") != FORMAT:
             raise StoreUnavailable(

@@ -5,7 +5,7 @@ as `--set NAME=VALUE`. `settings_of` is the only check of them: pydantic holds e
 and the error says it in the words of that annotation. `Options` has the same names once more, because type checkers
 read nothing else; a test holds it to `Settings`, and another one the tables in docs/limits.md and docs/cli.md.
 
-Settings are grouped for the reader, and flat for who uses them: `settings.window`, wherever it stands.
+Settings are grouped for the reader, and flat in use: `settings.window`, whichever group `window` belongs to.
 """
 
 from __future__ import annotations
@@ -336,10 +336,11 @@ def check_arguments(given: Iterable[str], door: Callable[..., object], called: s
     """Returns if a function that takes `Options` has arguments of these names.
 
     Args:
-        called: What the function is called by whoever gives the arguments.
+        called: The function's name in the message.
 
     Raises:
-        ConfigurationError: It has none of that name. The message says which was probably meant, or all that there are.
+        ConfigurationError: The function has no argument of that name. The message says which one was probably meant,
+            or all that there are.
     """
     unknown = next((name for name in given if name not in Options.__optional_keys__), None)
     if unknown is None:
@@ -396,7 +397,7 @@ def _adapter() -> TypeAdapter[Settings]:
 
 
 def _shown(value: object) -> str:
-    """A value that will not do. Anything else than a short one by its kind: nobody knows what is in it."""
+    """A refused value, as a message shows it: a long text or an object by its kind alone, for it may be a secret."""
     if isinstance(value, str):
         return repr(value) if len(value) <= _SHOWN else f"a text of {len(value)} characters"
     return (

@@ -62,7 +62,7 @@ class SessionState(dict[str, Any]):
         """Takes over what another node saved since; what was changed here and is not saved yet stays.
 
         Args:
-            version: The record's `changes`. A record that was loaded before what is here was changed is passed over.
+            version: The record's `changes`. A record older than what is here is passed over.
         """
         if version < self._version or (not stored and not self._saved):
             return
@@ -88,11 +88,11 @@ class SessionState(dict[str, Any]):
             super().pop(key, None)
 
     def changes(self) -> dict[str, bytes | None]:
-        """Record fields to write, with None those to remove, for what changed since it was loaded or saved.
+        """What changed since it was loaded or saved, as fields of the record to write, or to remove (None).
 
         Raises:
-            StateNotJSON: A value that was changed in place is not JSON any more. It is now what it was before, so
-                that the next call gives the other changes, and no later request of the session fails for it.
+            StateNotJSON: A value that was changed in place is not JSON any more. That value is now what it was before,
+                so that the next call gives the other changes, and no later request of the session fails for it.
             StateTooLarge: There would be more than the limit. Everything is now what it was before.
         """
         if not self and not self._saved:

@@ -1,7 +1,7 @@
 """HTTP heads that are too long, or never end, under `nonstick serve` (P10).
 
-An ASGI application sees a request once its head is whole. Until then only the server can bound it; uvicorn's httptools
-protocol, which is the fast one, does not.
+An ASGI application sees a request once its head is whole. Until then only the server can bound the head, and uvicorn's
+fast protocol (httptools) does not.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 __all__ = ["HEAD_BYTES", "HEAD_SECONDS", "BoundedHeads"]
 
 HEAD_BYTES: Final = 64 * 1024
-"""About so long a head may be that did not come in one piece; as for uvicorn's other protocol."""
+"""About how long a head may be that did not come in one piece. uvicorn's other protocol has the same bound."""
 
 HEAD_SECONDS: Final = 60.0
-"""How long a client may take over it, or leave a connection that it opened without a word."""
+"""How long a client may take to send a head, or leave a connection without a word that it opened."""
 
 _TOO_LONG: Final = b"Request Header Fields Too Large: the headers are too long"
 _ANSWER: Final = (

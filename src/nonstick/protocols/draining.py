@@ -1,8 +1,8 @@
 """uvicorn's HTTP protocols, which also say when their server stops without a signal (P8).
 
 A server that is told `should_exit`, or has served `limit_max_requests`, waits for its connections before the
-application hears of it, so open streams would hold it for ever. What it does at once is to call each connection's
-`shutdown`.
+application hears of the stop, so open streams would hold the server for ever. At once the server only calls each
+connection's `shutdown`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["Draining", "DrainingH11"]
 
 
 _BEFORE_THE_END: Final = 0.5
-"""Seconds before the node has to be gone at which a connection is cut off that has not ended by itself."""
+"""How many seconds before the node has to be gone a connection is cut off that has not ended by itself."""
 
 
 def _begin_drain(transport: asyncio.Transport) -> None:

@@ -1,7 +1,7 @@
 """The event loop of `nonstick serve`, which goes on where a task tells the process to exit (P8, P16).
 
-asyncio raises the `SystemExit` of any task out of the loop at once, also of one that a handler began. Then nobody would
-be answered any more. This loop has the node drain first, as it does where the handler itself says so.
+asyncio raises the `SystemExit` of any task out of the loop at once, also of a task that a handler began. Then no client
+would be answered any more. This loop has the node drain first, as the node does where the handler itself exits.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Loop(_Fastest):
     """The fastest loop that is installed."""
 
     def run_until_complete(self, future: Generator[Any, None, T] | Awaitable[T]) -> T:
-        """Runs until this is done, whatever else says meanwhile that the process is to end."""
+        """Runs until `future` is done, whichever other task says meanwhile that the process is to end."""
         task = asyncio.ensure_future(cast("Awaitable[T]", future), loop=self)
         while True:
             try:

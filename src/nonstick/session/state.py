@@ -61,7 +61,7 @@ class State:
         self._session = session
 
     async def get(self, key: str, default: Any = None) -> Any:
-        """The value that the store has now, a copy of it; `default` if there is none."""
+        """A copy of the value that the store has now; `default` for a key without a value."""
         if self._local is not None:
             return _copy(key, self._local.get(key, default))
         fields = await self._load()
@@ -83,7 +83,7 @@ class State:
         return await self._change(key, lambda _: _ABSENT) is not _ABSENT
 
     async def increment(self, key: str, by: float = 1) -> Any:
-        """Adds to a number, which is 0 if there is none, and returns the sum. Of any that run at once none is lost.
+        """Adds to a number and returns the sum. A key without a value counts as 0. Of increments at once none is lost.
 
         Raises:
             TypeError: The value is no number.

@@ -253,7 +253,7 @@ class _Count:
         """Every step up to this one came once and in order.
 
         Raises:
-            Problem: It was not so.
+            Problem: The condition does not hold.
         """
         numbers = [number for number, _ in self.steps]
         if numbers != list(range(1, to + 1)):

@@ -144,10 +144,10 @@ class DemoNode:
             )
 
     async def ready(self, http: httpx2.AsyncClient, path: str) -> None:
-        """Returns once it answers on `path` with less than 500.
+        """Returns once the node answers on `path` with a status below 500.
 
         Raises:
-            Problem: It ended, or did not get ready in time.
+            Problem: The node ended, or did not get ready in time.
         """
         why = ""
         with contextlib.suppress(TimeoutError):
@@ -169,7 +169,7 @@ class DemoNode:
             self._process.send_signal(signum)
 
     def wait(self, seconds: float) -> bool:
-        """Waits for its end, whether it was started or not. Returns whether that came in time."""
+        """Waits for the end of the node's process, which may never have been started. Whether it ended in time."""
         if self._process is None:
             return True
         try:
@@ -244,7 +244,7 @@ class DemoNodes:
 
 
 class Stage:
-    """What an act has in hand. Entered, it has a balancer in front of the nodes."""
+    """What an act has in hand: the narrator, the nodes, and, once entered, a balancer in front of them."""
 
     def __init__(self, tell: Narrator, nodes: DemoNodes) -> None:
         self.tell = tell
@@ -365,7 +365,7 @@ def text_of(result: CallToolResult) -> str:
     """The text that a tool answered.
 
     Raises:
-        Problem: It answered with an error.
+        Problem: The tool answered with an error.
     """
     text = " ".join(block.text for block in result.content if isinstance(block, TextContent))
     if result.is_error:
