@@ -29,7 +29,7 @@ from nonstick.core.events import Kind, decode, draft, kind_of
 from nonstick.core.names import session_key
 from nonstick.core.record import LOST, OWNER
 from nonstick.core.settings import Options
-from nonstick.errors import ConfigurationError
+from nonstick.errors import ConfigurationError, SessionNotFound
 from nonstick.store import MAX_READ, NEW_STREAM, Batch, Cursor
 from nonstick.stores.encrypted import EncryptedStore
 from nonstick.stores.memory import MemoryStore
@@ -462,6 +462,9 @@ async def test_requests_that_ran_on_a_lost_owner_end_though_nobody_reads_them(me
         assert ends[lost]["id"] == 1
         assert ends[lost]["error"]["data"] == {"reason": "node_lost", "retrySafe": False}
         assert elsewhere not in ends
+        # Said in the log, for an owner of old and for whoever waits for one.
+        owners = [decode(event.data)["node"] for event in await stage.log(session) if kind_of(event.data) is Kind.OWNER]
+        assert owners == [node_of(b).services.node_id]
 
 
 async def left_open(stage: Stage, session: Session, node: str, request: int) -> int:
@@ -482,6 +485,34 @@ async def test_session_of_a_lost_owner_that_cannot_be_built_anew_ends_with_a_cle
         gone = await c.post(call("use"), session)
         assert gone.status_code == 404
         assert "Open a new session" in gone.json()["error"]["message"]
+
+
+async def test_lost_session_is_said_in_its_log_and_gone_soon(
+    memory: MakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P6, P7, P10: its clients have some seconds to read the ends of their streams."""
+    monkeypatch.setattr("nonstick.node.placement._LINGER", 0.2)
+    told: list[Any] = []
+    async with desk(memory) as (stage, a, b, _):
+        session = await a.open()
+        running = await left_open(stage, session, "gone-00000000", 1)
+        stage.store.watch(session_key(session.id), told.append)
+        await lose(stage, session, a)
+        assert "is gone" in await _outcome(await b.post(call("use", 2), session))
+
+        async def is_gone() -> bool:
+            try:
+                await stage.store.load(session_key(session.id))
+            except SessionNotFound:
+                return True
+            return False
+
+        await eventually(is_gone)
+    events = [event for news in told if news is not None for event in news.events]
+    owners = [decode(event.data)["node"] for event in events if kind_of(event.data) is Kind.OWNER]
+    ends = [event for event in events if event.stream == running and kind_of(event.data) is Kind.TERMINAL]
+    assert owners == [LOST]
+    assert [decode(event.data)["error"]["data"]["reason"] for event in ends] == ["session_lost"]
 
 
 async def test_owner_of_old_runs_nothing_that_is_relayed(make_store: MakeStore) -> None:

@@ -210,3 +210,23 @@ def test_ten_times_the_turns_take_ten_times_the_steps() -> None:
 
     coming(1)
     assert steps(lambda: coming(500)) < 14 * steps(lambda: coming(50))
+
+
+def test_of_many_lost_places_the_latest_are_known() -> None:
+    """P10: a client may come with any number of them."""
+    turns = Turns()
+    for position in range(1, 101):
+        body = {"listener": f"{position}", "node": "n", "since": position, "lost": f"{position:x}.00"}
+        event = draft(Kind.LISTENING, pydantic_core.to_json(body))
+        turns.note(Event(position, event.tag, STANDALONE, event.data))
+    known = [position for position in range(1, 101) if turns.found_again(f"{position:x}.00") is not None]
+    assert known == list(range(37, 101))
+
+
+def test_entries_are_known_again_for_some_hundreds_more() -> None:
+    """P9: after a failover they tell what a connection can have read."""
+    turns = Turns()
+    for position in range(1, 601):
+        turns.note(Event(position, position.to_bytes(8), STANDALONE, b"1m{}"))
+    assert turns.tag_at(101) == (101).to_bytes(8)
+    assert turns.tag_at(100) is None
