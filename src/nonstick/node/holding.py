@@ -32,7 +32,7 @@ from nonstick.session import notice, portable
 from nonstick.session.exchange import Exchange
 from nonstick.session.live import Session
 from nonstick.store import Batch, Cursor, Event
-from nonstick.waiting.patience import patiently
+from nonstick.waiting.retry import retry_until_answered
 
 __all__ = ["Holding", "announce"]
 
@@ -75,11 +75,11 @@ class Holding:
         """
         session = self.session
         try:
-            found = await patiently(lambda: survey(session.services.store, session.key))
+            found = await retry_until_answered(lambda: survey(session.services.store, session.key))
             for stream in found.open:
                 if stream.life.node == previous and not stream.life.is_relayed:
-                    await patiently(lambda: end_open(session.append, stream, NODE_LOST))  # noqa: B023
-            await patiently(lambda: announce(session, self._services.node_id))
+                    await retry_until_answered(lambda: end_open(session.append, stream, NODE_LOST))  # noqa: B023
+            await retry_until_answered(lambda: announce(session, self._services.node_id))
             if not await self._rebuild():
                 await self._fail()
                 return
@@ -87,7 +87,7 @@ class Holding:
             self._following = self._services.tasks.spawn(self._follow(found.head))
             for stream in found.open:
                 if stream.life.is_relayed:
-                    await patiently(lambda: self._accept_opened(stream))  # noqa: B023
+                    await retry_until_answered(lambda: self._accept_opened(stream))  # noqa: B023
         except SessionNotFound:
             await session.end()
 
@@ -110,12 +110,12 @@ class Holding:
 
     async def _fail(self) -> None:
         """The state could not be built: what waits for it gets an error, and the next request tries again."""
-        found = await patiently(lambda: survey(self._services.store, self.session.key))
+        found = await retry_until_answered(lambda: survey(self._services.store, self.session.key))
         for stream in found.open:
             if stream.life.is_relayed:
-                await patiently(lambda: end_open(self.session.append, stream, NOT_REBUILT))  # noqa: B023
+                await retry_until_answered(lambda: end_open(self.session.append, stream, NOT_REBUILT))  # noqa: B023
         await self.session.drop(NODE_LOST.error(retry_safe=False))
-        await patiently(self._release)
+        await retry_until_answered(self._release)
 
     # ---- what the log brings
 
@@ -131,14 +131,14 @@ class Holding:
                 except Diverged:
                     # The store lost entries, maybe also that the session has another owner.
                     subscription.close()
-                    found = await patiently(lambda: survey(self._services.store, self.session.key))
+                    found = await retry_until_answered(lambda: survey(self._services.store, self.session.key))
                     subscription = self.session.follower.subscribe(found.head)
-                    if await patiently(self.look):
+                    if await retry_until_answered(self.look):
                         return
                     for stream in found.open:
-                        await patiently(lambda: self._accept_opened(stream))  # noqa: B023
+                        await retry_until_answered(lambda: self._accept_opened(stream))  # noqa: B023
                     continue
-                if any(self._names_another(event) for event in events) and await patiently(self.look):
+                if any(self._names_another(event) for event in events) and await retry_until_answered(self.look):
                     return
                 for event in events:
                     self._accept_contained(event)
@@ -218,7 +218,7 @@ class Holding:
             note_unreadable(session.key, event, error)
             answer = error_body(body["request"]["id"], NOT_STARTED.error(retry_safe=True))
             for attempt in (body["attempt"], body["attempt"] + 1):  # taken over, or not yet
-                await patiently(lambda: end_stream(session.append, event.position, attempt, answer))  # noqa: B023
+                await retry_until_answered(lambda: end_stream(session.append, event.position, attempt, answer))  # noqa: B023
 
     async def _try(self, event: Event, body: dict[str, Any]) -> None:
         session = self.session
@@ -226,7 +226,7 @@ class Holding:
         key = request_key(message.id)
         request = portable.unpack(body["relay"]["http"], session.id)
         if (refusal := self._refusal(key)) is not None:
-            await patiently(
+            await retry_until_answered(
                 lambda: end_stream(session.append, event.position, body["attempt"], error_body(message.id, refusal))
             )
             return
@@ -253,14 +253,14 @@ class Holding:
     async def _take_over(self, event: Event, body: dict[str, Any], message: JSONRPCRequest, request: Request) -> None:
         session, relay, attempt = self.session, body["relay"], body["attempt"]
         exchange = Exchange(session, message, request, head=Cursor(relay["since"]), protocol_version=relay["version"])
-        if not await patiently(lambda: exchange.take_over(event.position, attempt, first=attempt + 1)):
+        if not await retry_until_answered(lambda: exchange.take_over(event.position, attempt, first=attempt + 1)):
             return
         # Looked at after the compare-and-set: an owner that takes the session from here on ends this stream.
-        loaded = await patiently(lambda: self._services.store.load(session.key, renew=False))
+        loaded = await retry_until_answered(lambda: self._services.store.load(session.key, renew=False))
         record = Record.from_fields(loaded.fields)
         if record.owner != self._services.node_id or not self.ready:
             failure = error_body(message.id, NODE_LOST.error(retry_safe=True))
-            await patiently(lambda: end_stream(session.append, event.position, attempt + 1, failure))
+            await retry_until_answered(lambda: end_stream(session.append, event.position, attempt + 1, failure))
             await self.look()
             return
         session.refresh(loaded, record)

@@ -43,7 +43,7 @@ from nonstick.session import tracing
 from nonstick.session.quotas import Quota
 from nonstick.session.services import Services
 from nonstick.store import NEW_STREAM, Appended, Batch, Cursor, Draft, Event, Loaded
-from nonstick.waiting.patience import patiently
+from nonstick.waiting.retry import retry_until_answered
 
 if TYPE_CHECKING:
     from nonstick.node.holding import Holding
@@ -701,7 +701,7 @@ class Session:
         has lost what was behind it, and gives these positions out again. The record keeps only what was not used up.
         """
         try:
-            cancels = (await patiently(lambda: self.services.store.load(self.key))).cancels
+            cancels = (await retry_until_answered(lambda: self.services.store.load(self.key))).cancels
         except SessionNotFound:
             return
         for key in cancels & self.exchanges.keys():

@@ -23,7 +23,7 @@ from nonstick.session.outlet import Mark, Outlet
 from nonstick.store import Cursor, Event
 from nonstick.waiting import background
 from nonstick.waiting.deadline import Deadline
-from nonstick.waiting.patience import patiently
+from nonstick.waiting.retry import retry_until_answered
 
 __all__ = ["Following", "Reader"]
 
@@ -147,7 +147,7 @@ class Reader(ABC):
 
     async def patiently(self, call: Callable[[], Awaitable[T]]) -> T:
         """What the store answers, as soon as it can be reached: a stream has nobody to tell that it cannot."""
-        return await patiently(call, pause=LIVENESS_POLL)
+        return await retry_until_answered(call, pause=LIVENESS_POLL)
 
     def follow(self, after: Cursor) -> contextlib.closing[Following]:
         return contextlib.closing(Following(self.session.follower.subscribe(after)))

@@ -30,7 +30,7 @@ from nonstick.errors import StoreUnavailable
 from nonstick.stores.redis.replies import Redirected, TryAgain
 from nonstick.stores.redis.servers import Server, Servers
 from nonstick.waiting import background
-from nonstick.waiting.patience import patiently
+from nonstick.waiting.retry import retry_until_answered
 
 __all__ = ["PROVEN_SECONDS", "Proof"]
 
@@ -64,7 +64,7 @@ class Proof:
         self._checks: dict[tuple[str, Server, int], asyncio.Task[bool]] = {}
         # By the place of the server that is not believed: what waits for the end of its grace period.
         self._doubts: dict[str, asyncio.Task[None]] = {}
-        self._learning = background.spawn(patiently(self._learn), name="nonstick-redis-marks")
+        self._learning = background.spawn(retry_until_answered(self._learn), name="nonstick-redis-marks")
 
     async def close(self) -> None:
         tasks = [self._learning, *self._checks.values(), *self._doubts.values()]
