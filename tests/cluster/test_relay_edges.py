@@ -16,10 +16,21 @@ from nonstick.errors import SessionNotFound
 from nonstick.store import Store
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing.cluster import Session
-from tests.cluster.conftest import MakeStore, one
+from tests.cluster.conftest import MakeStore
 from tests.cluster.servers import messages
 from tests.cluster.sse import posting
-from tests.cluster.stage import Context, DownStore, Stage, call, cancel, eventually, node_of, notification, text_of
+from tests.cluster.stage import (
+    Context,
+    DownStore,
+    HeldStore,
+    Stage,
+    call,
+    cancel,
+    eventually,
+    node_of,
+    notification,
+    text_of,
+)
 from tests.cluster.test_placement import desk, lose, use
 
 pytestmark = pytest.mark.anyio
@@ -158,17 +169,23 @@ async def test_owner_that_seems_lost_now_and_then_stays(monkeypatch: pytest.Monk
     monkeypatch.setattr("nonstick.node.placement._CERTAIN_AFTER", 0.2)
     monkeypatch.setattr("nonstick.session.reader.LIVENESS_POLL", 0.05)
     store = Blinking()
-    async with desk(one(store), movable=True) as (stage, a, b, _):
+    stores: list[HeldStore] = []
+
+    def make() -> Store:
+        stores.append(HeldStore(store, "append", after=False, when=lambda _, batch: batch.take_over))
+        return stores[-1]
+
+    async with desk(make, movable=True) as (stage, a, b, _):
         session = await a.open()
         assert await use(b, session) == 1
+        # The owner is slow to take what is relayed to it, and whoever waits for it looks whether it lives.
+        stores[1].holding = True
         store.node = await owner_of(stage, session)
-        async with posting(b, session, call("wait", 2)) as stream:
-            await stage.reached("running")
-            seen = asyncio.get_running_loop().time()
-            await eventually(lambda: store.asked > 20 and asyncio.get_running_loop().time() - seen > 0.5)
-            stage.open("go on")
-            assert text_of(await stream.outcome()) == "done 1"
-        assert await use(b, session, 3) == 2
+        async with posting(b, session, call("use", 2)) as stream:
+            began = asyncio.get_running_loop().time()
+            await eventually(lambda: store.asked > 20 and asyncio.get_running_loop().time() - began > 0.5)
+            stores[1].released.set()
+            assert text_of(await stream.outcome()) == "2"
         assert await owner_of(stage, session) == store.node
 
 

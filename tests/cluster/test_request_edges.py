@@ -387,6 +387,30 @@ async def test_introduction_is_taken_up_to_its_limit(memory: MakeStore) -> None:
             assert response.status_code == status, response.text
 
 
+async def test_resource_is_named_up_to_a_length(memory: MakeStore) -> None:
+    """P10: the record keeps its URI."""
+
+    class Offers(Stage):
+        def server(self) -> Server[Any]:
+            server = super().server()
+            server.add_request_handler("resources/subscribe", types.SubscribeRequestParams, _accept)
+            return server
+
+    async with Offers(memory) as stage:
+        a = stage.cluster[0]
+        session = await a.open()
+        for length, key in ((2048, "result"), (2049, "error")):
+            params = {"uri": "x://" + "x" * (length - 4)}
+            answer = await a.post(
+                {"jsonrpc": "2.0", "id": 1, "method": "resources/subscribe", "params": params}, session
+            )
+            assert key in answer.json()
+
+
+async def _accept(ctx: Context, params: Any) -> types.EmptyResult:
+    return types.EmptyResult()
+
+
 async def test_log_keeps_the_name_of_a_tool_alone(memory: MakeStore) -> None:
     """P10, P13: and of a long name its beginning; another node does not take that for the whole request."""
     async with staged(memory, answer="sse") as (stage, a, b, _):
