@@ -167,7 +167,7 @@ async def test_a_notifications_handler_can_ask_on_the_standalone_stream(make_sto
             answers.put_nowait(await ask_standalone("roots/list"))
 
         for member in (a, b, c):
-            node_of(member).services.served.app.add_notification_handler(
+            member.app.manager.app.add_notification_handler(
                 "notifications/initialized", types.NotificationParams, initialized
             )
         session = await a.open(initialized=False)

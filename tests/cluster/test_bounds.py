@@ -243,9 +243,7 @@ async def test_too_many_notifications_at_once_get_429(memory: MakeStore) -> None
             handled.remove(1)
 
         for member in (a, b):
-            node_of(member).services.served.app.add_notification_handler(
-                "notifications/x", types.NotificationParams, handle
-            )
+            member.app.manager.app.add_notification_handler("notifications/x", types.NotificationParams, handle)
         session, other = await a.open(), await a.open()
         async with posting(b, session, call("count", 7, count=0, door="never")) as stream:
             await stage.reached("at never")

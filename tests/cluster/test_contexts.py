@@ -37,7 +37,15 @@ pytestmark = pytest.mark.anyio
 
 TEAM: ContextVar[str] = ContextVar("team")
 
-OWN = {"Exchange._run", "handle", "Reader._watch", "Relay._watch", "Exchange._watch", "Node.contained", "Pool._use"}
+OWN = {
+    "Handler.run",
+    "handle_notification",
+    "Reader._watch",
+    "Relay._watch",
+    "Exchange._watch",
+    "Node.contained",
+    "Pool._use",
+}
 """What is done for one request: its handler, that of a notification, its connection, its progress, its queries."""
 
 

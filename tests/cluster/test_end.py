@@ -105,9 +105,7 @@ async def test_delete_on_one_node_stops_the_handlers_of_notifications_on_all(mak
                 finally:
                     stage.open(f"stopped {name}")
 
-            node_of(member).services.served.app.add_notification_handler(
-                "notifications/x", types.NotificationParams, handle
-            )
+            member.app.manager.app.add_notification_handler("notifications/x", types.NotificationParams, handle)
         session = await a.open()
         for member in (a, b, c):
             assert (await member.post({"jsonrpc": "2.0", "method": "notifications/x"}, session)).status_code == 202

@@ -380,7 +380,7 @@ async def test_end_is_told_or_refused_though_whoever_tells_it_is_cancelled(memor
     def cancelling(loop: Any, work: Any, **more: Any) -> asyncio.Task[Any]:
         nonlocal left
         task: asyncio.Task[Any] = asyncio.Task(work, loop=loop, **more)
-        if work.__qualname__ == "Exchange._conclude" and left:
+        if work.__qualname__ == "Handler._conclude" and left:
             left -= 1
             task.cancel()
         return task

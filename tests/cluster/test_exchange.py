@@ -49,7 +49,7 @@ def view(member: Member, session: Session) -> View:
 
 def has_ended(session: View, key: str) -> bool:
     """Whether the handler of this request has ended, and the request has not."""
-    return key in session.exchanges and not session.exchanges[key].can_send_request
+    return key in session.exchanges and session.exchanges[key].is_closed
 
 
 async def test_handler_whose_caller_was_cancelled_before_the_answer_runs_to_its_end(memory: MakeStore) -> None:
@@ -286,8 +286,8 @@ async def test_session_is_confirmed_though_its_answer_was_in_doubt(
     memory: MakeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """P9, P10: the end that was in doubt is the end: nothing is written behind it, and what follows an end is done."""
-    monkeypatch.setattr("nonstick.session.exchange._EMIT_PATIENCE", 0.05)
-    monkeypatch.setattr("nonstick.session.exchange._RETRY_PAUSE", 0.05)
+    monkeypatch.setattr("nonstick.log.writer._PATIENCE", 0.05)
+    monkeypatch.setattr("nonstick.session.stream._RETRY_PAUSE", 0.05)
     stores: list[DownStore] = []
 
     def make() -> Store:
@@ -322,8 +322,8 @@ async def test_request_whose_stream_could_not_be_opened_does_not_run(
     memory: MakeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """P9: 503 says "try again", and its id is free again as soon as the stream that may have been opened has ended."""
-    monkeypatch.setattr("nonstick.session.exchange._EMIT_PATIENCE", 0.05)
-    monkeypatch.setattr("nonstick.session.exchange._RETRY_PAUSE", 0.05)
+    monkeypatch.setattr("nonstick.log.writer._PATIENCE", 0.05)
+    monkeypatch.setattr("nonstick.session.stream._RETRY_PAUSE", 0.05)
     stores: list[DownStore] = []
 
     def make() -> Store:

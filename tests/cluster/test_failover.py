@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-import nonstick.session.exchange
+import nonstick.log.writer
 import nonstick.session.rescue
 from nonstick import current_connection
 from nonstick.core.events import Kind, draft
@@ -260,7 +260,7 @@ async def test_messages_of_a_long_outage_come_in_order_when_the_store_is_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """P3, P9: the first is in doubt, those after it wait for it."""
-    monkeypatch.setattr(nonstick.session.exchange, "_EMIT_PATIENCE", 0.2)
+    monkeypatch.setattr(nonstick.log.writer, "_PATIENCE", 0.2)
     store = MemoryStore()
     downs: list[DownStore] = []
 

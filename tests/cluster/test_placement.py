@@ -781,7 +781,7 @@ async def test_request_whose_session_moves_before_its_stream_could_be_opened_is_
             await stage.reached("running")
             view = node_of(a).sessions[session_key(session.id)]
             (exchange,) = view.exchanges.values()
-            await eventually(lambda: exchange._in_doubt is not None)
+            await eventually(lambda: exchange.own_stream().is_in_doubt)
             exchange.fence(ErrorData(code=INTERNAL_ERROR, message="moved"))
             (answer,) = await stream.rest()
             assert answer["id"] == 1

@@ -165,7 +165,7 @@ async def test_handlers_of_notifications_are_of_the_same_share() -> None:
             made.began += 1
             await made.may_end.wait()
 
-        node_of(b).services.served.app.add_notification_handler("notifications/x", types.NotificationParams, handle)
+        b.app.manager.app.add_notification_handler("notifications/x", types.NotificationParams, handle)
         ada, bob = await opened(a, "ada"), await opened(a, "bob")
         async with posting(b, ada, call("wait", 1)) as stream:
             await made.running(1)

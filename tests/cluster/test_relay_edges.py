@@ -27,7 +27,6 @@ from tests.cluster.stage import (
     call,
     cancel,
     eventually,
-    node_of,
     notification,
     text_of,
 )
@@ -217,7 +216,7 @@ async def test_notification_is_handled_before_its_session_moves(memory: MakeStor
             stage.open("handled")
 
         for member in (a, b):
-            server = node_of(member).services.served.app
+            server = member.app.manager.app
             server.add_notification_handler("x/long", types.NotificationParams, handle)
         session = await a.open()
         owner = await owner_of(stage, session)

@@ -46,7 +46,8 @@ FOR_EVER = 600.0
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A store that is away is soon known to be away, and soon tried again."""
-    monkeypatch.setattr("nonstick.session.exchange._EMIT_PATIENCE", 0.05)
+    monkeypatch.setattr("nonstick.log.writer._PATIENCE", 0.05)
+    monkeypatch.setattr("nonstick.session.stream._RETRY_PAUSE", 0.05)
     monkeypatch.setattr("nonstick.session.exchange._RETRY_PAUSE", 0.05)
 
 

@@ -203,7 +203,7 @@ async def test_relayed_request_whose_answer_cannot_be_read_ends_for_a_client_tha
         async with posting(b, session, call("wait")) as stream:
             await stage.reached("begun")
             [exchange] = _running(a, session)
-            garbage = Batch([draft(Kind.TAKEN, b"{")], stream=exchange.stream, attempt=exchange.attempt)
+            garbage = Batch([draft(Kind.TAKEN, b"{")], stream=exchange.stream, attempt=exchange.own_stream().attempt)
             await stage.store.append(session_key(session.id), garbage)
             [answer] = await stream.rest()
         assert (answer["id"], answer["error"]["data"]["reason"]) == (1, "answer_unread")

@@ -36,7 +36,7 @@ from nonstick.log import writer as sender
 from nonstick.log.cluster_log import CLUSTER_KEY
 from nonstick.node import holding, placement, relay
 from nonstick.node.node import Node
-from nonstick.session import exchange, reader, rescue
+from nonstick.session import exchange, reader, rescue, stream
 from nonstick.session.services import Services
 from nonstick.store import NEW_STREAM, Batch, Cursor
 from nonstick.stores.memory import MemoryStore
@@ -770,8 +770,8 @@ some_or_every = pytest.mark.parametrize(
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Patience is short, so that hundreds of cases run in seconds."""
     for module, name, seconds in (
-        (exchange, "_EMIT_PATIENCE", 0.3),
         (exchange, "_RETRY_PAUSE", 0.05),
+        (stream, "_RETRY_PAUSE", 0.05),
         (sender, "_PATIENCE", 0.3),
         (relay, "_PATIENCE", 0.3),
         (manager, "_NOTICE_PATIENCE", 0.3),

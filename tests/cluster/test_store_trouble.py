@@ -363,7 +363,7 @@ async def test_what_a_handler_gets_does_not_say_where_the_store_is(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """P13: it goes on to the client, in the error that the handler raises; the log says it."""
-    monkeypatch.setattr("nonstick.session.exchange._EMIT_PATIENCE", 0.05)
+    monkeypatch.setattr("nonstick.log.writer._PATIENCE", 0.05)
     memory = MemoryStore()
     stores: list[DownStore] = []
 
@@ -392,7 +392,7 @@ async def test_what_a_handler_gets_does_not_say_where_the_store_is(
 
 async def test_what_waits_for_a_store_that_is_away_is_bounded_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """P9, P10: the latest messages come once it is back; and the end."""
-    monkeypatch.setattr("nonstick.session.exchange._EMIT_PATIENCE", 0.01)
+    monkeypatch.setattr("nonstick.log.writer._PATIENCE", 0.01)
     store = DownStore(MemoryStore(), "append", after=False)
     async with staged(one(store)) as (stage, a, _b, _c):
 

@@ -342,8 +342,8 @@ async def test_what_is_in_doubt_while_the_store_is_away_is_written_once_and_in_o
     make_store: MakeStore, position: int, written: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """P3, P9: the store comes back after all patience is over; nothing is lost, doubled or out of order."""
-    monkeypatch.setattr("nonstick.session.exchange._EMIT_PATIENCE", 0.05)
-    monkeypatch.setattr("nonstick.session.exchange._RETRY_PAUSE", 0.05)
+    monkeypatch.setattr("nonstick.log.writer._PATIENCE", 0.05)
+    monkeypatch.setattr("nonstick.session.stream._RETRY_PAUSE", 0.05)
     stores: list[DownStore] = []
 
     def make() -> Store:
@@ -380,8 +380,8 @@ async def test_state_that_was_saved_in_doubt_is_not_saved_again_later(
     make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """P2, P9: it would undo what another node saved since."""
-    monkeypatch.setattr("nonstick.session.exchange._EMIT_PATIENCE", 0.05)
-    monkeypatch.setattr("nonstick.session.exchange._RETRY_PAUSE", 0.05)
+    monkeypatch.setattr("nonstick.log.writer._PATIENCE", 0.05)
+    monkeypatch.setattr("nonstick.session.stream._RETRY_PAUSE", 0.05)
     stores: list[DownStore] = []
 
     def make() -> Store:

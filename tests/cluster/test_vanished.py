@@ -403,7 +403,7 @@ async def test_initialize_that_hangs_is_ended_when_its_client_leaves_or_after_an
 ) -> None:
     """P10, P2: nobody else could use the session."""
     async with idle_soon(memory, FOR_EVER if leaves else idle) as (stage, a, _, __):
-        server: Server[Any] = node_of(a).services.served.app
+        server: Server[Any] = a.app.manager.app
         server.middleware.append(Hangs(stage))
         nobody = Session("", "", {})
         nobody.headers = {}

@@ -461,7 +461,7 @@ async def test_log_is_not_followed_for_a_handler_that_has_ended() -> None:
         async def handle(ctx: Context, params: types.NotificationParams) -> None:
             ended.append("x/done")
 
-        node_of(b).services.served.app.add_notification_handler("x/done", types.NotificationParams, handle)
+        b.app.manager.app.add_notification_handler("x/done", types.NotificationParams, handle)
         session = await b.open()
         key = session_key(session.id)
         assert (await b.post(notification("x/done"), session)).status_code == 202

@@ -19,7 +19,8 @@ IN_THE_CALLERS = {
     "waiting/background.py": 2,
     "waiting/tasks.py": 1,
     # Timers of one request, or of one call.
-    "session/exchange.py": 2,
+    "session/exchange.py": 1,
+    "session/opening.py": 1,
     "session/live.py": 1,
     "waiting/deadline.py": 1,
     # Of one call to the store, whose spans belong to the caller's.

@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from nonstick.errors import StoreUnavailable
 from nonstick.log.cluster_log import CLUSTER_KEY
 from nonstick.log.guard import GuardedStore
 from nonstick.node.node import Node
+from nonstick.session.kernel import KernelRunner
 from nonstick.session.live import Session
 from nonstick.session.services import Served
 from nonstick.store import Store
@@ -45,9 +47,9 @@ class PartlyAway(MemoryStore):
 @asynccontextmanager
 async def running(store: Store, *, open_sessions: int = 0, **settings: Any) -> AsyncIterator[Node]:
     """A node with so many sessions that are in use: "0", "1", ..."""
-    server: Server[Any] = Server("test")
+    runner = partial(KernelRunner, Server("test"), None)
     async with GuardedStore(store, patience=0.05) as guarded, asyncio.timeout(60):
-        node = Node(Served(server, None, ""), guarded, Settings(**settings), cluster_log=Cluster.private().log)
+        node = Node(Served(runner, ""), guarded, Settings(**settings), cluster_log=Cluster.private().log)
         for number in range(open_sessions):
             session = node.sessions[str(number)] = Session(node.services, f"id {number}", str(number))
             session.__enter__()

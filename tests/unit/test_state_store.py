@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from nonstick.core.settings import Settings
 from nonstick.errors import SessionNotFound, StateFull, StateNotJSON, StateTooLarge, StoreUnavailable
 from nonstick.log.guard import GuardedStore
 from nonstick.node.node import Node
+from nonstick.session.kernel import KernelRunner
 from nonstick.session.live import Session
 from nonstick.session.services import Served
 from nonstick.store import Loaded
@@ -55,7 +57,7 @@ def keys() -> list[Any]:
 
 def work_for(kept: MemoryStore, session_id: str) -> None:
     """What is done in this task from here on is the work of this session."""
-    served, cluster_log = Served(Server(""), None, ""), nonstick.Cluster.private().log
+    served, cluster_log = Served(partial(KernelRunner, Server(""), None), ""), nonstick.Cluster.private().log
     node = Node(served, GuardedStore(kept), Settings(), cluster_log=cluster_log)
     Session(node.services, session_id, session_key(session_id)).make_current()
 

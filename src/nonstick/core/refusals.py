@@ -22,6 +22,7 @@ __all__ = [
     "ANSWER_UNREAD",
     "BODY_TOO_LARGE",
     "CANCELLED_BY_CLIENT",
+    "FILLED_LOG",
     "HEAD_TOO_LARGE",
     "HOLDER_GONE",
     "ID_IN_USE",
@@ -29,6 +30,7 @@ __all__ = [
     "INTERRUPTED",
     "IN_DOUBT",
     "LOG_FULL",
+    "NEVER_OPENED",
     "NODE_LOST",
     "NODE_RUNS_TOO_MANY",
     "NODE_STREAMS_TOO_MANY",
@@ -39,6 +41,7 @@ __all__ = [
     "NOT_OPENED",
     "NOT_PARSED",
     "NOT_REBUILT",
+    "NOT_RUN",
     "NOT_RUNNING",
     "NOT_RUN_HERE",
     "NOT_STARTED",
@@ -54,6 +57,7 @@ __all__ = [
     "SESSION_LOST",
     "SHUTTING_DOWN",
     "SHUT_DOWN",
+    "STATE_UNSAVED",
     "STORE_AWAY",
     "STORE_UNAVAILABLE",
     "STREAM_LOST",
@@ -216,6 +220,22 @@ SHUT_DOWN: Final = ErrorData(
     message="The server node that ran this request was shut down before it finished",
     data={"reason": "node_shut_down", "retrySafe": False},
 )
+
+STATE_UNSAVED: Final = ErrorData(
+    code=INTERNAL_ERROR,
+    message="The request ran, but the session store could not be reached to save what it changed in the session",
+    data={"reason": "state_not_saved", "retrySafe": False},
+)
+
+NOT_RUN: Final = ErrorData(
+    code=INTERNAL_ERROR,
+    message="The request was not run: the session store could not be reached",
+    data={"reason": "store_unavailable", "retrySafe": True},
+)
+
+NEVER_OPENED: Final = ErrorData(code=INTERNAL_ERROR, message="The session took too long to open")
+
+FILLED_LOG: Final = ErrorData(code=INTERNAL_ERROR, message="The session's log is full; the request was ended")
 
 SESSION_ENDED: Final = ErrorData(code=INTERNAL_ERROR, message="The session ended before the request did")
 

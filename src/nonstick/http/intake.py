@@ -32,7 +32,7 @@ from nonstick.core.refusals import (
 )
 from nonstick.waiting.deadline import Deadline
 
-__all__ = ["TRANSPORT", "Routed", "after_body", "arrived", "check_accepts_stream", "check_headers", "header", "parse"]
+__all__ = ["TRANSPORT", "Routed", "arrived", "check_accepts_stream", "check_headers", "client_gone", "header", "parse"]
 
 TRANSPORT: Final = "nonstick.session"
 """Where an ASGI scope says that this request was routed to one session."""
@@ -113,9 +113,16 @@ class _Again:
         return self.connection() if body is None else _whole(body)
 
 
-def after_body(receive: Receive) -> Receive:
+def _after_body(receive: Receive) -> Receive:
     """What gives only what comes after the body, which somebody else may still want."""
     return receive.connection if isinstance(receive, _Again) else receive
+
+
+async def client_gone(request: Request) -> None:
+    """Returns when the client of this request, whose body has arrived, has closed its connection."""
+    receive = _after_body(request.receive)
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _whole(body: bytes) -> Message:

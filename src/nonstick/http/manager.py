@@ -7,8 +7,9 @@ message. All HTTP statuses that nonstick gives are decided here and in `Refusal`
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, Final, Unpack
 
 from mcp.server import MCPServer, Server
@@ -51,7 +52,9 @@ from nonstick.http.sessions import Sessions
 from nonstick.http.unshared_memory import warned_of_unshared_memory
 from nonstick.log.guard import GuardedStore
 from nonstick.node.node import Node
-from nonstick.session.kernel import offer
+from nonstick.session.kernel import KernelRunner, offer
+from nonstick.session.live import Session
+from nonstick.session.runner import Runner
 from nonstick.session.services import Served
 from nonstick.store import Loaded, Store
 from nonstick.stores import open_store
@@ -224,9 +227,17 @@ class SessionManager:
             async with GuardedStore(self.store) as store, self.cluster.taking_part(store, room):
                 yield store
 
+    def runners(self, state: Any) -> Callable[[Session], Runner]:
+        """What makes the runner of a session, for each of its live views. Another kind of manager overrides this.
+
+        Args:
+            state: What the server's lifespan yielded.
+        """
+        return partial(KernelRunner, self.app, state)
+
     @asynccontextmanager
     async def _serving(self, store: GuardedStore, state: Any) -> AsyncIterator[None]:
-        served = Served(self.app, state, identity(self.endpoint.namespace))
+        served = Served(self.runners(state), identity(self.endpoint.namespace))
         node = Node(served, store, self.settings, cluster_log=self.cluster.log, guests=[self._sessionless])
         with node.signals():
             async with node:

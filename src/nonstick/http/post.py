@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextvars import Context, copy_context
+from functools import partial
 from typing import Any, Final
 
 import pydantic_core
@@ -35,14 +36,16 @@ from nonstick.core.refusals import (
     Refusal,
 )
 from nonstick.http.endpoint import Endpoint
-from nonstick.http.intake import TRANSPORT, Routed
-from nonstick.http.respond import JSON_TYPE, send_body, session_header
+from nonstick.http.intake import TRANSPORT, Routed, client_gone
+from nonstick.http.respond import JSON_TYPE, respond, send_body, session_header
 from nonstick.log.trim import Hold
 from nonstick.node.node import Node
 from nonstick.node.relay import Relay, packed, relay_notice
-from nonstick.session import notice, portable, tracing
+from nonstick.session import portable, tracing
 from nonstick.session.exchange import Exchange
+from nonstick.session.kernel import handle_notification
 from nonstick.session.live import Session
+from nonstick.session.opening import Opening
 from nonstick.store import Batch, Loaded
 
 __all__ = ["PATIENCE_FOR_WHAT_COMES_ONCE", "serve_initialize", "serve_message"]
@@ -76,18 +79,19 @@ async def serve_initialize(
     session.hold_back()
     if node.services.settings.placement == "owner":
         session.keep_anything()
-    exchange = Exchange(
+    opening = Opening(
         session,
         message,
         request,
-        head=session.head,
         protocol_version=str((message.params or {}).get("protocolVersion", DEFAULT_NEGOTIATED_VERSION)),
         principal=principal,
-        opens=True,
-        connection=request,
+        gone=partial(client_gone, request),
     )
-    with node.services.requests.hold(request, principal):
-        await exchange.serve(send, [session_header(session_id)], copy_context())
+    opening.start(copy_context())
+    with opening.answer as answer:
+        outcome = await answer.outcome
+        names_session = opening.is_visible and not isinstance(outcome, Refusal)
+        await respond(send, outcome, [session_header(session_id)] if names_session else [])
 
 
 async def serve_message(
@@ -116,8 +120,7 @@ async def _handle_notification(
 ) -> None:
     """Has the server's handler run, here or where the session is held."""
     if node.placement.elsewhere(session, loaded) is not None:
-        handler = session.services.served.app.get_notification_handler(message.method)
-        if handler is not None or message.method not in _OFTEN:
+        if message.method not in _OFTEN or session.runner.heeds(message.method):
             await relay_notice(session, message, request, patience=PATIENCE_FOR_WHAT_COMES_ONCE)
         return
     if len(session.notices) >= session.services.settings.max_streams:
@@ -126,7 +129,7 @@ async def _handle_notification(
         session.services.requests.check_share(session.principal)
     request, context = _as_relayed(session, request)
     # In the background: the client waits for no handler of a notification (as the SDK).
-    session.spawn_notice(notice.handle(session, message, request), request, context)
+    session.spawn_notice(handle_notification(session, message, request), request, context)
 
 
 async def _serve_request(
@@ -170,19 +173,12 @@ async def _serve_request(
     if hold is not None and key in session.exchanges:
         hold.release()
         raise Refusal(ID_IN_USE)
-    connection = request
+    gone = partial(client_gone, request)
     request, context = _as_relayed(session, request)
-    with session.services.requests.hold(request, session.principal):
-        exchange = Exchange(
-            session,
-            message,
-            request,
-            head=loaded.head,
-            protocol_version=version,
-            connection=connection,
-            hold=hold,
-        )
-        await exchange.serve(send, headers, context)
+    exchange = Exchange(session, message, request, head=loaded.head, protocol_version=version, gone=gone, hold=hold)
+    exchange.start(context)
+    with exchange.answer as answer:
+        await respond(send, await answer.outcome, headers)
 
 
 async def _room_in_log(session: Session, message: JSONRPCRequest) -> Hold | None:

@@ -1,4 +1,4 @@
-"""Answers on their way out: a body, or a refusal."""
+"""Answers on their way out: a body, a refusal, or a stream."""
 
 from __future__ import annotations
 
@@ -10,10 +10,23 @@ from starlette.types import Message, Send
 
 from nonstick.core.jsonrpc import error_body
 from nonstick.core.refusals import Refusal
+from nonstick.core.sse import SSE_HEADERS
+from nonstick.session.outlet import Outlet
 
-__all__ = ["JSON_TYPE", "refuse", "send_body", "session_header", "with_header"]
+__all__ = ["JSON_TYPE", "refuse", "respond", "send_body", "session_header", "with_header"]
 
 JSON_TYPE: Final = (b"content-type", b"application/json")
+
+
+async def respond(send: Send, outcome: bytes | Refusal | Outlet, headers: list[tuple[bytes, bytes]]) -> None:
+    """A whole response: a JSON-RPC answer, a refusal, or the frames of a stream until it ends or its client goes."""
+    if isinstance(outcome, bytes):
+        await send_body(send, 200, outcome, [*headers, JSON_TYPE])
+    elif isinstance(outcome, Refusal):
+        await refuse(send, outcome, headers)
+    else:
+        await send({"type": "http.response.start", "status": 200, "headers": [*headers, *SSE_HEADERS]})
+        await outcome.pump(send)
 
 
 async def refuse(send: Send, refusal: Refusal, headers: list[tuple[bytes, bytes]]) -> None:

@@ -198,12 +198,13 @@ class Trimmer:
 
     async def full(self) -> bool:
         """Whether the log is far over its bounds, and trimming does not help: a stream that has not ended fills it."""
-        while self._is_full and await self._trimmed():
+        while self.is_full and await self._trimmed():
             pass
-        return self._is_full
+        return self.is_full
 
     @property
-    def _is_full(self) -> bool:
+    def is_full(self) -> bool:
+        """Whether the log is far over its bounds."""
         settings = self._trimming.settings
         return self._size > _FULL * settings.max_log_bytes or self._events > _FULL * settings.max_log_events
 

@@ -146,7 +146,7 @@ class Drain:
                 self._tasks.spawn(exchange.abandon())
             await asyncio.sleep(STOP_SECONDS)
             for exchange in running:
-                exchange.let_go()
+                exchange.disconnect_client()
             self._store.end_pending()
             for deadline in list(self.until_closing):
                 deadline.hasten()

@@ -28,8 +28,9 @@ from nonstick.errors import Diverged, SessionNotFound, StoreUnavailable
 from nonstick.log.follow import whole
 from nonstick.log.lost import end_open, end_stream
 from nonstick.log.survey import OpenStream, note_unreadable, survey
-from nonstick.session import notice, portable
+from nonstick.session import portable
 from nonstick.session.exchange import Exchange
+from nonstick.session.kernel import handle_notification
 from nonstick.session.live import Session
 from nonstick.store import Batch, Cursor, Event
 from nonstick.waiting.retry import retry_until_answered
@@ -196,7 +197,7 @@ class Holding:
         message = JSONRPCNotification.model_validate(body["notification"], by_name=False)
         request = portable.unpack(body["http"], self.session.id)
         context = portable.context_of(request, body.get("trace", {}))
-        self.session.spawn_notice(notice.handle(self.session, message, request), request, context)
+        self.session.spawn_notice(handle_notification(self.session, message, request), request, context)
 
     # ---- relayed requests
 

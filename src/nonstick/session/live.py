@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import anyio
 import pydantic_core
 from mcp.server.connection import Connection
-from mcp.server.runner import ServerRunner, aclose_shielded
+from mcp.server.runner import aclose_shielded
 from mcp.shared.dispatcher import CallOptions, ProgressFnT
 from mcp.shared.exceptions import MCPError
 from mcp_types import CONNECTION_CLOSED, REQUEST_TIMEOUT, ErrorData, RequestId
@@ -41,6 +41,7 @@ from nonstick.log.trim import Trimmer
 from nonstick.log.writer import Sender
 from nonstick.session import tracing
 from nonstick.session.quotas import Quota
+from nonstick.session.runner import Runner
 from nonstick.session.services import Services
 from nonstick.store import NEW_STREAM, Appended, Batch, Cursor, Draft, Event, Loaded
 from nonstick.waiting.retry import retry_until_answered
@@ -238,9 +239,9 @@ class Session:
         return connection
 
     @cached_property
-    def runner(self) -> ServerRunner[Any]:
-        """The SDK's kernel."""
-        return ServerRunner(self.services.served.app, self.connection, self.services.served.lifespan_state)
+    def runner(self) -> Runner:
+        """What runs its requests and notifications."""
+        return self.services.served.new_runner(self)
 
     @property
     def protocol_version(self) -> str:
@@ -330,9 +331,7 @@ class Session:
 
     def _disconnect(self) -> None:
         """Parts what refers to each other: each request would leave it to the garbage collector."""
-        if (runner := vars(self).pop("runner", None)) is not None:
-            vars(runner).pop("on_request", None)
-            vars(runner).pop("on_notify", None)
+        vars(self).pop("runner", None)
         vars(self).pop("connection", None)
 
     @property

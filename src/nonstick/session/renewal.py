@@ -42,7 +42,7 @@ class Renewal:
         ]
 
     def _is_due(self, session: Session, now: float, *, is_read: bool) -> bool:
-        connected = is_read or any(exchange.shows_client(now) for exchange in session.exchanges.values())
+        connected = is_read or any(exchange.answer.shows_client(now) for exchange in session.exchanges.values())
         if connected or session.was_heard:
             session.was_heard = False
             session.heard_at = now
@@ -63,5 +63,5 @@ class Renewal:
                 reader.hand_over()
         for session in self._sessions.values():
             for exchange in session.exchanges.values():
-                if exchange.began < began_before:
-                    exchange.hand_over()
+                if exchange.answer.began < began_before:
+                    exchange.answer.hand_over()

@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Mapping
 from typing import Any
 
-from mcp.server.runner import ServerRunner
+import anyio
+import pydantic_core
 from mcp.shared.dispatcher import CallOptions
 from mcp.shared.exceptions import NoBackChannelError
-from mcp.shared.transport_context import TransportContext
 from mcp_types import ErrorData, JSONRPCRequest
 from starlette.requests import Request
 
@@ -25,6 +26,7 @@ from nonstick.core.streams import History
 from nonstick.errors import Diverged, Fenced, NotPending, StreamClosed
 from nonstick.log.follow import Slice, whole
 from nonstick.log.writer import once
+from nonstick.session.exchange import Exchange
 from nonstick.session.live import Session
 from nonstick.session.portable import context_of
 from nonstick.store import MAX_READ, Batch, Cursor, Event
@@ -181,9 +183,6 @@ class Rescue:
         return JSONRPCRequest.model_validate(self._history.life.request, by_name=False)
 
     async def _run_again(self) -> bool:
-        # Imported here: an exchange knows its session, and a session's streams are rescued from its readers.
-        from nonstick.session.exchange import Exchange
-
         session = self._session
         scope = {"type": "http", "method": "POST", "path": "/", "headers": [], "query_string": b""}
         request = Request(scope)
@@ -224,11 +223,9 @@ class Rescue:
 
     async def _find_tool(self, name: str) -> dict[str, Any] | None:
         self._session.make_current()
-        served, connection = self._session.services.served, self._session.connection
-        runner: ServerRunner[Any] = ServerRunner(served.app, connection, served.lifespan_state)
         cursor: str | None = None
         for _ in range(_LIST_PAGES):
-            page = await runner.on_request(_Silent(), "tools/list", None if cursor is None else {"cursor": cursor})
+            page = await self._list_tools(cursor)
             for tool in page.get("tools", []):
                 if tool.get("name") == name:
                     found: dict[str, Any] = tool
@@ -238,24 +235,35 @@ class Rescue:
                 break
         return None
 
+    async def _list_tools(self, cursor: str | None) -> Mapping[str, Any]:
+        params = None if cursor is None else {"cursor": cursor}
+        message = JSONRPCRequest(jsonrpc="2.0", id="nonstick-lookup", method="tools/list", params=params)
+        answer = await self._session.runner.on_request(_Lookup(message))
+        if isinstance(answer, bytes):
+            answer = pydantic_core.from_json(answer).get("result")
+        return answer if isinstance(answer, dict) else {}
 
-class _Silent:
-    """The `DispatchContext` of a request that no client made: nothing can be sent."""
 
-    def __init__(self) -> None:
-        import anyio
+class _Lookup:
+    """A request that no client made, as the session's runner sees it: nothing can be sent."""
 
-        self.transport = TransportContext(kind="streamable-http", can_send_request=False)
-        self.can_send_request = False
-        self.request_id = "nonstick-lookup"
-        self.message_metadata = None
+    request = None
+    streams = False
+    can_send_request = False
+    can_close_stream = False
+
+    def __init__(self, message: JSONRPCRequest) -> None:
+        self.message = message
         self.cancel_requested = anyio.Event()
 
-    async def send_raw_request(self, method: str, params: Any, opts: CallOptions | None = None) -> dict[str, Any]:
+    async def ask(self, method: str, params: Any, opts: CallOptions | None = None) -> dict[str, Any]:
         raise NoBackChannelError(method)
 
-    async def notify(self, method: str, params: Any, opts: CallOptions | None = None) -> None:
+    async def notify(self, method: str, params: Any) -> None:
         return None
 
-    async def progress(self, progress: float, total: float | None = None, message: str | None = None) -> None:
+    async def close_stream(self) -> None:
+        return None
+
+    async def close_standalone_stream(self) -> None:
         return None

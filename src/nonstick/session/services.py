@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
-
-from mcp.server import Server
 
 from nonstick.core.settings import Settings
 from nonstick.log.cluster_log import ClusterLog
 from nonstick.log.guard import GuardedStore
 from nonstick.log.trim import Trimming
 from nonstick.session.quotas import Quota
+from nonstick.session.runner import Runner
 from nonstick.waiting.deadline import Deadline
 from nonstick.waiting.tasks import Tasks
 
@@ -23,12 +23,11 @@ class Served:
     """The server that the node runs.
 
     Attributes:
-        lifespan_state: What its lifespan yielded.
+        new_runner: Makes what runs the requests of a session, for the session's live view.
         identity: What the cluster knows it by.
     """
 
-    app: Server[Any]
-    lifespan_state: Any
+    new_runner: Callable[[Any], Runner]
     identity: str
 
 

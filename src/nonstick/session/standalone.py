@@ -480,8 +480,8 @@ class StandaloneConnection(Reader):
 
         Each event id says what was told last, so that a client which comes back with it is told of the rest.
         """
-        server = self.session.services.served.app
-        changed = [what for request, what in LISTS.items() if server.get_request_handler(request) is not None]
+        runner = self.session.runner
+        changed = [what for request, what in LISTS.items() if runner.answers(request)]
         everything = [*changed, *map(ResourceUpdated, sorted(self._subscribed))]
         bodies = {_name_of(what.body): what.body for what in (Broadcast.of(what, head) for what in everything)}
         names = list(bodies)
