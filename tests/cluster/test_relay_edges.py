@@ -18,7 +18,7 @@ from nonstick.stores.memory import MemoryStore
 from nonstick.testing.cluster import Session
 from tests.cluster.conftest import MakeStore
 from tests.cluster.servers import messages
-from tests.cluster.sse import posting
+from tests.cluster.sse import getting, posting
 from tests.cluster.stage import (
     Context,
     DownStore,
@@ -46,7 +46,10 @@ async def test_id_of_a_relayed_request_is_free_after_it(memory: MakeStore) -> No
     """P1: a client may use it again, at whichever node."""
     async with desk(memory) as (_, a, b, c):
         session = await a.open()
-        assert [await use(member, session, 1) for member in (b, b, c, a, b)] == [1, 2, 3, 4, 5]
+        # Its view stays on b.
+        async with getting(b, session) as standalone:
+            await standalone.event()
+            assert [await use(member, session, 1) for member in (b, b, c, a, b)] == [1, 2, 3, 4, 5]
 
 
 async def test_cancel_of_a_relayed_request_hits_no_later_one(memory: MakeStore) -> None:
