@@ -415,9 +415,7 @@ def test_setting_that_cannot_be_given_is_refused(wrong: str, said: str, capsys: 
         (["migrate", "--store", "memory:", "--dryrun"], "there is no option --dryrun; --help"),
     ],
 )
-def test_option_that_there_is_none_of_is_refused(
-    wrong: list[str], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unknown_option_is_refused(wrong: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(wrong) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("nonstick: ")

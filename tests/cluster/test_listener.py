@@ -412,7 +412,7 @@ async def test_a_silent_connection_does_not_get_again_what_it_had(make_store: Ma
             await heard(first, 3)
 
 
-async def test_connection_answers_one_of_an_older_release_that_asks(make_store: MakeStore) -> None:
+async def test_older_asking_is_answered(make_store: MakeStore) -> None:
     """P12: a node of 0.1.0 may be set to refuse a second GET. It asks in the log, and is told that the first lives."""
     async with talking(make_store) as (stage, a, b, c):
         session = await a.open()

@@ -368,7 +368,7 @@ async def test_argument_that_cannot_work_is_refused_with_the_reason(arguments: d
         manager(**arguments)
 
 
-async def test_options_that_are_named_can_be_given() -> None:
+async def test_named_options_can_be_given() -> None:
     """Each is taken by the app, with its default; nothing that is a setting of another name is among them."""
     with pytest.raises(ConfigurationError) as refused:
         nonstick.app(World().server(), store="memory:", xyz=1)  # type: ignore[call-arg]
@@ -394,7 +394,7 @@ async def test_options_that_are_named_can_be_given() -> None:
         (nonstick.adopt, "clutser", "cluster"),
     ],
 )
-async def test_misspelt_argument_of_any_door_is_recognised(door: Any, wrong: str, meant: str) -> None:
+async def test_misspelt_argument_is_recognised(door: Any, wrong: str, meant: str) -> None:
     """Whether it is an option of nonstick's or an argument of the door alone."""
     server = World().server()
     served = server.streamable_http_app() if door is nonstick.adopt else server

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from nonstick.commands import log_format as logs
+from nonstick.commands import log_format
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def json_line(stream: io.StringIO) -> dict[str, Any]:
 
 def test_json_record_is_one_line_with_node_and_extra_fields() -> None:
     stream = io.StringIO()
-    logs.configure(style="json", node="node-a", stream=stream)
+    log_format.configure(style="json", node="node-a", stream=stream)
     logging.getLogger("nonstick.http.manager").info("session\nopened", extra={"session": "ab12", "took": 0.5})
     line = json_line(stream)
     assert line.pop("time").endswith("Z")
@@ -51,7 +51,7 @@ def test_json_record_is_one_line_with_node_and_extra_fields() -> None:
 
 def test_json_record_keeps_a_traceback_inside_its_line() -> None:
     stream = io.StringIO()
-    logs.configure(style="json", stream=stream)
+    log_format.configure(style="json", stream=stream)
     try:
         raise ValueError("boom")
     except ValueError:
@@ -61,7 +61,7 @@ def test_json_record_keeps_a_traceback_inside_its_line() -> None:
 
 def test_json_field_cannot_replace_a_standard_one() -> None:
     stream = io.StringIO()
-    logs.configure(style="json", node="node-a", stream=stream)
+    log_format.configure(style="json", node="node-a", stream=stream)
     logging.getLogger("nonstick").info("hello", extra={"node": "impostor"})
     line = json_line(stream)
     assert (line["node"], line["node_"]) == ("node-a", "impostor")
@@ -69,7 +69,7 @@ def test_json_field_cannot_replace_a_standard_one() -> None:
 
 def test_json_record_takes_a_value_that_json_does_not_know() -> None:
     stream = io.StringIO()
-    logs.configure(style="json", stream=stream)
+    log_format.configure(style="json", stream=stream)
     logging.getLogger("nonstick").info("hello", extra={"kinds": {1}})
     assert json_line(stream)["kinds"] == "{1}"
 
@@ -77,7 +77,7 @@ def test_json_record_takes_a_value_that_json_does_not_know() -> None:
 def test_text_message_cannot_begin_a_line() -> None:
     """What a client sent may be quoted in a message."""
     stream = io.StringIO()
-    logs.configure(stream=stream)
+    log_format.configure(stream=stream)
     logging.getLogger("nonstick").warning("bad host %s", "x\n2026 ERROR forged\r\x1b[2J\u2028", extra={"n": 1})
     first, second = stream.getvalue().splitlines()
     assert first.endswith("bad host x n=1")
@@ -86,7 +86,7 @@ def test_text_message_cannot_begin_a_line() -> None:
 
 def test_text_record_quotes_field_values_that_need_it() -> None:
     stream = io.StringIO()
-    logs.configure(node="node-a", stream=stream)
+    log_format.configure(node="node-a", stream=stream)
     logging.getLogger("nonstick").info("ready", extra={"store": "sqlite:///x.db", "why": 'a "b"\nc'})
     assert stream.getvalue().endswith('node-a nonstick: ready store=sqlite:///x.db why="a \\"b\\"\\nc"\n')
 
@@ -94,7 +94,7 @@ def test_text_record_quotes_field_values_that_need_it() -> None:
 def test_access_record_becomes_fields_without_the_query() -> None:
     """P13: a query string can hold a credential."""
     stream = io.StringIO()
-    logs.configure(style="json", stream=stream)
+    log_format.configure(style="json", stream=stream)
     access = logging.getLogger("uvicorn.access")
     access.info('%s - "%s %s HTTP/%s" %d', "127.0.0.1:5", "POST", "/mcp?access_token=secret", "1.1", 202)
     line = json_line(stream)
@@ -103,17 +103,17 @@ def test_access_record_becomes_fields_without_the_query() -> None:
 
 
 @pytest.mark.parametrize("style", ["text", "json"])
-def test_node_name_can_be_set_once_it_is_known(style: logs.Format) -> None:
+def test_node_name_can_be_set_once_it_is_known(style: log_format.Format) -> None:
     stream = io.StringIO()
-    logs.configure(style=style, stream=stream)
-    logs.set_node("node-b-7")
+    log_format.configure(style=style, stream=stream)
+    log_format.set_node("node-b-7")
     logging.getLogger("nonstick").info("ready")
     assert "node-b-7" in stream.getvalue()
 
 
 def test_records_below_the_level_are_dropped() -> None:
     stream = io.StringIO()
-    logs.configure(level="warning", stream=stream)
+    log_format.configure(level="warning", stream=stream)
     logging.getLogger("nonstick").info("quiet")
     assert stream.getvalue() == ""
 
@@ -124,7 +124,7 @@ def test_records_below_the_level_are_dropped() -> None:
 def test_loggers_that_write_session_ids_or_payloads_stay_silent_at_debug(name: str) -> None:
     """P13."""
     stream = io.StringIO()
-    logs.configure(level="debug", stream=stream)
+    log_format.configure(level="debug", stream=stream)
     logging.getLogger(name).info("Received session ID: secret")
     assert stream.getvalue() == ""
     logging.getLogger(name).warning("trouble")
@@ -137,15 +137,15 @@ class _Terminal(io.StringIO):
 
 
 def test_colour_is_for_terminals_only_and_no_color_wins() -> None:
-    assert logs.wants_colour(_Terminal(), {})
-    assert not logs.wants_colour(_Terminal(), {"NO_COLOR": "1"})
-    assert not logs.wants_colour(io.StringIO(), {})
+    assert log_format.wants_colour(_Terminal(), {})
+    assert not log_format.wants_colour(_Terminal(), {"NO_COLOR": "1"})
+    assert not log_format.wants_colour(io.StringIO(), {})
 
 
 def test_text_record_is_coloured_on_request_only() -> None:
     record = logging.LogRecord("nonstick", logging.INFO, __file__, 1, "hi", None, None)
-    assert "\x1b[32mINFO" in logs.TextFormatter("n", colour=True).format(record)
-    assert "\x1b" not in logs.TextFormatter("n").format(record)
+    assert "\x1b[32mINFO" in log_format.TextFormatter("n", colour=True).format(record)
+    assert "\x1b" not in log_format.TextFormatter("n").format(record)
 
 
 def test_traceback_in_text_is_indented_below_its_record() -> None:
@@ -153,7 +153,7 @@ def test_traceback_in_text_is_indented_below_its_record() -> None:
         raise ValueError("boom")
     except ValueError:
         record = logging.LogRecord("nonstick", logging.ERROR, __file__, 1, "broke", None, sys.exc_info())
-    first, *rest = logs.TextFormatter("n").format(record).splitlines()
+    first, *rest = log_format.TextFormatter("n").format(record).splitlines()
     assert first.endswith("broke")
     assert rest
     assert all(row.startswith("    ") for row in rest)

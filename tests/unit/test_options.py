@@ -53,7 +53,7 @@ def told(name: str, value: Any) -> str:
     return str(refused.value)
 
 
-def test_options_are_the_settings_with_their_types() -> None:
+def test_options_name_every_setting() -> None:
     """Type checkers read `Options` alone."""
     types = get_type_hints(Settings)
     assert get_type_hints(Options) == {name: types[name] for name in NAMES if name not in OF_THE_SDK} | {
@@ -67,7 +67,7 @@ def test_setting_takes_its_default(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_setting_takes_what_its_kind_takes(name: str) -> None:
+def test_setting_takes_its_kind(name: str) -> None:
     kind = kinds()[name]
     values: list[Any] = kind.removeprefix("one of ").split(", ") if kind.startswith("one of ") else KINDS[kind]
     others = {"placement": "owner"} if name == "rehydrate" else {}
@@ -79,7 +79,7 @@ def test_setting_takes_what_its_kind_takes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_value_that_will_not_do_is_refused_with_what_would(name: str) -> None:
+def test_wrong_value_is_refused_clearly(name: str) -> None:
     """The argument is named as its door names it."""
     for value in FIT_NO_SETTING:
         message = told(name, value)
@@ -89,7 +89,7 @@ def test_value_that_will_not_do_is_refused_with_what_would(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not must(name).be.endswith("None")])
-def test_none_is_refused_where_it_means_nothing(name: str) -> None:
+def test_none_needs_a_meaning(name: str) -> None:
     assert told(name, None).endswith(", not None")
 
 
@@ -100,7 +100,7 @@ def test_truth_is_no_number(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if must(name).be.startswith("a positive")])
-def test_zero_is_refused_where_it_would_stop_everything(name: str) -> None:
+def test_zero_is_no_limit(name: str) -> None:
     assert told(name, 0).endswith(", not 0")
 
 
@@ -112,13 +112,13 @@ def test_long_value_is_not_quoted() -> None:
         assert told(name, key.encode()).endswith(", not a value of type bytes")
 
 
-def test_what_does_not_go_together_is_refused() -> None:
+def test_settings_that_clash_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="what it ran on is gone"):
         settings_of({"placement": "owner", "reexecute": "idempotent"})
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_setting_can_be_said_on_a_command_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_line_says_every_setting(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or has an option there, or is refused there: nothing in between."""
     taken: list[ServeOptions] = []
 
@@ -148,7 +148,7 @@ JSON = st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st
 
 
 @given(st.sampled_from(NAMES), JSON)
-def test_any_value_is_taken_or_refused_in_one_line(name: str, value: Any) -> None:
+def test_any_value_gets_one_verdict(name: str, value: Any) -> None:
     """Nothing else than a `ConfigurationError` comes out."""
     said = ""
     try:

@@ -77,7 +77,7 @@ def test_every_setting_is_on_a_page_with_its_default() -> None:
         assert re.match(rf"{re.escape(wanted)}(?![\w.])", said), (field.name, said, wanted)
 
 
-def test_every_option_of_serve_is_on_its_page_with_its_default() -> None:
+def test_serve_options_are_on_their_page() -> None:
     """In the table of docs/cli.md."""
     listed = {names.split()[0]: said for names, said in rows("cli.md", "### Options")}
     for field in fields(ServeOptions):

@@ -71,7 +71,7 @@ def test_a_place_beyond_the_log_is_not_believed() -> None:
     assert turns.read_before(3) == 0
 
 
-def test_connection_of_an_older_release_that_asks_and_is_refused_changes_no_turn() -> None:
+def test_older_asking_changes_no_turn() -> None:
     """P12: it names the turn that it would begin, and says that it left before anybody knew it."""
     turns = noted(("l", "one", 0), ("w", "refused", None), ("y", "one", None), ("x", "refused", None))
     assert open_before(turns, 5) == "one"

@@ -229,7 +229,7 @@ def test_copy_is_a_plain_dict() -> None:
         assert one == {"a": [1]}
 
 
-def test_size_counts_names_and_values_to_the_byte() -> None:
+def test_size_counts_names_and_values() -> None:
     """P10: bytes, of what there will be."""
     fields = {"state:a": b"12345", "state:b": b"1"}  # 7 + 5, 7 + 1
     check_size(fields, {"state:c": b"123"}, 30)
@@ -241,7 +241,7 @@ def test_size_counts_names_and_values_to_the_byte() -> None:
         check_size({}, {"state:a": b"x" * 1048576}, 1024 * 1024)
 
 
-def test_state_that_is_too_large_already_may_shrink() -> None:
+def test_oversized_state_may_shrink() -> None:
     """P10: where a limit was lowered."""
     fields = {"state:a": b"123456"}
     check_size(fields, {"state:a": b"12345"}, 5)
@@ -251,7 +251,7 @@ def test_state_that_is_too_large_already_may_shrink() -> None:
 
 
 @pytest.mark.parametrize("value", [{1: "a"}, {"a": {None: 1}}, object(), float("inf"), b"x", {1, 2}])
-def test_what_json_cannot_hold_is_not_encoded(value: Any) -> None:
+def test_foreign_values_are_not_encoded(value: Any) -> None:
     """Also a key that JSON would make a text of."""
     assert encoded(value) is None
     assert encoded({"in": [value]}) is None
