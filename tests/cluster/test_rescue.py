@@ -23,6 +23,7 @@ from tests.cluster.asgi import Call
 from tests.cluster.conftest import MakeStore
 from tests.cluster.sse import getting, posting
 from tests.cluster.stage import Context, HeldStore, Stage, call, cancel, eventually, node_of, say, text_of
+from tests.cluster.test_placement import lose
 
 pytestmark = pytest.mark.anyio
 
@@ -230,3 +231,29 @@ async def test_session_that_is_taken_passes_over_what_it_cannot_read(memory: Mak
         await eventually(lambda: key not in node_of(a).sessions)
         async with posting(b, session, call("count")) as stream:
             assert text_of(await stream.outcome()) == "run 1"
+
+
+async def test_owner_that_was_seen_dead_once_is_suspected_anew_later(memory: MakeStore) -> None:
+    """P7: of a session's owner, too, it has to be seen twice, a second apart, with no sign of life in between."""
+    looks: list[bool] = []
+    script = [True, False, False]
+
+    class Blinking(HeldStore):
+        async def lapsed(self, nodes: Collection[str]) -> set[str]:
+            looks.append(script.pop(0) if script else True)
+            return set(nodes) if looks[-1] else set()
+
+    async def rehydrate(_: Any) -> None:
+        stage.open("rehydrated")
+
+    make_store = lambda: _as_store(Blinking(memory(), "", after=False))  # noqa: E731
+    async with Safe(make_store, placement="owner", rehydrate=rehydrate) as stage:
+        a, b, _ = stage.cluster
+        session = await a.open()
+        await lose(stage, session, a)
+        looks.clear()
+        script[:] = [True, False, False]
+        async with posting(b, session, call("count")) as stream:
+            assert text_of(await stream.outcome()) == "run 1"
+        assert looks[:4] == [True, False, False, True]
+        assert len(looks) >= 5
