@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import secrets
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,29 @@ async def test_server_that_is_emptied_while_it_runs_is_doubted_from_the_next_ans
                 assert await outcome(question) == "unavailable", name
                 ask(own, "SET", f"{prefix}:mark", mark)
                 assert await outcome(question) == "gone", name
+
+
+async def test_check_that_fails_when_nobody_waits_for_it_any_more_does_so_in_silence(
+    own: ValkeyServer, prefix: str
+) -> None:
+    """P13: a caller may be out of time before it is known whether its server is to be believed."""
+    async with RedisStore(own.url, prefix=prefix, timeout=PATIENT) as store:
+        assert await is_gone(store, made_up())
+        ask(own, "FLUSHALL")
+        asking = asyncio.ensure_future(outcome(lambda: store.load(made_up())))
+        entered = store._entered
+        assert entered is not None
+        checks = entered.proof._checks
+        while not checks:  # noqa: ASYNC110 - it announces nothing
+            await asyncio.sleep(0)
+        asking.cancel()
+        await eventually(lambda: is_empty(checks))
+        # What a task raises that nobody asks for is told when it is collected, and fails the test.
+        gc.collect()
+
+
+async def is_empty(checks: Mapping[Any, Any]) -> bool:
+    return not checks
 
 
 async def test_data_that_are_brought_back_in_time_end_no_session(own: ValkeyServer, prefix: str, key: str) -> None:

@@ -116,13 +116,19 @@ class Proof:
         task = self._checks.get(what)
         if task is None:
             self._checks[what] = task = background.spawn(check(), name="nonstick-redis-proof")
-            task.add_done_callback(lambda _: self._checks.pop(what))
+            task.add_done_callback(lambda done: self._ended(what, done))
         await asyncio.wait([task])
         if task.cancelled():
             raise StoreUnavailable("the store was closed")
         if (error := task.exception()) is not None:
             raise type(error)(*error.args)
         return task.result()
+
+    def _ended(self, what: tuple[str, Server, int], check: asyncio.Task[bool]) -> None:
+        del self._checks[what]
+        if not check.cancelled():
+            # All who waited for it may be out of time: then nobody else asks how it failed.
+            check.exception()
 
     async def _check_owner(self, key: str, server: Server, openings: int) -> bool:
         until = self._loop.time() + PROVEN_SECONDS
