@@ -88,7 +88,7 @@ class Patience:
     `call`: until a call must have ended."""
 
     idle: float = 3.0
-    call: float = 30.0
+    call: float = 60.0
 
 
 @dataclass(slots=True)

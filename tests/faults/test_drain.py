@@ -42,6 +42,7 @@ async def load(stage: Stage, client: Session, over: asyncio.Event) -> Counter[st
     return ends
 
 
+@pytest.mark.timeout(900)
 async def test_rolling_restart_under_load_loses_nothing(stage: Stage) -> None:
     """P8: no failed request, no lost or doubled event, every session lives on, every process is gone in time."""
     await stage.start(3, lease=6.0, grace=GRACE)

@@ -19,7 +19,7 @@ import httpx2
 import pytest
 
 from nonstick.testing.cluster import HEADERS
-from nonstick.testing.servers.valkey import ReservedPort
+from nonstick.testing.servers.valkey import START_SECONDS, ReservedPort
 from tests.pace import unhurried
 
 pytestmark = pytest.mark.anyio
@@ -69,7 +69,7 @@ class Node:
         return sum(row[1].endswith(mine) and row[3] != "0A" and row[9] != "0" for row in rows)
 
     async def ready(self, client: httpx2.AsyncClient) -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(START_SECONDS):
             while self.process.poll() is None:
                 try:
                     if (await client.get(self.url.replace("/mcp", "/readyz"))).status_code == 200:

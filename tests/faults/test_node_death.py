@@ -70,7 +70,7 @@ async def test_two_racing_resumers_get_the_same_one_end(stage: Stage) -> None:
     a.kill()
     # The same stream from its beginning, on the other node at the same time.
     first = call.ids[0]
-    other = stage.client(nodes=[c], patience=Patience(idle=3.0, call=30.0))
+    other = stage.client(nodes=[c], patience=Patience(idle=3.0, call=60.0))
     other.id, other.name = client.id, client.name
     second = await other.read_rest(call, first)
     terminal = await call.end()
@@ -246,7 +246,7 @@ async def test_other_traffic_of_the_session_does_not_hide_a_death(stage: Stage) 
 async def test_tool_that_blocks_the_loop_is_not_a_dead_node(stage: Stage) -> None:
     """P7: the lease is renewed from a thread, as long as the loop hangs for less than `max_stall`."""
     a, b = await stage.start(2, lease=LEASE)
-    client = stage.client(nodes=[a], patience=Patience(idle=1.5, call=30.0))
+    client = stage.client(nodes=[a], patience=Patience(idle=1.5, call=60.0))
     await client.open()
     # Promoted first: it is on the log when the loop hangs.
     call = client.call("stall", seconds=LEASE + POLLS + 1.0)
@@ -262,7 +262,7 @@ async def test_tool_that_blocks_the_loop_is_not_a_dead_node(stage: Stage) -> Non
 async def test_node_whose_loop_hangs_for_longer_than_allowed_is_dead(stage: Stage) -> None:
     """P7: within the allowed stall, the lease and the poll; when the tool returns at last, it has no say."""
     a, b = await stage.start(2, lease=1.0, max_stall=1.0)
-    client = stage.client(nodes=[a], patience=Patience(idle=1.5, call=30.0))
+    client = stage.client(nodes=[a], patience=Patience(idle=1.5, call=60.0))
     await client.open()
     call = client.call("stall", seconds=9.0)
     await call.started.wait()

@@ -184,7 +184,7 @@ async def test_sqlite_file_that_cannot_grow_is_503_and_streams_go_on_when_it_can
     """P9: on real nodes, whose files have a limit."""
     async with Stage(f"sqlite:///{tmp_path}/sessions.db", tmp_path) as stage, httpx2.AsyncClient(timeout=60) as http:
         a, b = await stage.start(2)
-        client = stage.client(nodes=[a, b], patience=Patience(idle=5.0, call=30.0))
+        client = stage.client(nodes=[a, b], patience=Patience(idle=5.0, call=60.0))
         await client.open()
         call = client.call("count", on=a, steps=30, pause=0.05)
         await client.has(f"{call.label}:1:3", call)

@@ -806,7 +806,7 @@ def test_impossible_prefix_is_refused(prefix: str) -> None:
 def test_missing_package_says_how_to_install_it() -> None:
     """The message names the command."""
     code = "import sys; sys.modules['hiredis'] = None; import nonstick.stores.redis.store"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 1
     assert "ConfigurationError" in done.stderr
     assert "pip install 'nonstick[redis]'" in done.stderr
