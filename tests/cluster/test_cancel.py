@@ -19,6 +19,7 @@ from tests.cluster.stage import (
     call,
     cancel,
     eventually,
+    node_of,
     notification,
     say,
     staged,
@@ -173,6 +174,8 @@ async def test_a_cancel_that_arrives_between_the_records_load_and_the_start_coun
                 await other.message()
                 await eventually(lambda: _follows(b))
                 await c.post(cancel(3), session)
+                (held_view,) = node_of(b).sessions.values()
+                await eventually(lambda: bool(held_view._recent_cancels))
                 on_b.released.set()
                 assert (await stream.outcome())["error"] == CANCELLED
                 assert not stage.marks["begun"].is_set()

@@ -179,9 +179,7 @@ async def test_check_that_fails_when_nobody_waits_for_it_any_more_does_so_in_sil
         assert await is_gone(store, made_up())
         ask(own, "FLUSHALL")
         asking = asyncio.ensure_future(outcome(lambda: store.load(made_up())))
-        entered = store._entered
-        assert entered is not None
-        checks = entered.proof._checks
+        checks = store._opened.proof._checks
         while not checks:  # noqa: ASYNC110 - it announces nothing
             await asyncio.sleep(0)
         asking.cancel()
