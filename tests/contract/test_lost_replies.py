@@ -66,21 +66,21 @@ async def lose_some(store: Store, proxy: FaultProxy, *, writer: str) -> tuple[li
     return [data[:9] for data in texts(await read_all(store, "key"))], lost
 
 
-async def test_append_with_a_lost_answer_lands_once_when_repeated(store: Store, proxy: FaultProxy) -> None:
+async def test_append_with_lost_answer_lands_once(store: Store, proxy: FaultProxy) -> None:
     """Every write may be repeated as it was; a (writer, sequence) is written once (P3)."""
     written, lost = await lose_some(store, proxy, writer="w")
     assert lost > 10
     assert written == [b"event-%03d" % n for n in range(1, APPENDS + 1)]
 
 
-async def test_append_without_writer_is_doubled_by_a_lost_answer(store: Store, proxy: FaultProxy) -> None:
+async def test_lost_answer_doubles_append_without_writer(store: Store, proxy: FaultProxy) -> None:
     """The fault is real: without (writer, sequence) each lost answer makes a second entry."""
     written, lost = await lose_some(store, proxy, writer="")
     assert len(written) >= APPENDS + lost
     assert len(set(written)) == APPENDS
 
 
-async def test_append_is_unavailable_while_the_store_is_cut_off(store: Store, proxy: FaultProxy) -> None:
+async def test_append_to_cut_store_is_unavailable(store: Store, proxy: FaultProxy) -> None:
     """A failure to reach the store raises StoreUnavailable and nothing else; it recovers by itself (P9)."""
     batch = Batch(drafts(b"x"), writer="w", sequence=1)
     await proxy.cut()
@@ -95,7 +95,7 @@ async def test_append_is_unavailable_while_the_store_is_cut_off(store: Store, pr
     assert texts(await read_all(store, "key")) == [b"x"]
 
 
-async def test_fault_proxy_keeps_the_port_of_a_url() -> None:
+async def test_fault_proxy_keeps_its_port() -> None:
     """The proxy's URL is the target's, but for the address."""
     async with FaultProxy("redis://user:secret@127.0.0.1:1/0?prefix=x") as proxy:
         parts = urlsplit(proxy.url)

@@ -83,11 +83,11 @@ async def web_server() -> AsyncIterator[int]:
         ("postgresql://user:hunter2@127.0.0.1:{port}/db", "a Redis or Valkey server: write redis://"),
     ],
 )
-async def test_wrong_url_of_a_plain_server_is_named(valkey: ValkeyServer, url: str, said: str) -> None:
+async def test_wrong_server_url_is_named(valkey: ValkeyServer, url: str, said: str) -> None:
     await assert_named(url.format(port=valkey.port), said)
 
 
-async def test_tls_port_is_named_to_who_speaks_without(valkey: ValkeyServer, tmp_path: Path) -> None:
+async def test_plain_url_of_tls_is_named(valkey: ValkeyServer, tmp_path: Path) -> None:
     certificate = self_signed(tmp_path)
     async with tls_in_front_of(valkey, certificate) as port:
         await assert_named(
@@ -99,7 +99,7 @@ async def test_tls_port_is_named_to_who_speaks_without(valkey: ValkeyServer, tmp
             await store.ping()
 
 
-async def test_client_certificate_that_is_wanted_is_named(valkey: ValkeyServer, tmp_path: Path) -> None:
+async def test_missing_client_certificate_is_named(valkey: ValkeyServer, tmp_path: Path) -> None:
     """As a Valkey with TLS wants one by default."""
     certificate = self_signed(tmp_path)
     async with tls_in_front_of(valkey, certificate, of_clients=True) as port:
@@ -133,7 +133,7 @@ async def test_missing_permission_is_named(valkey: ValkeyServer) -> None:
     await assert_named(f"redis://{user}:hunter2@127.0.0.1:{valkey.port}", "permission")
 
 
-async def test_permission_that_a_script_lacks_is_named(valkey: ValkeyServer) -> None:
+async def test_permission_missing_in_script_is_named(valkey: ValkeyServer) -> None:
     user = f"weak{secrets.token_hex(4)}"
     ask(valkey, "ACL", "SETUSER", user, "on", ">hunter2", "~*", "&*", "+@all", "-hset")
     async with open_store(f"redis://{user}:hunter2@127.0.0.1:{valkey.port}") as store:
@@ -148,13 +148,13 @@ async def test_member_of_a_cluster_is_named(cluster: ValkeyCluster) -> None:
             await assert_named(f"redis://127.0.0.1:{node.port}", "Write redis+cluster:// instead of redis://")
 
 
-async def test_sentinels_are_told_from_what_they_watch(sentinel: ValkeySentinel) -> None:
+async def test_sentinels_are_told_from_servers(sentinel: ValkeySentinel) -> None:
     seeds = ",".join(f"127.0.0.1:{one.port}" for one in sentinel.sentinels)
     await assert_named(f"redis+sentinel://{seeds}/nobody", "not known there")
     await assert_named(f"redis://127.0.0.1:{sentinel.sentinels[0].port}", "a Sentinel", "redis+sentinel://")
 
 
-async def test_one_sentinel_that_knows_nothing_is_no_mistake(sentinel: ValkeySentinel) -> None:
+async def test_one_ignorant_sentinel_is_no_mistake(sentinel: ValkeySentinel) -> None:
     """It may have been set up a moment ago; the others are away."""
     away = [ReservedPort() for _ in range(2)]
     seeds = ",".join(f"127.0.0.1:{port}" for port in (sentinel.sentinels[0].port, *(one.port for one in away)))
@@ -164,7 +164,7 @@ async def test_one_sentinel_that_knows_nothing_is_no_mistake(sentinel: ValkeySen
 
 
 @pytest.mark.parametrize("scheme", ["redis", "redis+cluster", "postgresql"])
-async def test_server_that_is_away_is_no_mistake(scheme: str) -> None:
+async def test_server_away_is_no_mistake(scheme: str) -> None:
     """P9: refused, or silent: a node waits for it."""
     away = ReservedPort()
     assert not isinstance(await trouble(f"{scheme}://u:hunter2@127.0.0.1:{away.port}"), StoreUnusable)
@@ -190,14 +190,14 @@ async def test_web_server_is_named(scheme: str) -> None:
         ("postgres?statement_timeout=hunter2", "refuses a setting in the URL, or in its options: statement_timeout"),
     ],
 )
-async def test_wrong_url_of_a_postgres_is_named(postgres: PostgresServer, options: str, said: str) -> None:
+async def test_wrong_url_of_postgres_is_named(postgres: PostgresServer, options: str, said: str) -> None:
     await assert_named(f"postgresql://nonstick@127.0.0.1:{postgres.port}/{options}", said)
 
 
-async def test_postgres_is_named_to_who_takes_it_for_a_redis(postgres: PostgresServer) -> None:
+async def test_postgres_behind_redis_url_is_named(postgres: PostgresServer) -> None:
     for scheme in ("redis", "rediss"):
         await assert_named(f"{scheme}://:hunter2@127.0.0.1:{postgres.port}", "a PostgreSQL server: write postgresql://")
 
 
-async def test_postgres_login_that_is_refused_is_named(postgres: PostgresServer) -> None:
+async def test_refused_postgres_login_is_named(postgres: PostgresServer) -> None:
     await assert_named(f"postgresql://stranger:hunter2@127.0.0.1:{postgres.port}/postgres", "refused the login")

@@ -32,7 +32,7 @@ def test_store_is_passed_through() -> None:
     assert open_store(store) is store
 
 
-async def test_sqlite_url_names_a_relative_or_an_absolute_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_sqlite_url_names_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`open_store`: three slashes for a relative path, four for an absolute one."""
     monkeypatch.chdir(tmp_path)
     for url, path in (("sqlite:///relative.db", "relative.db"), (f"sqlite:///{tmp_path}/absolute.db", "absolute.db")):
@@ -57,7 +57,7 @@ def test_unix_url_makes_a_redis_store() -> None:
     assert isinstance(open_store("unix:///run/valkey.sock"), RedisStore)
 
 
-async def test_prefix_in_the_url_separates_two_applications(valkey: ValkeyServer) -> None:
+async def test_prefixes_in_urls_separate_applications(valkey: ValkeyServer) -> None:
     """`open_store`: `?prefix=name` puts the store's keys under that name, and is not sent to the server."""
     one, same, other = (f"{valkey.url}/0?prefix={name}" for name in ("one", "one", "other"))
     async with open_store(one) as a, open_store(same) as b, open_store(other) as c:
@@ -94,7 +94,7 @@ async def test_prefix_in_the_url_separates_two_applications(valkey: ValkeyServer
         ("redis://secret@host/0?prefix=a&prefix=b", "prefix"),
     ],
 )
-def test_url_that_names_no_store_says_what_is_possible(url: str, hint: str) -> None:
+def test_url_without_store_lists_possible_ones(url: str, hint: str) -> None:
     """ConfigurationError: the message names what to change, and does not repeat the URL (P13)."""
     with pytest.raises(ConfigurationError) as error:
         open_store(url)
@@ -102,7 +102,7 @@ def test_url_that_names_no_store_says_what_is_possible(url: str, hint: str) -> N
     assert "secret" not in str(error.value)
 
 
-def test_redis_without_its_packages_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_redis_names_its_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     """ConfigurationError: the store needs packages that are not installed."""
     import nonstick.stores
 
@@ -115,7 +115,7 @@ def test_redis_without_its_packages_says_what_to_install(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("seconds", [-1.0, float("inf"), float("nan")])
-def test_impossible_grace_for_an_empty_server_is_refused(seconds: float, tmp_path: Path) -> None:
+def test_impossible_empty_grace_is_refused(seconds: float, tmp_path: Path) -> None:
     """P15: by every store that has one."""
     with pytest.raises(ConfigurationError, match="empty_grace must be a number of seconds"):
         SQLiteStore(tmp_path / "x.db", empty_grace=seconds)
@@ -125,7 +125,7 @@ def test_impossible_grace_for_an_empty_server_is_refused(seconds: float, tmp_pat
         PostgresStore("postgresql://localhost/x", empty_grace=seconds)
 
 
-def test_sqlite_url_takes_its_option_and_no_other(tmp_path: Path) -> None:
+def test_sqlite_url_takes_its_option_only(tmp_path: Path) -> None:
     """What follows a question mark is never taken for a part of the file's name."""
     store = open_store(f"sqlite:///{tmp_path}/x.db?empty_grace=2.5")
     assert store.url == f"sqlite:///{tmp_path}/x.db"

@@ -80,13 +80,13 @@ async def test_settings_reach_the_server(server: PostgresServer) -> None:
 
 
 @pytest.mark.slow
-def test_it_runs_as_somebody_else_than_root(server: PostgresServer) -> None:
+def test_postgres_does_not_run_as_root(server: PostgresServer) -> None:
     """PostgreSQL refuses root, so it runs as another user where this process is root."""
     assert Path(f"/proc/{server.pid}").stat().st_uid != 0
 
 
 @pytest.mark.slow
-async def test_restart_keeps_what_was_committed_or_nothing(server: PostgresServer) -> None:
+async def test_restart_keeps_committed_data_or_none(server: PostgresServer) -> None:
     """`restart`: SIGKILL, then again at the same address, with all that was committed or with no data at all."""
     url = server.url
     await ask(server, "CREATE TABLE kept AS SELECT 7 AS n")
@@ -98,7 +98,7 @@ async def test_restart_keeps_what_was_committed_or_nothing(server: PostgresServe
 
 
 @pytest.mark.slow
-async def test_standby_that_took_over_starts_empty_when_its_data_are_lost(server: PostgresServer) -> None:
+async def test_promoted_standby_can_restart_empty(server: PostgresServer) -> None:
     """There is no primary any more from which it could copy them."""
     with PostgresServer() as first, PostgresServer(standby_of=first) as second:
         assert await ask(second, "SELECT pg_promote()")
@@ -108,7 +108,7 @@ async def test_standby_that_took_over_starts_empty_when_its_data_are_lost(server
 
 
 @pytest.mark.slow
-async def test_killed_server_refuses_and_leaves_no_process(server: PostgresServer) -> None:
+async def test_killed_server_leaves_no_process(server: PostgresServer) -> None:
     """`kill`: SIGKILL for all of its processes; returns once they are gone."""
     before = processes(server)
     assert len(before) > 1
@@ -132,7 +132,7 @@ async def test_frozen_server_answers_later(server: PostgresServer) -> None:
 
 
 @pytest.mark.slow
-def test_nothing_is_left_of_a_closed_server() -> None:
+def test_closed_server_leaves_nothing() -> None:
     """It is always cleaned up, frozen or not: processes, directory and shared memory."""
     with PostgresServer() as server:
         data = Path(f"/proc/{server.pid}/cwd").resolve()
@@ -146,7 +146,7 @@ def test_nothing_is_left_of_a_closed_server() -> None:
     assert segment not in segments()
 
 
-def test_server_that_cannot_start_shows_its_log() -> None:
+def test_failed_start_shows_the_log() -> None:
     """The error holds what the server said."""
     with pytest.raises(RuntimeError, match="nonsense"), PostgresServer(nonsense="1"):
         pass
@@ -160,7 +160,7 @@ def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_server_dies_with_the_process_that_started_it() -> None:
+def test_server_dies_with_its_parent() -> None:
     """The server dies with this process, also when that is killed."""
     code = "import sys; from nonstick.testing import PostgresServer\n"
     code += "with PostgresServer() as server: print(server.pid, flush=True); sys.stdin.read()"

@@ -105,7 +105,7 @@ def mark_of(server: ValkeyServer, prefix: str) -> str | None:
 # ---- a server that has lost its data
 
 
-async def test_new_deployment_says_at_once_that_a_session_is_not_there(own: ValkeyServer, prefix: str) -> None:
+async def test_new_deployment_says_gone_at_once(own: ValkeyServer, prefix: str) -> None:
     """P15: a node that has seen no mark, on a store that has none, has nothing to wait for."""
     async with RedisStore(own.url, prefix=prefix) as store:
         assert set((await outcomes(store, made_up())).values()) == {"gone"}
@@ -117,7 +117,7 @@ async def test_new_deployment_says_at_once_that_a_session_is_not_there(own: Valk
 
 
 @unhurried("grace", 1.0, 4.0, 16.0)
-async def test_server_that_comes_back_empty_is_not_believed_for_the_grace_period(
+async def test_server_back_empty_is_doubted(
     own: ValkeyServer, prefix: str, key: str, caplog: pytest.LogCaptureFixture, grace: float
 ) -> None:
     """P15: unavailable for every call, logged once with what to do; new sessions open; then it has a new mark."""
@@ -154,9 +154,7 @@ async def test_server_that_comes_back_empty_is_not_believed_for_the_grace_period
     assert key not in "".join(told)
 
 
-async def test_server_that_is_emptied_while_it_runs_is_doubted_from_the_next_answer_on(
-    own: ValkeyServer, prefix: str, key: str
-) -> None:
+async def test_server_emptied_while_running_is_doubted(own: ValkeyServer, prefix: str, key: str) -> None:
     """P15: whatever it has proven a moment before."""
     async with RedisStore(own.url, prefix=prefix, timeout=PATIENT) as store:
         await store.create(key, {}, lifetime=LONG)
@@ -171,9 +169,7 @@ async def test_server_that_is_emptied_while_it_runs_is_doubted_from_the_next_ans
                 assert await outcome(question) == "gone", name
 
 
-async def test_check_that_fails_when_nobody_waits_for_it_any_more_does_so_in_silence(
-    own: ValkeyServer, prefix: str
-) -> None:
+async def test_unawaited_check_fails_in_silence(own: ValkeyServer, prefix: str) -> None:
     """P13: a caller may be out of time before it is known whether its server is to be believed."""
     async with RedisStore(own.url, prefix=prefix, timeout=PATIENT) as store:
         assert await is_gone(store, made_up())
@@ -192,7 +188,7 @@ async def is_empty(checks: Mapping[Any, Any]) -> bool:
     return not checks
 
 
-async def test_data_that_are_brought_back_in_time_end_no_session(own: ValkeyServer, prefix: str, key: str) -> None:
+async def test_data_restored_in_time_end_nothing(own: ValkeyServer, prefix: str, key: str) -> None:
     """P15: nobody ever heard "gone"."""
     saved = Path(str(ask(own, "CONFIG", "GET", "dir")[1])) / "dump.rdb"
     async with RedisStore(own.url, prefix=prefix, timeout=PATIENT) as store:
@@ -215,9 +211,7 @@ async def test_data_that_are_brought_back_in_time_end_no_session(own: ValkeyServ
 
 
 @unhurried("grace", 1.0, 4.0, 16.0)
-async def test_mark_that_another_node_made_does_not_shorten_the_grace_period(
-    own: ValkeyServer, prefix: str, key: str, grace: float
-) -> None:
+async def test_another_nodes_mark_shortens_no_grace(own: ValkeyServer, prefix: str, key: str, grace: float) -> None:
     """P15: a node that starts afresh remembers nothing and makes a mark at once; the others have another history."""
     async with RedisStore(own.url, prefix=prefix, timeout=PATIENT, empty_grace=grace) as store:
         await store.create(key, {}, lifetime=LONG)
@@ -231,7 +225,7 @@ async def test_mark_that_another_node_made_does_not_shorten_the_grace_period(
             assert mark_of(own, prefix) == mark
 
 
-async def test_node_of_the_last_release_and_its_keys_need_no_mark(own: ValkeyServer, prefix: str, key: str) -> None:
+async def test_last_releases_keys_need_no_mark(own: ValkeyServer, prefix: str, key: str) -> None:
     """P12: what an older node has written is a store without a mark; whoever comes first makes one."""
     async with RedisStore(own.url, prefix=prefix) as store:
         await store.create(key, {"a": b"1"}, lifetime=LONG)
@@ -241,7 +235,7 @@ async def test_node_of_the_last_release_and_its_keys_need_no_mark(own: ValkeySer
         assert (await store.load(key)).fields == {"a": b"1"}
 
 
-def test_grace_period_is_a_part_of_the_url() -> None:
+def test_url_sets_the_grace_period() -> None:
     """Whoever opens a store by its URL says there how long it is doubted."""
     for url in ("redis://cache", "redis+cluster://a,b", "redis+sentinel://a/service"):
         assert "empty_grace" not in RedisStore(f"{url}?empty_grace=2.5").url
@@ -253,7 +247,7 @@ def calls(server: ValkeyServer, *commands: str) -> int:
     return sum(int(stats.get(f"cmdstat_{command}", {"calls": 0})["calls"]) for command in commands)
 
 
-async def test_made_up_ids_cost_no_question_where_there_is_one_server(own: ValkeyServer, prefix: str, key: str) -> None:
+async def test_made_up_ids_cost_server_nothing(own: ValkeyServer, prefix: str, key: str) -> None:
     """P10, P15: the mark comes with the answer, and only where that is "gone"."""
     async with RedisStore(own.url, prefix=prefix, timeout=PATIENT) as store:
         await store.create(key, {}, lifetime=LONG)
@@ -285,7 +279,7 @@ def keys_at(server: ValkeyServer, count: int, *others: str) -> list[str]:
     return keys
 
 
-async def test_primary_that_was_replaced_while_it_hung_is_not_believed(cluster: ValkeyCluster, prefix: str) -> None:
+async def test_replaced_hung_primary_is_not_believed(cluster: ValkeyCluster, prefix: str) -> None:
     """P15: it wakes up and first runs what lies in its buffers, for a node whose table still names it."""
     old = cluster.primary(0)
     names = questions(RedisStore(cluster.url), "")
@@ -315,7 +309,7 @@ async def test_primary_that_was_replaced_while_it_hung_is_not_believed(cluster: 
     await asyncio.to_thread(cluster.wait_until_whole)
 
 
-async def test_made_up_ids_cost_a_cluster_one_question_a_second_and_server(cluster: ValkeyCluster, prefix: str) -> None:
+async def test_made_up_ids_cost_few_questions(cluster: ValkeyCluster, prefix: str) -> None:
     """P10, P15: each server's word is confirmed by one other."""
     async with RedisStore(cluster.url, prefix=prefix, timeout=PATIENT) as store:
         assert all([await is_gone(store, made_up()) for _ in range(50)])
@@ -332,7 +326,7 @@ async def test_made_up_ids_cost_a_cluster_one_question_a_second_and_server(clust
         assert count() - before <= 2 * len(servers) * (1 + seconds) + len(cluster.nodes)
 
 
-async def test_one_primary_without_a_replica_can_say_that_a_session_is_gone(prefix: str) -> None:
+async def test_lone_primary_can_say_gone(prefix: str) -> None:
     """P15: where there is no other member none can have taken over."""
     with ValkeyCluster(primaries=1) as alone:
         async with RedisStore(alone.url, prefix=prefix, timeout=PATIENT) as store:
@@ -354,7 +348,7 @@ async def settled(calm: ValkeyCluster, prefix: str) -> AsyncIterator[RedisStore]
         yield store
 
 
-async def test_primary_whose_fellows_cannot_be_asked_is_not_believed(calm: ValkeyCluster, settled: RedisStore) -> None:
+async def test_primary_without_reachable_fellows_is_doubted(calm: ValkeyCluster, settled: RedisStore) -> None:
     """P15: unavailable rather than gone; what is there is served."""
     server, *others = calm.nodes
     here, gone = keys_at(server, 2)
@@ -372,7 +366,7 @@ async def test_primary_whose_fellows_cannot_be_asked_is_not_believed(calm: Valke
     await eventually(lambda: is_gone(settled, gone))
 
 
-async def test_empty_primary_of_a_cluster_is_doubted_alone(calm: ValkeyCluster, settled: RedisStore) -> None:
+async def test_only_the_empty_primary_is_doubted(calm: ValkeyCluster, settled: RedisStore) -> None:
     """P15: one mark or more on each primary: the others are believed at once."""
     empty, other, _ = calm.nodes
     (lost,), (elsewhere,) = keys_at(empty, 1), keys_at(other, 1)
@@ -402,7 +396,7 @@ async def test_marks_move_with_their_slots(calm: ValkeyCluster, settled: RedisSt
             assert all(await asyncio.gather(*(is_gone(store, made_up()) for _ in range(30))))
 
 
-async def test_server_whose_marks_were_all_moved_is_neither_doubted_nor_silent(
+async def test_server_without_moved_marks_is_believed(
     calm: ValkeyCluster, settled: RedisStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     """P15: though nobody asks for a key in the slots that were moved, by which a node would hear of it."""
@@ -423,7 +417,7 @@ async def test_server_whose_marks_were_all_moved_is_neither_doubted_nor_silent(
 
 
 @pytest.mark.slow
-async def test_server_that_has_too_few_slots_for_a_mark_gets_one_of_its_own(prefix: str) -> None:
+async def test_server_with_few_slots_is_marked(prefix: str) -> None:
     """P15: a primary that was added later, and has one slot, is not taken for an empty one for ever."""
     with ValkeyCluster(primaries=1, spares=1, node_timeout=60.0) as cluster:
         key = made_up()
@@ -442,7 +436,7 @@ async def test_server_that_has_too_few_slots_for_a_mark_gets_one_of_its_own(pref
 # ---- Sentinels
 
 
-async def test_replaced_primary_that_wakes_up_behind_sentinels_is_not_believed(prefix: str) -> None:
+async def test_replaced_primary_behind_sentinels_is_doubted(prefix: str) -> None:
     """P15: its answer and the news of the failover reach the node in the same moment."""
     key = made_up()
 
@@ -468,7 +462,7 @@ async def test_replaced_primary_that_wakes_up_behind_sentinels_is_not_believed(p
             assert (await until_answered(lambda: late.load(key))).fields == {"a": b"1"}
 
 
-async def test_sentinel_that_knows_of_the_latest_failover_is_right_against_most_others(prefix: str, key: str) -> None:
+async def test_sentinel_with_latest_failover_is_right(prefix: str, key: str) -> None:
     """P15: two of three name the old primary, which has come back without its data."""
     with ValkeySentinel() as group:
         async with RedisStore(group.url, prefix=prefix) as store:

@@ -111,7 +111,7 @@ async def test_closed_connection_is_forgotten(proxy: FaultProxy) -> None:
     await eventually(none)
 
 
-async def test_cut_resets_what_is_open_and_refuses_what_is_new(proxy: FaultProxy) -> None:
+async def test_cut_resets_old_refuses_new_connections(proxy: FaultProxy) -> None:
     """`cut` until `heal`; the port stays the same."""
     async with connected(proxy) as client:
         assert await client.ask(b"1\n") == b"1\n"
@@ -137,7 +137,7 @@ async def test_reset_serves_what_comes_next(proxy: FaultProxy) -> None:
         assert await client.ask(b"2\n") == b"2\n"
 
 
-async def test_black_hole_holds_requests_until_it_heals(proxy: FaultProxy, echo: Echo) -> None:
+async def test_black_hole_holds_requests_until_healed(proxy: FaultProxy, echo: Echo) -> None:
     """`black_hole` accepts bytes and forwards nothing; what it has held is delivered late."""
     async with connected(proxy) as client:
         assert await client.ask(b"1\n") == b"1\n"
@@ -159,7 +159,7 @@ async def test_black_hole_accepts_new_connections(proxy: FaultProxy) -> None:
         assert await client.hear() == b"1\n"
 
 
-async def test_one_way_black_hole_lets_requests_through(proxy: FaultProxy, echo: Echo) -> None:
+async def test_one_way_black_hole_passes_requests(proxy: FaultProxy, echo: Echo) -> None:
     """`black_hole(requests=False)` holds what comes back only."""
     async with connected(proxy) as client:
         assert await client.ask(b"1\n") == b"1\n"
@@ -174,7 +174,7 @@ async def test_one_way_black_hole_lets_requests_through(proxy: FaultProxy, echo:
         assert await client.hear() == b"2\n"
 
 
-async def test_request_is_executed_although_its_reply_is_lost(proxy: FaultProxy, echo: Echo) -> None:
+async def test_request_with_lost_reply_is_executed(proxy: FaultProxy, echo: Echo) -> None:
     """`lose_next_reply`: the server receives the request in full; the client is reset in place of the answer."""
     proxy.lose_next_reply()
     async with connected(proxy) as client:
@@ -184,7 +184,7 @@ async def test_request_is_executed_although_its_reply_is_lost(proxy: FaultProxy,
     assert echo.lines == [b"1\n", b"2\n"]
 
 
-async def test_replies_are_lost_to_the_requests_that_are_meant(proxy: FaultProxy, echo: Echo) -> None:
+async def test_only_meant_requests_lose_replies(proxy: FaultProxy, echo: Echo) -> None:
     """`drop_replies(count, after=...)` counts the requests that hold these bytes."""
     proxy.drop_replies(2, after=b"write")
     answers = []
@@ -236,7 +236,7 @@ async def test_nothing_is_left_when_it_closes(echo: Echo) -> None:
     await eventually(ended)
 
 
-async def test_target_that_is_down_closes_the_connection() -> None:
+async def test_unreachable_target_closes_the_connection() -> None:
     """The proxy accepts, and closes when it cannot reach its target."""
     async with FaultProxy("tcp://127.0.0.1:9") as proxy, connected(proxy) as client:
         assert await client.hear() == b""

@@ -132,9 +132,7 @@ async def are(seen: list[Event], count: int) -> bool:
     return len(seen) >= count
 
 
-async def test_slot_moves_under_a_session_that_is_appended_to_and_followed(
-    cluster: ValkeyCluster, prefix: str, key: str
-) -> None:
+async def test_slot_moves_under_a_busy_session(cluster: ValkeyCluster, prefix: str, key: str) -> None:
     """P3: through migrations key by key and whole, forth and back: no event is lost, doubled, or skipped."""
     slot = cluster.slot(slot_name(key))
     home = cluster.primary(slot)
@@ -163,7 +161,7 @@ async def test_slot_moves_under_a_session_that_is_appended_to_and_followed(
         assert (await reader.load(key)).fields == {"a": b"1"}
 
 
-async def test_session_is_served_in_the_middle_of_its_migration(cluster: ValkeyCluster, prefix: str, key: str) -> None:
+async def test_session_is_served_during_migration(cluster: ValkeyCluster, prefix: str, key: str) -> None:
     """ASK is followed, with ASKING; while its keys lie on two servers a session is unavailable, never gone (P9)."""
     slot = cluster.slot(slot_name(key))
     home, away = cluster.primary(slot), cluster.primary((slot + 8192) % 16384)
@@ -206,9 +204,7 @@ def times_refused(server: ValkeyServer) -> int:
 # ---- servers that take over
 
 
-async def test_killed_primary_is_unavailable_until_its_replica_took_over(
-    cluster: ValkeyCluster, prefix: str, key: str
-) -> None:
+async def test_killed_primary_is_unavailable_until_replaced(cluster: ValkeyCluster, prefix: str, key: str) -> None:
     """P9: StoreUnavailable, then it goes on by itself: the session, its follower, the lease and the subscriptions."""
     name = slot_name(key)
     async with (
@@ -251,9 +247,7 @@ async def key_at(cluster: ValkeyCluster, server: ValkeyServer, *, there: bool) -
             return key
 
 
-async def test_frozen_primary_is_left_also_by_calls_that_wait_no_longer_than_the_store(
-    cluster: ValkeyCluster, prefix: str, key: str
-) -> None:
+async def test_impatient_calls_leave_a_frozen_primary(cluster: ValkeyCluster, prefix: str, key: str) -> None:
     """P9: a node gives up when the store's own deadline does, or before; it must find the new primary all the same."""
     name = slot_name(key)
     old = cluster.primary(name)
@@ -281,9 +275,7 @@ async def test_frozen_primary_is_left_also_by_calls_that_wait_no_longer_than_the
             await asyncio.to_thread(cluster.wait_until_whole)
 
 
-async def test_frozen_server_that_has_a_group_holds_up_no_session_elsewhere(
-    cluster: ValkeyCluster, prefix: str
-) -> None:
+async def test_frozen_group_server_delays_no_session(cluster: ValkeyCluster, prefix: str) -> None:
     """P9: what was done to a session is answered so; only its count lags behind."""
     frozen = cluster.primary(f"{prefix}:g:all")
     keys = [await key_at(cluster, frozen, there=False) for _ in range(3)]
@@ -304,9 +296,7 @@ async def test_frozen_server_that_has_a_group_holds_up_no_session_elsewhere(
         assert (await store.load(keys[2])).fields == {"a": b"1"}
 
 
-async def test_lost_subscriptions_are_made_again_at_another_server(
-    cluster: ValkeyCluster, prefix: str, key: str
-) -> None:
+async def test_lost_subscriptions_move_to_another_server(cluster: ValkeyCluster, prefix: str, key: str) -> None:
     """Every watch is told to read, and hears again (P3)."""
     async with opened(cluster.url, prefix) as store:
         await store.create(key, {}, lifetime=LONG)
@@ -322,7 +312,7 @@ async def test_lost_subscriptions_are_made_again_at_another_server(
 
 
 @pytest.mark.parametrize("kind", ["cluster", pytest.param("sentinel", marks=pytest.mark.slow)])
-async def test_failover_that_lost_acknowledged_writes_is_divergence(
+async def test_failover_that_lost_writes_diverges(
     request: pytest.FixtureRequest, kind: str, prefix: str, key: str
 ) -> None:
     """P9: what the new primary never got is reported to whoever had it, and to who wrote it; never skipped."""
@@ -391,9 +381,7 @@ async def followed(store: Store, key: str) -> AsyncIterator[Followed]:
 
 
 @pytest.mark.slow
-async def test_entry_in_the_place_of_one_that_a_failover_lost_is_delivered(
-    cluster: ValkeyCluster, prefix: str, key: str
-) -> None:
+async def test_entry_in_lost_entrys_place_arrives(cluster: ValkeyCluster, prefix: str, key: str) -> None:
     """P3, P14: a node had the last event, which the replica did not; the next one takes its position."""
     old = cluster.primary(slot_name(key))
     (replica,) = cluster.replicas(old)
@@ -417,7 +405,7 @@ async def test_entry_in_the_place_of_one_that_a_failover_lost_is_delivered(
 
 
 @pytest.mark.slow
-async def test_what_a_thawed_primary_announces_displaces_nothing(cluster: ValkeyCluster, prefix: str, key: str) -> None:
+async def test_thawed_primarys_news_displace_nothing(cluster: ValkeyCluster, prefix: str, key: str) -> None:
     """P3, P14: it runs what lay in its buffers before it hears that it was replaced, and tells everybody of it."""
     name = slot_name(key)
     old = cluster.primary(name)
@@ -479,9 +467,7 @@ def come_back(group: ValkeyCluster | ValkeySentinel, server: ValkeyServer) -> No
 
 
 @pytest.mark.parametrize("fault", ["planned", pytest.param("frozen", marks=pytest.mark.slow)])
-async def test_old_primary_that_still_answers_is_not_written_to(
-    sentinel: ValkeySentinel, prefix: str, key: str, fault: str
-) -> None:
+async def test_answering_old_primary_gets_no_write(sentinel: ValkeySentinel, prefix: str, key: str, fault: str) -> None:
     """After a planned failover, or when it wakes up, it takes writes for ten seconds, then throws them away (P9)."""
     old = sentinel.primary
     async with opened(sentinel.url, prefix) as store, opened(sentinel.url, prefix) as idle:
@@ -520,7 +506,7 @@ async def has_left(server: ValkeyServer, prefix: str) -> bool:
 
 
 @pytest.mark.parametrize("kind", ["cluster", pytest.param("sentinel", marks=pytest.mark.slow)])
-async def test_what_matters_counts_once_a_replica_has_it(
+async def test_replicated_writes_wait_for_a_replica(
     request: pytest.FixtureRequest, kind: str, prefix: str, key: str
 ) -> None:
     """`durability="replicated"`: unconfirmed means unknown, and the repeat is a duplicate at the same position."""
@@ -571,7 +557,7 @@ async def test_server_without_replica_confirms_nothing(valkey: ValkeyServer, pre
             await store.read(key, Cursor(0))
 
 
-async def test_write_that_waits_for_a_replica_ends_with_its_store(valkey: ValkeyServer, prefix: str, key: str) -> None:
+async def test_write_awaiting_replica_ends_with_store(valkey: ValkeyServer, prefix: str, key: str) -> None:
     """A store that is closed leaves nobody waiting."""
     async with RedisStore(valkey.url, prefix=prefix, durability="replicated", timeout=100.0) as store:
         creating = asyncio.ensure_future(store.create(key, {}, lifetime=LONG))
@@ -602,7 +588,7 @@ def acl(channel: str, **places: str) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ["cluster", "sentinel"])
-async def test_user_who_may_do_no_more_than_needed_can_do_everything(
+async def test_least_privileged_user_can_do_everything(
     request: pytest.FixtureRequest, kind: str, prefix: str, key: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The ACL lines of the manual are exact: enough for every method, and for nothing outside the prefix."""
@@ -661,7 +647,7 @@ def announced(node: ValkeyServer) -> set[int]:
 
 
 @pytest.mark.slow
-async def test_cluster_is_reached_by_tls_and_every_member_is_checked(
+async def test_tls_checks_every_cluster_member(
     prefix: str, key: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """`rediss+cluster://`: also the members that the URL does not name, the subscription and the lease."""

@@ -55,7 +55,7 @@ def test_two_servers_share_nothing(server: ValkeyServer) -> None:
         assert ask(other, "DBSIZE") == [b":0"]
 
 
-def test_server_listens_on_a_unix_socket_only() -> None:
+def test_server_listens_on_unix_socket_only() -> None:
     """`unix`: no TCP port is open."""
     with ValkeyServer(unix=True) as server:
         assert server.port == 0
@@ -83,7 +83,7 @@ def test_restart_keeps_all_data_or_none(appendonly: bool, keep_data: bool) -> No
         assert ask(server, "EXISTS x") == [b":1" if keep_data else b":0"]
 
 
-def test_killed_server_refuses_until_it_is_started_again() -> None:
+def test_killed_server_refuses_until_restarted() -> None:
     """`kill` returns once it is gone; with `appendonly` it comes back with its data."""
     with ValkeyServer(appendonly=True) as server:
         ask(server, "SET x 1")
@@ -95,7 +95,7 @@ def test_killed_server_refuses_until_it_is_started_again() -> None:
         assert ask(server, "EXISTS x") == [b":1"]
 
 
-def test_data_of_a_killed_server_cannot_be_kept(server: ValkeyServer) -> None:
+def test_killed_servers_data_cannot_be_kept(server: ValkeyServer) -> None:
     """`restart`: an error rather than an empty server that claims to have kept everything."""
     server.kill()
     with pytest.raises(RuntimeError, match="appendonly"):
@@ -113,7 +113,7 @@ def test_frozen_server_accepts_and_answers_later(server: ValkeyServer) -> None:
         assert connection.recv(100) == b"+PONG\r\n"
 
 
-def test_nothing_is_left_of_a_closed_server() -> None:
+def test_closed_server_leaves_nothing() -> None:
     """It is always cleaned up, frozen or not: process and directory."""
     with ValkeyServer(unix=True) as server:
         home = Path(urlsplit(server.url).path).parent
@@ -124,7 +124,7 @@ def test_nothing_is_left_of_a_closed_server() -> None:
         os.kill(pid, 0)
 
 
-def test_server_that_cannot_start_shows_its_log() -> None:
+def test_failed_start_shows_the_log() -> None:
     """The error holds what the server said."""
     with pytest.raises(RuntimeError, match="nonsense"), ValkeyServer("--nonsense", "1"):
         pass
@@ -138,7 +138,7 @@ def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's help is needed")
-def test_server_dies_with_the_process_that_started_it(tmp_path: Path) -> None:
+def test_server_dies_with_its_parent(tmp_path: Path) -> None:
     """The server dies with this process, also when that is killed."""
     code = "import sys; from nonstick.testing import ValkeyServer\n"
     code += "with ValkeyServer() as server: print(server.pid, flush=True); sys.stdin.read()"

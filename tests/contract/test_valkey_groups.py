@@ -10,7 +10,7 @@ from nonstick.testing.servers.valkey_cluster import ask
 pytestmark = pytest.mark.slow
 
 
-def test_slot_moves_with_its_keys_and_replica_takes_over() -> None:
+def test_slot_moves_and_replica_takes_over() -> None:
     """`migrate_slot`, `migrate_slot_whole`, `failover` and a killed primary: the key is at its owner each time."""
     with ValkeyCluster(replicas=1) as cluster:
         first, slot = cluster.primary("x"), cluster.slot("x")
@@ -35,7 +35,7 @@ def test_slot_moves_with_its_keys_and_replica_takes_over() -> None:
         assert cluster.replicas(first) == [new]
 
 
-def test_sentinels_name_the_replica_that_took_over() -> None:
+def test_sentinels_name_the_promoted_replica() -> None:
     """`failover`, and a frozen primary: the Sentinels agree on the other server."""
     with ValkeySentinel() as sentinel:
         old, (replica,) = sentinel.primary, sentinel.replicas

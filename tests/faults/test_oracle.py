@@ -144,7 +144,7 @@ LATER_NEWS = replace(SECOND_NEWS, at=2.0, place=Place(0, 7))
         pytest.param([*REPEATED, Ran(2.5, "x", "start", 2, "c"), Lost(2.2, 1.9, 2.3)], id="a take-over"),
     ],
 )
-async def test_what_the_store_lost_is_excused_where_the_client_was_told(history: list[Record]) -> None:
+async def test_told_losses_are_excused(history: list[Record]) -> None:
     """P9: by an error for its request or, of a whole session, by 404."""
     assert judge(history) == []
 
@@ -192,7 +192,7 @@ async def test_what_the_store_lost_is_excused_where_the_client_was_told(history:
         pytest.param([CALL, FIRST, replace(LOSS, since=5, until=6), TOLD], "there was not", id="told before a loss"),
     ],
 )
-async def test_loss_excuses_no_gap_and_no_repetition(history: list[Record], said: str) -> None:
+async def test_loss_excuses_neither_gap_nor_repetition(history: list[Record], said: str) -> None:
     """P3, P9: never a silent gap, never an event twice."""
     found = judge(history)
     assert any(said in one.text for one in found), found
@@ -283,7 +283,7 @@ async def test_broken_history_is_caught(history: list[Record], promise: str, sai
     assert any(one.promise == promise and said in one.text for one in found), found
 
 
-async def test_event_store_that_names_streams_by_request_is_caught() -> None:
+async def test_streams_named_by_request_are_caught() -> None:
     """P3: as an event store that all sessions share, with the request id for the stream's name: ids repeat."""
     store: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for label in ("mine", "yours"):
@@ -362,9 +362,7 @@ class WritesRepeatsAgain(LosesReplies):
 
 
 @pytest.mark.parametrize(("store", "caught"), [(LosesReplies, False), (WritesRepeatsAgain, True)])
-async def test_store_without_writer_sequences_is_caught_when_replies_are_lost(
-    store: type[LosesReplies], caught: bool
-) -> None:
+async def test_store_without_sequences_is_caught(store: type[LosesReplies], caught: bool) -> None:
     """P3: an append whose answer was lost is repeated, and must not be written twice."""
     async with bench(store()) as (made, client):
         call = client.call("count", steps=3)
@@ -405,9 +403,7 @@ class NeverCloses(Shared):
 
 
 @pytest.mark.parametrize(("store", "caught"), [(Shared, False), (NeverCloses, True)])
-async def test_store_without_a_check_on_the_terminal_is_caught_when_a_node_wakes(
-    store: type[Shared], caught: bool
-) -> None:
+async def test_store_without_terminal_check_is_caught(store: type[Shared], caught: bool) -> None:
     """P7: a node that hears nothing, is taken for dead, and ends its request none the less."""
     data = store()
     async with bench(store(data, deaf=True), store(data)) as (made, client):
@@ -438,9 +434,7 @@ class Forgetful(MemoryStore):
 
 
 @pytest.mark.parametrize("tags", [True, False])
-async def test_log_without_tags_is_caught_when_the_store_loses_its_end(
-    tags: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_log_without_tags_is_caught(tags: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """P9: positions are given out again; only the tag tells that another event stands there now."""
     if not tags:
         monkeypatch.setattr("nonstick.core.events.new_tag", lambda: bytes(8))

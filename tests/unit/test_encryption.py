@@ -114,7 +114,7 @@ TAMPERINGS = {
 
 
 @pytest.mark.parametrize("change", TAMPERINGS.values(), ids=TAMPERINGS.keys())
-async def test_changed_log_is_refused_not_passed_over(change: Callable[[list[Event]], list[Event]]) -> None:
+async def test_changed_log_is_never_passed_over(change: Callable[[list[Event]], list[Event]]) -> None:
     """P13: an event is bound to its session, stream, tag, writer, sequence and index."""
     store = await tampered(Readable(), change)
     with pytest.raises(Undecryptable):
@@ -143,7 +143,7 @@ async def test_events_of_another_session_are_refused() -> None:
         await store.read(BOB, Cursor(0))
 
 
-async def test_fields_of_another_session_or_name_are_refused() -> None:
+async def test_misplaced_fields_are_refused() -> None:
     """P13: a field is bound to its session and its name."""
     inner = Readable()
     store = await written(inner, ALICE)
@@ -164,7 +164,7 @@ async def test_another_deployment_cannot_read() -> None:
         await EncryptedStore(inner, [OLD], deployment="another").load(ALICE)
 
 
-async def test_error_names_the_key_and_shows_none(caplog: pytest.LogCaptureFixture) -> None:
+async def test_error_names_but_shows_no_key(caplog: pytest.LogCaptureFixture) -> None:
     """An operator learns which key is missing, from the error and from the log."""
     inner = Readable()
     await written(inner)
@@ -178,7 +178,7 @@ async def test_error_names_the_key_and_shows_none(caplog: pytest.LogCaptureFixtu
     assert not any(key.hex() in shown or base64.b64encode(key).decode() in shown for key in (OLD, NEW))
 
 
-async def test_nothing_is_kept_in_clear_or_like_what_another_session_keeps() -> None:
+async def test_nothing_is_kept_in_clear() -> None:
     """P13: nor does the log show that the same was said twice."""
     inner = Readable()
     await written(inner)
@@ -191,7 +191,7 @@ async def test_nothing_is_kept_in_clear_or_like_what_another_session_keeps() -> 
     assert again.data[-23:] != first.data[-23:]
 
 
-async def test_wake_of_an_encrypted_store_says_read_whatever_it_carries() -> None:
+async def test_encrypted_store_wakes_without_news() -> None:
     """P14: a ciphertext does not tell where it stands in the log: heard again one place later, it would decrypt too."""
     inner = Readable()
     store = await written(inner)
@@ -228,7 +228,7 @@ async def test_keys_are_rotated_and_records_follow() -> None:
         await ahead.read(ALICE, Cursor(0))
 
 
-async def test_encryption_is_turned_on_for_sessions_that_are_open() -> None:
+async def test_encryption_starts_for_open_sessions() -> None:
     """From `PLAINTEXT` to a key by the same steps as from one key to the next, and back not by accident."""
     inner = Readable()
     store = await written(inner, keys=[PLAINTEXT])
@@ -259,7 +259,7 @@ class Meddling(Readable):
         return loaded
 
 
-async def test_compare_and_set_holds_though_somebody_writes_in_between() -> None:
+async def test_compare_and_set_holds_between_writes() -> None:
     """`update` is atomic: another value makes it fail, the same value in another ciphertext does not."""
     inner = Meddling()
     store = await written(inner, keys=[OLD, NEW])
@@ -290,7 +290,7 @@ def test_what_is_no_key_is_refused(keys: Any) -> None:
     assert "short" not in str(refused.value)
 
 
-def test_keys_come_in_either_alphabet_and_from_the_environment() -> None:
+def test_keys_come_in_either_alphabet() -> None:
     key = b"\xfb\xff" * 16
     both = [base64.b64encode(key).decode(), base64.urlsafe_b64encode(key).decode().rstrip("=")]
     assert KeyRing(both).names == [name_of(key)]
@@ -300,7 +300,7 @@ def test_keys_come_in_either_alphabet_and_from_the_environment() -> None:
         keys_from({"NONSTICK_ENCRYPTION_KEYS": " "})
 
 
-async def test_keys_that_somebody_made_up_fill_neither_the_log_nor_the_memory(caplog: pytest.LogCaptureFixture) -> None:
+async def test_made_up_keys_fill_nothing(caplog: pytest.LogCaptureFixture) -> None:
     """P10: whoever can write to the store may name any number of them."""
     inner = MemoryStore()
     store = EncryptedStore(inner, [NEW])

@@ -14,7 +14,7 @@ from nonstick.stores.memory import MemoryStore
 pytestmark = pytest.mark.anyio
 
 
-async def test_expired_sessions_are_dropped_while_others_live_on() -> None:
+async def test_expired_sessions_are_dropped() -> None:
     """Memory returns to its base without anybody asking for the expired ones (P10)."""
     now = [0.0]
     field, data = b"field" * 100, b"data" * 100
@@ -30,7 +30,7 @@ async def test_expired_sessions_are_dropped_while_others_live_on() -> None:
         assert (sys.getrefcount(field), sys.getrefcount(data)) == base
 
 
-async def test_instance_is_open_until_the_last_of_its_users_left() -> None:
+async def test_instance_closes_with_its_last_user() -> None:
     """Several managers of one process share it; one that leaves ends nothing of the others."""
     store = MemoryStore()
     async with store:
@@ -62,7 +62,7 @@ async def test_lifetime_ends_at_its_last_instant() -> None:
         assert (await store.load("key")).fields == {}
 
 
-async def test_cancel_is_left_for_a_minute_and_no_longer() -> None:
+async def test_cancel_stays_for_a_minute() -> None:
     now = [0.0]
     async with MemoryStore(clock=lambda: now[0]) as store:
         await store.create("key", {}, lifetime=1000)

@@ -133,7 +133,7 @@ def test_url_names_the_place_without_credentials(scheme: str) -> None:
     assert "hunter2" not in repr(store) + repr(Address.parse(f"{scheme}://user:{QUOTED}@host/app"))
 
 
-def test_options_of_the_store_are_taken_out_of_the_url() -> None:
+def test_url_options_of_store_are_read() -> None:
     """What is left is the driver's; a keyword goes before the URL."""
     url = "postgresql://host/db?schema=a&sslmode=require&prepared=no&unlogged=1&pool_size=3&listen_dsn=postgres://d/db"
     address = Address.parse(url, schema="b")
@@ -157,7 +157,7 @@ def test_options_of_the_store_are_taken_out_of_the_url() -> None:
         "mysql://user:hunter2@host/db",
     ],
 )
-def test_url_that_cannot_work_is_refused_without_being_quoted(url: str) -> None:
+def test_impossible_url_is_refused_unquoted(url: str) -> None:
     """ConfigurationError: the message never repeats the URL (P13)."""
     with pytest.raises(ConfigurationError) as refused:
         PostgresStore(url)
@@ -194,7 +194,7 @@ def test_url_that_cannot_work_is_refused_without_being_quoted(url: str) -> None:
         ("sslnegotiation=direct&sslmode=require", "sslnegotiation=direct&sslmode=require", {}),
     ],
 )
-def test_options_as_hosts_print_them_are_taken(printed: str, kept: str, own: dict[str, object]) -> None:
+def test_printed_options_of_hosts_are_taken(printed: str, kept: str, own: dict[str, object]) -> None:
     """With their meaning: what the driver does not know is turned into what does the same, or is so anyway."""
     address = Address.parse(f"postgresql://u:{QUOTED}@host/db?{printed}")
     assert address.dsn == f"postgresql://u:{QUOTED}@host/db" + (f"?{kept}" if kept else "")
@@ -230,14 +230,14 @@ def test_options_as_hosts_print_them_are_taken(printed: str, kept: str, own: dic
         ("listen_dsn=postgresql%3A%2F%2Fhost%2Fdb%3Fchannel_binding%3Drequire", "channel_binding"),
     ],
 )
-def test_option_that_cannot_be_had_is_refused_by_its_name(printed: str, said: str) -> None:
+def test_impossible_option_is_refused_by_name(printed: str, said: str) -> None:
     """When the store is made, before anything is connected; the value is never shown (P13)."""
     with pytest.raises(ConfigurationError, match=said) as refused:
         PostgresStore(f"postgresql://u:hunter2@host/db?{printed}")
     assert "hunter2" not in str(refused.value)
 
 
-async def test_options_as_hosts_print_them_work_on_a_server(server: PostgresServer, schema: str) -> None:
+async def test_printed_options_of_hosts_work(server: PostgresServer, schema: str) -> None:
     """Together, as a long URL has them."""
     options = (
         "pgbouncer=true&connection_limit=2&connect_timeout=15&gssencmode=prefer&keepalives=1&channel_binding=prefer"
@@ -247,7 +247,7 @@ async def test_options_as_hosts_print_them_work_on_a_server(server: PostgresServ
         assert (await store.load("key")).fields == {"x": b"1"}
 
 
-async def test_option_that_the_driver_refuses_is_refused_on_entering(server: PostgresServer) -> None:
+async def test_drivers_refusal_comes_on_entering(server: PostgresServer) -> None:
     """ConfigurationError: the store URL has options that cannot work."""
     with pytest.raises(ConfigurationError, match=r"sslrootcert=FILE, or .* sslrootcert=system"):
         async with PostgresStore(f"{server.url}?sslmode=verify-full"):
@@ -257,9 +257,7 @@ async def test_option_that_the_driver_refuses_is_refused_on_entering(server: Pos
 # ---- the tables
 
 
-async def test_four_processes_make_the_tables_at_once_and_append_without_gaps(
-    server: PostgresServer, schema: str
-) -> None:
+async def test_four_processes_make_tables_at_once(server: PostgresServer, schema: str) -> None:
     """Four workers may start at once; positions of one log have no gaps, and each writer keeps its order (P3)."""
     code = """
 import asyncio, sys
@@ -291,7 +289,7 @@ asyncio.run(main(*sys.argv[1:]))
         assert mine == [b"%s %d" % (name.encode(), n) for n in range(1, 41) for _ in range(1 + n % 3)]
 
 
-async def test_tables_are_not_made_where_that_is_not_wanted(server: PostgresServer, schema: str) -> None:
+async def test_unwanted_tables_are_not_made(server: PostgresServer, schema: str) -> None:
     """`migrate=False`: refused on entering, with the command that makes them."""
     with pytest.raises(ConfigurationError, match="nonstick migrate --store"):
         async with PostgresStore(server.url, schema=schema, migrate=False):
@@ -302,7 +300,7 @@ async def test_tables_are_not_made_where_that_is_not_wanted(server: PostgresServ
         await store.create("key", {}, lifetime=LONG)
 
 
-async def test_user_without_the_right_to_make_tables_can_use_them(
+async def test_user_without_create_right_works(
     server: PostgresServer, schema: str, store: PostgresStore, sql: Any
 ) -> None:
     """`migrate=False` needs USAGE on the schema, EXECUTE on its functions and all rights on its tables."""
@@ -319,7 +317,7 @@ async def test_user_without_the_right_to_make_tables_can_use_them(
         await user.ping()
 
 
-async def test_tables_of_the_first_release_are_upgraded_and_its_nodes_go_on(
+async def test_first_releases_tables_are_upgraded(
     server: PostgresServer, schema: str, sql: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The function that version 1 calls stays beside the one that takes its place (P12)."""
@@ -334,7 +332,7 @@ async def test_tables_of_the_first_release_are_upgraded_and_its_nodes_go_on(
         assert (await store.load("key")).fields == {"x": b"3"}
 
 
-async def test_newer_tables_are_refused_if_this_code_cannot_use_them(
+async def test_unusable_newer_tables_are_refused(
     server: PostgresServer, store: PostgresStore, schema: str, sql: Any
 ) -> None:
     """A schema of a newer release is used if that release allows it (P12), and refused clearly otherwise."""
@@ -360,7 +358,7 @@ async def test_everything_is_under_one_schema(store: PostgresStore, schema: str,
     )
 
 
-async def test_unlogged_store_is_empty_after_a_crash_and_works(own: PostgresServer) -> None:
+async def test_unlogged_store_works_after_a_crash(own: PostgresServer) -> None:
     """`unlogged`: what a crash took is gone, not half there; the tables need not be made again (P9, P15)."""
     async with PostgresStore(own.url, schema="unlogged", unlogged=True, empty_grace=0.1) as store:
         await store.create("key", {"x": b"1"}, lifetime=LONG)
@@ -372,7 +370,7 @@ async def test_unlogged_store_is_empty_after_a_crash_and_works(own: PostgresServ
         assert (await store.append("key", Batch(drafts(b"1")))).first == 1
 
 
-async def test_tables_that_were_lost_are_made_again(own: PostgresServer) -> None:
+async def test_lost_tables_are_made_again(own: PostgresServer) -> None:
     """A server that comes back empty needs no restart of the nodes (P9, P15)."""
     async with PostgresStore(own.url, empty_grace=0.1) as store:
         await store.create("key", {}, lifetime=LONG)
@@ -400,7 +398,7 @@ async def standby(server: PostgresServer) -> AsyncIterator[PostgresServer]:
         yield standby
 
 
-async def test_standby_that_lags_ends_nothing_and_confirms_nothing(
+async def test_lagging_standby_is_never_believed(
     server: PostgresServer, store: PostgresStore, schema: str, standby: PostgresServer
 ) -> None:
     """What a standby lacks may be there, and what it has may have ended: StoreUnavailable, never `gone` (P6, P9).
@@ -438,7 +436,7 @@ async def test_standby_that_lags_ends_nothing_and_confirms_nothing(
             server.start()
 
 
-async def test_standby_without_tables_is_no_reason_to_give_up(standby: PostgresServer, schema: str) -> None:
+async def test_standby_without_tables_is_waited_for(standby: PostgresServer, schema: str) -> None:
     """Its primary may have them: unavailable for now, where a primary without them is refused on entering (P9)."""
     async with PostgresStore(standby.url, schema=schema, migrate=False) as store:
         with pytest.raises(StoreUnavailable, match="primary"):
@@ -448,7 +446,7 @@ async def test_standby_without_tables_is_no_reason_to_give_up(standby: PostgresS
 # ---- the record and the log
 
 
-async def test_hundred_creates_at_once_keep_to_the_limit(server: PostgresServer, schema: str, sql: Any) -> None:
+async def test_hundred_racing_creates_keep_the_limit(server: PostgresServer, schema: str, sql: Any) -> None:
     """`create`: near its limit a group is counted exactly (P10)."""
 
     async def create(store: PostgresStore, n: int) -> bool:
@@ -467,7 +465,7 @@ async def test_hundred_creates_at_once_keep_to_the_limit(server: PostgresServer,
         assert await sql("SELECT count(*) FROM tally") == 0
 
 
-async def test_twin_creates_in_a_full_group_make_one_session(store: PostgresStore) -> None:
+async def test_twin_creates_make_one_session(store: PostgresStore) -> None:
     """`create`: AlreadyExists for a repeated create, also while the first is under way in a group of one."""
     for n in range(10):
         calls = [store.create(f"key{n}", {}, lifetime=LONG, limits={f"g{n}": 1}) for _ in range(4)]
@@ -475,7 +473,7 @@ async def test_twin_creates_in_a_full_group_make_one_session(store: PostgresStor
         assert [type(outcome) for outcome in outcomes if outcome is not None] == [AlreadyExists] * 3
 
 
-async def test_expired_sessions_are_swept_and_leave_nothing(server: PostgresServer, schema: str, sql: Any) -> None:
+async def test_swept_sessions_leave_nothing(server: PostgresServer, schema: str, sql: Any) -> None:
     """What has expired is removed by those who use the store; what was renewed is kept."""
     async with PostgresStore(server.url, schema=schema, sweep_interval=0.05, timeout=PATIENT) as store:
         await store.create("kept", {"x": b"1"}, lifetime=3.0, limits={"g": 100})
@@ -495,7 +493,7 @@ async def test_expired_sessions_are_swept_and_leave_nothing(server: PostgresServ
         await store.load("kept")
 
 
-async def test_full_group_of_expired_sessions_is_swept_for_a_create(store: PostgresStore, sql: Any) -> None:
+async def test_create_sweeps_a_full_expired_group(store: PostgresStore, sql: Any) -> None:
     """`create`: a limit counts live sessions, also before anybody has swept the others (P10)."""
     for n in range(300):
         await store.create(f"key{n}", {}, lifetime=LONG, limits={"g": 300})
@@ -505,7 +503,7 @@ async def test_full_group_of_expired_sessions_is_swept_for_a_create(store: Postg
     assert await sql("SELECT sum(n) FROM tally") == 1
 
 
-async def test_ends_and_sweeps_at_once_do_not_lock_each_other_out(store: PostgresStore, sql: Any) -> None:
+async def test_racing_ends_and_sweeps_never_deadlock(store: PostgresStore, sql: Any) -> None:
     """Locks are taken in one order: nothing is given up as a deadlock, and every session is counted out once."""
     keys = [f"key{n}" for n in range(120)]
     await asyncio.gather(*(store.create(key, {}, lifetime=LONG, limits={"a": 999, "b": 999}) for key in keys))
@@ -518,7 +516,7 @@ async def test_ends_and_sweeps_at_once_do_not_lock_each_other_out(store: Postgre
     assert await sql("SELECT count(*) FROM expiry") == 0
 
 
-async def test_look_at_a_renewed_session_is_put_off(store: PostgresStore, sql: Any) -> None:
+async def test_renewed_sessions_sweep_is_put_off(store: PostgresStore, sql: Any) -> None:
     """A session costs the index of due looks one change per lifetime, however often it was renewed."""
     await store.create("key", {}, lifetime=LONG)
     due = await sql("SELECT due FROM expiry")
@@ -531,7 +529,7 @@ async def test_look_at_a_renewed_session_is_put_off(store: PostgresStore, sql: A
     assert (await store._functions.call("sweep", 10))[0][0] == 0
 
 
-async def test_log_of_an_ended_session_is_swept_in_batches(store: PostgresStore, sql: Any) -> None:
+async def test_ended_log_is_swept_in_batches(store: PostgresStore, sql: Any) -> None:
     """No sweep takes long: rows of ended sessions are removed a few at a time."""
     await store.create("key", {}, lifetime=LONG)
     await store.append("key", Batch(drafts(*[b"x"] * 25)))
@@ -560,7 +558,7 @@ async def test_renewals_and_appends_touch_no_index(server: PostgresServer, schem
 
 
 @pytest.mark.parametrize("kept", [True, False])
-async def test_idle_writer_is_forgotten_unless_its_stream_is_kept(store: PostgresStore, sql: Any, kept: bool) -> None:
+async def test_idle_writer_without_stream_is_forgotten(store: PostgresStore, sql: Any, kept: bool) -> None:
     """`WRITER_SECONDS`, and longer while the writer's stream is kept."""
     await store.create("key", {}, lifetime=LONG)
     opening = Batch(drafts(b"x"), stream=NEW_STREAM, writer="w", sequence=1, terminal=True)
@@ -590,7 +588,7 @@ async def test_requests_may_have_any_name(store: PostgresStore) -> None:
         await store.append("key", Batch((), settle=odd, uncancel=odd))
 
 
-async def test_read_stops_before_it_fills_the_memory(store: PostgresStore) -> None:
+async def test_read_stops_before_filling_memory(store: PostgresStore) -> None:
     """`read`: fewer than `limit` may come; none come only at the end of the log (P10)."""
     await store.create("key", {}, lifetime=LONG)
     large = secrets.token_bytes(READ_BYTES // 2)
@@ -603,7 +601,7 @@ async def test_read_stops_before_it_fills_the_memory(store: PostgresStore) -> No
     assert parts == [2, 2, 1]
 
 
-async def test_position_beyond_any_number_is_beyond_the_end(store: PostgresStore) -> None:
+async def test_position_beyond_any_number_diverges(store: PostgresStore) -> None:
     """Diverged, not an error of the driver: a cursor comes from a client."""
     await store.create("key", {}, lifetime=LONG)
     with pytest.raises(Diverged):
@@ -613,7 +611,7 @@ async def test_position_beyond_any_number_is_beyond_the_end(store: PostgresStore
 # ---- trouble
 
 
-async def test_restarted_server_is_found_again_and_watchers_read(own: PostgresServer) -> None:
+async def test_watchers_read_after_a_restart(own: PostgresServer) -> None:
     """StoreUnavailable while it is away; then everything goes on, and every watcher is told to read (P9)."""
     async with PostgresStore(own.url, schema="restarted") as store, PostgresStore(own.url, schema="restarted") as other:
         await store.create("key", {}, lifetime=LONG)
@@ -633,7 +631,7 @@ async def test_restarted_server_is_found_again_and_watchers_read(own: PostgresSe
             assert texts(await read_all(store, "key")) == [b"1", b"2"]
 
 
-async def test_connections_that_the_server_ends_are_replaced(store: PostgresStore, sql: Any) -> None:
+async def test_ended_connections_are_replaced(store: PostgresStore, sql: Any) -> None:
     """pg_terminate_backend: at most the calls under way fail, and every watcher is told to read (P9)."""
     await store.create("key", {}, lifetime=LONG)
     async with watching(store, "key") as hints:
@@ -645,7 +643,7 @@ async def test_connections_that_the_server_ends_are_replaced(store: PostgresStor
         assert news is None or texts(news.events) == [b"1"]
 
 
-async def test_append_with_a_lost_answer_lands_once_when_repeated(server: PostgresServer, schema: str) -> None:
+async def test_append_with_lost_answer_lands_once(server: PostgresServer, schema: str) -> None:
     """Every write may be repeated as it was; a (writer, sequence) is written once (P3)."""
     async with FaultProxy(server.url) as proxy, PostgresStore(proxy.url, schema=schema) as store:
         await store.create("key", {}, lifetime=LONG)
@@ -679,7 +677,7 @@ async def test_silent_server_is_unavailable_in_time(own: PostgresServer) -> None
         await recovered(lambda: store.load("key"))
 
 
-async def test_call_that_was_given_up_does_not_go_on_in_the_server(store: PostgresStore, sql: Any, schema: str) -> None:
+async def test_abandoned_call_ends_in_the_server(store: PostgresStore, sql: Any, schema: str) -> None:
     """A call that waits for a lock in vain is ended there too: it holds no connection and writes nothing later."""
     await store.create("key", {}, lifetime=LONG)
     await sql("BEGIN")
@@ -703,9 +701,7 @@ async def test_call_that_was_given_up_does_not_go_on_in_the_server(store: Postgr
 
 
 @pytest.mark.parametrize("method", ["append", "update", "trim", "delete", "touch"])
-async def test_session_that_expires_while_a_call_waits_for_it_is_gone(
-    server: PostgresServer, schema: str, sql: Any, method: str
-) -> None:
+async def test_session_expiring_during_wait_is_gone(server: PostgresServer, schema: str, sql: Any, method: str) -> None:
     """The time of a write is when it has the session's row, not when it was sent."""
     async with PostgresStore(server.url, schema=schema, sweep_interval=LONG, timeout=60.0) as store:
         await store.create("key", {}, lifetime=LONG)
@@ -755,7 +751,7 @@ async def test_cancelled_calls_keep_their_connections(store: PostgresStore, sql:
     assert (await store.append("key", Batch(drafts(b"x")))).first == 51
 
 
-async def test_more_calls_than_may_wait_fail_at_once(server: PostgresServer, schema: str) -> None:
+async def test_too_many_calls_fail_at_once(server: PostgresServer, schema: str) -> None:
     """`max_waiting`: what waits is bounded (P10)."""
     async with PostgresStore(server.url, schema=schema, max_waiting=5) as store:
         calls = [store.ping() for _ in range(8)]
@@ -774,7 +770,7 @@ async def test_more_calls_than_may_wait_fail_at_once(server: PostgresServer, sch
         ("", "port", "cannot be reached"),
     ],
 )
-async def test_trouble_is_named_with_advice_and_nothing_secret(
+async def test_trouble_is_named_without_secrets(
     server: PostgresServer, schema: str, store: PostgresStore, sql: Any, setup: str, url: str, advice: str
 ) -> None:
     """StoreUnavailable says what to do, without payload or credentials (P9, P13). Entering does not fail."""
@@ -813,7 +809,7 @@ async def test_lease_outlives_trouble(own: PostgresServer) -> None:
         assert await recovered(lambda: store.lapsed(["node"])) == set()
 
 
-async def test_nothing_is_left_of_a_closed_store(server: PostgresServer, schema: str, sql: Any) -> None:
+async def test_closed_store_leaves_nothing(server: PostgresServer, schema: str, sql: Any) -> None:
     """Closing ends every connection and every task that the store has begun."""
     before = asyncio.all_tasks()
     async with PostgresStore(server.url, schema=schema, timeout=PATIENT) as store:
@@ -846,9 +842,7 @@ def test_news_are_packed_in_order() -> None:
     assert heard_keys == keys
 
 
-async def test_news_of_this_process_are_whole_and_those_of_others_a_hint(
-    server: PostgresServer, store: PostgresStore
-) -> None:
+async def test_only_own_news_carry_events(server: PostgresServer, store: PostgresStore) -> None:
     """P14: what the server answered an append is known here; what comes over the channel says at most "read"."""
     async with PostgresStore(server.url, schema=store._address.schema, timeout=PATIENT) as other:
         await store.create("key", {}, lifetime=LONG)
@@ -864,9 +858,7 @@ async def test_news_of_this_process_are_whole_and_those_of_others_a_hint(
         assert seen == await read_all(store, "key")
 
 
-async def test_everybody_is_told_to_read_some_times_a_second_at_most(
-    server: PostgresServer, store: PostgresStore, sql: Any
-) -> None:
+async def test_reads_for_everybody_are_paced(server: PostgresServer, store: PostgresStore, sql: Any) -> None:
     """P10, P14: one short payload costs work in proportion to all that is watched, and any role may send it."""
     schema = store._address.schema
     await store.create("key", {}, lifetime=LONG)
@@ -908,7 +900,7 @@ async def test_subscription_that_went_silent_is_replaced(
             assert texts(await read_all(store, "key")) == [b"unheard"]
 
 
-async def test_news_that_could_not_be_sent_are_sent_later(server: PostgresServer, schema: str) -> None:
+async def test_unsent_news_are_sent_later(server: PostgresServer, schema: str) -> None:
     """An append whose announcement failed is announced as soon as the store can be reached again (P9)."""
     async with (
         FaultProxy(server.url) as proxy,
@@ -957,7 +949,7 @@ async def test_store_works_without_prepared_statements(server: PostgresServer, s
 
 
 @unhurried("grace", 1.0, 4.0, 16.0)
-async def test_database_that_lost_its_tables_is_not_believed_for_the_grace_period(
+async def test_database_without_its_tables_is_doubted(
     server: PostgresServer, schema: str, sql: Any, caplog: pytest.LogCaptureFixture, grace: float
 ) -> None:
     """P15: what it does not have is unavailable, new sessions open at once; then its mark is another one."""
@@ -998,9 +990,7 @@ async def test_database_that_lost_its_tables_is_not_believed_for_the_grace_perio
     assert "404 from now on" in told[1]
 
 
-async def test_tables_that_are_brought_back_in_time_end_no_session(
-    server: PostgresServer, schema: str, sql: Any
-) -> None:
+async def test_tables_restored_in_time_end_nothing(server: PostgresServer, schema: str, sql: Any) -> None:
     """P15: nobody ever heard "gone", and nothing is doubted any more."""
     async with PostgresStore(server.url, schema=schema, timeout=PATIENT) as store:
         await store.create("key", {"a": b"1"}, lifetime=LONG)
@@ -1014,7 +1004,7 @@ async def test_tables_that_are_brought_back_in_time_end_no_session(
             await store.load("nobody")
 
 
-async def test_unlogged_tables_that_a_crash_has_emptied_are_doubted(schema: str) -> None:
+async def test_crashed_unlogged_tables_are_doubted(schema: str) -> None:
     """P15: the mark goes where the sessions go."""
     with PostgresServer() as own:
         async with PostgresStore(own.url, schema=schema, unlogged=True) as store:

@@ -75,7 +75,7 @@ async def done(store: PostgresStore) -> list[str]:
 # ---- what is found out
 
 
-async def test_healthy_server_has_nothing_to_complain_of(server: PostgresServer, schema: str) -> None:
+async def test_healthy_server_gets_no_complaint(server: PostgresServer, schema: str) -> None:
     """`Examinable.examine`: every finding is ok."""
     store = PostgresStore(server.url, schema=schema)
     assert isinstance(store, Examinable)
@@ -86,7 +86,7 @@ async def test_healthy_server_has_nothing_to_complain_of(server: PostgresServer,
     assert found.keys() >= {"version", "role", "clock", "isolation", "durability", "pooler", "listen", "schema"}
 
 
-async def test_missing_tables_are_told_and_not_made(server: PostgresServer, schema: str, sql: Sql) -> None:
+async def test_missing_tables_are_reported_not_made(server: PostgresServer, schema: str, sql: Sql) -> None:
     """The first node makes them, unless it was told not to: then it is an error, which names the command."""
     found = await examined(server.url, schema=schema)
     assert (found["schema"].level, found["schema"].blocks) == ("warning", True)
@@ -95,7 +95,7 @@ async def test_missing_tables_are_told_and_not_made(server: PostgresServer, sche
     assert await sql("SELECT to_regnamespace($1) IS NULL", schema)
 
 
-async def test_missing_rights_are_told_with_the_grants(server: PostgresServer, schema: str, sql: Sql) -> None:
+async def test_missing_rights_come_with_grants(server: PostgresServer, schema: str, sql: Sql) -> None:
     """What the advice says is enough for the store to work."""
     await done(PostgresStore(server.url, schema=schema))
     role = f"r{schema}"
@@ -117,7 +117,7 @@ async def test_missing_rights_are_told_with_the_grants(server: PostgresServer, s
         await store.append("key", Batch(drafts(b"1")))
 
 
-async def test_settings_that_lose_or_refuse_are_named(server: PostgresServer, schema: str, sql: Sql) -> None:
+async def test_harmful_settings_are_named(server: PostgresServer, schema: str, sql: Sql) -> None:
     """Each says how to put it right."""
     role = f"r{schema}"
     await sql(f"CREATE ROLE {role} LOGIN SUPERUSER")
@@ -135,7 +135,7 @@ async def test_settings_that_lose_or_refuse_are_named(server: PostgresServer, sc
     assert (role_finding.level, role_finding.blocks) == ("error", True)
 
 
-async def test_unlogged_tables_are_fine_where_they_are_meant(server: PostgresServer, schema: str) -> None:
+async def test_wanted_unlogged_tables_are_fine(server: PostgresServer, schema: str) -> None:
     """`unlogged`: a crash of the server ends every session."""
     await done(PostgresStore(server.url, schema=schema, unlogged=True))
     assert (await examined(server.url, schema=schema, unlogged=True))["tables"].level == "ok"
@@ -151,16 +151,14 @@ async def test_hot_standby_is_an_error(server: PostgresServer, schema: str) -> N
     assert "primary" in found["role"].advice
 
 
-async def test_server_that_lets_nobody_in_is_unavailable(server: PostgresServer) -> None:
+async def test_closed_server_is_unavailable(server: PostgresServer) -> None:
     """StoreUnavailable, without any credentials (P13)."""
     with pytest.raises(StoreUnavailable) as refused:
         await PostgresStore(f"postgresql://nobody:hunter2@127.0.0.1:{server.port}/postgres").examine()
     assert "hunter2" not in str(refused.value)
 
 
-async def test_newer_tables_than_this_release_can_use_are_an_error(
-    server: PostgresServer, schema: str, sql: Sql
-) -> None:
+async def test_too_new_tables_are_an_error(server: PostgresServer, schema: str, sql: Sql) -> None:
     """With what to do."""
     await done(PostgresStore(server.url, schema=schema))
     await sql(f"UPDATE {schema}.meta SET oldest = 99, version = 99")
@@ -172,7 +170,7 @@ async def test_newer_tables_than_this_release_can_use_are_an_error(
 # ---- a pooler
 
 
-async def test_pooler_without_a_way_past_it_is_told(
+async def test_pooler_without_bypass_is_reported(
     server: PostgresServer, pooler: PgBouncer, schema: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """LISTEN does not get through, and the doctor says so and what to add; with `listen_dsn` all is well."""
@@ -187,9 +185,7 @@ async def test_pooler_without_a_way_past_it_is_told(
     assert by_subject(findings)["pooler"].text.startswith("there is one")
 
 
-async def test_two_nodes_behind_a_pooler_make_the_tables_and_wake_each_other(
-    server: PostgresServer, pooler: PgBouncer, schema: str
-) -> None:
+async def test_nodes_behind_pooler_wake_each_other(server: PostgresServer, pooler: PgBouncer, schema: str) -> None:
     """Everything but LISTEN goes through a pooler that pools transactions, also making the tables."""
     url = f"{pooler.url}&schema={schema}&listen_dsn={quote(server.url, safe='')}"
     async with PostgresStore(url, timeout=PATIENT) as a, PostgresStore(url, timeout=PATIENT) as b:
@@ -222,7 +218,7 @@ class TestPostgresStoreBehindAPooler(StoreContract):
 # ---- upgrades
 
 
-async def test_several_upgrades_at_once_execute_each_step_once_and_keep_what_was_there(
+async def test_racing_upgrades_run_each_step_once(
     server: PostgresServer, schema: str, sql: Sql, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """P12. Versions lead from one to the next, each by its step, executed once; what was there stays."""
@@ -250,7 +246,7 @@ async def test_several_upgrades_at_once_execute_each_step_once_and_keep_what_was
 _NOTE = "note that it has version {}"
 
 
-async def test_nodes_that_start_at_once_upgrade_by_themselves(
+async def test_nodes_starting_together_upgrade_once(
     server: PostgresServer, schema: str, sql: Sql, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Automatic on first use, unless told not to: then the error names the command."""
@@ -268,7 +264,7 @@ async def test_nodes_that_start_at_once_upgrade_by_themselves(
     assert await sql(f"SELECT version FROM {schema}.meta") == len(postgres_schema._STEPS)
 
 
-async def test_step_that_fails_leaves_the_version_before(
+async def test_failed_step_leaves_the_old_version(
     server: PostgresServer, schema: str, sql: Sql, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`Migratable.migrate`: all or nothing."""
@@ -294,9 +290,7 @@ async def test_printed_sql_makes_the_tables(server: PostgresServer, schema: str,
     assert all(line.startswith("--") for line in printed)
 
 
-async def test_dry_run_tells_what_would_be_done_and_a_run_what_was(
-    server: PostgresServer, schema: str, sql: Sql
-) -> None:
+async def test_dry_run_and_run_tell_steps(server: PostgresServer, schema: str, sql: Sql) -> None:
     """`nonstick migrate`: the version that is there, the one that is wanted, and each step."""
     store = PostgresStore(server.url, schema=schema)
     said: list[str] = []

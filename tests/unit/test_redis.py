@@ -208,9 +208,7 @@ async def test_prefixes_and_databases_are_separate(server: ValkeyServer, key: st
                 assert texts(news.events) == [b"fence"]
 
 
-async def test_forgotten_writers_are_purged_and_others_kept(
-    store: RedisStore, prefix: str, key: str, admin: redis.Redis
-) -> None:
+async def test_only_forgotten_writers_are_purged(store: RedisStore, prefix: str, key: str, admin: redis.Redis) -> None:
     """Books stay small: a writer goes when it was idle for long and its stream is not kept (P10)."""
     books = f"{prefix}:{{{key}}}:w"
     await store.create(key, {}, lifetime=LONG)
@@ -241,9 +239,7 @@ async def test_stale_cancels_do_not_pile_up(store: RedisStore, prefix: str, key:
 # ---- what the server loses
 
 
-async def test_evicted_log_is_reported_and_not_read_as_empty(
-    store: RedisStore, prefix: str, key: str, admin: redis.Redis
-) -> None:
+async def test_evicted_log_is_not_read_empty(store: RedisStore, prefix: str, key: str, admin: redis.Redis) -> None:
     """Data that the store lost is reported, never skipped over (P9); the log goes on after it."""
     await store.create(key, {}, lifetime=LONG)
     await store.append(key, Batch(drafts(b"1", b"2", b"3")))
@@ -265,7 +261,7 @@ async def test_evicted_log_is_reported_and_not_read_as_empty(
 
 
 @pytest.mark.parametrize("first", ["read", "append"])
-async def test_evicted_books_are_reported_though_the_log_is_there(
+async def test_evicted_books_are_reported(
     store: RedisStore, prefix: str, key: str, admin: redis.Redis, first: str
 ) -> None:
     """Which streams are open and who wrote what is lost: nobody is up to date any more (P9); the log goes on."""
@@ -292,7 +288,7 @@ async def test_evicted_books_are_reported_though_the_log_is_there(
         await store.read(key, head)
 
 
-async def test_books_that_an_older_version_began_are_missed_too(
+async def test_older_versions_evicted_books_are_missed(
     store: RedisStore, prefix: str, key: str, admin: redis.Redis
 ) -> None:
     """From the first append of this version on (P9, P12)."""
@@ -306,7 +302,7 @@ async def test_books_that_an_older_version_began_are_missed_too(
         await store.read(key, head)
 
 
-async def test_restarted_server_without_data_is_a_server_without_sessions(own: ValkeyServer, key: str) -> None:
+async def test_server_without_data_has_no_sessions(own: ValkeyServer, key: str) -> None:
     """The next call reconnects by itself (P9) and every watch is told to read. Nothing is brought back (P15)."""
     async with RedisStore(own.url, timeout=PATIENT, connect_timeout=PATIENT, heartbeat=0.2, empty_grace=0.1) as store:
         hints: Hints = asyncio.Queue()
@@ -345,7 +341,7 @@ async def test_forgotten_scripts_are_sent_again(store: RedisStore, key: str, adm
     assert (await store.load(key)).head.position == 20
 
 
-async def test_full_memory_is_unavailable_and_says_so(own: ValkeyServer, key: str) -> None:
+async def test_full_memory_is_named_as_unavailable(own: ValkeyServer, key: str) -> None:
     """A store that cannot be written to is trouble for `ping` too, and nothing is half written (P9)."""
     async with RedisStore(own.url) as store:
         await store.create(key, {}, lifetime=LONG)
@@ -380,7 +376,7 @@ async def test_full_memory_is_unavailable_and_says_so(own: ValkeyServer, key: st
         (("--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru"), "maxmemory-policy is allkeys-lru"),
     ],
 )
-async def test_server_that_would_lose_sessions_is_warned_of(
+async def test_session_losing_server_is_warned_of(
     options: tuple[str, ...], warned: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Once, with what to change; it is no reason not to work."""
@@ -394,7 +390,7 @@ async def test_server_that_would_lose_sessions_is_warned_of(
     assert all(re.search(warned or "", warning) for warning in warnings)
 
 
-async def test_user_who_may_not_ask_is_served_all_the_same(own: ValkeyServer, caplog: pytest.LogCaptureFixture) -> None:
+async def test_user_without_info_is_served(own: ValkeyServer, caplog: pytest.LogCaptureFixture) -> None:
     """Neither INFO nor CONFIG has to be permitted."""
     with administrator(own) as admin:
         admin.acl_setuser(
@@ -410,7 +406,7 @@ async def test_user_who_may_not_ask_is_served_all_the_same(own: ValkeyServer, ca
 # ---- a bad network
 
 
-async def test_black_hole_is_unavailable_within_the_deadline_and_heals(proxy: FaultProxy, key: str) -> None:
+async def test_black_hole_is_unavailable_until_healed(proxy: FaultProxy, key: str) -> None:
     """A store that does not answer is unavailable, in time; recovery needs no restart, for watches either (P9)."""
     async with RedisStore(proxy.url, prefix=key, timeout=0.4, connect_timeout=0.4, heartbeat=0.2) as store:
         hints: Hints = asyncio.Queue()
@@ -428,7 +424,7 @@ async def test_black_hole_is_unavailable_within_the_deadline_and_heals(proxy: Fa
         await heard_none(hints)
 
 
-async def test_subscription_that_is_silently_dead_is_replaced(server: ValkeyServer, own: ValkeyServer) -> None:
+async def test_silently_dead_subscription_is_replaced(server: ValkeyServer, own: ValkeyServer) -> None:
     """A server that answers here, but is not the one that others publish at, is found out (P9)."""
     elsewhere = Connection(Address.parse(own.url))
     subscriber = Subscriber[bytes](
@@ -486,7 +482,7 @@ async def test_healthy_subscription_is_left_alone(
     assert caplog.text == ""
 
 
-async def test_cancelled_call_does_not_disturb_its_neighbours(store: RedisStore, key: str) -> None:
+async def test_cancelled_call_disturbs_no_neighbours(store: RedisStore, key: str) -> None:
     """A cancelled call has an unknown outcome and must not disturb any other call."""
     keys = [f"{key}{n}" for n in range(30)]
     await asyncio.gather(*(store.create(one, {"is": one.encode()}, lifetime=LONG) for one in keys))
@@ -501,7 +497,7 @@ async def test_cancelled_call_does_not_disturb_its_neighbours(store: RedisStore,
         assert answer.fields == {"is": one.encode()}
 
 
-async def test_append_whose_reply_was_lost_is_written_once(proxy: FaultProxy, key: str) -> None:
+async def test_append_with_lost_reply_lands_once(proxy: FaultProxy, key: str) -> None:
     """Repeating an append with the same writer and sequence tells its outcome, and writes nothing twice."""
     async with RedisStore(proxy.url, prefix=key, timeout=PATIENT) as store:
         await store.create(key, {}, lifetime=LONG)
@@ -528,7 +524,7 @@ async def test_full_queue_is_unavailable_at_once(proxy: FaultProxy, key: str) ->
         await asyncio.gather(*waiting)
 
 
-async def test_unreachable_store_can_be_entered_and_left(key: str) -> None:
+async def test_unreachable_store_opens_and_closes(key: str) -> None:
     """Entering does not fail when the store cannot be reached: the first calls do (P9)."""
     async with FaultProxy("redis://127.0.0.1:1") as proxy, RedisStore(proxy.url, heartbeat=0.1) as store:
         await proxy.cut()
@@ -583,7 +579,7 @@ async def test_replica_that_lags_ends_nothing(server: ValkeyServer, own: ValkeyS
             assert await primary.read("old", Cursor(2)) == [last]
 
 
-async def test_lease_that_gets_no_answer_fails_within_seconds(proxy: FaultProxy, key: str) -> None:
+async def test_unanswered_lease_fails_within_seconds(proxy: FaultProxy, key: str) -> None:
     """A node has to find out in time that it cannot renew."""
     async with RedisStore(proxy.url, prefix=key) as store:
         lease = store.lease("n")
@@ -603,7 +599,7 @@ async def test_lease_that_gets_no_answer_fails_within_seconds(proxy: FaultProxy,
 # ---- wakes
 
 
-async def test_small_append_is_announced_whole_and_a_large_one_by_a_hint(store: RedisStore, key: str) -> None:
+async def test_only_small_appends_carry_events(store: RedisStore, key: str) -> None:
     """A wake with events has them complete and byte for byte; one without says: read."""
     hints: Hints = asyncio.Queue()
     await store.create(key, {}, lifetime=LONG)
@@ -636,9 +632,7 @@ async def test_message_of_another_version_means_read(store: RedisStore, prefix: 
         assert await heard(hints) is None
 
 
-async def test_wake_that_raises_does_not_silence_the_others(
-    store: RedisStore, key: str, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_raising_wake_silences_no_other(store: RedisStore, key: str, caplog: pytest.LogCaptureFixture) -> None:
     """Several watches of one log in one process are independent."""
     hints: Hints = asyncio.Queue()
 
@@ -657,9 +651,7 @@ async def test_wake_that_raises_does_not_silence_the_others(
 # ---- logging in
 
 
-async def test_password_opens_the_store_and_a_wrong_one_is_not_repeated(
-    own: ValkeyServer, key: str, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_wrong_password_is_never_repeated(own: ValkeyServer, key: str, caplog: pytest.LogCaptureFixture) -> None:
     """No credential appears in an error, a URL, a repr or a log (P13)."""
     caplog.set_level(logging.DEBUG)
     with administrator(own) as admin:
@@ -704,7 +696,7 @@ async def test_unix_socket_serves_as_well(key: str) -> None:
             await asyncio.to_thread(lease.close, release=True)
 
 
-async def test_tls_is_used_and_the_certificate_checked(server: ValkeyServer, tmp_path: Path, key: str) -> None:
+async def test_tls_checks_the_servers_certificate(server: ValkeyServer, tmp_path: Path, key: str) -> None:
     """`rediss://` encrypts, for the lease too, and refuses a server whose certificate nobody vouches for."""
     certificate = self_signed(tmp_path)
     async with tls_in_front_of(server, certificate) as port:
@@ -747,7 +739,7 @@ async def test_tls_is_used_and_the_certificate_checked(server: ValkeyServer, tmp
         ("unix:///run/valkey.sock?username=me&password=pw", "unix:///run/valkey.sock", ("me", "pw")),
     ],
 )
-def test_url_names_a_place_and_hides_the_login(url: str, shown: str, login: tuple[str, str]) -> None:
+def test_url_hides_the_login(url: str, shown: str, login: tuple[str, str]) -> None:
     """`url` is fit for logs; so is the repr (P13)."""
     deployment = Deployment.parse(url)
     address = deployment.address
@@ -788,7 +780,7 @@ def test_url_names_a_place_and_hides_the_login(url: str, shown: str, login: tupl
         ("unix://", "socket's path"),
     ],
 )
-def test_malformed_url_says_what_to_change_and_not_what_it_holds(url: str, advice: str) -> None:
+def test_malformed_url_is_explained_unquoted(url: str, advice: str) -> None:
     """An argument that cannot work is refused before anything starts; a password in it is not repeated (P13)."""
     with pytest.raises(ConfigurationError, match=advice) as refused:
         RedisStore(url)
@@ -803,7 +795,7 @@ def test_impossible_prefix_is_refused(prefix: str) -> None:
         RedisStore("redis://", prefix=prefix)
 
 
-def test_missing_package_says_how_to_install_it() -> None:
+def test_missing_package_names_the_command() -> None:
     """The message names the command."""
     code = "import sys; sys.modules['hiredis'] = None; import nonstick.stores.redis.store"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=False)
@@ -812,7 +804,7 @@ def test_missing_package_says_how_to_install_it() -> None:
     assert "pip install 'nonstick[redis]'" in done.stderr
 
 
-def test_scripts_write_with_commands_of_redis_6_2_only() -> None:
+def test_scripts_use_redis_6_2_commands() -> None:
     """The oldest server that is supported has no PEXPIRETIME, no EXPIRE … GT and no functions."""
     folder = Path(sys.modules["nonstick.stores.redis.store"].__file__ or "").parent / "lua"
     sources = [path.read_text() for path in sorted(folder.glob("*.lua"))]

@@ -47,9 +47,7 @@ async def said(**info: object) -> dict[str, Finding]:
     return by_subject(await check_server(call))
 
 
-async def test_healthy_server_has_nothing_to_complain_of_and_is_left_as_it_was(
-    server: ValkeyServer, admin: Any
-) -> None:
+async def test_healthy_server_is_left_unchanged(server: ValkeyServer, admin: Any) -> None:
     """`Examinable.examine`: every finding is ok, and nothing stays behind."""
     store = RedisStore(server.url)
     assert isinstance(store, Examinable)
@@ -59,9 +57,7 @@ async def test_healthy_server_has_nothing_to_complain_of_and_is_left_as_it_was(
     assert [key for key in await admin.keys("*") if key != b"nonstick:ping"] == []
 
 
-async def test_missing_permissions_are_named_with_the_command_that_grants_them(
-    server: ValkeyServer, admin: Any
-) -> None:
+async def test_missing_permissions_come_with_commands(server: ValkeyServer, admin: Any) -> None:
     """A user of the prefix only, without XADD and INFO: the rest of what there is to know is still told."""
     await admin.execute_command(
         *["ACL", "SETUSER", "limited", "on", ">hunter2", "~mine:*", "&mine:*", "+@all", "-xadd", "-info"],
@@ -77,7 +73,7 @@ async def test_missing_permissions_are_named_with_the_command_that_grants_them(
     assert "HSET" in others["permissions"].text
 
 
-async def test_user_who_may_use_the_channels_alone_is_told_of(server: ValkeyServer, admin: Any) -> None:
+async def test_users_of_channels_alone_are_named(server: ValkeyServer, admin: Any) -> None:
     """P14: it reads what is announced, or announces; who has the sessions as well gains nothing by that."""
     users = {
         "listener": ["on", ">a", "resetkeys", "&*", "-@all", "+subscribe"],
@@ -103,9 +99,7 @@ async def test_user_who_may_use_the_channels_alone_is_told_of(server: ValkeyServ
     assert "has no password" in channels.text
 
 
-async def test_user_who_may_not_ask_for_the_rules_is_told_that_they_are_not_known(
-    server: ValkeyServer, admin: Any
-) -> None:
+async def test_unreadable_rules_are_reported_unknown(server: ValkeyServer, admin: Any) -> None:
     """Nothing is said to be well that was not looked at."""
     await admin.execute_command(*["ACL", "SETUSER", "plain", "on", ">hunter2", "~mine:*", "&mine:*", "+@all", "-acl"])
     try:
@@ -116,7 +110,7 @@ async def test_user_who_may_not_ask_for_the_rules_is_told_that_they_are_not_know
         await admin.execute_command("ACL", "DELUSER", "plain")
 
 
-async def test_wrong_password_is_unavailable_and_not_repeated(server: ValkeyServer) -> None:
+async def test_wrong_password_is_reported_unrepeated(server: ValkeyServer) -> None:
     """`Examinable.examine`: StoreUnavailable if it lets nobody in; the message holds no credentials (P13)."""
     with pytest.raises(StoreUnavailable) as refused:
         await RedisStore(server.url.replace("redis://", "redis://nobody:hunter2@")).examine()
@@ -124,7 +118,7 @@ async def test_wrong_password_is_unavailable_and_not_repeated(server: ValkeyServ
     assert "hunter2" not in str(refused.value)
 
 
-async def test_evicting_server_is_an_error_once_it_has_a_limit(server: ValkeyServer, admin: Any) -> None:
+async def test_evicting_server_with_limit_is_error(server: ValkeyServer, admin: Any) -> None:
     """Any policy but noeviction drops one key of a session and not the rest."""
     try:
         await admin.config_set("maxmemory-policy", "volatile-lru")
@@ -163,14 +157,14 @@ async def test_replica_is_refused(server: ValkeyServer) -> None:
         ({"aof_enabled": 1, "aof_last_write_status": "err"}, "persistence", "error"),
     ],
 )
-async def test_what_a_server_says_of_itself_is_judged(info: dict[str, object], subject: str, level: str) -> None:
+async def test_servers_facts_are_judged(info: dict[str, object], subject: str, level: str) -> None:
     """Each finding that is not ok says what to do."""
     finding = (await said(**info))[subject]
     assert finding.level == level
     assert bool(finding.advice) == (level != "ok")
 
 
-def test_every_command_of_the_scripts_is_asked_for() -> None:
+def test_every_scripts_command_is_checked() -> None:
     """A permission that a script needs must not be found out by a client."""
     folder = resources.files("nonstick.stores.redis") / "lua"
     scripts = [entry.read_text() for entry in folder.iterdir() if entry.name.endswith(".lua")]
@@ -179,7 +173,7 @@ def test_every_command_of_the_scripts_is_asked_for() -> None:
     assert used <= {str(command[0]) for command in HARMLESS}
 
 
-def test_clock_is_judged_by_what_one_round_trip_can_know() -> None:
+def test_clock_is_judged_within_round_trip() -> None:
     """A slow answer makes the comparison less exact, not the clock wrong."""
     now = 1_700_000_000.0
     assert clock_finding(now + 0.5, now, now + 1).level == "ok"
@@ -187,7 +181,7 @@ def test_clock_is_judged_by_what_one_round_trip_can_know() -> None:
     assert clock_finding(now + 7, now, now + 20).level == "ok"
 
 
-async def test_examining_needs_no_open_store_and_none_is_opened(server: ValkeyServer) -> None:
+async def test_examining_opens_no_store(server: ValkeyServer) -> None:
     """`Examinable.examine`: whether or not the store is entered."""
     store = RedisStore(server.url, prefix=f"t{secrets.token_hex(4)}")
     await store.examine()

@@ -70,7 +70,7 @@ async def test_every_caller_gets_its_own_reply(server: ValkeyServer) -> None:
         assert await asyncio.gather(*(connection.call("ECHO", word) for word in words)) == words
 
 
-async def test_cancelled_caller_does_not_disturb_its_neighbours(server: ValkeyServer) -> None:
+async def test_cancelled_caller_disturbs_no_neighbours(server: ValkeyServer) -> None:
     """A cancelled call must not disturb any other call: its reply is dropped, whenever it comes."""
     async with connected(server.url) as connection:
         for turns in range(6):
@@ -85,7 +85,7 @@ async def test_cancelled_caller_does_not_disturb_its_neighbours(server: ValkeySe
         assert await connection.call("ECHO", "last") == b"last"
 
 
-async def test_late_reply_is_dropped_and_the_connection_kept(proxy: FaultProxy) -> None:
+async def test_late_reply_is_dropped(proxy: FaultProxy) -> None:
     """A call past its deadline fails alone; the reply that comes later is not taken for another's."""
     async with connected(proxy.url) as connection:
         await connection.call("PING")
@@ -99,7 +99,7 @@ async def test_late_reply_is_dropped_and_the_connection_kept(proxy: FaultProxy) 
         assert proxy.connections == 1
 
 
-async def test_black_hole_fails_within_the_deadline_and_heals(proxy: FaultProxy) -> None:
+async def test_black_hole_fails_within_deadline(proxy: FaultProxy) -> None:
     """A connection on which nothing arrives is torn down, so that the next call opens another (P9)."""
     async with connected(proxy.url, timeout=0.3, connect_timeout=0.3) as connection:
         await connection.call("PING")
@@ -137,7 +137,7 @@ async def test_connection_that_falls_silent_is_replaced() -> None:
     assert opened == 2
 
 
-async def test_lost_reply_is_an_error_and_the_command_not_sent_again(proxy: FaultProxy, server: ValkeyServer) -> None:
+async def test_lost_reply_repeats_no_command(proxy: FaultProxy, server: ValkeyServer) -> None:
     """A command is written at most once: whether to repeat it is the caller's decision."""
     async with connected(proxy.url) as connection, connected(server.url) as direct:
         await connection.call("PING")
@@ -148,7 +148,7 @@ async def test_lost_reply_is_an_error_and_the_command_not_sent_again(proxy: Faul
         assert await direct.call("GET", "lost-reply") == b"1"
 
 
-async def test_command_given_up_before_it_was_written_is_never_sent(proxy: FaultProxy, server: ValkeyServer) -> None:
+async def test_abandoned_unwritten_command_is_never_sent(proxy: FaultProxy, server: ValkeyServer) -> None:
     """What nobody waits for any more when the connection comes about is left unsent."""
     async with connected(proxy.url) as connection:
         proxy.black_hole()
@@ -158,7 +158,7 @@ async def test_command_given_up_before_it_was_written_is_never_sent(proxy: Fault
         assert await connection.call("GET", "unsent") is None
 
 
-async def test_call_made_during_a_failing_attempt_gets_one_of_its_own(proxy: FaultProxy) -> None:
+async def test_late_call_gets_its_own_attempt(proxy: FaultProxy) -> None:
     """A fault that was over when a call was made is no reason to fail it (P9)."""
     async with connected(proxy.url, connect_timeout=0.5) as connection:
         proxy.black_hole()
@@ -172,7 +172,7 @@ async def test_call_made_during_a_failing_attempt_gets_one_of_its_own(proxy: Fau
         assert await second == b"second"
 
 
-async def test_refused_connection_fails_at_once_and_heals(proxy: FaultProxy) -> None:
+async def test_refused_connection_fails_at_once(proxy: FaultProxy) -> None:
     """Recovery needs no restart (P9)."""
     async with connected(proxy.url) as connection:
         await connection.call("PING")
@@ -184,7 +184,7 @@ async def test_refused_connection_fails_at_once_and_heals(proxy: FaultProxy) -> 
         assert await connection.call("PING") == b"PONG"
 
 
-async def test_too_many_waiting_calls_fail_at_once(proxy: FaultProxy) -> None:
+async def test_too_many_calls_fail_at_once(proxy: FaultProxy) -> None:
     """What waits is bounded (P10), those that gave up included: the server still has to answer them."""
     async with connected(proxy.url, max_waiting=5) as connection:
         await connection.call("PING")
@@ -199,7 +199,7 @@ async def test_too_many_waiting_calls_fail_at_once(proxy: FaultProxy) -> None:
         assert await connection.call("PING") == b"PONG"
 
 
-async def test_too_many_waiting_bytes_fail_at_once(proxy: FaultProxy) -> None:
+async def test_too_many_bytes_fail_at_once(proxy: FaultProxy) -> None:
     """What waits is bounded by bytes too (P10)."""
     async with connected(proxy.url, max_bytes=3000) as connection:
         await connection.call("PING")
@@ -213,7 +213,7 @@ async def test_too_many_waiting_bytes_fail_at_once(proxy: FaultProxy) -> None:
         assert await connection.call("ECHO", bytes(2000)) == bytes(2000)
 
 
-async def test_close_fails_what_waits_and_leaves_nothing_running(proxy: FaultProxy) -> None:
+async def test_close_fails_waiting_calls(proxy: FaultProxy) -> None:
     """No task, socket or timer is left, whether connected or still connecting."""
     for wait_for_connection in (True, False):
         async with connected(proxy.url) as connection:
@@ -231,7 +231,7 @@ async def test_close_fails_what_waits_and_leaves_nothing_running(proxy: FaultPro
         await eventually(lambda: nobody_is_connected(proxy))
 
 
-async def test_peer_that_speaks_something_else_is_unavailable() -> None:
+async def test_foreign_protocol_is_unavailable() -> None:
     """An answer that is not the protocol's is an error at once, not a wait."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -255,7 +255,7 @@ async def test_impossible_host_name_is_unavailable() -> None:
                 await connection.call("PING")
 
 
-async def test_commands_of_one_turn_are_written_together(server: ValkeyServer) -> None:
+async def test_one_turns_commands_share_a_write(server: ValkeyServer) -> None:
     """One system call for all that is asked in the same turn of the event loop."""
     received: list[bytes] = []
 
@@ -307,7 +307,7 @@ def test_error_reply_says_what_to_do(reply: str, advice: str) -> None:
     ("reply", "host"),
     [("MOVED 1 10.0.0.1:6381", "10.0.0.1"), ("ASK 1 ::1:6381", "::1"), ("MOVED 1 :6381", ""), ("ASK 1 ?:6381", "")],
 )
-def test_redirection_names_a_host_or_means_the_one_that_answered(reply: str, host: str) -> None:
+def test_redirection_may_lack_its_host(reply: str, host: str) -> None:
     """ "?" is what a server says that was told to give host names, and has none."""
     error = refusal(reply)
     assert isinstance(error, Redirected)
@@ -321,7 +321,7 @@ def test_error_reply_does_not_quote_arguments() -> None:
     assert "EVALSHA" in str(error)
 
 
-def test_unknown_script_has_an_error_of_its_own() -> None:
+def test_unknown_script_has_own_error() -> None:
     """It has certainly not run, so its source can be sent."""
     assert isinstance(refusal("NOSCRIPT No matching script."), ScriptMissing)
 

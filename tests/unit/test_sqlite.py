@@ -132,7 +132,7 @@ PRIVATE = {"sessions.db": "0o600", "sessions.db-shm": "0o600", "sessions.db-wal"
 
 
 @pytest.mark.usefixtures("open_umask")
-async def test_file_and_its_companions_are_for_this_user_only(path: Path) -> None:
+async def test_files_are_for_this_user_only(path: Path) -> None:
     """P13: whatever the umask is, no other user of the machine reads what clients sent."""
     async with SQLiteStore(path) as store:
         await store.create("key", {"x": b"1"}, lifetime=60)
@@ -141,7 +141,7 @@ async def test_file_and_its_companions_are_for_this_user_only(path: Path) -> Non
 
 
 @pytest.mark.usefixtures("open_umask")
-async def test_file_that_others_could_read_is_closed_to_them(path: Path) -> None:
+async def test_readable_file_is_closed_to_others(path: Path) -> None:
     """P13: one that an earlier release made, and its companions that a process of that has open."""
     async with SQLiteStore(path) as store:
         await store.create("key", {"x": b"1"}, lifetime=60)
@@ -152,7 +152,7 @@ async def test_file_that_others_could_read_is_closed_to_them(path: Path) -> None
             assert modes(path) == PRIVATE
 
 
-async def test_mode_of_a_file_of_another_application_is_left_alone(path: Path) -> None:
+async def test_foreign_files_mode_is_kept(path: Path) -> None:
     with connected(path) as db:
         db.execute("CREATE TABLE theirs (x)")
     path.chmod(0o644)  # noqa: ASYNC240
@@ -213,7 +213,7 @@ def proceed(process: asyncio.subprocess.Process) -> None:
     process.stdin.write(b"\n")
 
 
-async def test_processes_that_start_and_append_at_once_leave_positions_without_gaps(path: Path) -> None:
+async def test_racing_processes_leave_no_gaps(path: Path) -> None:
     """Four create the schema and the session at the same time, then append to one log (P1, P3)."""
     count, names = 50, ("a", "b", "c", "d")
     async with contextlib.AsyncExitStack() as stack:
@@ -231,7 +231,7 @@ async def test_processes_that_start_and_append_at_once_leave_positions_without_g
     assert {name: [each.position for each in events if each.data == name.encode()] for name in names} == firsts
 
 
-async def test_acknowledged_events_survive_a_kill_of_their_process(path: Path) -> None:
+async def test_acknowledged_events_survive_a_kill(path: Path) -> None:
     """What was acknowledged may be on a client's screen (P3)."""
     async with appender(path, "victim", 3) as process:
         assert await line(process) == "ready"
@@ -262,7 +262,7 @@ async def test_same_store_can_be_entered_again(path: Path) -> None:
         await store.load("key")
 
 
-async def test_store_that_is_not_entered_opens_nothing(path: Path) -> None:
+async def test_unentered_store_opens_nothing(path: Path) -> None:
     """It may be made before a fork: an SQLite connection must not be carried across one."""
     store = SQLiteStore(path)
     store.lease("node").close(release=True)
@@ -272,7 +272,7 @@ async def test_store_that_is_not_entered_opens_nothing(path: Path) -> None:
 # ---- locks
 
 
-async def test_locked_file_delays_a_write_but_not_the_loop_nor_a_read(store: SQLiteStore, path: Path) -> None:
+async def test_locked_file_delays_writes_only(store: SQLiteStore, path: Path) -> None:
     """A lock that another process holds must not stop this one (P9)."""
     await store.create("key", {}, lifetime=600)
     with locked(path) as holder:
@@ -285,9 +285,7 @@ async def test_locked_file_delays_a_write_but_not_the_loop_nor_a_read(store: SQL
         assert (await append).first == 1
 
 
-async def test_file_that_stays_locked_is_unavailable_and_the_repeat_is_written_once(
-    store: SQLiteStore, path: Path
-) -> None:
+async def test_repeat_after_lock_is_written_once(store: SQLiteStore, path: Path) -> None:
     """The wait is bounded, and a repeat of the same append learns the outcome (P9)."""
     await store.create("key", {}, lifetime=600)
     batch = Batch([Draft(TAG, b"data")], writer="w", sequence=1)
@@ -300,7 +298,7 @@ async def test_file_that_stays_locked_is_unavailable_and_the_repeat_is_written_o
     assert len(await store.read("key", Cursor(0))) == 1
 
 
-async def test_time_of_a_write_is_when_it_got_the_lock(path: Path) -> None:
+async def test_write_has_its_locks_time(path: Path) -> None:
     """A session that expires while a write waits is gone when the write's turn comes."""
     held: set[bool] = set()
     here = threading.get_ident()
@@ -344,7 +342,7 @@ async def test_cancelled_waiter_disturbs_no_other(store: SQLiteStore, path: Path
     assert (await store.read("key", Cursor(0)))[-1] == Event(appended.first, TAG, 0, b"second")
 
 
-async def test_write_that_had_to_wait_wakes_its_own_watchers(store: SQLiteStore, path: Path) -> None:
+async def test_delayed_write_wakes_own_watchers(store: SQLiteStore, path: Path) -> None:
     """It was written by another thread's connection; the watchers hear of it all the same."""
     await store.create("key", {}, lifetime=600)
     seen = await watched(store, "key")
@@ -356,7 +354,7 @@ async def test_write_that_had_to_wait_wakes_its_own_watchers(store: SQLiteStore,
     await eventually(lambda: seen[:1] == [Event(1, TAG, 0, b"data")])
 
 
-async def test_lease_waits_for_a_lock_in_its_own_thread(store: SQLiteStore, path: Path) -> None:
+async def test_lease_waits_in_its_own_thread(store: SQLiteStore, path: Path) -> None:
     """`Lease.renew` blocks its thread, not the loop."""
     lease = store.lease("node")
     with locked(path) as holder:
@@ -394,7 +392,7 @@ MOUNTS = """\
         ("/ntfs/sessions.db", None),
     ],
 )
-def test_network_file_system_is_told_by_the_innermost_last_mount(path: str, kind: str | None) -> None:
+def test_innermost_mount_tells_network_file_system(path: str, kind: str | None) -> None:
     assert network_filesystem(Path(path), MOUNTS) == kind
 
 
@@ -420,7 +418,7 @@ async def test_newer_schema_is_refused(path: Path) -> None:
             pass
 
 
-async def test_file_of_another_application_is_refused_and_left_alone(path: Path) -> None:
+async def test_foreign_file_is_refused_unchanged(path: Path) -> None:
     with connected(path) as db:
         db.execute("CREATE TABLE theirs (x)")
     before = content(path)
@@ -431,7 +429,7 @@ async def test_file_of_another_application_is_refused_and_left_alone(path: Path)
 
 
 @pytest.mark.parametrize("path", ["", ":memory:", "file:x?mode=memory"])
-def test_path_that_is_no_file_is_refused(path: str) -> None:
+def test_path_without_file_is_refused(path: str) -> None:
     with pytest.raises(ConfigurationError, match="memory:"):
         SQLiteStore(path)
 
@@ -449,7 +447,7 @@ async def test_damaged_file_is_unavailable_and_logged(damaged: Path, caplog: pyt
     assert any(record.levelno == logging.ERROR and "damaged" in record.message for record in caplog.records)
 
 
-async def test_missing_directory_is_named_until_it_appears(tmp_path: Path) -> None:
+async def test_missing_directory_is_named(tmp_path: Path) -> None:
     """Entering does not fail, the calls do, and recovery needs no restart (P9)."""
     path = tmp_path / "later" / "sessions.db"
     async with SQLiteStore(path) as store:
@@ -460,7 +458,7 @@ async def test_missing_directory_is_named_until_it_appears(tmp_path: Path) -> No
         await store.create("key", {}, lifetime=600)
 
 
-async def test_watch_that_began_in_trouble_is_told_to_read_once_it_is_in_force(tmp_path: Path) -> None:
+async def test_watch_begun_in_trouble_reads_later(tmp_path: Path) -> None:
     """`wake(None)` comes after every interruption, so that no window remains (P3)."""
     path = tmp_path / "later" / "sessions.db"
     async with SQLiteStore(path) as store:
@@ -502,7 +500,7 @@ async def test_expired_session_leaves_no_rows(store: SQLiteStore, path: Path, cl
     lease.close(release=False)
 
 
-async def test_deleted_session_leaves_no_rows_though_its_log_was_long(
+async def test_long_deleted_session_leaves_no_rows(
     store: SQLiteStore, path: Path, clock: Clock, keeper: Keeper
 ) -> None:
     """It ends at once, and is removed in small transactions, so that nobody waits for long (P6, P10)."""
@@ -516,7 +514,7 @@ async def test_deleted_session_leaves_no_rows_though_its_log_was_long(
     assert set(rows(path)) == {"ended"}
 
 
-async def test_new_session_sees_nothing_of_one_that_had_its_key(store: SQLiteStore) -> None:
+async def test_session_under_old_key_is_clean(store: SQLiteStore) -> None:
     """Also while the old one's rows are still there."""
     await fill(store, "key", lifetime=600)
     await store.append("key", Batch([Draft(TAG, b"x")] * 1000))
@@ -526,7 +524,7 @@ async def test_new_session_sees_nothing_of_one_that_had_its_key(store: SQLiteSto
     assert await store.read("key", Cursor(0)) == []
 
 
-async def test_creates_alone_keep_expired_sessions_from_piling_up(store: SQLiteStore, path: Path, clock: Clock) -> None:
+async def test_creates_remove_expired_sessions(store: SQLiteStore, path: Path, clock: Clock) -> None:
     """Also where no keeper comes around."""
     for n in range(30):
         await store.create(f"key{n}", {"name": b"value"}, lifetime=1)
@@ -535,7 +533,7 @@ async def test_creates_alone_keep_expired_sessions_from_piling_up(store: SQLiteS
     assert rows(path)["field"] <= 3
 
 
-async def test_group_full_of_expired_sessions_has_room(store: SQLiteStore, clock: Clock) -> None:
+async def test_expired_sessions_leave_group_room(store: SQLiteStore, clock: Clock) -> None:
     """Limits count live sessions, however many expired ones are still in the file (P10)."""
     for n in range(120):
         await store.create(f"key{n}", {}, lifetime=10, limits={"group": 120})
@@ -556,7 +554,7 @@ async def outgrow(store: SQLiteStore) -> None:
         await store.append("key", event(b"x" * 250_000))
 
 
-async def test_write_ahead_log_is_emptied_when_it_is_large(store: SQLiteStore, path: Path, keeper: Keeper) -> None:
+async def test_large_write_ahead_log_is_emptied(store: SQLiteStore, path: Path, keeper: Keeper) -> None:
     """Nobody checkpoints inside an append, so somebody must elsewhere (P10)."""
     await store.create("key", {}, lifetime=600)
     await outgrow(store)
@@ -598,16 +596,14 @@ async def test_one_process_at_a_time_checkpoints(store: SQLiteStore, path: Path,
         ((3, 53, 0), False),
     ],
 )
-def test_versions_with_the_wal_reset_bug_are_known(version: tuple[int, ...], races: bool) -> None:
+def test_wal_reset_bug_versions_are_known(version: tuple[int, ...], races: bool) -> None:
     assert checkpoints_race(version) == races
 
 
 # ---- the clock
 
 
-async def test_reboot_neither_ends_sessions_nor_makes_them_immortal(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_sessions_live_on_after_reboot(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine's clock begins anew with each boot; the store's goes on."""
     now = {"boot": 500_000.0, "wall": 1_700_000_000.0}
     monkeypatch.setattr(time, "time", lambda: now["wall"])
@@ -634,7 +630,7 @@ async def test_reboot_neither_ends_sessions_nor_makes_them_immortal(
             await store.read("key", Cursor(0))
 
 
-async def test_wall_clock_that_is_set_does_not_expire_sessions(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_set_wall_clock_expires_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever opens the file after the wall clock was set keeps the same time as those who had it open."""
     async with SQLiteStore(path) as before:
         await before.create("key", {}, lifetime=100)
@@ -661,9 +657,7 @@ async def watched(store: SQLiteStore, key: str) -> list[Event]:
     return seen
 
 
-async def test_append_after_the_newest_rows_were_removed_is_noticed(
-    store: SQLiteStore, path: Path, clock: Clock
-) -> None:
+async def test_append_after_removed_rows_is_noticed(store: SQLiteStore, path: Path, clock: Clock) -> None:
     """Watchers look for rows with higher ids than they saw: an id must not be given out again (P3)."""
     await store.create("key", {}, lifetime=600)
     async with SQLiteStore(path, clock=clock) as other:
@@ -680,9 +674,7 @@ async def test_append_after_the_newest_rows_were_removed_is_noticed(
         assert wakes[2] is None
 
 
-async def test_many_appends_are_announced_in_order_among_those_to_other_logs(
-    store: SQLiteStore, path: Path, clock: Clock
-) -> None:
+async def test_many_appends_are_announced_in_order(store: SQLiteStore, path: Path, clock: Clock) -> None:
     """More than one look takes at once (P3)."""
     for key in ("key", "other"):
         await store.create(key, {}, lifetime=600)
@@ -724,7 +716,7 @@ async def test_polling_ends_with_the_last_watch(store: SQLiteStore) -> None:
     await eventually(lambda: len(wakes) > before)
 
 
-async def test_feed_looks_less_often_while_nothing_comes(path: Path) -> None:
+async def test_quiet_feed_looks_less_often(path: Path) -> None:
     """A node that idles shall not cost more than it must."""
     async with SQLiteStore(path) as here, SQLiteStore(path) as there:
         await here.create("k", {}, lifetime=60.0)
@@ -751,9 +743,7 @@ def remove(path: Path) -> None:
 
 
 @unhurried("grace", 1.0, 4.0, 16.0)
-async def test_process_whose_file_was_removed_does_not_say_that_a_session_is_gone(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, grace: float
-) -> None:
+async def test_removed_file_never_says_gone(tmp_path: Path, caplog: pytest.LogCaptureFixture, grace: float) -> None:
     """P15: another process has made the file anew, and has the session. In the end both have the same file."""
     path = tmp_path / f"after {grace:g} seconds.db"
     caplog.clear()
@@ -802,7 +792,7 @@ async def test_process_whose_file_was_removed_does_not_say_that_a_session_is_gon
     assert "stop every node" in told[0]
 
 
-async def test_process_notices_by_itself_that_its_file_was_replaced(tmp_path: Path) -> None:
+async def test_replaced_file_is_noticed_unasked(tmp_path: Path) -> None:
     """P15: also one that is never asked for what is not there: it would serve for ever what nobody else sees."""
     path = tmp_path / "sessions.db"
     async with SQLiteStore(path, empty_grace=0.1) as old:

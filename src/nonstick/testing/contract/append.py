@@ -33,7 +33,7 @@ class AppendContract(ContractFixtures):
         assert texts(events) == [b"1", b"2", b"3", b"4", b"5"]
         assert {event.stream for event in events} == {STANDALONE}
 
-    async def test_event_keeps_its_bytes_and_its_tag(self, a: Store, b: Store, log: str) -> None:
+    async def test_event_keeps_bytes_and_tag(self, a: Store, b: Store, log: str) -> None:
         """`Event` is what its `Draft` was, byte by byte."""
         written = drafts(b"", b"\0", b"\r\n\r\n", bytes(range(256)), b"\xff" * 300, "\N{SNOWMAN}".encode())
         written += [written[0]._replace(tag=tag) for tag in (bytes(8), b"\xff" * 8, b"\r\n\0\x80'\"\\{")]
@@ -49,7 +49,7 @@ class AppendContract(ContractFixtures):
         assert (answer.size, answer.count) == (MIB + 11, 3)
         assert texts(await read_all(b, log)) == [b"before", large, b"after"]
 
-    async def test_load_returns_the_last_entry_as_the_head(self, a: Store, b: Store, log: str) -> None:
+    async def test_load_answers_the_last_entry(self, a: Store, b: Store, log: str) -> None:
         """`Loaded.head`: cursor of the log's last entry."""
         for batch in (drafts(b"1"), drafts(b"2", b"3")):
             answer = await a.append(log, Batch(batch))
@@ -57,7 +57,7 @@ class AppendContract(ContractFixtures):
 
     # ---- the pending set
 
-    async def test_expected_answer_is_pending_until_it_is_settled(self, a: Store, b: Store, log: str) -> None:
+    async def test_expected_answer_is_pending_until_settled(self, a: Store, b: Store, log: str) -> None:
         """`Batch.expect`, `answers`, `settle`: in the pending set, still there, taken out (P4)."""
         await a.append(log, Batch(drafts(b"ask"), expect=["q1", "q2"]))
         await b.append(log, Batch(drafts(b"progress"), answers="q1"))
@@ -78,7 +78,7 @@ class AppendContract(ContractFixtures):
         ):
             await assert_refused(b, log, NotPending, batch)
 
-    async def test_repeated_reply_is_a_duplicate_although_it_is_settled(self, a: Store, b: Store, log: str) -> None:
+    async def test_repeated_settled_reply_is_a_duplicate(self, a: Store, b: Store, log: str) -> None:
         """The duplicate check comes first, whatever has happened to the pending set since (P4)."""
         await a.append(log, Batch(drafts(b"ask"), expect=["q"]))
         reply = Batch(drafts(b"reply"), writer="w", sequence=1, settle="q")
@@ -97,7 +97,7 @@ class AppendContract(ContractFixtures):
 
     # ---- cancels and fields
 
-    async def test_cancel_is_left_in_the_record_and_taken_out(self, a: Store, b: Store, log: str) -> None:
+    async def test_record_keeps_a_cancel_until_uncancelled(self, a: Store, b: Store, log: str) -> None:
         """`Batch.cancel` leaves a request key in the record, `uncancel` takes it out (P5)."""
         await a.append(log, Batch(drafts(b"x"), cancel="r1"))
         await a.append(log, Batch(drafts(b"x"), cancel="r2"))
@@ -113,7 +113,7 @@ class AppendContract(ContractFixtures):
         await open_stream(a, log)
         assert (await b.load(log)).fields == {}
 
-    async def test_fields_are_set_and_removed_in_the_same_step(self, a: Store, b: Store, log: str) -> None:
+    async def test_append_sets_and_removes_fields(self, a: Store, b: Store, log: str) -> None:
         """`Batch.fields`: record fields to set, or with None to remove, in the same step (P2)."""
         await a.append(log, Batch(drafts(b"x"), fields={"one": b"1", "two": b"2"}))
         stream = await open_stream(a, log)

@@ -21,7 +21,7 @@ NOISE = 0.01
 class ExpiryContract(ContractFixtures):
     """A session is there for as long as it was promised, and no longer."""
 
-    async def test_session_lives_its_lifetime_and_no_longer(self, a: Store, b: Store, key: str, clock: Clock) -> None:
+    async def test_session_lives_exactly_its_lifetime(self, a: Store, b: Store, key: str, clock: Clock) -> None:
         """`create`: visible for `lifetime` seconds from now, by the store's clock; then as if it had never been."""
         before = clock.now()
         await a.create(key, {"x": b"1"}, lifetime=SHORT)
@@ -32,7 +32,7 @@ class ExpiryContract(ContractFixtures):
         await assert_gone(b, key, 1, Cursor(1, bytes(8)))
         assert not await a.delete(key)
 
-    async def test_expired_session_leaves_nothing_to_the_next(self, a: Store, b: Store, key: str, clock: Clock) -> None:
+    async def test_expired_session_leaves_nothing_behind(self, a: Store, b: Store, key: str, clock: Clock) -> None:
         """An expired session is indistinguishable from one that never existed."""
         await a.create(key, {"old": b"1"}, lifetime=SHORT)
         old = await leave_of_everything(a, key)
@@ -44,17 +44,13 @@ class ExpiryContract(ContractFixtures):
         again = await b.append(key, old)
         assert (again.first, again.duplicate) == (1, False)
 
-    async def test_load_renews_a_lifetime_of_which_more_than_the_share_has_passed(
-        self, a: Store, b: Store, key: str, clock: Clock
-    ) -> None:
+    async def test_load_renews_a_session_not_fresh(self, a: Store, b: Store, key: str, clock: Clock) -> None:
         """`load` renews when more than FRESH_SHARE of the lifetime has passed since the last renewal."""
         renewed = await _after_half_a_life(a, key, clock, lambda: b.load(key))
         _, gone = await gone_at(b, key, clock)
         assert gone >= renewed + SHORT - NOISE
 
-    async def test_load_that_is_not_to_renew_leaves_the_expiry_where_it_was(
-        self, a: Store, b: Store, key: str, clock: Clock
-    ) -> None:
+    async def test_load_without_renewal_leaves_the_expiry(self, a: Store, b: Store, key: str, clock: Clock) -> None:
         """`load`: what the client has no part in does not keep its session."""
         await a.create(key, {"x": b"1"}, lifetime=SHORT)
         created = clock.now()
@@ -63,9 +59,7 @@ class ExpiryContract(ContractFixtures):
         alive, _ = await gone_at(b, key, clock)
         assert alive <= created + SHORT + NOISE
 
-    async def test_touch_renews_the_live_and_passes_over_the_others(
-        self, a: Store, b: Store, key: str, clock: Clock
-    ) -> None:
+    async def test_touch_renews_live_sessions_only(self, a: Store, b: Store, key: str, clock: Clock) -> None:
         """`touch` renews the expiry of those of these sessions that are live; the others are passed over."""
         await b.create(f"{key}ended", {}, lifetime=LONG)
         await b.delete(f"{key}ended")
@@ -89,9 +83,7 @@ class ExpiryContract(ContractFixtures):
         _, gone = await gone_at(b, key, clock)
         assert gone >= renewed + 2 * SHORT - NOISE
 
-    async def test_update_that_writes_nothing_or_names_no_lifetime_renews_nothing(
-        self, a: Store, b: Store, key: str, clock: Clock
-    ) -> None:
+    async def test_update_without_lifetime_renews_nothing(self, a: Store, b: Store, key: str, clock: Clock) -> None:
         """`update`: without `lifetime`, or where `expect` does not hold, the expiry stays where it was."""
         await a.create(key, {}, lifetime=SHORT)
         created = clock.now()
@@ -101,7 +93,7 @@ class ExpiryContract(ContractFixtures):
         alive, _ = await gone_at(b, key, clock)
         assert alive <= created + SHORT + NOISE
 
-    async def test_load_of_a_fresh_session_writes_nothing(self, a: Store, b: Store, key: str, clock: Clock) -> None:
+    async def test_load_of_fresh_session_writes_nothing(self, a: Store, b: Store, key: str, clock: Clock) -> None:
         """`load` writes nothing before FRESH_SHARE of the lifetime has passed: the expiry stays where it was."""
         for attempt in range(8):
             # Where this machine stalls for longer than a session is fresh, the next one is fresh for twice as long.

@@ -142,6 +142,6 @@ async def check_programs(a: Store, b: Store, name: str, *, examples: int = EXAMP
 class StoreModelContract(ContractFixtures):
     """A store answers what a plain list would."""
 
-    async def test_random_programs_answer_as_the_model_does(self, a: Store, b: Store, key: str) -> None:
+    async def test_random_programs_answer_like_the_model(self, a: Store, b: Store, key: str) -> None:
         """Every method, in any order, from two nodes: the answers of a list, errors included (P1, P3, P4, P7)."""
         await check_programs(a, b, key)

@@ -31,9 +31,7 @@ def renew(lease: Lease, seconds: float) -> None:
 class LeaseContract(ContractFixtures):
     """A node lives while its lease does."""
 
-    async def test_lease_holds_until_it_lapses_by_the_stores_clock(
-        self, a: Store, b: Store, key: str, clock: Clock
-    ) -> None:
+    async def test_lease_lapses_by_the_stores_clock(self, a: Store, b: Store, key: str, clock: Clock) -> None:
         """`lapsed`: nodes whose lease has run out, or that never had one (P7)."""
         long, short, never = f"{key}-long", f"{key}-short", f"{key}-never"
         lease = a.lease(long)
@@ -54,7 +52,7 @@ class LeaseContract(ContractFixtures):
             await anyio.to_thread.run_sync(lambda: lease.close(release=True))
             await anyio.to_thread.run_sync(lambda: brief.close(release=True))
 
-    async def test_released_lease_has_lapsed_and_a_closed_one_runs_on(self, a: Store, b: Store, key: str) -> None:
+    async def test_released_lease_lapses_closed_lease_holds(self, a: Store, b: Store, key: str) -> None:
         """`Lease.close`: with `release` ends the lease first; without, it holds for what was granted."""
         left = a.lease(f"{key}-left")
         await anyio.to_thread.run_sync(renew, left, 60.0)
@@ -68,13 +66,13 @@ class LeaseContract(ContractFixtures):
         assert lapsed
         assert lapsed <= {*names}
 
-    async def test_lease_that_was_never_renewed_can_be_closed(self, a: Store, key: str) -> None:
+    async def test_lease_never_renewed_can_be_closed(self, a: Store, key: str) -> None:
         """`lease` does not connect yet; `Lease.close` never raises."""
         for release in (True, False):
             await anyio.to_thread.run_sync(lambda release: a.lease(key).close(release=release), release)
         assert await a.lapsed({key}) == {key}
 
-    async def test_lease_is_renewed_while_the_event_loop_stands_still(self, a: Store, key: str) -> None:
+    async def test_lease_is_renewed_beside_blocked_loop(self, a: Store, key: str) -> None:
         """`Lease`: shares nothing with the event loop, so a node with a blocking tool stays alive (P7)."""
         lease = a.lease(key)
         try:
@@ -86,7 +84,7 @@ class LeaseContract(ContractFixtures):
         finally:
             await anyio.to_thread.run_sync(lambda: lease.close(release=True))
 
-    async def test_store_answers_a_ping_and_names_itself(self, a: Store) -> None:
+    async def test_store_answers_ping_and_has_url(self, a: Store) -> None:
         """`ping` is one round trip; `url` is fit for logs."""
         await a.ping()
         assert a.url

@@ -21,7 +21,7 @@ ROUNDS = 15
 class RaceContract(ContractFixtures):
     """Atomic means: another node sees all of a call's effects or none, and of two that exclude each other one."""
 
-    async def test_one_of_racing_creates_makes_the_session(self, a: Store, b: Store, key: str) -> None:
+    async def test_racing_creates_make_one_session(self, a: Store, b: Store, key: str) -> None:
         """`create`: AlreadyExists for all but one, whose fields they are."""
         for n in range(ROUNDS):
             name = f"{key}{n}"
@@ -30,7 +30,7 @@ class RaceContract(ContractFixtures):
             )
             assert (await a.load(name)).fields == {"by": (b"a", b"b")[winner]}
 
-    async def test_one_of_racing_terminals_ends_the_stream(self, a: Store, b: Store, key: str) -> None:
+    async def test_racing_terminals_end_the_stream_once(self, a: Store, b: Store, key: str) -> None:
         """`Batch.terminal`: a stream ends once, however many race for it (P7)."""
         await a.create(key, {}, lifetime=LONG)
         for _ in range(ROUNDS):
@@ -41,7 +41,7 @@ class RaceContract(ContractFixtures):
             ends = [event.data for event in await read_all(b, key) if event.stream == stream][1:]
             assert ends == [(b"a", b"b")[winner]]
 
-    async def test_one_of_racing_successors_takes_the_stream_over(self, a: Store, b: Store, key: str) -> None:
+    async def test_racing_successors_take_over_once(self, a: Store, b: Store, key: str) -> None:
         """`Batch.take_over`: the attempt goes up by one, for one of those that race for it (P7)."""
         await a.create(key, {}, lifetime=LONG)
         for _ in range(ROUNDS):
@@ -50,7 +50,7 @@ class RaceContract(ContractFixtures):
             await self.only_one(Fenced, [a.append(key, taken), b.append(key, taken)])
             await a.append(key, Batch(drafts(b"second"), stream=stream, attempt=2))
 
-    async def test_one_of_racing_replies_settles_the_request(self, a: Store, b: Store, key: str) -> None:
+    async def test_racing_replies_settle_the_request_once(self, a: Store, b: Store, key: str) -> None:
         """`Batch.settle`: an answer counts once, whichever node receives it (P4)."""
         await a.create(key, {}, lifetime=LONG)
         for n in range(ROUNDS):
@@ -60,7 +60,7 @@ class RaceContract(ContractFixtures):
             winner = await self.only_one(NotPending, calls)
             assert (await read_all(b, key))[-1].data == (b"a", b"b")[winner]
 
-    async def test_one_of_racing_repeats_is_written(self, a: Store, b: Store, key: str) -> None:
+    async def test_racing_repeats_are_written_once(self, a: Store, b: Store, key: str) -> None:
         """A (writer, sequence) is written once, also when it arrives twice at the same time."""
         await a.create(key, {}, lifetime=LONG)
         for n in range(1, ROUNDS + 1):
@@ -70,7 +70,7 @@ class RaceContract(ContractFixtures):
             assert {answer.first for answer in answers} == {n}
         assert texts(await read_all(a, key)) == [b"%d" % n for n in range(1, ROUNDS + 1)]
 
-    async def test_concurrent_writers_share_one_sequence_of_positions(self, a: Store, b: Store, key: str) -> None:
+    async def test_concurrent_writers_leave_no_gaps(self, a: Store, b: Store, key: str) -> None:
         """Positions are without gaps and given out once; each batch stays together, each writer in its order (P3)."""
         await a.create(key, {}, lifetime=LONG)
         tasks, appends = 8, 12
@@ -108,7 +108,7 @@ class RaceContract(ContractFixtures):
             await asyncio.sleep(0)
         await writer
 
-    async def test_append_that_was_cancelled_and_repeated_is_written_once(self, a: Store, b: Store, key: str) -> None:
+    async def test_cancelled_and_repeated_append_lands_once(self, a: Store, b: Store, key: str) -> None:
         """A cancelled call has an unknown outcome; the same call repeated makes it known, and others go on."""
         await a.create(key, {}, lifetime=LONG)
         dice = random.Random(20)
@@ -130,7 +130,7 @@ class RaceContract(ContractFixtures):
                 b"%s %d" % (name, n + 1) for n in range(count)
             ]
 
-    async def test_call_after_a_cancelled_one_gets_its_own_answer(self, a: Store, key: str) -> None:
+    async def test_call_after_cancellation_gets_own_answer(self, a: Store, key: str) -> None:
         """A cancelled call must not disturb any other call: no answer is taken for another's."""
         await a.create(key, {"x": b"1"}, lifetime=LONG)
         for n in range(30):

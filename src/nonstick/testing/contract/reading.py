@@ -46,7 +46,7 @@ class ReadContract(ContractFixtures):
             assert await read_all(b, key, event.cursor) == five[n:]
             assert await read_all(b, key, Cursor(n)) == five[n:]
 
-    async def test_read_gives_no_more_than_its_limit(self, b: Store, key: str, five: list[Event]) -> None:
+    async def test_read_gives_at_most_its_limit(self, b: Store, key: str, five: list[Event]) -> None:
         """`read`, `limit`: fewer may come; none come only at the end of the log."""
         for limit in (1, 2, 5, MAX_READ):
             part = await b.read(key, five[0].cursor, limit=limit)
@@ -63,7 +63,7 @@ class ReadContract(ContractFixtures):
         assert 1 <= len(part) <= MAX_READ
         assert texts(await read_all(b, key)) == [b"%d" % n for n in range(MAX_READ + 100)]
 
-    async def test_read_ends_before_it_has_more_than_its_bytes(self, a: Store, b: Store, key: str) -> None:
+    async def test_read_ends_before_its_byte_bound(self, a: Store, b: Store, key: str) -> None:
         """`read`, `max_bytes`: it ends before the event with which they would be more; the first always comes (P10)."""
         sizes = (700, 300, 1, 5000, 10, 10, 0, 4000)
         await a.create(key, {}, lifetime=LONG)
@@ -80,7 +80,7 @@ class ReadContract(ContractFixtures):
                 after = part[-1].cursor
             assert found == whole
 
-    async def test_large_events_are_not_read_at_once(self, a: Store, b: Store, key: str) -> None:
+    async def test_large_events_are_read_in_parts(self, a: Store, b: Store, key: str) -> None:
         """`MAX_READ_BYTES`: a read takes no more unless it is told, and yet gives an event that is larger (P10)."""
         size = MAX_READ_BYTES * 2 // 5
         await a.create(key, {}, lifetime=LONG)
@@ -98,7 +98,7 @@ class ReadContract(ContractFixtures):
     # ---- skim
 
     @pytest.mark.parametrize("clip", [0, 3, MAX_CLIP])
-    async def test_skimmed_events_are_cut_off_and_say_their_size(self, a: Store, b: Store, key: str, clip: int) -> None:
+    async def test_skimmed_events_are_clipped_and_sized(self, a: Store, b: Store, key: str, clip: int) -> None:
         """`skim`: the first `clip` bytes of each event, with its size; what is no longer comes whole (P10)."""
         data = [b"", b"abc", b"abcd", b"x" * (MAX_CLIP + 1), b"y" * (2 * MAX_READ_BYTES), b"end"]
         await a.create(key, {}, lifetime=LONG)
@@ -127,7 +127,7 @@ class ReadContract(ContractFixtures):
         with pytest.raises(SessionNotFound):
             await b.skim(key, Cursor(0))
 
-    async def test_record_comes_with_the_size_of_its_log(self, a: Store, b: Store, key: str, five: list[Event]) -> None:
+    async def test_load_answers_the_logs_size(self, a: Store, b: Store, key: str, five: list[Event]) -> None:
         """`Loaded.size`, `Loaded.count`: what the log holds now."""
         assert (await b.load(key))[3:] == (5, 5)
         stream = await open_stream(a, key)
@@ -150,13 +150,13 @@ class ReadContract(ContractFixtures):
                 with pytest.raises(Diverged):
                     await store.read(key, cursor)
 
-    async def test_cursor_whose_entry_is_another_has_diverged(self, b: Store, key: str, five: list[Event]) -> None:
+    async def test_cursor_with_other_tag_has_diverged(self, b: Store, key: str, five: list[Event]) -> None:
         """Diverged: the entry at the cursor carries another tag (P9)."""
         for cursor in (Cursor(3, five[1].tag), Cursor(5, bytes(8)), Cursor(1, b"someone?")):
             with pytest.raises(Diverged):
                 await b.read(key, cursor)
 
-    async def test_cursor_of_a_session_before_has_diverged(
+    async def test_cursor_of_earlier_session_has_diverged(
         self, a: Store, b: Store, key: str, five: list[Event]
     ) -> None:
         """Diverged: what was read before the session was made anew is not the beginning of what is there now (P9)."""
@@ -180,9 +180,7 @@ class ReadContract(ContractFixtures):
         assert await read_all(a, key) == left
         assert await a.append(key, Batch(drafts(b"y"))) == Appended(len(before) + 1, False, 5 + 6 + 1 + 1, 8)
 
-    async def test_trim_of_a_stream_keeps_what_lies_between_its_events(
-        self, a: Store, b: Store, key: str, five: list[Event]
-    ) -> None:
+    async def test_trim_keeps_events_between_a_streams(self, a: Store, b: Store, key: str, five: list[Event]) -> None:
         """`trim` drops all of the closed `streams`: not what was appended to others, or to none, meanwhile."""
         one, two = await open_stream(a, key), await open_stream(a, key)
         for stream in (one, STANDALONE, two, one, STANDALONE):
@@ -194,9 +192,7 @@ class ReadContract(ContractFixtures):
         assert await read_all(a, key) == kept
         assert [event.stream for event in kept] == [0, 0, 0, two, 0, two, 0]
 
-    async def test_trim_passes_over_what_is_open_or_unknown(
-        self, a: Store, b: Store, key: str, five: list[Event]
-    ) -> None:
+    async def test_trim_skips_open_and_unknown_streams(self, a: Store, b: Store, key: str, five: list[Event]) -> None:
         """`trim`: streams that are open or unknown are passed over (P10)."""
         stream = await open_stream(a, key)
         before = await read_all(a, key)
@@ -205,7 +201,7 @@ class ReadContract(ContractFixtures):
         assert await read_all(a, key) == before
         await a.append(key, Batch(drafts(b"still open"), stream=stream))
 
-    async def test_trim_drops_the_standalone_stream_before_a_position(
+    async def test_trim_drops_standalone_events_before_position(
         self, a: Store, b: Store, key: str, five: list[Event]
     ) -> None:
         """`trim`, `standalone_before`: exclusive; events of POST streams stay."""
@@ -218,9 +214,7 @@ class ReadContract(ContractFixtures):
         assert await read_all(b, key) == [before[5]]
         await a.append(key, Batch(drafts(b"still open"), stream=stream))
 
-    async def test_trimmed_positions_are_never_given_out_again(
-        self, a: Store, b: Store, key: str, five: list[Event]
-    ) -> None:
+    async def test_trimmed_positions_are_never_reused(self, a: Store, b: Store, key: str, five: list[Event]) -> None:
         """`trim`: positions are never given out again, also when nothing is left."""
         await a.trim(key, standalone_before=100)
         assert await read_all(b, key) == []
@@ -229,7 +223,7 @@ class ReadContract(ContractFixtures):
         await a.trim(key, standalone_before=7)
         assert (await a.append(key, Batch(drafts(b"7"), stream=NEW_STREAM))).first == 7
 
-    async def test_cursor_at_a_dropped_entry_is_told_so(self, a: Store, b: Store, key: str, five: list[Event]) -> None:
+    async def test_cursor_at_dropped_entry_is_trimmed(self, a: Store, b: Store, key: str, five: list[Event]) -> None:
         """Trimmed: the entry at the cursor was dropped; `oldest` is the first position that is left, 0 if none is."""
         await a.trim(key, standalone_before=4)
         for event in five[:3]:
@@ -242,7 +236,7 @@ class ReadContract(ContractFixtures):
             await b.read(key, five[3].cursor)
         assert trimmed.value.oldest == 0
 
-    async def test_cursor_without_tag_reads_on_from_what_is_left(
+    async def test_untagged_cursor_reads_past_trimmed_entries(
         self, a: Store, b: Store, key: str, five: list[Event]
     ) -> None:
         """Trimmed is not raised for a cursor without a tag, which reads on from the next entry that is left."""
@@ -254,9 +248,7 @@ class ReadContract(ContractFixtures):
         with pytest.raises(Diverged):
             await b.read(key, Cursor(6))
 
-    async def test_read_passes_over_a_dropped_stream_in_the_middle(
-        self, a: Store, b: Store, key: str, five: list[Event]
-    ) -> None:
+    async def test_read_passes_over_dropped_stream(self, a: Store, b: Store, key: str, five: list[Event]) -> None:
         """`read`: without gaps but for what `trim` took out (P3)."""
         opened = await a.append(key, Batch(drafts(b"x", b"x", b"x"), stream=NEW_STREAM, terminal=True))
         await a.append(key, Batch(drafts(b"after")))
@@ -266,9 +258,7 @@ class ReadContract(ContractFixtures):
             assert texts(part) == [b"after"]
         assert (await b.load(key)).head == part[-1].cursor
 
-    async def test_head_stays_where_it_is_when_its_entry_is_dropped(
-        self, a: Store, b: Store, key: str, five: list[Event]
-    ) -> None:
+    async def test_head_outlives_its_trimmed_entry(self, a: Store, b: Store, key: str, five: list[Event]) -> None:
         """`Loaded.head`: if `trim` has dropped the entry since, the position is still its."""
         last = Batch(drafts(b"x", b"x"), stream=NEW_STREAM, terminal=True)
         opened = await a.append(key, last)
@@ -282,9 +272,7 @@ class ReadContract(ContractFixtures):
         await a.append(key, Batch(drafts(b"later")))
         assert texts(await read_all(b, key, Cursor(head.position))) == [b"later"]
 
-    async def test_trimmed_stream_is_closed_and_its_writer_known(
-        self, a: Store, b: Store, key: str, five: list[Event]
-    ) -> None:
+    async def test_trimmed_stream_keeps_its_writer_known(self, a: Store, b: Store, key: str, five: list[Event]) -> None:
         """A duplicate stays one within WRITER_SECONDS, whatever has happened to the stream since."""
         opened = await a.append(key, Batch(drafts(b"x"), stream=NEW_STREAM, writer="w", sequence=1))
         last = Batch(drafts(b"end"), stream=opened.first, writer="w", sequence=2, terminal=True)

@@ -20,7 +20,7 @@ class RecordContract(ContractFixtures):
 
     # ---- create
 
-    async def test_created_session_is_whole_on_another_node(self, a: Store, b: Store, key: str) -> None:
+    async def test_created_session_is_whole_elsewhere(self, a: Store, b: Store, key: str) -> None:
         """`create`: makes the session visible, with these fields (P1, P2)."""
         fields = {"one": b"1", "two": b""}
         await a.create(key, fields, lifetime=LONG)
@@ -29,20 +29,20 @@ class RecordContract(ContractFixtures):
         assert loaded.head == Cursor(0)
         assert loaded.cancels == frozenset()
 
-    async def test_second_create_finds_the_session_and_changes_nothing(self, a: Store, b: Store, key: str) -> None:
+    async def test_second_create_changes_nothing(self, a: Store, b: Store, key: str) -> None:
         """`create`: AlreadyExists. A repeated create gets it too."""
         await a.create(key, {"by": b"a"}, lifetime=LONG)
         with pytest.raises(AlreadyExists):
             await b.create(key, {"by": b"b"}, lifetime=LONG)
         assert (await b.load(key)).fields == {"by": b"a"}
 
-    async def test_repeated_create_in_its_own_full_group_says_that_it_exists(self, a: Store, key: str) -> None:
+    async def test_repeated_create_in_full_group_exists(self, a: Store, key: str) -> None:
         """`create`: every write may be repeated as it was, which is how a lost outcome is learned."""
         await a.create(key, {}, lifetime=LONG, limits={f"g{key}": 1})
         with pytest.raises(AlreadyExists):
             await a.create(key, {}, lifetime=LONG, limits={f"g{key}": 1})
 
-    async def test_full_group_refuses_and_nothing_is_evicted(self, a: Store, b: Store, key: str) -> None:
+    async def test_full_group_refuses_and_evicts_nothing(self, a: Store, b: Store, key: str) -> None:
         """`create`: TooManySessions names the group; nothing is evicted for it (P10)."""
         full, roomy = f"full {key}", f"roomy {key}"
         await a.create(f"{key}1", {}, lifetime=LONG, limits={full: 2})
@@ -57,7 +57,7 @@ class RecordContract(ContractFixtures):
         # The refused one counts nowhere.
         await a.create(f"{key}4", {}, lifetime=LONG, limits={roomy: 1})
 
-    async def test_ended_session_makes_room_in_its_group(self, a: Store, b: Store, key: str) -> None:
+    async def test_ended_session_leaves_its_group(self, a: Store, b: Store, key: str) -> None:
         """`create`: a limit counts live sessions, those that end and those that expire no more."""
         group = "g" * 64 + key
         await a.create(f"{key}1", {}, lifetime=LONG, limits={group: 1})
@@ -66,13 +66,13 @@ class RecordContract(ContractFixtures):
         with pytest.raises(TooManySessions):
             await a.create(f"{key}3", {}, lifetime=LONG, limits={group: 1})
 
-    async def test_expired_session_makes_room_in_its_group(self, a: Store, b: Store, key: str, clock: Clock) -> None:
+    async def test_expired_session_leaves_its_group(self, a: Store, b: Store, key: str, clock: Clock) -> None:
         """`create`: a limit counts live sessions, and the store's clock decides which those are."""
         await a.create(f"{key}1", {}, lifetime=SHORT, limits={f"g{key}": 1})
         await gone_at(b, f"{key}1", clock)
         await b.create(f"{key}2", {}, lifetime=LONG, limits={f"g{key}": 1})
 
-    async def test_record_keeps_any_bytes_under_any_visible_name(self, a: Store, b: Store, key: str) -> None:
+    async def test_record_keeps_any_bytes_and_names(self, a: Store, b: Store, key: str) -> None:
         """`create`: names are visible ASCII, at most 512 characters; values any bytes. Keys are visible ASCII to 64."""
         visible = "".join(chr(code) for code in range(33, 127))
         odd = (key + visible[::-1])[:64]
@@ -90,14 +90,14 @@ class RecordContract(ContractFixtures):
         assert await b.update(key, {"change": b"2", "go": None, "new": b"n", "never": None})
         assert (await a.load(key)).fields == {"keep": b"k", "change": b"2", "new": b"n"}
 
-    async def test_update_that_expects_other_values_changes_nothing(self, a: Store, b: Store, key: str) -> None:
+    async def test_update_expecting_other_values_changes_nothing(self, a: Store, b: Store, key: str) -> None:
         """`update`: False means that `expect` did not hold, for any one field, and nothing changed."""
         await a.create(key, {"x": b"1", "empty": b""}, lifetime=LONG)
         for wrong in ({"x": b"2"}, {"x": None}, {"y": b"1"}, {"x": b"1", "y": b""}, {"empty": None}, {"y": b""}):
             assert not await b.update(key, {"x": b"9", "z": b"9"}, expect=dict(wrong)), wrong
         assert (await a.load(key)).fields == {"x": b"1", "empty": b""}
 
-    async def test_update_that_expects_what_is_there_is_written(self, a: Store, b: Store, key: str) -> None:
+    async def test_update_expecting_present_values_is_written(self, a: Store, b: Store, key: str) -> None:
         """`update`: if every field in `expect` has that value (None: is absent)."""
         await a.create(key, {"x": b"1", "empty": b""}, lifetime=LONG)
         assert await b.update(key, {"y": b"2"}, expect={"x": b"1", "y": None, "empty": b""})
@@ -115,7 +115,7 @@ class RecordContract(ContractFixtures):
         with pytest.raises(SessionNotFound):
             await a.load(key)
 
-    async def test_of_racing_updates_each_that_succeeds_counts(self, a: Store, b: Store, key: str) -> None:
+    async def test_racing_updates_lose_no_increment(self, a: Store, b: Store, key: str) -> None:
         """`update` is atomic: compare-and-set over two nodes loses no increment."""
         await a.create(key, {"n": b"0"}, lifetime=LONG)
 
@@ -130,7 +130,7 @@ class RecordContract(ContractFixtures):
 
     # ---- delete
 
-    async def test_deleted_session_is_gone_on_every_node_for_every_method(self, a: Store, b: Store, key: str) -> None:
+    async def test_deleted_session_is_gone_everywhere(self, a: Store, b: Store, key: str) -> None:
         """`delete`: from then on every method answers SessionNotFound for this key, on every node (P6)."""
         await a.create(key, {"x": b"1"}, lifetime=LONG)
         stream = await open_stream(b, key)
@@ -139,7 +139,7 @@ class RecordContract(ContractFixtures):
         for store in (b, a):
             await assert_gone(store, key, stream, head)
 
-    async def test_only_the_first_delete_says_that_the_session_was_live(self, a: Store, b: Store, key: str) -> None:
+    async def test_only_first_delete_answers_true(self, a: Store, b: Store, key: str) -> None:
         """`delete` returns whether it was live, and may be repeated."""
         assert not await a.delete(key)
         await a.create(key, {}, lifetime=LONG)

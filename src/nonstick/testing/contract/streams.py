@@ -12,7 +12,7 @@ from nonstick.testing.contract.tools import drafts, open_stream, read_all, texts
 class StreamContract(ContractFixtures):
     """A stream has one attempt at a time, and nothing after its terminal event."""
 
-    async def test_new_stream_is_named_by_its_first_position(self, a: Store, b: Store, log: str) -> None:
+    async def test_first_position_names_new_stream(self, a: Store, b: Store, log: str) -> None:
         """`NEW_STREAM`: the batch opens a stream, named by the position of its first event (P3)."""
         await a.append(log, Batch(drafts(b"0")))
         opened = await a.append(log, Batch(drafts(b"opened", b"one"), stream=NEW_STREAM))
@@ -45,7 +45,7 @@ class StreamContract(ContractFixtures):
         ):
             await assert_refused(b, log, StreamClosed, late)
 
-    async def test_stream_may_open_and_end_in_one_batch(self, a: Store, b: Store, log: str) -> None:
+    async def test_one_batch_opens_and_ends_stream(self, a: Store, b: Store, log: str) -> None:
         """`Batch.terminal` with `NEW_STREAM`: the last event ends the stream that the first one opened."""
         opened = await a.append(log, Batch(drafts(b"opened", b"terminal"), stream=NEW_STREAM, terminal=True))
         await assert_refused(b, log, StreamClosed, Batch(drafts(b"late"), stream=opened.first))
@@ -65,7 +65,7 @@ class StreamContract(ContractFixtures):
         for unknown in (1, opened.first + 1, 4, 10**9):
             await assert_refused(b, log, StreamClosed, Batch(drafts(b"x"), stream=unknown))
 
-    async def test_terminal_that_is_repeated_is_a_duplicate(self, a: Store, b: Store, log: str) -> None:
+    async def test_repeated_terminal_is_a_duplicate(self, a: Store, b: Store, log: str) -> None:
         """The duplicate check comes first, whatever has happened to the stream since."""
         stream = await open_stream(a, log)
         message = Batch(drafts(b"message"), writer="v", sequence=1, stream=stream)
@@ -84,7 +84,7 @@ class StreamContract(ContractFixtures):
                 await assert_refused(b, log, Fenced, batch)
             await a.append(log, Batch(drafts(b"x"), stream=stream, attempt=attempt))
 
-    async def test_stream_that_was_taken_over_refuses_its_old_writer(self, a: Store, b: Store, log: str) -> None:
+    async def test_stream_taken_over_fences_old_writer(self, a: Store, b: Store, log: str) -> None:
         """`Batch.take_over`: the attempt must be `attempt`, and becomes `attempt + 1` in this step (P7)."""
         stream = await open_stream(a, log)
         taken = Batch(drafts(b"taken"), writer="w", sequence=1, stream=stream, take_over=True)
@@ -97,7 +97,7 @@ class StreamContract(ContractFixtures):
         await a.append(log, Batch(drafts(b"third"), stream=stream, attempt=2, take_over=True, terminal=True))
         await assert_refused(b, log, StreamClosed, Batch(drafts(b"late"), stream=stream, attempt=3))
 
-    async def test_what_was_written_before_a_take_over_stays_a_duplicate(self, a: Store, b: Store, log: str) -> None:
+    async def test_append_before_take_over_stays_duplicate(self, a: Store, b: Store, log: str) -> None:
         """The duplicate check comes before the fence: a writer learns that its last append was written (P7)."""
         stream = await open_stream(a, log)
         mine = Batch(drafts(b"mine"), writer="w", sequence=1, stream=stream)
@@ -105,6 +105,6 @@ class StreamContract(ContractFixtures):
         await b.append(log, Batch(drafts(b"taken"), stream=stream, take_over=True))
         assert await a.append(log, mine) == Appended(2, True, 15, 3)
 
-    async def test_attempt_is_ignored_on_the_standalone_stream(self, a: Store, log: str) -> None:
+    async def test_standalone_stream_ignores_the_attempt(self, a: Store, log: str) -> None:
         """`Batch.attempt`: ignored on the standalone stream."""
         assert [(await a.append(log, Batch(drafts(b"x"), attempt=n))).first for n in (7, 1)] == [1, 2]

@@ -43,7 +43,7 @@ class WatchContract(ContractFixtures):
         assert wakes.calls[0] is None
         unwatch()
 
-    async def test_append_wakes_the_watchers_on_every_node(self, a: Store, b: Store, key: str) -> None:
+    async def test_append_wakes_watchers_on_every_node(self, a: Store, b: Store, key: str) -> None:
         """`append` wakes the watchers: each batch is announced, to each watch of it."""
         await a.create(key, {}, lifetime=LONG)
         everyone = [Wakes(), Wakes(), Wakes()]
@@ -58,7 +58,7 @@ class WatchContract(ContractFixtures):
         for one in stop:
             one()
 
-    async def test_inline_events_are_those_of_the_log(self, a: Store, b: Store, key: str) -> None:
+    async def test_news_has_the_logs_events(self, a: Store, b: Store, key: str) -> None:
         """`Wake` with events: they were appended, in this order, and are complete."""
         await a.create(key, {}, lifetime=LONG)
         wakes = Wakes()
@@ -78,7 +78,7 @@ class WatchContract(ContractFixtures):
                 assert list(news.events) == log[start : start + len(news.events)]
         unwatch()
 
-    async def test_news_name_the_entry_that_they_follow(self, a: Store, b: Store, key: str) -> None:
+    async def test_news_names_the_entry_before(self, a: Store, b: Store, key: str) -> None:
         """`News.after`: its position and its tag, by which it is told whether they continue a log (P14)."""
         await a.create(key, {}, lifetime=LONG)
         here, there = Wakes(), Wakes()
@@ -98,7 +98,7 @@ class WatchContract(ContractFixtures):
         for one in stop:
             one()
 
-    async def test_news_name_an_entry_that_was_dropped_or_say_read(self, a: Store, b: Store, key: str) -> None:
+    async def test_news_names_a_dropped_entry_too(self, a: Store, b: Store, key: str) -> None:
         """`News.after`: whether `trim` has dropped that entry or not. A store that does not know it says "read"."""
         await a.create(key, {}, lifetime=LONG)
         dropped = drafts(b"dropped")
@@ -118,7 +118,7 @@ class WatchContract(ContractFixtures):
         for one in stop:
             one()
 
-    async def test_follower_gets_every_event_once_in_order(self, a: Store, b: Store, key: str) -> None:
+    async def test_follower_gets_each_event_in_order(self, a: Store, b: Store, key: str) -> None:
         """`watch`: one `read` at each call with None leaves no window (P3)."""
         await a.create(key, {}, lifetime=LONG)
         await a.append(key, Batch(drafts(b"before")))
@@ -149,7 +149,7 @@ class WatchContract(ContractFixtures):
                 assert texts(await coming) == [data]
             assert texts(await take(earlier, 4)) == [b"3", b"4", b"5", b"6"]
 
-    async def test_end_of_the_session_wakes_its_followers(self, a: Store, b: Store, key: str) -> None:
+    async def test_session_end_wakes_its_followers(self, a: Store, b: Store, key: str) -> None:
         """`delete` wakes the session's watchers, on every node (P6)."""
         await a.create(key, {}, lifetime=LONG)
         await a.append(key, Batch(drafts(b"1")))
@@ -160,7 +160,7 @@ class WatchContract(ContractFixtures):
                 assert [event async for event in here] == []
                 assert [event async for event in there] == []
 
-    async def test_watch_that_was_stopped_is_not_called(self, a: Store, b: Store, key: str) -> None:
+    async def test_stopped_watch_is_never_called(self, a: Store, b: Store, key: str) -> None:
         """`watch` returns the function that stops it; several watches of one log are independent."""
         await a.create(key, {}, lifetime=LONG)
         stopped, kept = Wakes(), Wakes()
@@ -197,7 +197,7 @@ class WatchContract(ContractFixtures):
                 await a.append(key, Batch(drafts(b"%d" % n)))
                 assert texts(await coming) == [b"%d" % n]
 
-    async def test_session_that_comes_later_can_be_watched(self, a: Store, b: Store, key: str) -> None:
+    async def test_session_can_be_watched_before_creation(self, a: Store, b: Store, key: str) -> None:
         """`watch` does not raise and does not check that the session exists."""
         wakes = Wakes()
         unwatch = b.watch(key, wakes)
@@ -208,7 +208,7 @@ class WatchContract(ContractFixtures):
         await wakes.more(before)
         unwatch()
 
-    async def test_watcher_hears_of_its_own_session_only(self, a: Store, b: Store, key: str) -> None:
+    async def test_watcher_hears_its_own_session_only(self, a: Store, b: Store, key: str) -> None:
         """`watch`: called for what is appended to this log (P3: never an event of another session)."""
         for name in (key, f"{key}2"):
             await a.create(name, {}, lifetime=LONG)

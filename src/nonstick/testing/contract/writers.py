@@ -40,7 +40,7 @@ class WriterContract(ContractFixtures):
             assert await b.append(log, batch) == (n + 1, True, n + 1, n + 1)
         assert texts(await read_all(a, log)) == [b"1", b"2", b"3", b"4", b"5"]
 
-    async def test_append_that_arrives_late_is_not_written_again(self, a: Store, b: Store, log: str) -> None:
+    async def test_late_repeat_is_not_written_again(self, a: Store, b: Store, log: str) -> None:
         """A (writer, sequence) written before is a duplicate, also when the writer has gone on since."""
         batches = [Batch(drafts(b"%d" % n), writer="w", sequence=n) for n in (1, 2, 3)]
         for batch in batches:
@@ -49,7 +49,7 @@ class WriterContract(ContractFixtures):
             assert (await b.append(log, batch)).duplicate
         assert texts(await read_all(a, log)) == [b"1", b"2", b"3"]
 
-    async def test_lower_number_of_another_writer_is_not_lost(self, a: Store, b: Store, log: str) -> None:
+    async def test_other_writers_lower_number_is_written(self, a: Store, b: Store, log: str) -> None:
         """Each writer is numbered by its own sequence: a retried lower number of one is not another's duplicate."""
         for n in range(1, 6):
             await a.append(log, Batch(drafts(b"v%d" % n), writer="v", sequence=n))
@@ -65,12 +65,12 @@ class WriterContract(ContractFixtures):
         await a.append(log, batch)
         assert await b.append(f"{log}2", batch) == Appended(1, False, 1, 1)
 
-    async def test_batch_without_writer_is_written_each_time(self, a: Store, log: str) -> None:
+    async def test_batch_without_writer_is_always_written(self, a: Store, log: str) -> None:
         """`Batch.writer`: "" is for a batch that may harmlessly be written twice."""
         batch = Batch(drafts(b"x"), sequence=1)
         assert [(await a.append(log, batch)).first for _ in range(3)] == [1, 2, 3]
 
-    async def test_refused_append_is_judged_anew_when_repeated(self, a: Store, b: Store, log: str) -> None:
+    async def test_repeated_refusal_is_judged_anew(self, a: Store, b: Store, log: str) -> None:
         """Only what was written is a duplicate; a refusal writes nothing, not even its number."""
         batch = Batch(drafts(b"x"), writer="w", sequence=1, answers="q")
         for store in (a, b):
@@ -86,7 +86,7 @@ class WriterContract(ContractFixtures):
             await a.append(log, Batch(drafts(b"x"), writer="w", sequence=1, settle="q"))
         assert (await a.append(log, Batch(drafts(b"y"), writer="w", sequence=2))).first == 1
 
-    async def test_hole_in_the_numbers_of_a_streams_writer_is_reported(self, a: Store, b: Store, log: str) -> None:
+    async def test_gap_in_a_writers_numbers_diverges(self, a: Store, b: Store, log: str) -> None:
         """`Diverged`: what the writer wrote in between, or all of it, is lost, and nothing may hide that (P9)."""
         opening = Batch(drafts(b"opened"), writer="w", sequence=1, stream=NEW_STREAM)
         stream = (await a.append(log, opening)).first
@@ -108,7 +108,7 @@ class WriterContract(ContractFixtures):
         await clock.advance(WRITER_SECONDS - 1)
         assert (await b.append(log, batch)).duplicate
 
-    async def test_writer_of_a_kept_stream_is_remembered(self, a: Store, b: Store, log: str, clock: Clock) -> None:
+    async def test_writer_of_kept_stream_is_remembered(self, a: Store, b: Store, log: str, clock: Clock) -> None:
         """A duplicate is known as long as its stream is kept, however long that is."""
         if not clock.exact:
             pytest.skip("would take minutes of the real clock")
@@ -121,9 +121,7 @@ class WriterContract(ContractFixtures):
         await clock.advance(WRITER_SECONDS * 2)
         assert await b.append(log, last) == Appended(2, True, 9, 2)
 
-    async def test_writer_of_a_kept_stream_is_remembered_for_what_it_wrote_elsewhere(
-        self, a: Store, b: Store, log: str, clock: Clock
-    ) -> None:
+    async def test_stream_writer_is_remembered_elsewhere_too(self, a: Store, b: Store, log: str, clock: Clock) -> None:
         """A writer belongs to its stream, also while it writes to the standalone stream in between."""
         if not clock.exact:
             pytest.skip("would take minutes of the real clock")
