@@ -17,6 +17,7 @@ from opentelemetry.context import attach, detach
 from nonstick.core.event_ids import EventId
 from nonstick.core.events import Kind, decode, draft, kind_of
 from nonstick.core.names import session_key
+from nonstick.errors import NotPending
 from nonstick.store import NEW_STREAM, Batch, Cursor, Store
 from nonstick.testing.cluster import Member, Session
 from tests.cluster.asgi import Call
@@ -65,7 +66,7 @@ class Safe(Stage):
 
 async def opened(stage: Stage, session: Session, message: dict[str, Any], **more: Any) -> str:
     """The stream of this request, which a node opened that is not there any more; returns its event id."""
-    body = {"node": "gone-00000000", "attempt": 5, "request": message, **more}
+    body: dict[str, Any] = {"node": "gone-00000000", "attempt": 5, "request": message, **more}
     event = draft(Kind.OPENED, pydantic_core.to_json(body))
     batch = Batch([event], writer=secrets.token_hex(4), sequence=1, stream=NEW_STREAM, attempt=5)
     first = (await stage.store.append(session_key(session.id), batch)).first
@@ -142,6 +143,89 @@ async def test_run_that_began_before_the_client_reads_goes_on(memory: MakeStore)
                 stage.open("go on")
                 assert text_of(await there.message()) == text_of(await here.message()) == "run 1"
         assert (await stage.kinds(session)).count(Kind.TAKEN) == 1
+
+
+async def test_request_of_which_only_a_part_was_kept_is_not_run_again(memory: MakeStore) -> None:
+    """P7: without its arguments. Its client may make it again."""
+    async with Safe(memory, reexecute="idempotent") as stage:
+        a, b, _ = stage.cluster
+        session = await a.open()
+        place = await opened(stage, session, call("count"), partial=True)
+        async with getting(b, session, place) as stream:
+            [answer] = await stream.rest()
+        assert answer["error"]["data"] == {"reason": "node_lost", "retrySafe": True}
+        assert stage.runs == 0
+
+
+async def test_request_that_its_own_node_forgot_ends(memory: MakeStore) -> None:
+    """P9, P16: the node lives, and nothing there runs it any more."""
+    async with Safe(memory) as stage:
+        a, b, _ = stage.cluster
+        session = await a.open()
+        place = await opened(stage, session, call("count"), node=node_of(b).services.node_id)
+        async with getting(b, session, place) as stream:
+            [answer] = await stream.rest()
+        assert answer["error"]["data"]["reason"] == "node_lost"
+
+
+@pytest.mark.parametrize(
+    ("annotations", "safe"),
+    [
+        ({"readOnlyHint": True}, True),
+        ({"idempotentHint": True}, True),
+        ({"readOnlyHint": False, "destructiveHint": False}, False),
+        (None, False),
+    ],
+    ids=["reads", "idempotent", "writes", "says nothing"],
+)
+async def test_tool_says_whether_it_may_be_called_again(
+    memory: MakeStore, annotations: dict[str, bool] | None, safe: bool
+) -> None:
+    """P7: on whichever page of the list it is."""
+
+    class Paged(Safe):
+        async def _list(self, ctx: Context, params: types.PaginatedRequestParams | None) -> types.ListToolsResult:
+            if params is None or params.cursor is None:
+                return types.ListToolsResult(tools=[], next_cursor="more")
+            tool = {"name": "count", "inputSchema": {"type": "object"}, "annotations": annotations}
+            return types.ListToolsResult(tools=[types.Tool.model_validate(tool, by_name=False)])
+
+    async with Paged(memory) as stage:
+        a, b, _ = stage.cluster
+        session = await a.open()
+        place = await opened(stage, session, call("count"))
+        async with getting(b, session, place) as stream:
+            [answer] = await stream.rest()
+        assert answer["error"]["data"] == {"reason": "node_lost", "retrySafe": safe}
+        assert stage.runs == 0
+
+
+@pytest.mark.parametrize("again", [True, False])
+async def test_what_a_lost_node_asked_waits_for_no_reply(memory: MakeStore, again: bool) -> None:
+    """P4, P10: whether its request ends or is run again."""
+    async with Safe(memory, reexecute="idempotent" if again else "never") as stage:
+        a, b, _ = stage.cluster
+        session = await a.open()
+        place = await opened(stage, session, call("count"))
+        asked = draft(Kind.MESSAGE, pydantic_core.to_json({"jsonrpc": "2.0", "id": "q", "method": "ping"}))
+        batch = Batch([asked], stream=_stream_of(place), attempt=5, expect=["q"])
+        await stage.store.append(session_key(session.id), batch)
+        async with getting(b, session, place) as stream:
+            answer = (await stream.rest())[-1]
+        assert ("result" in answer) == again
+
+        async def is_withdrawn() -> bool:
+            try:
+                await stage.store.append(session_key(session.id), Batch([], answers="q"))
+            except NotPending:
+                return True
+            return False
+
+        await eventually(is_withdrawn)
+
+
+def _stream_of(place: str) -> int:
+    return int(place.split(".")[1], 16)
 
 
 async def test_node_whose_lease_is_seen_lapsed_once_loses_nothing(memory: MakeStore) -> None:
