@@ -16,7 +16,7 @@ CLASS_METHODS: Final = 28
 CLASS_ATTRIBUTES: Final = 16
 
 LARGE_MODULES: Final[dict[str, int]] = {
-    "session/live.py": 731,
+    "session/live.py": 730,
     "session/standalone.py": 568,
 }
 """Lines that the modules which are larger may have."""

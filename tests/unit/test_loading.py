@@ -174,6 +174,21 @@ def test_module_that_raises_shows_its_own_traceback_only(write: Write, target: s
     assert "loading.py" not in failure.trace
 
 
+def test_package_that_raises_shows_its_own_traceback_only(write: Write) -> None:
+    write("pkg_p/__init__.py", "def setup():\n    return 1 / 0\nsetup()\n")
+    write("pkg_p/server.py", "")
+    failure = error_of("pkg_p.server:mcp")
+    assert "importing pkg_p.server failed: ZeroDivisionError: division by zero." in str(failure)
+    assert "return 1 / 0" in failure.trace
+    assert "loading.py" not in failure.trace
+    assert "importlib" not in failure.trace
+
+
+def test_default_name_of_nothing_is_passed_over(write: Write) -> None:
+    write("nothing_p.py", f"{SERVER}mcp = None\ndef server():\n    return MCPServer('made')\n")
+    assert callable(loading.find("nothing_p.py"))
+
+
 def test_syntax_error_shows_its_place(write: Write) -> None:
     write("typo_q.py", "def broken(:\n")
     failure = error_of("typo_q.py:mcp")

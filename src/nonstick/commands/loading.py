@@ -43,6 +43,9 @@ Found = AnyServer | Factory
 DEFAULT_NAMES: Final = ("mcp", "server", "app")
 """Which object is meant where the target names none, and the module has not exactly one server."""
 
+_NOT_THEIRS: Final = (__file__, str(Path(importlib.__file__).parent), "<frozen")
+"""How the names of files begin whose frames a traceback leaves out."""
+
 _ABOVE: Final = "Its traceback is above."
 _SHAPES: Final = "Write package.module:name or path/to/file.py:name."
 _KINDS: Final = "an MCPServer, a low-level Server, a FastMCP server, or a Starlette or FastAPI app that has one in it"
@@ -166,7 +169,7 @@ def _prepend(directory: Path) -> None:
 def _failed(what: str, error: BaseException, advice: str = _ABOVE) -> TargetError:
     """The user's own code raised. The traceback begins there: our frames and the import machinery's are left out."""
     trace: TracebackType | None = error.__traceback__
-    while trace is not None and trace.tb_frame.f_code.co_filename.startswith((__file__, importlib.__file__, "<frozen")):
+    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(_NOT_THEIRS):
         trace = trace.tb_next
     last_line = traceback.format_exception_only(error)[-1].strip().rstrip(".")
     shown = "".join(traceback.format_exception(type(error), error, trace))
@@ -195,7 +198,7 @@ def _only(module: ModuleType, place: str) -> Found:
     for name in DEFAULT_NAMES:
         if name in servers:
             return servers[name]
-        if not servers and not isinstance(getattr(module, name, module), ModuleType):
+        if not servers and not isinstance(getattr(module, name, None), ModuleType | None):
             return _named(module, place, name)
     which = "has several MCP servers" if servers else "has no MCP server object"
     raise TargetError(f"{place} {which}. {_candidates(module, place)}")
