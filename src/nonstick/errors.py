@@ -1,7 +1,7 @@
 """One tree of errors.
 
-Everything that nonstick raises on purpose is a `NonstickError`. The transport maps the store's errors to HTTP
-once, in `manager.py`; nothing else decides a status.
+Everything that nonstick raises on purpose is a `NonstickError`. What clients are told of it, HTTP status and words, is
+in `core/refusals.py` alone.
 """
 
 from __future__ import annotations
