@@ -31,7 +31,8 @@ from nonstick.core.events import draft
 from nonstick.core.names import session_key
 from nonstick.core.refusals import STORE_AWAY
 from nonstick.errors import NotPending, SessionNotFound, StoreUnavailable
-from nonstick.http import manager
+from nonstick.http import post, sessions
+from nonstick.log import cluster_log
 from nonstick.log import writer as sender
 from nonstick.log.cluster_log import CLUSTER_KEY
 from nonstick.node import holding, placement, relay
@@ -774,13 +775,14 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
         (stream, "_RETRY_PAUSE", 0.05),
         (sender, "_PATIENCE", 0.3),
         (relay, "_PATIENCE", 0.3),
-        (manager, "_NOTICE_PATIENCE", 0.3),
+        (post, "PATIENCE_FOR_WHAT_COMES_ONCE", 0.3),
+        (sessions, "PATIENCE_FOR_WHAT_COMES_ONCE", 0.3),
         (reader, "LIVENESS_POLL", 0.1),
         (holding, "_RETRY_PAUSE", 0.05),
         (placement, "_CERTAIN_AFTER", 0.2),
         (rescue, "_BETWEEN_LOOKS", 0.1),
         (rescue, "_PROBE_AFTER", 0.3),
-        (cluster, "_PAUSE", 0.05),
+        (cluster_log, "_PAUSE", 0.05),
     ):
         assert hasattr(module, name)
         monkeypatch.setattr(module, name, seconds)

@@ -247,9 +247,13 @@ class Exchange(Handler):
             StoreError: As `Stream.append`.
         """
         stream = self._stream or self.own_stream()
-        with anyio.CancelScope(shield=True):
-            async with stream.lock:
-                await stream.append([event], expect=expect)
+        try:
+            with anyio.CancelScope(shield=True):
+                async with stream.lock:
+                    await stream.append([event], expect=expect)
+        except Diverged:
+            self.fail(STREAM_LOST)
+            raise
         trimmer, outlet = self.session.trimmer, self.answer.outlet
         if trimmer.is_full and await trimmer.full():
             self.fail(FILLED_LOG)

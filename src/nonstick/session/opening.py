@@ -107,11 +107,14 @@ class Opening(Exchange):
         """Puts the session into the store, with this state. The refusal, if the store takes no further one."""
         session, settings = self.session, self._services.settings
         fields = opening_fields(*session.runner.handshake(), self.principal)
-        fields |= {name: data for name, data in state.items() if data is not None} | session.first_fields
+        if state:
+            fields |= {name: data for name, data in state.items() if data is not None}
+        fields |= session.first_fields
         fields |= session.services.owners.opening_fields()
         # Before the session is there: what comes later it is to hear, what came before it may (P11).
         fields["heard"] = (cursor_text(session.services.cluster_log.broadcasts.head) or "").encode()
-        fields |= UNCONFIRMED if settings.confirms else {}
+        confirms = settings.confirms
+        fields |= UNCONFIRMED if confirms else {}
         try:
             await session.services.store.create(
                 session.key, fields, lifetime=settings.first_lifetime, limits=settings.session_limits(self.principal)
@@ -125,7 +128,7 @@ class Opening(Exchange):
             # The task before this one made it, and was cancelled before it heard so.
         self.is_visible = True
         session.record = Record.from_fields(fields)
-        session.unconfirmed = settings.confirms
+        session.unconfirmed = confirms
         session.services.views[session.key] = session
         session.state.saved(state)
         session.services.owners.opened(session.key)
