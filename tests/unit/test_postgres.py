@@ -677,27 +677,30 @@ async def test_silent_server_is_unavailable_in_time(own: PostgresServer) -> None
         await recovered(lambda: store.load("key"))
 
 
-async def test_abandoned_call_ends_in_the_server(store: PostgresStore, sql: Any, schema: str) -> None:
+async def test_abandoned_call_ends_in_the_server(
+    server: PostgresServer, store: PostgresStore, sql: Any, schema: str
+) -> None:
     """A call that waits for a lock in vain is ended there too: it holds no connection and writes nothing later."""
     await store.create("key", {}, lifetime=LONG)
-    await sql("BEGIN")
-    await sql("SELECT id FROM session FOR UPDATE")
-    given_up = asyncio.ensure_future(store.append("key", Batch(drafts(b"x"))))
+    async with PostgresStore(server.url, schema=schema, sweep_interval=LONG) as hurried:
+        await sql("BEGIN")
+        await sql("SELECT id FROM session FOR UPDATE")
+        given_up = asyncio.ensure_future(hurried.append("key", Batch(drafts(b"x"))))
 
-    async def at_the_lock() -> bool:
-        return await at_locks(sql, schema) == 1
+        async def at_the_lock() -> bool:
+            return given_up.done() or await at_locks(sql, schema) == 1
 
-    await eventually(at_the_lock)
-    await store.load("key")  # which needs no lock
-    with pytest.raises(StoreUnavailable):
-        await given_up
+        await eventually(at_the_lock)
+        await store.load("key")  # which needs no lock
+        with pytest.raises(StoreUnavailable):
+            await given_up
 
-    async def left() -> bool:
-        return await at_locks(sql, schema) == 0
+        async def left() -> bool:
+            return await at_locks(sql, schema) == 0
 
-    await eventually(left)
-    await sql("COMMIT")
-    assert await read_all(store, "key") == []
+        await eventually(left)
+        await sql("COMMIT")
+        assert await read_all(store, "key") == []
 
 
 @pytest.mark.parametrize("method", ["append", "update", "trim", "delete", "touch"])
