@@ -611,9 +611,9 @@ async def test_connection_keeps_no_more_settled_requests_than_it_may(memory: Mak
             readers = [reader for reader in node_of(b).services.readers if isinstance(reader, StandaloneConnection)]
             assert len(readers) == 2
             head = (await stage.store.load(key)).head.position
-            await eventually(lambda: all(reader._seen.position >= head for reader in readers))
-            assert min(len(reader._settled) for reader in readers) == 0
-            assert max(len(reader._settled) for reader in readers) <= 1000
+            await eventually(lambda: all(reader._carrier.scanned_to.position >= head for reader in readers))
+            assert min(len(reader._carrier._settled) for reader in readers) == 0
+            assert max(len(reader._carrier._settled) for reader in readers) <= 1000
         await eventually(lambda: not node_of(b).services.cluster_log.hearers)
 
 

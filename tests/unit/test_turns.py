@@ -2,27 +2,50 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pydantic_core
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nonstick.core.events import Kind, draft
 from nonstick.core.turns import Turns
 from nonstick.store import STANDALONE, Cursor, Event
 from tests.unit.steps import steps
 
+Entry = tuple[Kind, dict[str, Any]]
 
-def noted(*entries: tuple[str, str, int | None]) -> Turns:
-    """The turns after these entries, at positions 1, 2 …: `("l", name, since)`, `("x", name, read)`, or
-    `("w", name, None)` for one that asks, `("y", name, None)` for one that answers."""
+
+def listens(name: str, since: int, **more: Any) -> Entry:
+    """A turn of this name begins; its client has the stream up to `since`."""
+    return Kind.LISTENING, {"listener": name, "node": f"node of {name}", "since": since, **more}
+
+
+def leaves(name: str, read: int | None, **more: Any) -> Entry:
+    """That turn is over; its client has the stream up to `read`."""
+    return Kind.LEFT, {"listener": name, "read": read, **more}
+
+
+def answers(name: str) -> Entry:
+    return Kind.CARRYING, {"listener": name}
+
+
+def asks(name: str | None) -> Entry:
+    return Kind.ASKING, {"listener": name, "node": f"node of {name}"}
+
+
+def take(turns: Turns, position: int, entry: Entry, stream: int = STANDALONE) -> None:
+    kind, body = entry
+    event = draft(kind, pydantic_core.to_json(body))
+    turns.note(Event(position, event.tag, stream, event.data))
+
+
+def noted(*entries: Entry) -> Turns:
+    """The turns after these entries, at positions 1, 2 …"""
     turns = Turns()
-    for position, (kind, name, number) in enumerate(entries, 1):
-        if kind == "l":
-            body = {"listener": name, "node": f"node of {name}", "since": number}
-        elif kind == "x":
-            body = {"listener": name, "read": number}
-        else:
-            body = {"listener": name, "node": f"node of {name}"}
-        event = draft(Kind(ord(kind)), pydantic_core.to_json(body))
-        turns.note(Event(position, event.tag, STANDALONE, event.data))
+    for position, entry in enumerate(entries, 1):
+        take(turns, position, entry)
     return turns
 
 
@@ -31,33 +54,108 @@ def open_before(turns: Turns, position: int) -> str | None:
     return None if turn is None else turn.name
 
 
+# ---- a turn's life, event by event
+
+LIVES = {
+    "never seen": [],
+    "open": [listens("one", 4)],
+    "open, and answered": [listens("one", 4), answers("one")],
+    "left": [listens("one", 1), leaves("one", 2)],
+    "left without carrying": [listens("one", 4), leaves("one", None)],
+}
+EVENTS = {
+    "listens": listens("one", 6),
+    "answers": answers("one"),
+    "leaves": leaves("one", 7),
+    "leaves without carrying": leaves("one", None),
+    "another leaves": leaves("other", 7),
+    "another asks": asks("one"),
+    "a message": (Kind.MESSAGE, {"listener": "one"}),
+}
+# Whether it is open, up to where its client has the stream, and its last sign of life; None if nothing is known of it.
+AFTER: dict[tuple[str, str], tuple[bool, int | None, int] | None] = {
+    ("never seen", "listens"): (True, None, 9),
+    ("never seen", "answers"): None,
+    ("never seen", "leaves"): (False, 7, 0),
+    ("never seen", "leaves without carrying"): (False, None, 0),
+    ("never seen", "another leaves"): None,
+    ("never seen", "another asks"): None,
+    ("never seen", "a message"): None,
+    ("open", "listens"): (True, None, 9),
+    ("open", "answers"): (True, None, 9),
+    ("open", "leaves"): (False, 7, 1),
+    ("open", "leaves without carrying"): (False, None, 1),
+    ("open", "another leaves"): (True, None, 1),
+    ("open", "another asks"): (True, None, 1),
+    ("open", "a message"): (True, None, 1),
+    ("open, and answered", "listens"): (True, None, 9),
+    ("open, and answered", "answers"): (True, None, 9),
+    ("open, and answered", "leaves"): (False, 7, 2),
+    ("open, and answered", "leaves without carrying"): (False, None, 2),
+    ("open, and answered", "another leaves"): (True, None, 2),
+    ("open, and answered", "another asks"): (True, None, 2),
+    ("open, and answered", "a message"): (True, None, 2),
+    ("left", "listens"): (True, None, 9),
+    ("left", "answers"): (False, 2, 9),
+    ("left", "leaves"): (False, 7, 1),
+    ("left", "leaves without carrying"): (False, None, 1),
+    ("left", "another leaves"): (False, 2, 1),
+    ("left", "another asks"): (False, 2, 1),
+    ("left", "a message"): (False, 2, 1),
+    ("left without carrying", "listens"): (True, None, 9),
+    ("left without carrying", "answers"): (False, None, 9),
+    ("left without carrying", "leaves"): (False, 7, 1),
+    ("left without carrying", "leaves without carrying"): (False, None, 1),
+    ("left without carrying", "another leaves"): (False, None, 1),
+    ("left without carrying", "another asks"): (False, None, 1),
+    ("left without carrying", "a message"): (False, None, 1),
+}
+
+
+def test_every_life_and_event_is_listed() -> None:
+    assert AFTER.keys() == {(life, event) for life in LIVES for event in EVENTS}
+
+
+@pytest.mark.parametrize(("life", "event"), list(AFTER))
+def test_each_event_changes_a_turn(life: str, event: str) -> None:
+    """P3: whatever it was up to; the event stands at position 9 of the log."""
+    turns = noted(*LIVES[life])
+    take(turns, 9, EVENTS[event])
+    found = [turn for turn in turns._turns if turn.name == "one"]
+    turn = found[-1] if found else None
+    assert (turn and (not turn.left, turn.delivered_to, turn.last_seen)) == AFTER[life, event]
+
+
+# ---- where the next one begins
+
+
 def test_the_first_begins_at_the_beginning() -> None:
     """P3: nothing sent before it opened is lost."""
-    turns = noted(("l", "one", 0))
+    turns = noted(listens("one", 0))
     assert open_before(turns, 1) is None
-    assert turns.read_before(1) == 0
+    assert turns.delivered_before(1) == 0
 
 
-def test_the_next_waits_for_the_one_before_and_begins_where_it_got_to() -> None:
-    """P3: two never carry the same message."""
-    assert open_before(noted(("l", "one", 0), ("l", "two", 0)), 2) == "one"
-    turns = noted(("l", "one", 0), ("l", "two", 0), ("x", "one", 2))
+def test_the_next_waits_for_the_one_before() -> None:
+    """P3: and begins where that got to, so that two never carry the same message."""
+    assert open_before(noted(listens("one", 0), listens("two", 0)), 2) == "one"
+    turns = noted(listens("one", 0), listens("two", 0), leaves("one", 2))
     assert open_before(turns, 2) is None
-    assert turns.read_before(2) == 2
+    assert turns.delivered_before(2) == 2
 
 
-def test_one_that_carried_nothing_passes_on_what_it_would_have_waited_for() -> None:
+def test_one_that_carried_nothing_passes_its_wait_on() -> None:
     """P3."""
-    turns = noted(("l", "one", 0), ("l", "two", 0), ("x", "two", None), ("l", "three", 0))
+    turns = noted(listens("one", 0), listens("two", 0), leaves("two", None), listens("three", 0))
     assert open_before(turns, 4) == "one"
-    turns = noted(("l", "one", 0), ("l", "two", 0), ("x", "two", None), ("x", "one", 3), ("l", "three", 0))
+    turns = noted(listens("one", 0), listens("two", 0), leaves("two", None), leaves("one", 3), listens("three", 0))
     assert open_before(turns, 5) is None
-    assert turns.read_before(5) == 3
+    assert turns.delivered_before(5) == 3
 
 
-def test_of_several_that_must_leave_the_oldest_is_waited_for() -> None:
+def test_of_several_the_oldest_is_waited_for() -> None:
     """P3: the others wait for it too, so that it would be wrong to give up one of them first."""
-    turns = noted(("l", "one", 4), ("l", "two", 4), ("l", "three", 4))
+    turns = noted(listens("one", 4), listens("two", 4), listens("three", 4))
     turn = turns.open_before(3)
     assert turn is not None
     assert turn.name == "one"
@@ -67,96 +165,134 @@ def test_of_several_that_must_leave_the_oldest_is_waited_for() -> None:
 
 def test_a_place_beyond_the_log_is_not_believed() -> None:
     """P9: it is from before the store lost entries; rather again than never."""
-    turns = noted(("l", "one", 0), ("x", "one", 90), ("l", "two", 0))
-    assert turns.read_before(3) == 0
+    turns = noted(listens("one", 0), leaves("one", 90), listens("two", 0))
+    assert turns.delivered_before(3) == 0
 
 
 def test_older_asking_changes_no_turn() -> None:
-    """P12: it names the turn that it would begin, and says that it left before anybody knew it."""
-    turns = noted(("l", "one", 0), ("w", "refused", None), ("y", "one", None), ("x", "refused", None))
+    """P12: it asks, names the turn that it would begin, and says that it left before anybody knew it."""
+    turns = noted(listens("one", 0), asks("refused"), answers("one"), leaves("refused", None))
     assert open_before(turns, 5) == "one"
-    assert (turns.read_before(2), turns.read_before(5)) == (0, 0)
-    turns = noted(("l", "one", 0), ("x", "one", 1), ("w", "refused", None), ("x", "refused", None), ("l", "two", 1))
+    assert (turns.delivered_before(2), turns.delivered_before(5)) == (0, 0)
+    turns = noted(listens("one", 0), leaves("one", 1), asks("refused"), leaves("refused", None), listens("two", 1))
     assert open_before(turns, 5) is None
-    assert turns.read_before(5) == 1
+    assert turns.delivered_before(5) == 1
 
 
-def test_newer_turns_do_not_matter_to_an_older_one() -> None:
+def test_newer_turns_do_not_matter_to_older_ones() -> None:
     """P3: also when they are over before it could begin."""
-    turns = noted(("l", "one", 0), ("l", "two", 0), ("l", "three", 9), ("x", "three", 12))
+    turns = noted(listens("one", 0), listens("two", 0), listens("three", 9), leaves("three", 12))
     assert open_before(turns, 2) == "one"
 
 
-def test_one_whose_node_died_counts_as_having_read_what_it_began_with() -> None:
-    """P3: rather again than never."""
-    turns = noted(("l", "one", 4), ("l", "two", 4))
+def test_a_turn_that_is_given_up_counts_from_its_beginning() -> None:
+    """P3: its node died, so nobody knows how far it got; rather again than never."""
+    turns = noted(listens("one", 4), listens("two", 4))
     turn = turns.open_before(2)
     assert turn is not None
     turn.give_up()
     assert open_before(turns, 2) is None
-    assert turns.read_before(2) == 4
+    assert turns.delivered_before(2) == 4
 
 
-def test_an_older_turn_that_never_left_holds_up_nobody_after_one_that_left() -> None:
-    """P3: what the older one carried, the one after it waited for."""
-    turns = noted(("l", "old", 0), ("l", "one", 0), ("x", "one", 2), ("l", "two", 2))
+def test_nobody_waits_for_what_a_later_turn_waited_for() -> None:
+    """P3: an older turn that never left holds up nobody after one that left."""
+    turns = noted(listens("old", 0), listens("one", 0), leaves("one", 2), listens("two", 2))
     assert open_before(turns, 4) is None
-    assert turns.read_before(4) == 2
+    assert turns.delivered_before(4) == 2
 
 
-def test_where_a_turn_is_open_the_next_one_begins_where_that_began() -> None:
+def test_after_an_open_turn_the_next_begins_where_that_began() -> None:
     """P3: not where an older one got to; nobody knows yet how far it will get."""
-    turns = noted(("l", "one", 0), ("x", "one", 1), ("l", "two", 7), ("l", "three", 0))
+    turns = noted(listens("one", 0), leaves("one", 1), listens("two", 7), listens("three", 0))
     assert open_before(turns, 4) == "two"
-    assert turns.read_before(4) == 7
+    assert turns.delivered_before(4) == 7
 
 
-def test_what_a_turn_says_that_it_read_counts_only_of_that_entry() -> None:
+@pytest.mark.parametrize(("same", "delivered"), [(True, 2), (False, 0)])
+def test_what_a_turn_says_counts_of_its_own_entries(same: bool, delivered: int) -> None:
     """P9: it left before its node knew that the store had lost the entry, whose position was given out again."""
-    turns = noted(("l", "one", 0), ("y", "one", None), ("y", "one", None))
-    there = turns.tag_at(2)
-    assert there is not None
-    for tag, read in ((there, 2), (b"another.", 0)):
-        again = noted(("l", "one", 0))
-        again.trail.append(Cursor(2, there))
-        body = {"listener": "one", "read": 2, "tag": tag.hex()}
-        event = draft(Kind.LEFT, pydantic_core.to_json(body))
-        again.note(Event(4, event.tag, STANDALONE, event.data))
-        assert again.read_before(5) == read
+    turns = noted(listens("one", 0))
+    turns.trail.append(Cursor(2, b"the tag."))
+    take(turns, 4, leaves("one", 2, tag=(b"the tag." if same else b"another.").hex()))
+    assert turns.delivered_before(5) == delivered
 
 
-def test_a_lost_place_leads_to_where_the_first_went_on_who_came_with_it() -> None:
-    """P9: on every node, whoever comes later."""
+def test_a_lost_place_leads_where_it_led_first() -> None:
+    """P9: on every node, whoever comes with it later."""
     turns = Turns()
     assert turns.found_again(None) is None
     assert turns.found_again("9.00") is None
     for position, since in ((5, 4), (8, 7)):
-        body = {"listener": f"{position}", "node": "n", "since": since, "lost": "9.00"}
-        event = draft(Kind.LISTENING, pydantic_core.to_json(body))
-        turns.note(Event(position, event.tag, STANDALONE, event.data))
+        take(turns, position, listens(f"{position}", since, lost="9.00"))
     assert turns.found_again("9.00") == 4
 
 
-def test_a_turn_whose_beginning_was_trimmed_still_tells_how_far_it_got() -> None:
-    """P10."""
-    turns = noted(("x", "gone", 1), ("l", "two", 0))
+def test_lost_places_are_kept_within_a_bound() -> None:
+    """P10: the latest ones."""
+    turns = noted(*(listens(f"{n}", n, lost=f"{n:x}.00") for n in range(200)))
+    assert turns.found_again("0.00") is None
+    assert turns.found_again("c7.00") == 199
+    assert len(turns._found) <= 64
+
+
+def test_a_turn_whose_beginning_was_trimmed_counts() -> None:
+    """P10: it still tells how far it got."""
+    turns = noted(leaves("gone", 1), listens("two", 0))
     assert open_before(turns, 2) is None
-    assert turns.read_before(2) == 1
-    turns = noted(("l", "two", 0), ("x", "gone", 2), ("l", "three", 0))
+    assert turns.delivered_before(2) == 1
+    turns = noted(listens("two", 0), leaves("gone", 2), listens("three", 0))
     assert open_before(turns, 1) is None
-    assert turns.read_before(1) == 2
+    assert turns.delivered_before(1) == 2
     assert open_before(turns, 3) == "two"
+
+
+# ---- what may be forgotten
 
 
 def test_what_is_forgotten_does_not_matter() -> None:
     """P10: a connection that stays for long keeps no list of all that came and went."""
     turns = noted(
-        *(entry for n in range(100) for entry in (("l", f"{n}", n), ("x", f"{n}", n + 1))), ("l", "last", 100)
+        *(entry for n in range(100) for entry in (listens(f"{n}", n), leaves(f"{n}", n + 1))), listens("l", 9)
     )
-    before = turns.read_before(201), open_before(turns, 201), turns.latest
+    before = turns.delivered_before(201), open_before(turns, 201), turns.latest
     turns.forget()
-    assert (turns.read_before(201), open_before(turns, 201), turns.latest) == before
+    assert (turns.delivered_before(201), open_before(turns, 201), turns.latest) == before
     assert len(turns._turns) == 2
+
+
+ENTRIES = st.lists(
+    st.one_of(
+        st.builds(listens, st.sampled_from("abcde"), st.integers(0, 5), heard=st.sampled_from([None, "1.", "2."])),
+        st.builds(leaves, st.sampled_from("abcde"), st.none() | st.integers(0, 9), heard=st.sampled_from([None, "3."])),
+        st.builds(answers, st.sampled_from("abcde")),
+        st.builds(asks, st.none() | st.sampled_from("abcde")),
+    ),
+    max_size=20,
+)
+
+
+@given(ENTRIES, ENTRIES, st.sets(st.integers(1, 20)))
+def test_one_that_forgets_knows_as_much(past: list[Entry], future: list[Entry], forgets: set[int]) -> None:
+    """P3: of any log, a connection whose turn begins behind it all learns the same, whenever it forgot."""
+    whole, short = Turns(), Turns()
+    # A name is of one turn alone.
+    used: set[str] = set()
+    for position, (kind, body) in enumerate([*past, *future], 1):
+        if kind is Kind.LISTENING and body["listener"] in used:
+            continue
+        used |= {body["listener"]} if kind is Kind.LISTENING else set()
+        take(whole, position, (kind, body))
+        take(short, position, (kind, body))
+        if position in forgets:
+            short.forget()
+    end = len(past) + len(future) + 1
+    assert open_before(short, end) == open_before(whole, end)
+    assert short.delivered_before(end) == whole.delivered_before(end)
+    assert short.heard_before(end) == whole.heard_before(end)
+
+
+# ---- the cluster log
 
 
 def heard(turns: Turns, position: int) -> int | None:
@@ -164,36 +300,24 @@ def heard(turns: Turns, position: int) -> int | None:
     return None if found is None else found.position
 
 
-def take(turns: Turns, position: int, kind: Kind, **body: object) -> None:
-    if kind is Kind.LISTENING:
-        body |= {"node": "n", "since": 0}
-    event = draft(kind, pydantic_core.to_json(body))
-    turns.note(Event(position, event.tag, STANDALONE, event.data))
-
-
-def test_the_next_hears_the_cluster_log_on_from_where_the_one_before_left() -> None:
-    """P11: or from where that one began, if it never said."""
-    turns = Turns()
-    take(turns, 1, Kind.LISTENING, listener="one", heard="5.")
+def test_the_next_hears_on_where_the_one_before_left() -> None:
+    """P11: in the cluster log; or from where that one began, if it never said."""
+    turns = noted(listens("one", 0, heard="5."))
     assert heard(turns, 1) is None
     assert heard(turns, 2) == 5
-    take(turns, 2, Kind.LEFT, listener="one", read=1, heard="9.")
+    take(turns, 2, leaves("one", 1, heard="9."))
     assert heard(turns, 3) == 9
-    take(turns, 3, Kind.LISTENING, listener="two", heard="9.")
-    take(turns, 4, Kind.LISTENING, listener="three", heard="9.")
-    take(turns, 5, Kind.LEFT, listener="two", read=3, heard="c.")
+    take(turns, 3, listens("two", 0, heard="9."))
+    take(turns, 4, listens("three", 0, heard="9."))
+    take(turns, 5, leaves("two", 3, heard="c."))
     # It never carried anything, and began before the other had said how far it got.
-    take(turns, 6, Kind.LEFT, listener="three", read=None, heard=None)
+    take(turns, 6, leaves("three", None, heard=None))
     assert heard(turns, 7) == 12
 
 
-def test_a_turn_on_a_node_of_the_last_release_has_heard_nothing() -> None:
+def test_a_turn_of_the_last_release_has_heard_nothing() -> None:
     """P11, P12: it says nothing of the cluster log; the next one begins where the one before it left."""
-    turns = Turns()
-    take(turns, 1, Kind.LISTENING, listener="new", heard="5.")
-    take(turns, 2, Kind.LEFT, listener="new", read=1, heard="7.")
-    take(turns, 3, Kind.LISTENING, listener="old")
-    take(turns, 4, Kind.LEFT, listener="old", read=3)
+    turns = noted(listens("new", 0, heard="5."), leaves("new", 1, heard="7."), listens("old", 0), leaves("old", 3))
     turns.forget()
     assert heard(turns, 5) == 7
 
@@ -204,9 +328,9 @@ def test_ten_times_the_turns_take_ten_times_the_steps() -> None:
     def coming(count: int) -> None:
         turns = Turns()
         for number in range(count):
-            take(turns, 3 * number + 1, Kind.LISTENING, listener=f"{number}", heard="5.")
-            take(turns, 3 * number + 2, Kind.CARRYING, listener=f"{number}")
-            take(turns, 3 * number + 3, Kind.LISTENING, listener=f"{number} of 0.1")
+            take(turns, 3 * number + 1, listens(f"{number}", 0, heard="5."))
+            take(turns, 3 * number + 2, answers(f"{number}"))
+            take(turns, 3 * number + 3, listens(f"{number} of 0.1", 0))
 
     coming(1)
     assert steps(lambda: coming(500)) < 14 * steps(lambda: coming(50))

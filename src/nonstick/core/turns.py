@@ -40,8 +40,8 @@ class Turn:
         position: Of its `listening` event. 0 if that was trimmed.
         since: Up to where the client had the stream when it began, as far as was known: not beyond.
         left: It carries nothing more.
-        read: Up to where its client has the stream. None until it left, and if it left before it carried anything.
-        shown: Position of its last sign of life.
+        delivered_to: Last position that its client received. None until it left, and if it never carried the stream.
+        last_seen: Position of its last sign of life.
         heard: Up to where its client has heard the cluster log, as far as is known: not beyond.
     """
 
@@ -50,13 +50,13 @@ class Turn:
     position: int
     since: int
     left: bool = False
-    read: int | None = None
-    shown: int = 0
+    delivered_to: int | None = None
+    last_seen: int = 0
     heard: Cursor | None = None
 
     def give_up(self) -> None:
         """It will not say any more how far it got: nothing is lost if what it may have carried comes again."""
-        self.left, self.read = True, self.since
+        self.left, self.delivered_to = True, self.since
 
 
 class Turns:
@@ -82,7 +82,7 @@ class Turns:
             name = body["listener"]
             # A node of version 0.1 says nothing of it, and has let nobody hear it.
             heard = parse_cursor(body.get("heard")) or self.heard_before(event.position)
-            turn = Turn(name, body["node"], event.position, body["since"], shown=event.position, heard=heard)
+            turn = Turn(name, body["node"], event.position, body["since"], last_seen=event.position, heard=heard)
             self._turns.append(turn)
             if (lost := body.get("lost")) is not None:
                 self._found.setdefault(lost, body["since"])
@@ -92,7 +92,7 @@ class Turns:
             name = decode(event.data)["listener"]
             for turn in reversed(self._turns):
                 if turn.name == name:
-                    turn.shown = event.position
+                    turn.last_seen = event.position
                     break
         elif kind is Kind.LEFT:
             body = decode(event.data)
@@ -115,13 +115,13 @@ class Turns:
         """After which position a client went on whose place the store had lost; None if none came with it yet."""
         return None if lost is None else self._found.get(lost)
 
-    def _leave(self, name: str, read: int | None, heard: Cursor | None, *, believed: bool) -> None:
+    def _leave(self, name: str, delivered_to: int | None, heard: Cursor | None, *, believed: bool) -> None:
         turn = next((turn for turn in reversed(self._turns) if turn.name == name), None)
         if turn is None:
             # Its beginning was trimmed, so it is older than all that are known.
             turn = Turn(name, "", 0, 0)
             self._turns.insert(0, turn)
-        turn.left, turn.read = True, read if believed else turn.since
+        turn.left, turn.delivered_to = True, delivered_to if believed else turn.since
         turn.heard = heard or turn.heard
 
     def open_before(self, position: int) -> Turn | None:
@@ -134,17 +134,17 @@ class Turns:
     def _open_before(self, position: int) -> list[Turn]:
         opened: list[Turn] = []
         for turn in self._before(position):
-            if turn.read is not None:
+            if turn.delivered_to is not None:
                 break
             if not turn.left:
                 opened.insert(0, turn)
         return opened
 
-    def read_before(self, position: int) -> int:
+    def delivered_before(self, position: int) -> int:
         """Up to where the client had the stream when a turn began at `position`, as far as is known: not beyond."""
         for turn in self._before(position):
-            if turn.read is not None:
-                return turn.read
+            if turn.delivered_to is not None:
+                return turn.delivered_to
             if not turn.left:
                 return turn.since
         return 0
@@ -155,13 +155,13 @@ class Turns:
         As far as is known: not beyond.
         """
         # Those that never carried anything began before others said how far they got.
-        known = (t.heard for t in self._before(position) if not (t.left and t.read is None))
+        known = (t.heard for t in self._before(position) if not (t.left and t.delivered_to is None))
         return next((heard for heard in known if heard is not None), None)
 
     def forget(self) -> None:
         """Drops the turns that do not matter to one that begins from now on."""
         for index in reversed(range(len(self._turns))):
-            if self._turns[index].read is not None:
+            if self._turns[index].delivered_to is not None:
                 del self._turns[:index]
                 return
 

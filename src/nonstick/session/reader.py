@@ -38,6 +38,9 @@ LIVENESS_POLL: Final = 1.5
 class Reader(ABC):
     """A connection that carries a stream: a task feeds the outlet from the log, the ASGI task pumps it."""
 
+    # There may be thousands, most of them silent.
+    __slots__ = ("_place", "_primes", "began", "outlet", "session", "stays")
+
     def __init__(self, session: Session, place: EventId | None) -> None:
         self.session = session
         self._place = place
@@ -145,7 +148,7 @@ class Reader(ABC):
         """The grace period is over: one that `stays` ends now."""
         self.outlet.end()
 
-    async def patiently(self, call: Callable[[], Awaitable[T]]) -> T:
+    async def until_answered(self, call: Callable[[], Awaitable[T]]) -> T:
         """What the store answers, as soon as it can be reached: a stream has nobody to tell that it cannot."""
         return await retry_until_answered(call, pause=LIVENESS_POLL)
 
@@ -161,6 +164,8 @@ class Reader(ABC):
 
 class Following:
     """A place in the log, from which a reader takes what comes, and looks around when nothing does."""
+
+    __slots__ = ("_next", "_subscription")
 
     def __init__(self, subscription: Subscription) -> None:
         self._subscription = subscription

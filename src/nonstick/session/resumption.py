@@ -79,7 +79,7 @@ class Resumption(Reader):
                 return
             except Diverged:
                 # Some place in the log is lost. This client's may not be, and nothing of the stream either.
-                self._events = await self.patiently(lambda: _entry(self.session, self._place.cursor))
+                self._events = await self.until_answered(lambda: _entry(self.session, self._place.cursor))
                 if not self._events:
                     self._lose()
                     return
