@@ -52,6 +52,8 @@ class Slice:
         size: Bytes of their data, at most.
     """
 
+    __slots__ = ("_events", "_most_events", "_most_size", "_size")
+
     def __init__(self, events: int = _BATCH, size: int = _SLICE_BYTES) -> None:
         self._events = self._most_events = events
         self._size = self._most_size = size
