@@ -15,7 +15,7 @@ from nonstick.core.events import Kind, body_of, decode, kind_of
 from nonstick.core.names import session_key
 from nonstick.testing.cluster import Session
 from tests.cluster.conftest import MakeStore
-from tests.cluster.sse import getting, posting
+from tests.cluster.sse import DEADLINE, getting, posting
 from tests.cluster.stage import (
     Context,
     Stage,
@@ -78,7 +78,7 @@ def request(method: str, id: int, **params: Any) -> dict[str, Any]:  # noqa: A00
 
 
 async def test_log_of_a_session_that_any_node_serves(memory: MakeStore) -> None:
-    async with Subscribed(memory, window=0.02) as stage:
+    async with Subscribed(memory, window=DEADLINE) as stage:
         a, b, c = stage.cluster
 
         @stage.tool
