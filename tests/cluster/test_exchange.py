@@ -15,6 +15,7 @@ from nonstick import current_connection, session_state
 from nonstick.core.events import Kind
 from nonstick.core.names import session_key
 from nonstick.core.record import Record
+from nonstick.core.refusals import CANCELLED_BY_CLIENT, SHUT_DOWN
 from nonstick.session.live import Session as View
 from nonstick.store import Store
 from nonstick.testing.cluster import HEADERS, Member, Session
@@ -379,3 +380,30 @@ async def test_error_that_a_handler_answers_with_is_no_failure(
             assert "error" in (await a.post(call(tool), session)).json()
             errors = [record for record in caplog.records if record.levelno >= logging.ERROR]
             assert len(errors) == logged
+
+
+@pytest.mark.parametrize("how", ["drained", "cancelled"])
+async def test_first_reason_outlasts_what_a_stopped_handler_raises(memory: MakeStore, how: str) -> None:
+    """P5, P8: a handler that makes an error of its cancellation does not replace why it was cancelled."""
+    async with staged(memory, grace=0.05) as (stage, a, b, c):
+
+        @stage.tool
+        async def stubborn(ctx: Context, arguments: dict[str, Any]) -> str:
+            await say(ctx, "said")
+            stage.open("begun")
+            try:
+                await stage.door("never")
+            except asyncio.CancelledError:
+                raise ValueError("never mind") from None
+            return "done"
+
+        session = await a.open()
+        async with posting(b, session, call("stubborn")) as stream:
+            await stage.reached("begun")
+            if how == "drained":
+                b.app.begin_drain()
+            else:
+                assert (await c.post(cancel(1), session)).status_code == 202
+            last = (await stream.rest())[-1]
+            expected = SHUT_DOWN if how == "drained" else CANCELLED_BY_CLIENT
+            assert last["error"] == expected.model_dump(exclude_none=True)
