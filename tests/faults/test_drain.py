@@ -79,8 +79,8 @@ async def test_rolling_restart_under_load_loses_nothing(stage: Stage) -> None:
     assert stage.judge() == []
 
 
-async def test_tool_that_outlives_the_grace_ends_with_an_error_elsewhere(stage: Stage) -> None:
-    """P8: in the log, for the client that resumes on another node; the process is gone in time."""
+async def test_slow_tool_ends_with_error_elsewhere(stage: Stage) -> None:
+    """P8: after the grace, in the log, for the client that resumes on another node; the process is gone in time."""
     a, b = await stage.start(2, grace=1.0)
     client = stage.client(nodes=[a])
     await client.open()
@@ -100,7 +100,7 @@ async def test_tool_that_outlives_the_grace_ends_with_an_error_elsewhere(stage: 
 
 
 @pytest.mark.slow
-async def test_handler_that_cannot_be_stopped_does_not_keep_its_client_waiting(stage: Stage) -> None:
+async def test_unstoppable_handler_keeps_no_client_waiting(stage: Stage) -> None:
     """P8: its request ends without it, within the grace period and a little."""
     a, b = await stage.start(2, grace=1.0)
     client = stage.client(nodes=[a])
@@ -117,9 +117,7 @@ async def test_handler_that_cannot_be_stopped_does_not_keep_its_client_waiting(s
     assert stage.judge() == []
 
 
-async def test_node_that_cannot_reach_its_store_is_gone_in_time_all_the_same(
-    valkey: ValkeyServer, tmp_path: Path
-) -> None:
+async def test_node_without_store_ends_in_time(valkey: ValkeyServer, tmp_path: Path) -> None:
     """P8, P9: what it could not say any more, another node says for it."""
     async with FaultProxy(f"{valkey.url}?prefix={tmp_path.name}") as proxy, Stage(proxy.url, tmp_path) as stage:
         stage.node(grace=1.0)
@@ -139,8 +137,8 @@ async def test_node_that_cannot_reach_its_store_is_gone_in_time_all_the_same(
         assert stage.judge() == []
 
 
-async def test_stream_that_is_opened_during_the_drain_is_handed_over_at_once() -> None:
-    """P8: it does not keep the process from ending."""
+async def test_stream_opened_in_drain_moves_on() -> None:
+    """P8: it is handed over at once, and does not keep the process from ending."""
     store = MemoryStore()
     async with Cluster(lambda: MCPServer("quiet"), lambda: store, nodes=1) as cluster:
         a = cluster[0]
@@ -153,7 +151,7 @@ async def test_stream_that_is_opened_during_the_drain_is_handed_over_at_once() -
         assert in_time(time.monotonic() - began, GONE)
 
 
-async def test_client_that_comes_back_to_a_draining_node_does_not_keep_it(stage: Stage) -> None:
+async def test_client_returning_keeps_no_draining_node(stage: Stage) -> None:
     """P8: for as long as its socket still takes connections, they are handed over too."""
     a, _ = await stage.start(2, grace=GRACE)
     client = stage.client(nodes=[a])
@@ -169,7 +167,7 @@ async def test_client_that_comes_back_to_a_draining_node_does_not_keep_it(stage:
     assert stage.judge() == []
 
 
-async def test_client_without_an_event_id_keeps_its_stream_through_the_grace(stage: Stage) -> None:
+async def test_client_without_event_id_keeps_stream(stage: Stage) -> None:
     """P8: the plain answer of a silent tool comes from the node that is going."""
     a, b = await stage.start(2, grace=GRACE, window=10.0)
     client = stage.client(nodes=[a], patience=Patience(idle=5.0))

@@ -30,7 +30,7 @@ TOLD = {"reason": "server_exit", "retrySafe": False}
         pytest.param("asyncio", True, id="in a thread, without uvloop", marks=pytest.mark.slow),
     ],
 )
-async def test_exit_is_told_once_and_waits_for_what_runs(stage: Stage, loop: str, thread: bool) -> None:
+async def test_exit_is_told_once_and_waits(stage: Stage, loop: str, thread: bool) -> None:
     """P8, P16: others finish or are handed over; the process ends with the status; the end is read on another node."""
     a, b = await stage.start(2, grace=GRACE, env={"UVICORN_LOOP": loop})
     client = stage.client(nodes=[a])
@@ -54,7 +54,7 @@ async def test_exit_is_told_once_and_waits_for_what_runs(stage: Stage, loop: str
     assert stage.judge() == []
 
 
-async def test_exit_before_anything_was_sent_is_told_too(stage: Stage) -> None:
+async def test_exit_before_first_message_is_told(stage: Stage) -> None:
     """P16: the plain answer reaches its client before the process is gone."""
     (a,) = await stage.start(1, grace=GRACE)
     client = stage.client()
@@ -117,9 +117,7 @@ async def wait(ctx: Context) -> str:
 
 
 @pytest.mark.parametrize(("tool", "status"), [("leave", 5), pytest.param("interrupt", 0, marks=pytest.mark.slow)])
-async def test_nonstick_serve_ends_with_the_status_that_a_tool_said(
-    home: Path, start: Start, tool: str, status: int
-) -> None:
+async def test_nonstick_serve_ends_with_tools_status(home: Path, start: Start, tool: str, status: int) -> None:
     """P8, P16: and a keyboard interrupt is as Ctrl-C."""
     (home / "exiting.py").write_text(EXITING)
     served = start("exiting.py", "--grace", "2")
@@ -139,8 +137,8 @@ async def test_nonstick_serve_ends_with_the_status_that_a_tool_said(
     assert "Traceback" not in str(served.seen)
 
 
-async def test_exit_in_a_task_that_a_tool_began_drains_under_nonstick_serve(home: Path, start: Start) -> None:
-    """P8, P16: though asyncio raises it out of the event loop; another request comes to its end."""
+async def test_exit_in_background_task_drains(home: Path, start: Start) -> None:
+    """P8, P16: with `nonstick serve`, though asyncio raises it out of the loop; another request comes to its end."""
     (home / "exiting.py").write_text(EXITING)
     served = start("exiting.py", "--grace", "5")
     url = await asyncio.to_thread(served.url)
@@ -164,7 +162,7 @@ async def test_exit_in_a_task_that_a_tool_began_drains_under_nonstick_serve(home
 
 
 @pytest.mark.slow
-async def test_status_that_a_tool_said_is_that_of_a_process_that_had_to_be_ended(home: Path, start: Start) -> None:
+async def test_ended_process_has_the_tools_status(home: Path, start: Start) -> None:
     """P8, P16: another tool did not stop when it was cancelled."""
     (home / "exiting.py").write_text(EXITING)
     served = start("exiting.py", "--grace", "0.5")
@@ -244,8 +242,8 @@ asyncio.run(main())
 """
 
 
-def test_host_that_handles_no_signal_ends_with_the_status_after_the_drain() -> None:
-    """P8, P16: the answer is out, and the lifespan was left in order."""
+def test_host_without_signals_ends_with_status() -> None:
+    """P8, P16: after the drain: the answer is out, and the lifespan was left in order."""
     run = subprocess.run(
         [sys.executable, "-c", HOST], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240, check=False
     )

@@ -23,7 +23,7 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-async def test_intruder_may_only_connect_and_hears_and_forges() -> None:
+async def test_intruder_connects_and_hears_and_forges() -> None:
     """P14: what every role of a database can do to a channel."""
     content = b2a_base64(b'{"jsonrpc": "2.0"}', newline=False).decode()
     heard: list[str] = []

@@ -21,7 +21,7 @@ SLACK = 2.0
 """For a busy machine."""
 
 
-async def test_request_of_a_killed_node_ends_with_one_error_elsewhere(stage: Stage) -> None:
+async def test_killed_nodes_request_ends_with_error(stage: Stage) -> None:
     """P7: within lease + poll, under the request's own id, saying whether it may be made again."""
     a, b, _ = await stage.start(3, lease=LEASE)
     client = stage.client(nodes=[a])
@@ -45,7 +45,7 @@ async def test_request_of_a_killed_node_ends_with_one_error_elsewhere(stage: Sta
 
 
 @pytest.mark.slow
-async def test_error_says_that_an_idempotent_call_may_be_repeated(stage: Stage) -> None:
+async def test_error_says_idempotent_call_is_repeatable(stage: Stage) -> None:
     """P7: `retrySafe` follows the tool's own annotation."""
     a, b = await stage.start(2, lease=LEASE)
     client = stage.client(nodes=[a])
@@ -59,7 +59,7 @@ async def test_error_says_that_an_idempotent_call_may_be_repeated(stage: Stage) 
 
 
 @pytest.mark.slow
-async def test_two_racing_resumers_get_the_same_one_end(stage: Stage) -> None:
+async def test_racing_resumers_get_the_same_end(stage: Stage) -> None:
     """P7: of all who try to end a lost request, the store lets one."""
     a, b, c = await stage.start(3, lease=LEASE)
     client = stage.client(nodes=[a])
@@ -80,7 +80,7 @@ async def test_two_racing_resumers_get_the_same_one_end(stage: Stage) -> None:
     assert stage.judge() == []
 
 
-async def test_frozen_node_that_wakes_adds_nothing_and_serves_on(stage: Stage) -> None:
+async def test_woken_node_adds_nothing_and_serves(stage: Stage) -> None:
     """P7: it writes nothing to the stream, saves no state for the request, and its handler is cancelled."""
     a, b = await stage.start(2, lease=LEASE)
     client = stage.client(nodes=[a])
@@ -108,7 +108,7 @@ async def test_frozen_node_that_wakes_adds_nothing_and_serves_on(stage: Stage) -
 
 
 @pytest.mark.slow
-async def test_woken_node_keeps_no_state_in_a_view_that_lives_on(stage: Stage) -> None:
+async def test_woken_node_saves_no_old_state(stage: Stage) -> None:
     """P7: a connection to the standalone stream, say, keeps the session's view; a later request must not save it."""
     a, b = await stage.start(2, lease=LEASE)
     client = stage.client(nodes=[a], patience=Patience(idle=60.0, call=60.0))
@@ -134,7 +134,7 @@ async def test_woken_node_keeps_no_state_in_a_view_that_lives_on(stage: Stage) -
     assert stage.judge() == []
 
 
-async def test_request_that_ends_as_its_frozen_node_wakes_saves_nothing(stage: Stage) -> None:
+async def test_request_ending_on_waking_saves_nothing(stage: Stage) -> None:
     """P7: the state goes with the terminal event or not at all, also if the handler returns before it is cancelled."""
     a, b = await stage.start(2, lease=LEASE)
     client = stage.client(nodes=[a])
@@ -154,7 +154,7 @@ async def test_request_that_ends_as_its_frozen_node_wakes_saves_nothing(stage: S
     assert stage.judge() == []
 
 
-async def test_idempotent_call_is_run_again_on_another_node(stage: Stage) -> None:
+async def test_idempotent_call_runs_again_elsewhere(stage: Stage) -> None:
     """P7: as the second attempt, whose result is the one end that the client sees."""
     a, b = await stage.start(2, lease=LEASE, reexecute="idempotent")
     client = stage.client(nodes=[a])
@@ -171,8 +171,8 @@ async def test_idempotent_call_is_run_again_on_another_node(stage: Stage) -> Non
 
 
 @pytest.mark.slow
-async def test_call_is_run_a_third_time_when_its_second_node_dies_too(stage: Stage) -> None:
-    """P7: each attempt takes over from the one before, also for a client that began to read after that."""
+async def test_call_runs_a_third_time(stage: Stage) -> None:
+    """P7: when its second node dies too: each attempt takes over from the one before, also for a later reader."""
     a, b, c = await stage.start(3, lease=LEASE, reexecute="idempotent")
     client = stage.client(nodes=[a])
     await client.open()
@@ -192,7 +192,7 @@ async def test_call_is_run_a_third_time_when_its_second_node_dies_too(stage: Sta
 
 
 @pytest.mark.slow
-async def test_call_that_is_not_idempotent_is_never_run_again(stage: Stage) -> None:
+async def test_unsafe_call_never_runs_again(stage: Stage) -> None:
     """P7: not even where the server opted in."""
     a, b = await stage.start(2, lease=LEASE, reexecute="idempotent")
     client = stage.client(nodes=[a])
@@ -206,8 +206,8 @@ async def test_call_that_is_not_idempotent_is_never_run_again(stage: Stage) -> N
 
 
 @pytest.mark.slow
-async def test_cancel_that_came_while_the_node_was_dead_stops_the_second_attempt(stage: Stage) -> None:
-    """P5, P7: it is in the log, and the node that takes the request over reads it from there."""
+async def test_early_cancel_stops_the_second_attempt(stage: Stage) -> None:
+    """P5, P7: sent while the node was dead: the node that takes the request over reads it from the log."""
     a, b = await stage.start(2, lease=LEASE, reexecute="idempotent")
     client = stage.client(nodes=[a])
     await client.open()
@@ -223,7 +223,7 @@ async def test_cancel_that_came_while_the_node_was_dead_stops_the_second_attempt
 
 
 @pytest.mark.slow
-async def test_other_traffic_of_the_session_does_not_hide_a_death(stage: Stage) -> None:
+async def test_busy_session_does_not_hide_death(stage: Stage) -> None:
     """P7: also when the session's log never falls silent, because other requests write to it."""
     a, b = await stage.start(2, lease=LEASE)
     client = stage.client(nodes=[a])
@@ -243,7 +243,7 @@ async def test_other_traffic_of_the_session_does_not_hide_a_death(stage: Stage) 
     assert stage.judge() == []
 
 
-async def test_tool_that_blocks_the_loop_is_not_a_dead_node(stage: Stage) -> None:
+async def test_blocked_loop_is_not_a_death(stage: Stage) -> None:
     """P7: the lease is renewed from a thread, as long as the loop hangs for less than `max_stall`."""
     a, b = await stage.start(2, lease=LEASE)
     client = stage.client(nodes=[a], patience=Patience(idle=1.5, call=60.0))
@@ -259,7 +259,7 @@ async def test_tool_that_blocks_the_loop_is_not_a_dead_node(stage: Stage) -> Non
 
 
 @pytest.mark.slow
-async def test_node_whose_loop_hangs_for_longer_than_allowed_is_dead(stage: Stage) -> None:
+async def test_overlong_stall_is_a_death(stage: Stage) -> None:
     """P7: within the allowed stall, the lease and the poll; when the tool returns at last, it has no say."""
     a, b = await stage.start(2, lease=1.0, max_stall=1.0)
     client = stage.client(nodes=[a], patience=Patience(idle=1.5, call=60.0))

@@ -33,7 +33,7 @@ async def used(client: Session, on: NodeProcess | None = None) -> str:
 
 
 @pytest.mark.slow
-async def test_session_of_a_killed_owner_is_built_anew_on_another_node(stage: Stage) -> None:
+async def test_killed_owners_session_is_built_anew(stage: Stage) -> None:
     """P7: what ran ends with one error; what comes then works."""
     client, [a, b, c] = await owned(stage, movable=True)
     assert await used(client, b) == "1"
@@ -49,7 +49,7 @@ async def test_session_of_a_killed_owner_is_built_anew_on_another_node(stage: St
 
 
 @pytest.mark.slow
-async def test_session_of_a_killed_owner_that_cannot_be_built_anew_ends(stage: Stage) -> None:
+async def test_session_that_cannot_be_rebuilt_ends(stage: Stage) -> None:
     """P7: what ran, and what finds it out, get an error that says so; what comes then gets 404."""
     client, [a, b, c] = await owned(stage, movable=False)
     assert await used(client, b) == "1"
@@ -63,7 +63,7 @@ async def test_session_of_a_killed_owner_that_cannot_be_built_anew_ends(stage: S
         assert await client.ping(node) == 404
 
 
-async def test_frozen_owner_that_wakes_gives_its_session_up(stage: Stage) -> None:
+async def test_woken_owner_gives_its_session_up(stage: Stage) -> None:
     """P7: it writes nothing more to what it ran, and runs its clean-up."""
     client, [a, b, c] = await owned(stage, movable=True)
     assert await used(client, b) == "1"
@@ -85,7 +85,7 @@ async def test_frozen_owner_that_wakes_gives_its_session_up(stage: Stage) -> Non
 
 
 @pytest.mark.slow
-async def test_owner_that_stops_leaves_its_session_to_another_node(stage: Stage) -> None:
+async def test_stopped_owner_leaves_session_to_another(stage: Stage) -> None:
     """P8: SIGTERM; nobody gets an error, and its clean-up runs before."""
     client, [a, b, c] = await owned(stage, movable=True)
     assert await used(client, b) == "1"

@@ -35,7 +35,7 @@ def url(servers: ValkeyCluster | ValkeySentinel) -> str:
     return f"{servers.url}?prefix=faults-{secrets.token_hex(6)}"
 
 
-async def test_slot_that_moves_under_a_stream_is_not_noticed(cluster: ValkeyCluster) -> None:
+async def test_moved_slot_is_not_noticed(cluster: ValkeyCluster) -> None:
     """P3, P9: there and back, while events are appended and read."""
     place = url(cluster)
     async with staged(lambda: open_store(place), window=0.1) as (stage, a, b, c):
@@ -61,7 +61,7 @@ async def test_slot_that_moves_under_a_stream_is_not_noticed(cluster: ValkeyClus
 
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("kind", ["cluster", "sentinel"])
-async def test_killed_primary_is_503_until_its_replica_serves(kind: str, request: pytest.FixtureRequest) -> None:
+async def test_killed_primary_is_503_until_replaced(kind: str, request: pytest.FixtureRequest) -> None:
     """P9: replication is asynchronous, so the stream is whole or its client is told; the session is not 404."""
     servers: ValkeyCluster | ValkeySentinel = request.getfixturevalue(kind)
     place = url(servers)

@@ -28,7 +28,7 @@ def evict(place: Place, session: Session, part: str) -> None:
         assert admin.delete(f"{place.name}:{{{session_key(session.id)}}}:{part}") == 1
 
 
-async def test_evicted_record_is_a_session_that_is_lost(place: Place) -> None:
+async def test_evicted_record_is_a_lost_session(place: Place) -> None:
     """P9: 404 on every node; streams end and handlers are cancelled."""
     async with staged(place.make, window=0.1) as (stage, a, b, c):
         handled: list[str] = []
@@ -56,9 +56,7 @@ def talking(stage: Stage) -> None:
 
 
 @pytest.mark.parametrize(("part", "own"), [("w", []), ("l", ["2", "done"])], ids=["books", "log"])
-async def test_evicted_part_of_a_session_is_reported_and_the_session_goes_on(
-    place: Place, part: str, own: list[str]
-) -> None:
+async def test_session_outlives_its_evicted_log(place: Place, part: str, own: list[str]) -> None:
     """P9: whoever resumes the stream that ran gets one error. What comes afterwards is as ever."""
     async with staged(place.make, window=0.1) as (stage, a, b, c):
         counting(stage)
@@ -89,8 +87,8 @@ async def test_evicted_part_of_a_session_is_reported_and_the_session_goes_on(
             assert texts_of(await stream.rest()) == ["Ada"]
 
 
-async def test_client_that_was_up_to_date_hears_that_the_books_are_gone(place: Place) -> None:
-    """P9: nobody knows any more that its stream is open, so nobody can end it."""
+async def test_evicted_books_are_reported_to_clients(place: Place) -> None:
+    """P9: also to one that was up to date: nobody knows that its stream is open, so nobody can end it."""
     async with staged(place.make, window=0.1) as (stage, a, b, _c):
         counting(stage)
         session = await a.open()
@@ -109,7 +107,7 @@ SESSIONS = 40
 
 
 @pytest.mark.slow
-async def test_under_memory_pressure_every_stream_is_whole_or_reported(place: Place) -> None:
+async def test_evicting_server_leaves_no_silent_gap(place: Place) -> None:
     """P9: whatever the server evicts, no resume skips over a gap or waits for ever."""
     with ValkeyServer() as server:
         pressed = Place("valkey", server)

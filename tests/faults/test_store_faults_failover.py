@@ -77,7 +77,7 @@ async def test_failover_that_lost_acknowledged_events_is_reported(
             assert texts_of(await again.rest()) == up_to(3)
 
 
-async def test_failover_that_lost_a_stream_a_session_and_an_end(pair: Pair, door: FaultProxy, make: MakeStore) -> None:
+async def test_failover_reports_streams_and_sessions_lost(pair: Pair, door: FaultProxy, make: MakeStore) -> None:
     """P9: a lost POST stream answers its resume with one error; only a session that is lost itself gets 404."""
     async with staged(make, window=0.1) as (stage, a, b, c):
         counting(stage)
@@ -103,9 +103,7 @@ async def test_failover_that_lost_a_stream_a_session_and_an_end(pair: Pair, door
         assert (await a.open()).id
 
 
-async def test_standalone_stream_goes_on_after_a_failover_that_lost_some_of_it(
-    pair: Pair, door: FaultProxy, make: MakeStore
-) -> None:
+async def test_standalone_stream_survives_a_lossy_failover(pair: Pair, door: FaultProxy, make: MakeStore) -> None:
     """P3, P9: nothing comes twice; a log line says that events are lost."""
     async with staged(make, window=0.1) as (stage, a, b, c):
 

@@ -55,9 +55,7 @@ def _named(fault: Fault) -> str:
     ids=_named,
 )
 @pytest.mark.parametrize("place", ["valkey", pytest.param("postgres", marks=pytest.mark.slow)], indirect=True)
-async def test_node_that_is_cut_off_says_503_and_its_streams_go_on_afterwards(
-    place: Place, proxy: FaultProxy, fault: Fault
-) -> None:
+async def test_node_cut_off_says_503(place: Place, proxy: FaultProxy, fault: Fault) -> None:
     """P3, P9: other nodes serve the session meanwhile; nothing is run twice, no step is missing or doubled."""
     handled: list[str] = []
     async with staged(place.behind(proxy, None, None), window=0.1) as (stage, a, b, c):

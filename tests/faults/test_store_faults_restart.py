@@ -15,7 +15,7 @@ from tests.faults.places import Place, asked, assert_unavailable, counting, repe
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("impatient")]
 
 
-async def test_restart_with_its_data_is_503_while_it_lasts_and_loses_nothing(place: Place) -> None:
+async def test_restart_with_data_loses_nothing(place: Place) -> None:
     """P9: never 404; a stream that runs goes on, on its own connection and on another node; no node is restarted."""
     async with staged(place.make, window=0.1) as (stage, a, b, c):
         counting(stage)
@@ -38,7 +38,7 @@ async def test_restart_with_its_data_is_503_while_it_lasts_and_loses_nothing(pla
 
 
 @pytest.mark.parametrize("place", ["valkey", pytest.param("postgres", marks=pytest.mark.slow)], indirect=True)
-async def test_restart_without_data_ends_every_session_and_new_ones_open_at_once(place: Place) -> None:
+async def test_restart_without_data_ends_every_session(place: Place) -> None:
     """P9, P15: 503 for the grace period, then 404, which tells clients to open another; handlers are cancelled."""
     async with staged(place.make, window=0.1) as (stage, a, b, c):
         handled: list[str] = []

@@ -47,7 +47,7 @@ async def frozen_writer(path: Path) -> AsyncIterator[asyncio.subprocess.Process]
 
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("end", [signal.SIGCONT, signal.SIGKILL], ids=["thawed", "killed"])
-async def test_frozen_writer_makes_writes_503_until_it_is_thawed_or_killed(tmp_path: Path, end: signal.Signals) -> None:
+async def test_frozen_writer_makes_writes_503(tmp_path: Path, end: signal.Signals) -> None:
     """P9: reads go on; a stream goes on, whole, once the lock is free."""
     path = tmp_path / "sessions.db"
     async with staged(lambda: SQLiteStore(path), window=0.1) as (stage, a, b, c):
@@ -82,7 +82,7 @@ def remove(path: Path) -> None:
         left.unlink()
 
 
-async def test_nodes_that_start_without_their_file_know_no_session(tmp_path: Path) -> None:
+async def test_node_without_its_file_says_404(tmp_path: Path) -> None:
     """P9: 404, after which a client opens another one."""
     path = tmp_path / "sessions.db"
     async with staged(lambda: SQLiteStore(path)) as (_, a, _b, _c):
@@ -94,7 +94,7 @@ async def test_nodes_that_start_without_their_file_know_no_session(tmp_path: Pat
         assert (await b.open()).id
 
 
-async def test_backup_that_was_restored_is_reported_to_who_had_more(tmp_path: Path) -> None:
+async def test_restored_backup_is_reported(tmp_path: Path) -> None:
     """P9: a place after the backup is lost; what the backup knows of goes on, and a session after it is 404."""
     path, backup = tmp_path / "sessions.db", tmp_path / "backup.db"
     async with staged(lambda: SQLiteStore(path), window=0.1, lease=1.0) as (stage, a, b, _c):
