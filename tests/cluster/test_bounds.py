@@ -17,7 +17,7 @@ from nonstick.core.names import session_key
 from nonstick.log.cluster_log import CLUSTER_KEY
 from nonstick.log.follow import Follower, Subscription
 from nonstick.session.exchange import Exchange
-from nonstick.session.live import Session as View
+from nonstick.session.live import LiveSession as View
 from nonstick.session.reader import Reader
 from nonstick.store import MAX_CANCELS, STANDALONE
 from nonstick.testing.cluster import HEADERS, Member, Session

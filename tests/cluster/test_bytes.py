@@ -577,7 +577,7 @@ async def test_large_requests_of_a_lost_owner_are_run_by_the_next(memory: MakeSt
         session = await a.open()
         key = session_key(session.id)
         await stage.store.update(key, {OWNER: b"gone-00000000"})
-        held = node_of(a).sessions[key].held
+        held = node_of(a).placement.held.get(key)
         assert held is not None
         assert await held.look()
         posts = [

@@ -175,7 +175,7 @@ async def test_a_cancel_that_arrives_between_the_records_load_and_the_start_coun
                 await eventually(lambda: _follows(b))
                 await c.post(cancel(3), session)
                 (held_view,) = node_of(b).sessions.values()
-                await eventually(lambda: bool(held_view._recent_cancels))
+                await eventually(lambda: bool(held_view.inbox.cancels._recent))
                 on_b.released.set()
                 assert (await stream.outcome())["error"] == CANCELLED
                 assert not stage.marks["begun"].is_set()
@@ -190,7 +190,7 @@ async def test_a_cancel_that_arrives_between_the_records_load_and_the_start_coun
 
 def _follows(member: Any) -> bool:
     node = member.app.manager._node
-    return any(session.follower.subscriptions for session in node.sessions.values())
+    return any(session.log.follower.subscriptions for session in node.sessions.values())
 
 
 async def test_a_cancel_that_races_with_the_promotion_ends_the_stream_that_opens(make_store: MakeStore) -> None:

@@ -151,7 +151,7 @@ async def test_state_is_built_anew_in_no_requests_context(memory: MakeStore) -> 
     async with teams(memory, placement="owner", rehydrate=rehydrate) as (stage, a, b, _):
         session = await a.open(**of_team("opener"))
         key = session_key(session.id)
-        held = node_of(a).sessions[key].held
+        held = node_of(a).placement.held.get(key)
         assert held is not None
         await stage.store.update(key, {OWNER: b"gone-00000000"})
         assert await held.look()

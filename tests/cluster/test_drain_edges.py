@@ -194,7 +194,7 @@ async def test_relayed_request_is_not_run_on_a_state_that_is_being_cleaned_up() 
         async with posting(b, session, call("count", 2)) as stream:
             await held.held.wait()
             stopping = asyncio.create_task(a.stop())
-            holding = node_of(a).sessions[session_key(session.id)].held
+            holding = node_of(a).placement.held.get(session_key(session.id))
             assert holding is not None
             await eventually(lambda: not holding.ready or bool(ran))
             held.released.set()

@@ -168,7 +168,7 @@ async def test_every_end_of_a_middleware_in_the_handshake_is_one_answer(make_sto
             stage.opening.check(response.json(), name)
             assert ("mcp-session-id" in response.headers) == (stage.opening.code is None)
         stage.opening = None
-        await eventually(lambda: all(session.record is not None for session in node_of(a).sessions.values()))
+        await eventually(lambda: all(session.opening is None for session in node_of(a).sessions.values()))
 
 
 @pytest.mark.parametrize("relayed", [False, True], ids=["here", "relayed"])
@@ -230,7 +230,7 @@ async def test_every_end_of_rehydrate_is_told_to_who_waits_and_tried_again(memor
         a, b, c = stage.cluster
         session = await a.open()
         key = session_key(session.id)
-        held = node_of(a).sessions[key].held
+        held = node_of(a).placement.held.get(key)
         assert held is not None
         await stage.store.update(key, {OWNER: b"gone-00000000"})
         assert await held.look()

@@ -16,7 +16,8 @@ from nonstick.core.events import Kind
 from nonstick.core.names import session_key
 from nonstick.core.record import Record
 from nonstick.core.refusals import CANCELLED_BY_CLIENT, SHUT_DOWN
-from nonstick.session.live import Session as View
+from nonstick.session.exchange import Exchange
+from nonstick.session.live import LiveSession as View
 from nonstick.store import Store
 from nonstick.testing.cluster import HEADERS, Member, Session
 from tests.cluster.conftest import MakeStore
@@ -50,7 +51,8 @@ def view(member: Member, session: Session) -> View:
 
 def has_ended(session: View, key: str) -> bool:
     """Whether the handler of this request has ended, and the request has not."""
-    return key in session.exchanges and session.exchanges[key].is_closed
+    exchange = session.exchanges.get(key)
+    return isinstance(exchange, Exchange) and exchange.is_closed
 
 
 async def test_handler_whose_caller_was_cancelled_before_the_answer_runs_to_its_end(memory: MakeStore) -> None:
@@ -276,7 +278,7 @@ async def test_log_is_followed_no_longer_than_anything_runs(make_store: MakeStor
         session = await a.open()
         async with posting(b, session, call("wait")) as stream:
             await stage.reached("begun")
-            followed = view(b, session).follower
+            followed = view(b, session).log.follower
             await eventually(lambda: followed.subscriptions > 0)
             stage.open("go on")
             assert text_of(await stream.outcome()) == "done"

@@ -117,7 +117,7 @@ async def test_whoever_comes_back_after_a_loss_gets_exactly_what_is_new_on_every
 
 async def _follows(node: Member, session: Session) -> bool:
     live = node_of(node).sessions.get(session_key(session.id))
-    return live is not None and bool(live.follower.subscriptions)
+    return live is not None and bool(live.log.follower.subscriptions)
 
 
 @pytest.mark.parametrize("version", ["2025-11-25", "2025-06-18"])

@@ -632,7 +632,7 @@ async def test_a_log_level_counts_on_every_node_also_for_requests_that_run(make_
             level = {"jsonrpc": "2.0", "id": 2, "method": "logging/setLevel", "params": {"level": "warning"}}
             assert (await c.post(level, session)).json()["result"] == {}
             view = node_of(b).sessions[session_key(session.id)]
-            await eventually(lambda: view.log_level == "warning")
+            await eventually(lambda: view.record.log_level == "warning")
             stage.open("set")
             assert text_of(await running.message()) == "done"
         async with posting(a, session, call("chat", 3)) as quiet:

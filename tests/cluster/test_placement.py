@@ -30,6 +30,7 @@ from nonstick.core.names import session_key
 from nonstick.core.record import LOST, OWNER
 from nonstick.core.settings import Options
 from nonstick.errors import ConfigurationError, SessionNotFound
+from nonstick.session.exchange import Exchange
 from nonstick.store import MAX_READ, NEW_STREAM, Batch, Cursor
 from nonstick.stores.encrypted import EncryptedStore
 from nonstick.stores.memory import MemoryStore
@@ -331,7 +332,7 @@ async def test_idle_session_is_kept_on_its_owner_alone(memory: MakeStore) -> Non
         assert [await use(member, session) for member in (b, c)] == [1, 2]
         await eventually(lambda: not node_of(b).sessions and not node_of(c).sessions)
         assert list(node_of(a).sessions) == [session_key(session.id)]
-        assert not node_of(a).sessions[session_key(session.id)].is_active
+        assert not node_of(a).sessions[session_key(session.id)].users
 
 
 # ---- drain
@@ -429,7 +430,7 @@ async def test_relay_that_outlasts_the_grace_ends_with_an_error(memory: MakeStor
 async def lose(stage: Stage, session: Session, owner: Member) -> None:
     """The session is held by a node that is not there any more, as the one that opened it has found out."""
     key = session_key(session.id)
-    held = node_of(owner).sessions[key].held
+    held = node_of(owner).placement.held.get(key)
     assert held is not None
     await stage.store.update(key, {OWNER: b"gone-00000000"})
     assert await held.look()
@@ -781,11 +782,12 @@ async def test_request_whose_session_moves_before_its_stream_could_be_opened_is_
             await stage.reached("running")
             view = node_of(a).sessions[session_key(session.id)]
             (exchange,) = view.exchanges.values()
+            assert isinstance(exchange, Exchange)
             await eventually(lambda: exchange.own_stream().is_in_doubt)
             exchange.fence(ErrorData(code=INTERNAL_ERROR, message="moved"))
             (answer,) = await stream.rest()
             assert answer["id"] == 1
             assert answer["error"]["code"] == INTERNAL_ERROR
-        await eventually(lambda: not view.is_active and not len(node_of(a).services.requests))
+        await eventually(lambda: not view.users and not len(node_of(a).services.requests))
         for down in downs:
             down.holding = False

@@ -23,7 +23,7 @@ from nonstick.core.names import session_key
 from nonstick.core.record import Record
 from nonstick.core.refusals import TOO_MANY_REQUESTS, Refusal
 from nonstick.http.manager import SessionManager
-from nonstick.session.live import Session as View
+from nonstick.session.live import LiveSession as View
 from nonstick.session.runner import Call, Runner
 from nonstick.store import MAX_READ, Cursor, Store
 from nonstick.testing.cluster import Member, Session
@@ -100,7 +100,7 @@ class Forwarder:
             case "fail":
                 raise MCPError(-32001, "not there")
             case "who":
-                return {"version": self._session.protocol_version, "agent": _agent(call.request)}
+                return {"version": self._session.record.protocol_version, "agent": _agent(call.request)}
             case _:
                 return answered(message, "said")
 

@@ -208,7 +208,7 @@ async def test_answer_json_never_streams_and_drops_what_belongs_to_the_request(m
         async with posting(b, session, call("talks", meta={"progressToken": 1})) as stream:
             await stage.reached("talked")
             # The window passes: the node follows the log, and still does not stream.
-            await eventually(lambda: any(s.follower.subscriptions for s in _node(b).sessions.values()))
+            await eventually(lambda: any(s.log.follower.subscriptions for s in _node(b).sessions.values()))
             assert not stream.started
             stage.open("end")
             assert text_of(await stream.answer()) == "done"

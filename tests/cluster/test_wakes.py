@@ -136,7 +136,7 @@ async def begun(member: Member, session: Session, stream: Stream) -> None:
     """Returns once the request runs, and its node follows the log without reading it."""
     assert text_of(await stream.message()) == "begun"
     view = node_of(member).sessions[session_key(session.id)]
-    await eventually(lambda: view.follower.subscriptions > 0 and view.follower._reading is None)
+    await eventually(lambda: view.log.follower.subscriptions > 0 and view.log.follower._reading is None)
 
 
 async def opened(stage: Stage, session: Session) -> tuple[int, int]:
@@ -162,7 +162,7 @@ async def test_reply_reaches_the_node_that_asked(mode: Any) -> None:
         async with posting(b, session, call("question")) as stream:
             asked = await stream.message()
             view = node_of(b).sessions[session_key(session.id)]
-            await eventually(lambda: view.follower._reading is None)
+            await eventually(lambda: view.log.follower._reading is None)
             store.mode = mode
             assert (await c.post(accept(asked), session)).status_code == 202
             assert texts_of(await stream.rest()) == ["Ada"]
@@ -213,7 +213,7 @@ async def test_message_and_end_of_a_stream_reach_a_client_on_another_node(mode: 
             async with getting(c, session, stream.last_id) as resumed:
                 await resumed.event()
                 view = node_of(c).sessions[session_key(session.id)]
-                await eventually(lambda: view.follower.subscriptions > 0 and view.follower._reading is None)
+                await eventually(lambda: view.log.follower.subscriptions > 0 and view.log.follower._reading is None)
                 store.mode = mode
                 stage.open("2")
                 assert text_of(await resumed.message()) == "2"
@@ -294,8 +294,8 @@ async def test_old_owner_hears_that_another_node_has_the_session(mode: Any) -> N
     async with misinformed(placement="owner") as (stage, store, _a, b, c):
         session = await b.open()
         key = session_key(session.id)
-        assert node_of(b).sessions[key].held is not None
-        follower = node_of(b).sessions[key].follower
+        assert node_of(b).placement.held.get(key) is not None
+        follower = node_of(b).sessions[key].log.follower
         await eventually(lambda: follower.subscriptions > 0 and follower._reading is None)
         store.mode = mode
         await stage.store.update(key, {OWNER: node_of(c).services.node_id.encode()})
@@ -308,7 +308,7 @@ async def test_relayed_request_reaches_the_owner(mode: Any) -> None:
     """P1, P14: `placement="owner"`; and its answer the node that its client came to."""
     async with misinformed(placement="owner") as (stage, store, _a, b, c):
         session = await b.open()
-        follower = node_of(b).sessions[session_key(session.id)].follower
+        follower = node_of(b).sessions[session_key(session.id)].log.follower
         await eventually(lambda: follower.subscriptions > 0 and follower._reading is None)
         store.mode = mode
         stage.open("end")
@@ -341,7 +341,7 @@ async def test_cancel_in_a_place_that_was_given_out_before_is_not_taken_for_an_o
         key = session_key(session.id)
         older = asyncio.create_task(b.post(call("think", "older"), session))
         await eventually(lambda: key in node_of(b).sessions)
-        follower = node_of(b).sessions[key].follower
+        follower = node_of(b).sessions[key].log.follower
         await eventually(lambda: follower.subscriptions > 0 and follower._reading is None)
         store.mode = "lost"
         for _ in range(5):
@@ -374,11 +374,11 @@ async def test_reply_before_a_newer_head_reaches_the_handler_after_a_loss(monkey
         async with posting(b, session, call("question", 1)) as stream:
             asked = await stream.message()
             view = node_of(b).sessions[session_key(session.id)]
-            await eventually(lambda: view.follower._reading is None)
+            await eventually(lambda: view.log.follower._reading is None)
             store.mode = "phantom, then lost"
             assert (await c.post(accept(asked), session)).status_code == 202
             assert text_of((await b.post(call("quick", 2), session)).json()) == "done"
-            assert view.head == store.head(session_key(session.id))
+            assert view.log.head == store.head(session_key(session.id))
             assert texts_of(await stream.rest()) == ["Ada"]
 
 
@@ -443,7 +443,7 @@ async def test_log_is_watched_no_longer_than_anything_of_its_session_runs() -> N
             assert store.watches[key] == 2
             stage.open("end")
             assert texts_of(await stream.rest()) == ["done"]
-        await eventually(lambda: view.follower.subscriptions == 0)
+        await eventually(lambda: view.log.follower.subscriptions == 0)
         await eventually(lambda: store.watches[key] == 0)
 
 
@@ -495,7 +495,7 @@ async def test_old_cancel_at_the_end_of_the_log_hits_no_new_request() -> None:
             await standalone.event()
             thinking = asyncio.create_task(b.post(call("think", "same"), session))
             await stage.reached("thinks")
-            await eventually(lambda: node_of(b).sessions[key].follower.subscriptions > 1)
+            await eventually(lambda: node_of(b).sessions[key].log.follower.subscriptions > 1)
             assert (await c.post(cancel("same"), session)).status_code == 202
             assert text_of((await thinking).json()) == "Request cancelled"
             assert (await stage.kinds(session))[-1] is Kind.CANCEL
@@ -520,7 +520,7 @@ async def test_second_reply_is_dropped_where_the_first_is_not_heard_yet(monkeypa
         async with posting(b, session, call("question", 1)) as stream:
             asked = await stream.message()
             view = node_of(b).sessions[session_key(session.id)]
-            await eventually(lambda: view.follower._reading is None)
+            await eventually(lambda: view.log.follower._reading is None)
             store.mode = "lost"
             assert (await c.post(accept(asked, "Ada"), session)).status_code == 202
             assert (await b.post(accept(asked, "Bob"), session)).status_code == 202

@@ -21,7 +21,7 @@ IN_THE_CALLERS = {
     # Timers of one request, or of one call.
     "session/exchange.py": 1,
     "session/opening.py": 1,
-    "session/live.py": 1,
+    "session/inbox.py": 1,
     "waiting/deadline.py": 1,
     # Of one call to the store, whose spans belong to the caller's.
     "stores/postgres/pool.py": 1,

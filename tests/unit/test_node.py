@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from functools import partial
@@ -19,7 +20,8 @@ from nonstick.log.cluster_log import CLUSTER_KEY
 from nonstick.log.guard import GuardedStore
 from nonstick.node.node import Node
 from nonstick.session.kernel import KernelRunner
-from nonstick.session.live import Session
+from nonstick.session.live import LiveSession
+from nonstick.session.renewal import confirm
 from nonstick.session.services import Served
 from nonstick.store import Store
 from nonstick.stores.encrypted.keys import KeyRing
@@ -51,9 +53,9 @@ async def running(store: Store, *, open_sessions: int = 0, **settings: Any) -> A
     async with GuardedStore(store, patience=0.05) as guarded, asyncio.timeout(60):
         node = Node(Served(runner, ""), guarded, Settings(**settings), cluster_log=Cluster.private().log)
         for number in range(open_sessions):
-            session = node.sessions[str(number)] = Session(node.services, f"id {number}", str(number))
+            session = node.sessions[str(number)] = LiveSession(node.services, f"id {number}", str(number))
             session.__enter__()
-            session.was_heard = True
+            session.log.heard_at = time.monotonic()
         async with node:
             yield node
 
@@ -93,11 +95,11 @@ async def test_session_that_could_not_be_confirmed_is_still_renewed_as_one_that_
     """P9, P10: the lifetime in the store is the short one."""
     async with running(Away(), open_sessions=1, unconfirmed_lifetime=None) as node:
         session = node.sessions["0"]
-        session.unconfirmed = True
-        session.confirm()
-        assert not session.unconfirmed
+        session.note(unconfirmed=True)
+        confirm(session)
+        assert not session.record.unconfirmed
         await eventually(lambda: tried_in_vain(session))
 
 
-async def tried_in_vain(session: Session) -> bool:
-    return session.unconfirmed
+async def tried_in_vain(session: LiveSession) -> bool:
+    return session.record.unconfirmed

@@ -22,7 +22,7 @@ from nonstick.errors import SessionNotFound, StateFull, StateNotJSON, StateTooLa
 from nonstick.log.guard import GuardedStore
 from nonstick.node.node import Node
 from nonstick.session.kernel import KernelRunner
-from nonstick.session.live import Session
+from nonstick.session.live import LiveSession
 from nonstick.session.services import Served
 from nonstick.store import Loaded
 from nonstick.stores.memory import MemoryStore
@@ -59,7 +59,7 @@ def work_for(kept: MemoryStore, session_id: str) -> None:
     """What is done in this task from here on is the work of this session."""
     served, cluster_log = Served(partial(KernelRunner, Server(""), None), ""), nonstick.Cluster.private().log
     node = Node(served, GuardedStore(kept), Settings(), cluster_log=cluster_log)
-    Session(node.services, session_id, session_key(session_id)).make_current()
+    LiveSession(node.services, session_id, session_key(session_id)).make_current()
 
 
 async def opened(kept: MemoryStore, session_id: str = SESSION) -> None:

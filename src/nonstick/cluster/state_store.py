@@ -36,7 +36,7 @@ from nonstick.errors import (
     TooManySessions,
 )
 from nonstick.log.guard import GuardedStore
-from nonstick.session.live import Session, current_session
+from nonstick.session.live import BeforeOpen, LiveSession, current_session
 from nonstick.session.state import change_fields, discreet
 from nonstick.stores.memory import MemoryStore
 
@@ -203,14 +203,14 @@ class StateStore:
         whose, colon, _ = key.partition(":")
         session, request = current_session(), _request.get()
         if colon and session is not None and whose == session.id:
-            return _InOpening(session, field) if session.is_opening else _InSession(session, field)
+            return _InOpening(session, session.opening, field) if session.opening else _InSession(session, field)
         server = self._server_of(session, request)
         own = _Own(self._store, FIELD + identity(server, name), field, self._room)
         if colon and request is not None and whose == _name_of_request():
             return _InRequest(request, field, own)
         return own
 
-    def _server_of(self, session: Session | None, request: _Request | None) -> str:
+    def _server_of(self, session: LiveSession | None, request: _Request | None) -> str:
         """Identity of the server whose work this is: several in one process may be built with this store."""
         if session is not None:
             return session.services.served.identity
@@ -267,7 +267,7 @@ class RecordField(Protocol):
 class _InSession:
     """A field of the record of the session that the request was admitted to."""
 
-    def __init__(self, session: Session, field: str) -> None:
+    def __init__(self, session: LiveSession, field: str) -> None:
         self.field = field
         self._store = session.services.store
         self._key = session.key
@@ -306,9 +306,9 @@ class _InSession:
 class _InOpening:
     """A field of the record that a session which is being opened will have: a failed one leaves nothing (P2)."""
 
-    def __init__(self, session: Session, field: str) -> None:
+    def __init__(self, session: LiveSession, opening: BeforeOpen, field: str) -> None:
         self.field = field
-        self._fields = session.first_fields
+        self._fields = opening.fields
         self._limit = session.services.settings.max_state_bytes
 
     async def load(self) -> Mapping[str, bytes] | None:

@@ -13,7 +13,8 @@ import hashlib
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
-from mcp_types import InitializeRequestParams
+from mcp_types import ClientCapabilities, Implementation, InitializeRequestParams
+from mcp_types.version import LATEST_HANDSHAKE_VERSION
 
 from nonstick.core.event_ids import parse_cursor
 from nonstick.core.introductions import INTRODUCTIONS
@@ -28,6 +29,7 @@ __all__ = [
     "RELEASED",
     "STATE",
     "UNCONFIRMED",
+    "UNKNOWN",
     "Record",
     "opening_fields",
     "parse_changed",
@@ -109,6 +111,26 @@ class Record(NamedTuple):
             owner=None if owner is None else owner.decode(),
             heard_text=fields.get("heard", b""),
         )
+
+
+UNKNOWN: Final = Record(
+    protocol_version=LATEST_HANDSHAKE_VERSION,
+    client_params=InitializeRequestParams(
+        protocol_version=LATEST_HANDSHAKE_VERSION,
+        capabilities=ClientCapabilities(),
+        client_info=Implementation(name="", version=""),
+    ),
+    principal=b"",
+    initialized=False,
+    unconfirmed=False,
+    log_level=None,
+    subscriptions=frozenset(),
+    state={},
+    changes=0,
+    owner=None,
+    heard_text=b"",
+)
+"""In place of a record that there is none of yet: the session is being opened."""
 
 
 def opening_fields(protocol_version: str, client_params: InitializeRequestParams, principal: bytes) -> dict[str, bytes]:

@@ -8,20 +8,21 @@ from starlette.types import Receive, Send
 
 from nonstick.core.event_ids import EventId, parse_event_id
 from nonstick.core.refusals import SHUTTING_DOWN, UNKNOWN_EVENT_ID, Refusal
-from nonstick.session.live import Session
-from nonstick.session.quotas import Quota
+from nonstick.http.respond import respond
+from nonstick.node.node import Node
+from nonstick.session.live import LiveSession
 from nonstick.session.reader import Reader
 from nonstick.session.resumption import Resumption
 from nonstick.session.standalone import StandaloneConnection
 from nonstick.store import STANDALONE
 from nonstick.waiting.deadline import Deadline
 
-__all__ = ["serve_stream"]
+__all__ = ["serve_reader", "serve_stream"]
 
 
 async def serve_stream(
-    session: Session,
-    listeners: Quota,
+    session: LiveSession,
+    node: Node,
     request: Request,
     receive: Receive,
     send: Send,
@@ -33,14 +34,21 @@ async def serve_stream(
         if text and place is None:
             raise Refusal(UNKNOWN_EVENT_ID)
         resumes = place is not None and place.stream != STANDALONE
-        room = session.resumptions if resumes else session.listeners
-        room.check()
-        with room.hold(request), listeners.hold(request, session.principal):
+        quota = node.session_resumptions if resumes else node.session_listeners
+        with quota.hold(session.key), node.listeners.hold(request, session.record.principal):
             reader = await _prepared(session, place)
-            await reader.serve(receive, send, headers)
+            await serve_reader(reader, receive, send, headers)
 
 
-async def _prepared(session: Session, place: EventId | None) -> Reader:
+async def serve_reader(reader: Reader, receive: Receive, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
+    """Responds with what is read, for as long as the client is there."""
+    try:
+        await respond(send, await reader.begin(receive), headers)
+    finally:
+        await reader.end()
+
+
+async def _prepared(session: LiveSession, place: EventId | None) -> Reader:
     """The reader, unless the node closes before it has read what it needs.
 
     Raises:
@@ -58,7 +66,7 @@ async def _prepared(session: Session, place: EventId | None) -> Reader:
         raise Refusal(SHUTTING_DOWN) from None
 
 
-async def _reader(session: Session, place: EventId | None) -> Reader:
+async def _reader(session: LiveSession, place: EventId | None) -> Reader:
     if place is not None and place.stream != STANDALONE:
         reader: Reader = Resumption(session, place)
     else:

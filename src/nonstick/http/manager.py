@@ -53,7 +53,7 @@ from nonstick.http.unshared_memory import warned_of_unshared_memory
 from nonstick.log.guard import GuardedStore
 from nonstick.node.node import Node
 from nonstick.session.kernel import KernelRunner, offer
-from nonstick.session.live import Session
+from nonstick.session.live import LiveSession
 from nonstick.session.runner import Runner
 from nonstick.session.services import Served
 from nonstick.store import Loaded, Store
@@ -227,7 +227,7 @@ class SessionManager:
             async with GuardedStore(self.store) as store, self.cluster.taking_part(store, room):
                 yield store
 
-    def runners(self, state: Any) -> Callable[[Session], Runner]:
+    def runners(self, state: Any) -> Callable[[LiveSession], Runner]:
         """What makes the runner of a session, for each of its live views. Another kind of manager overrides this.
 
         Args:

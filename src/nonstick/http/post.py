@@ -23,6 +23,7 @@ from starlette.requests import Request
 from starlette.types import Send
 
 from nonstick.core.jsonrpc import as_number, error_body, request_key
+from nonstick.core.owners import HERE
 from nonstick.core.principals import principal_of
 from nonstick.core.record import CONFIRMED
 from nonstick.core.refusals import (
@@ -36,15 +37,17 @@ from nonstick.core.refusals import (
     Refusal,
 )
 from nonstick.http.endpoint import Endpoint
+from nonstick.http.get import serve_reader
 from nonstick.http.intake import TRANSPORT, Routed, client_gone
 from nonstick.http.respond import JSON_TYPE, respond, send_body, session_header
 from nonstick.log.trim import Hold
 from nonstick.node.node import Node
 from nonstick.node.relay import Relay, packed, relay_notice
 from nonstick.session import portable, tracing
+from nonstick.session.cancels import send_cancel
 from nonstick.session.exchange import Exchange
 from nonstick.session.kernel import handle_notification
-from nonstick.session.live import Session
+from nonstick.session.live import BeforeOpen, LiveSession
 from nonstick.session.opening import Opening
 from nonstick.store import Batch, Loaded
 
@@ -75,8 +78,8 @@ async def serve_initialize(
     _check_initialize(message, node.services.settings.max_initialize_bytes)
     routed: Routed | None = request.scope.get(TRANSPORT)
     session_id = endpoint.new_session_id() if routed is None else routed.open()
-    session = Session(node.services, session_id, endpoint.key(session_id))
-    session.hold_back()
+    session = LiveSession(node.services, session_id, endpoint.key(session_id))
+    session.opening = BeforeOpen()
     if node.services.settings.placement == "owner":
         session.keep_anything()
     opening = Opening(
@@ -96,7 +99,7 @@ async def serve_initialize(
 
 async def serve_message(
     node: Node,
-    session: Session,
+    session: LiveSession,
     message: JSONRPCMessage,
     request: Request,
     loaded: Loaded,
@@ -116,17 +119,17 @@ async def serve_message(
 
 
 async def _handle_notification(
-    node: Node, session: Session, message: JSONRPCNotification, request: Request, loaded: Loaded
+    node: Node, session: LiveSession, message: JSONRPCNotification, request: Request, loaded: Loaded
 ) -> None:
     """Has the server's handler run, here or where the session is held."""
-    if node.placement.elsewhere(session, loaded) is not None:
+    if node.placement.where(session, loaded) is not HERE:
         if message.method not in _OFTEN or session.runner.heeds(message.method):
             await relay_notice(session, message, request, patience=PATIENCE_FOR_WHAT_COMES_ONCE)
         return
     if len(session.notices) >= session.services.settings.max_streams:
         raise Refusal(TOO_MANY_NOTICES)
-    if session.principal:
-        session.services.requests.check_share(session.principal)
+    if session.record.principal:
+        session.services.requests.check_share(session.record.principal)
     request, context = _as_relayed(session, request)
     # In the background: the client waits for no handler of a notification (as the SDK).
     session.spawn_notice(handle_notification(session, message, request), request, context)
@@ -134,7 +137,7 @@ async def _handle_notification(
 
 async def _serve_request(
     node: Node,
-    session: Session,
+    session: LiveSession,
     message: JSONRPCRequest,
     request: Request,
     loaded: Loaded,
@@ -144,11 +147,12 @@ async def _serve_request(
     settings = session.services.settings
     if session.services.drain.is_closing:
         raise Refusal(SHUTTING_DOWN)
-    elsewhere = node.placement.elsewhere(session, loaded)
+    where = node.placement.where(session, loaded)
+    relayed = node.placement.relayed.get(session.key, ())
     key = request_key(message.id)
-    if key in session.exchanges or key in session.relays:
+    if key in session.exchanges or key in relayed:
         raise Refusal(ID_IN_USE)
-    if len(session.exchanges) + len(session.relays) >= settings.max_streams:
+    if len(session.exchanges) + len(relayed) >= settings.max_streams:
         raise Refusal(TOO_MANY_REQUESTS)
     if key in loaded.cancels:
         # It was overtaken by its own cancel (P5), which has done its work with that.
@@ -163,11 +167,14 @@ async def _serve_request(
         _check_initialize(message, settings.max_initialize_bytes)
         version = str((message.params or {}).get("protocolVersion", DEFAULT_NEGOTIATED_VERSION))
     else:
-        version = session.protocol_version
-    if elsewhere is not None:
-        relay = Relay(session, message, request, owner=elsewhere, since=loaded.head, version=version)
-        with session.services.requests.hold(request, session.principal):
-            await relay.serve(request.receive, send, headers)
+        version = session.record.protocol_version
+    if where is not HERE:
+        relay = Relay(session, message, request, owner=where, since=loaded.head, version=version)
+        with (
+            node.placement.relaying(session.key, key),
+            session.services.requests.hold(request, session.record.principal),
+        ):
+            await serve_reader(relay, request.receive, send, headers)
         return
     hold = await _room_in_log(session, message)
     if hold is not None and key in session.exchanges:
@@ -181,7 +188,7 @@ async def _serve_request(
         await respond(send, await answer.outcome, headers)
 
 
-async def _room_in_log(session: Session, message: JSONRPCRequest) -> Hold | None:
+async def _room_in_log(session: LiveSession, message: JSONRPCRequest) -> Hold | None:
     """Room for a request that the log is to keep whole once it streams, so that another node may run it again.
 
     Raises:
@@ -189,7 +196,7 @@ async def _room_in_log(session: Session, message: JSONRPCRequest) -> Hold | None
     """
     if session.services.settings.reexecute == "never" or message.method == "initialize":
         return None
-    return await session.trimmer.hold(len(pydantic_core.to_json(message.params)))
+    return await session.log.trimmer.hold(len(pydantic_core.to_json(message.params)))
 
 
 def _check_initialize(message: JSONRPCRequest, limit: int) -> None:
@@ -197,13 +204,13 @@ def _check_initialize(message: JSONRPCRequest, limit: int) -> None:
         raise Refusal(INITIALIZE_TOO_LONG, limit=limit)
 
 
-def _refuse_subscription(session: Session, params: dict[str, Any] | None) -> ErrorData | None:
+def _refuse_subscription(session: LiveSession, params: dict[str, Any] | None) -> ErrorData | None:
     """The error for a subscription that the session's record has no room for (P10)."""
     uri = str((params or {}).get("uri", ""))
     if len(uri) > _LONGEST_URI:
         return ErrorData(code=INVALID_PARAMS, message=f"The URI is longer than {_LONGEST_URI} characters")
     limit = session.services.settings.max_subscriptions
-    if uri in session.subscriptions or len(session.subscriptions) < limit:
+    if uri in session.record.subscriptions or len(session.record.subscriptions) < limit:
         return None
     return ErrorData(
         code=INVALID_REQUEST,
@@ -211,42 +218,44 @@ def _refuse_subscription(session: Session, params: dict[str, Any] | None) -> Err
     )
 
 
-async def _take_notification(session: Session, message: JSONRPCNotification) -> None:
+async def _take_notification(session: LiveSession, message: JSONRPCNotification) -> None:
     """What a notification means to the session, before it is acknowledged."""
     params = message.params or {}
     match message.method:
         case "notifications/initialized" if not session.connection.initialized.is_set():
             changes: dict[str, bytes | None] = {"initialized": b"1"}
             lifetime = None
-            if session.unconfirmed:
+            if session.record.unconfirmed:
                 changes |= CONFIRMED
                 lifetime = session.services.settings.lifetime
             await session.services.store.update(
                 session.key, changes, lifetime=lifetime, patience=PATIENCE_FOR_WHAT_COMES_ONCE
             )
-            session.unconfirmed = False
+            session.note(unconfirmed=False)
         case "notifications/cancelled":
             request_id = cancelled_request_id_from_params(params)
             if request_id is not None:
-                await session.take_cancel(request_id, params, patience=PATIENCE_FOR_WHAT_COMES_ONCE)
+                await send_cancel(
+                    session.exchanges, session.log, request_id, params, patience=PATIENCE_FOR_WHAT_COMES_ONCE
+                )
         case "notifications/progress":
             token = progress_token_from_params({"_meta": params})
             if token is not None and as_number(params.get("progress")) is not None:
-                await session.take_progress(token, params, patience=PATIENCE_FOR_WHAT_COMES_ONCE)
+                await session.backchannel.take_progress(token, params, patience=PATIENCE_FOR_WHAT_COMES_ONCE)
         case _:
             pass
 
 
-async def _take_response(session: Session, message: JSONRPCResponse | JSONRPCError) -> None:
+async def _take_response(session: LiveSession, message: JSONRPCResponse | JSONRPCError) -> None:
     if message.id is None:
         return
     body = message.model_dump_json(by_alias=True, exclude_unset=True).encode()
-    await session.take_reply(message.id, body, patience=PATIENCE_FOR_WHAT_COMES_ONCE)
+    await session.backchannel.take_reply(message.id, body, patience=PATIENCE_FOR_WHAT_COMES_ONCE)
 
 
-def _as_relayed(session: Session, request: Request) -> tuple[Request, Context]:
+def _as_relayed(session: LiveSession, request: Request) -> tuple[Request, Context]:
     """The request and the context of its handler; where the session is held, as had it come to another node."""
-    if session.held is None:
+    if session.pin is None:
         return request, copy_context()
     request = portable.unpack(packed(session, request), session.id)
     return request, portable.context_of(request, tracing.here())

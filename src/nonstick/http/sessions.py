@@ -120,7 +120,7 @@ class Sessions:
             session = self._node.hydrate(session_id, key, loaded, record)
             # A stream may be open for hours, and there are thousands.
             del loaded, record
-            await serve_stream(session, self._node.listeners, request, receive, send, headers)
+            await serve_stream(session, self._node, request, receive, send, headers)
         elif request.method == "DELETE":
             await self._delete(key, send, headers)
         else:
@@ -129,5 +129,5 @@ class Sessions:
     async def _delete(self, key: str, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
         await self._node.services.store.delete(key)
         if (session := self._node.sessions.get(key)) is not None:
-            self._node.services.tasks.spawn(session.end())
+            session.end_soon()
         await send_body(send, 200, b"", [*headers, JSON_TYPE])

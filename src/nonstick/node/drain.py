@@ -11,8 +11,8 @@ from typing import Final, Protocol
 from nonstick.core.refusals import SHUT_DOWN
 from nonstick.core.settings import Settings
 from nonstick.log.guard import GuardedStore
-from nonstick.session.exchange import Exchange
-from nonstick.session.live import Session
+from nonstick.session.live import LiveSession
+from nonstick.session.running import Running
 from nonstick.session.services import Reading
 from nonstick.waiting.deadline import Deadline
 from nonstick.waiting.tasks import Tasks
@@ -72,7 +72,7 @@ class Drain:
         store: GuardedStore,
         settings: Settings,
         tasks: Tasks,
-        sessions: Mapping[str, Session],
+        sessions: Mapping[str, LiveSession],
         readers: Collection[Reading],
         guests: Sequence[Guest] = (),
     ) -> None:
@@ -151,7 +151,7 @@ class Drain:
             for deadline in list(self.until_closing):
                 deadline.hasten()
 
-    def _running(self) -> list[Exchange]:
+    def _running(self) -> list[Running]:
         return [exchange for session in self._sessions.values() for exchange in session.exchanges.values()]
 
     def _staying(self) -> list[Reading]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from typing import Any, Final
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import pydantic_core
 from mcp_types import (
@@ -21,17 +22,19 @@ from starlette.requests import Request
 
 from nonstick.core.events import Kind, decode, draft, kind_of
 from nonstick.core.jsonrpc import error_body, request_key
+from nonstick.core.owners import owner_in
 from nonstick.core.record import OWNER, RELEASED, Record
 from nonstick.core.refusals import ID_IN_USE, NODE_LOST, NOT_REBUILT, NOT_STARTED, SHUT_DOWN, TOO_MANY_REQUESTS, Refusal
 from nonstick.core.settings import Rehydrate
-from nonstick.errors import Diverged, SessionNotFound, StoreUnavailable
+from nonstick.errors import Diverged, SessionNotFound
 from nonstick.log.follow import whole
 from nonstick.log.lost import end_open, end_stream
+from nonstick.log.session_log import SessionLog
 from nonstick.log.survey import OpenStream, note_unreadable, survey
 from nonstick.session import portable
 from nonstick.session.exchange import Exchange
 from nonstick.session.kernel import handle_notification
-from nonstick.session.live import Session
+from nonstick.session.live import LiveSession
 from nonstick.store import Batch, Cursor, Event
 from nonstick.waiting.retry import retry_until_answered
 
@@ -39,35 +42,48 @@ __all__ = ["Holding", "announce"]
 
 logger = logging.getLogger(__name__)
 
-_RETRY_PAUSE: Final = 1.0
-_CERTAIN_AFTER: Final = 1.0
-"""Seconds that a node must be seen dead for."""
-
 
 class Holding:
-    """This node's hold on a session, from when it was opened or taken to its end or to another owner's."""
+    """This node's hold on a session, from when it was opened or taken to its end or to another owner's.
 
-    def __init__(self, session: Session) -> None:
+    It keeps the session's live view. Of what the log brings it heeds relayed requests and notifications, and who else
+    says to be the owner.
+
+    Args:
+        among: The holds of this node, by their sessions' keys. This one is among them until its session has ended, or
+            goes on elsewhere.
+
+    Attributes:
+        ready: What the session holds is there: its requests may run.
+    """
+
+    def __init__(self, session: LiveSession, among: dict[str, Holding]) -> None:
         self.session = session
         self.ready = False
-        """What the session holds is there: its requests may run."""
         self._services = session.services
+        self._among = among
+        self._accepted = 0
+        """Relayed requests that are to be taken over, and not started yet."""
         self._taking: set[str] = set()
         """Keys of relayed requests that are being taken over."""
-        self._following: asyncio.Task[None] | None = None
+        among[session.key] = session.pin = self
         session.keep_anything()
+
+    def gone(self) -> None:
+        if self._among.get(self.session.key) is self:
+            del self._among[self.session.key]
 
     @property
     def idle(self) -> bool:
-        """Nothing of the session runs here."""
-        return self.ready and not (self.session.exchanges or self.session.notices or self._taking)
+        """Nothing of the session runs here, or is about to."""
+        return self.ready and not (self.session.exchanges or self.session.notices or self._accepted)
 
     # ---- beginning
 
     def begin(self) -> None:
         """The session was opened here."""
         self.ready = True
-        self._following = self._services.tasks.spawn(self._follow(Cursor(0)))
+        self.session.inbox.hold(self, Cursor(0))
 
     async def take(self, previous: str | None) -> None:
         """This node has become the owner: ends what ran on the previous one, builds the state anew, then begins (P7).
@@ -79,16 +95,14 @@ class Holding:
             found = await retry_until_answered(lambda: survey(session.services.store, session.key))
             for stream in found.open:
                 if stream.life.node == previous and not stream.life.is_relayed:
-                    await retry_until_answered(lambda: end_open(session.append, stream, NODE_LOST))  # noqa: B023
-            await retry_until_answered(lambda: announce(session, self._services.node_id))
+                    await retry_until_answered(lambda: end_open(session.log.append, stream, NODE_LOST))  # noqa: B023
+            await retry_until_answered(lambda: announce(session.log, self._services.node_id))
             if not await self._rebuild():
                 await self._fail()
                 return
             self.ready = True
-            self._following = self._services.tasks.spawn(self._follow(found.head))
-            for stream in found.open:
-                if stream.life.is_relayed:
-                    await retry_until_answered(lambda: self._accept_opened(stream))  # noqa: B023
+            session.inbox.hold(self, found.head)
+            await self._accept(stream for stream in found.open if stream.life.is_relayed)
         except SessionNotFound:
             await session.end()
 
@@ -114,46 +128,27 @@ class Holding:
         found = await retry_until_answered(lambda: survey(self._services.store, self.session.key))
         for stream in found.open:
             if stream.life.is_relayed:
-                await retry_until_answered(lambda: end_open(self.session.append, stream, NOT_REBUILT))  # noqa: B023
+                await retry_until_answered(lambda: end_open(self.session.log.append, stream, NOT_REBUILT))  # noqa: B023
         await self.session.drop(NODE_LOST.error(retry_safe=False))
         await retry_until_answered(self._release)
 
     # ---- what the log brings
 
-    async def _follow(self, after: Cursor) -> None:
-        subscription = self.session.follower.subscribe(after)
-        try:
-            while True:
-                try:
-                    events = await subscription.next()
-                except StoreUnavailable:
-                    await asyncio.sleep(_RETRY_PAUSE)
-                    continue
-                except Diverged:
-                    # The store lost entries, maybe also that the session has another owner.
-                    subscription.close()
-                    found = await retry_until_answered(lambda: survey(self._services.store, self.session.key))
-                    subscription = self.session.follower.subscribe(found.head)
-                    if await retry_until_answered(self.look):
-                        return
-                    for stream in found.open:
-                        await retry_until_answered(lambda: self._accept_opened(stream))  # noqa: B023
-                    continue
-                if any(self._names_another(event) for event in events) and await retry_until_answered(self.look):
-                    return
-                for event in events:
-                    self._accept_contained(event)
-        except SessionNotFound:
-            # Not in this task, which the end stops.
-            self._services.tasks.spawn(self.session.end())
-        finally:
-            subscription.close()
+    async def is_over(self, events: Sequence[Event]) -> bool:
+        """Whether another node has taken the session, as these events may say."""
+        return any(self._names_another(event) for event in events) and await retry_until_answered(self.look)
 
     def _names_another(self, event: Event) -> bool:
-        return kind_of(event.data) is Kind.OWNER and decode(event.data)["node"] not in (
-            self._services.node_id,
-            RELEASED,
-        )
+        if kind_of(event.data) is not Kind.OWNER:
+            return False
+        return decode(event.data)["node"] not in (self._services.node_id, RELEASED)
+
+    async def catch_up(self) -> Cursor:
+        """The store lost entries, maybe also that the session has another owner."""
+        found = await retry_until_answered(lambda: survey(self._services.store, self.session.key))
+        if not await retry_until_answered(self.look):
+            await self._accept(found.open)
+        return found.head
 
     async def look(self) -> bool:
         """Looks whether another node has become the owner, and gives everything up if so. Whether that was so.
@@ -162,31 +157,37 @@ class Holding:
             SessionNotFound, StoreUnavailable: As `Store.load`.
         """
         session = self.session
-        owner = Record.from_fields((await self._services.store.load(session.key, renew=False)).fields).owner
-        if owner == self._services.node_id or session.held is not self:
+        owner = owner_in((await self._services.store.load(session.key, renew=False)).fields)
+        if owner == self._services.node_id or session.pin is not self:
             return owner != self._services.node_id
         logger.warning("session %s: another node has taken it; its live view here is dropped", session.key[:12])
         # Not in this task: what is dropped may be what runs it.
         self._services.tasks.spawn(self.clean_up(NODE_LOST.error(retry_safe=False)))
         return True
 
-    async def _accept_opened(self, stream: OpenStream) -> None:
-        if (opened := await whole(self._services.store, self.session.key, stream.opened)) is not None:
-            self._accept_contained(opened)
+    async def _accept(self, streams: Iterable[OpenStream]) -> None:
+        """Runs what was relayed, and not begun, of these."""
+        for stream in streams:
+            opened = await retry_until_answered(lambda: whole(self._services.store, self.session.key, stream.opened))  # noqa: B023
+            if opened is not None:
+                try:
+                    self._take_opened(opened)
+                except Exception as error:
+                    note_unreadable(self.session.key, opened, error)
 
-    def _accept_contained(self, event: Event) -> None:
-        """One event that this node makes nothing of must not keep the next from being run."""
-        try:
-            self._accept(event)
-        except Exception as error:
-            note_unreadable(self.session.key, event, error)
+    def _take_opened(self, event: Event) -> None:
+        body = decode(event.data)
+        if "relay" in body:
+            self._accepted += 1
+            self.session.spawn(self._run(event, body)).add_done_callback(self._has_run)
 
-    def _accept(self, event: Event) -> None:
-        kind = kind_of(event.data)
+    def _has_run(self, _: asyncio.Task[None]) -> None:
+        self._accepted -= 1
+        self._services.drain.left()
+
+    def hear(self, kind: Kind, event: Event, /) -> None:
         if kind is Kind.OPENED:
-            body = decode(event.data)
-            if "relay" in body:
-                self.session.spawn(self._run(event, body))
+            self._take_opened(event)
         elif kind is Kind.NOTICE:
             self._handle_notice(decode(event.data))
 
@@ -210,7 +211,7 @@ class Holding:
         try:
             await self._try(event, body)
         except SessionNotFound:
-            self._services.tasks.spawn(session.end())
+            session.end_soon()
         except Diverged:
             # The store lost the stream: whoever reads it finds out.
             pass
@@ -219,7 +220,7 @@ class Holding:
             note_unreadable(session.key, event, error)
             answer = error_body(body["request"]["id"], NOT_STARTED.error(retry_safe=True))
             for attempt in (body["attempt"], body["attempt"] + 1):  # taken over, or not yet
-                await retry_until_answered(lambda: end_stream(session.append, event.position, attempt, answer))  # noqa: B023
+                await retry_until_answered(lambda: end_stream(session.log.append, event.position, attempt, answer))  # noqa: B023
 
     async def _try(self, event: Event, body: dict[str, Any]) -> None:
         session = self.session
@@ -228,16 +229,15 @@ class Holding:
         request = portable.unpack(body["relay"]["http"], session.id)
         if (refusal := self._refusal(key)) is not None:
             await retry_until_answered(
-                lambda: end_stream(session.append, event.position, body["attempt"], error_body(message.id, refusal))
+                lambda: end_stream(session.log.append, event.position, body["attempt"], error_body(message.id, refusal))
             )
             return
         self._taking.add(key)
         try:
-            with self._services.requests.hold(request, session.principal):
+            with self._services.requests.hold(request, session.record.principal):
                 await self._take_over(event, body, message, request)
         finally:
             self._taking.discard(key)
-            self._services.drain.left()
 
     def _refusal(self, key: str) -> ErrorData | None:
         session = self.session
@@ -246,7 +246,7 @@ class Holding:
         if len(session.exchanges) + len(self._taking) >= self._services.settings.max_streams:
             return Refusal(TOO_MANY_REQUESTS).error
         try:
-            self._services.requests.check(session.principal)
+            self._services.requests.check(session.record.principal)
         except Refusal as refusal:
             return refusal.error
         return None
@@ -261,7 +261,7 @@ class Holding:
         record = Record.from_fields(loaded.fields)
         if record.owner != self._services.node_id or not self.ready:
             failure = error_body(message.id, NODE_LOST.error(retry_safe=True))
-            await retry_until_answered(lambda: end_stream(session.append, event.position, attempt + 1, failure))
+            await retry_until_answered(lambda: end_stream(session.log.append, event.position, attempt + 1, failure))
             await self.look()
             return
         session.refresh(loaded, record)
@@ -272,8 +272,7 @@ class Holding:
     async def clean_up(self, error: ErrorData = SHUT_DOWN) -> None:
         """Stops what runs of the session here and runs its clean-up; what it held is gone then."""
         self.ready = False
-        if self._following is not None:
-            self._following.cancel()
+        self.session.inbox.release(self)
         if error is SHUT_DOWN and self._services.settings.rehydrate is None:
             await self.session.end()
         else:
@@ -294,9 +293,9 @@ class Holding:
     async def _release(self) -> None:
         changes, expected = {OWNER: RELEASED.encode()}, {OWNER: self._services.node_id.encode()}
         if await self._services.store.update(self.session.key, changes, expect=expected):
-            await announce(self.session, RELEASED)
+            await announce(self.session.log, RELEASED)
 
 
-async def announce(session: Session, owner: str) -> None:
+async def announce(log: SessionLog, owner: str) -> None:
     """Says in the log who holds the session now, for an owner of old, and for requests that wait for one."""
-    await session.append(Batch([draft(Kind.OWNER, pydantic_core.to_json({"node": owner}))]))
+    await log.append(Batch([draft(Kind.OWNER, pydantic_core.to_json({"node": owner}))]))

@@ -21,6 +21,8 @@ from nonstick.core.refusals import (
     NODE_STREAMS_TOO_MANY,
     PRINCIPAL_RUNS_TOO_MANY,
     PRINCIPAL_STREAMS_TOO_MANY,
+    TOO_MANY_RESUMED,
+    TOO_MANY_STREAMS,
 )
 from nonstick.core.settings import Settings
 from nonstick.errors import SessionNotFound, StoreUnavailable, without_text
@@ -31,8 +33,8 @@ from nonstick.node.drain import STOP_SECONDS, Drain, Guest
 from nonstick.node.exits import draining_on_signals, end_loop, note_exit, stop_host
 from nonstick.node.lease import LeaseKeeper
 from nonstick.node.placement import Placement
-from nonstick.session.live import Session
-from nonstick.session.quotas import Quota
+from nonstick.session.live import LiveSession
+from nonstick.session.quotas import Quota, QuotaOfEach
 from nonstick.session.renewal import Renewal
 from nonstick.session.services import Reading, Served, Services
 from nonstick.store import Loaded
@@ -74,6 +76,8 @@ class Node:
     Attributes:
         sessions: Those with a live view here, by their keys.
         listeners: GETs, of all sessions, that are open here.
+        session_listeners: Those of each session that are connections to its standalone stream.
+        session_resumptions: Those of each session that resume the stream of a request.
     """
 
     def __init__(
@@ -87,7 +91,7 @@ class Node:
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.name = settings.node_name or os.environ.get("NONSTICK_NODE") or f"{socket.gethostname()}-{os.getpid()}"
-        self.sessions: dict[str, Session] = {}
+        self.sessions: dict[str, LiveSession] = {}
         readers: set[Reading] = set()
         tasks = Tasks(self.exit)
         self._drain = Drain(store, settings, tasks, self.sessions, readers, guests)
@@ -116,17 +120,19 @@ class Node:
             share=settings.max_principal_share,
             share_held=PRINCIPAL_STREAMS_TOO_MANY,
         )
+        self.session_listeners = QuotaOfEach(settings.max_listeners, TOO_MANY_STREAMS)
+        self.session_resumptions = QuotaOfEach(settings.max_streams, TOO_MANY_RESUMED)
         self._exit: Exit | None = None
         """What a handler raised that wants the process to end."""
         self._host_stops = False
         self._lease = LeaseKeeper(self.services.node_id, store, settings)
         self._renewal = Renewal(self.sessions, readers, settings)
 
-    def hydrate(self, session_id: str, key: str, loaded: Loaded, record: Record) -> Session:
+    def hydrate(self, session_id: str, key: str, loaded: Loaded, record: Record) -> LiveSession:
         """This node's view of a stored session: the one that is there, brought up to date, or a new one (P2)."""
         session = self.sessions.get(key)
         if session is None:
-            session = self.sessions[key] = Session(self.services, session_id, key)
+            session = self.sessions[key] = LiveSession(self.services, session_id, key)
         session.refresh(loaded, record)
         return session
 

@@ -15,18 +15,19 @@ import pydantic_core
 from mcp_types import ErrorData, JSONRPCNotification, JSONRPCRequest
 from mcp_types.version import is_version_at_least
 from starlette.requests import Request
-from starlette.types import Receive, Send
+from starlette.types import Receive
 
 from nonstick.core.event_ids import EventId
 from nonstick.core.events import Kind, body_of, draft, kind_of
-from nonstick.core.jsonrpc import error_body, request_key
+from nonstick.core.jsonrpc import error_body
 from nonstick.core.names import new_attempt, new_name
+from nonstick.core.owners import Elsewhere, Where
 from nonstick.core.refusals import ANSWER_UNREAD, IN_DOUBT, NOT_FOUND, SESSION_ENDED, SHUT_DOWN, Refusal
 from nonstick.core.sse import sse_message
 from nonstick.errors import SessionNotFound, StoreUnavailable
-from nonstick.http.respond import JSON_TYPE, refuse, send_body
 from nonstick.session import portable, tracing
-from nonstick.session.live import Session
+from nonstick.session.answer import Outcome
+from nonstick.session.live import LiveSession
 from nonstick.session.resumption import Resumption
 from nonstick.store import NEW_STREAM, Batch, Cursor, Draft, Event
 
@@ -38,7 +39,7 @@ _PATIENCE: Final = 20.0
 """Seconds for the one append; well below `WRITER_SECONDS`, within which a repeat is recognised."""
 
 
-def packed(session: Session, request: Request) -> dict[str, Any]:
+def packed(session: LiveSession, request: Request) -> dict[str, Any]:
     """The request as the handlers of a session see it that one node holds: what may be written into its log."""
     services = session.services
     if not getattr(services.store.store, "encrypts", False):
@@ -46,7 +47,9 @@ def packed(session: Session, request: Request) -> dict[str, Any]:
     return portable.pack(request, more=services.settings.relay_headers, query=services.settings.relay_query)
 
 
-async def relay_notice(session: Session, message: JSONRPCNotification, request: Request, *, patience: float) -> None:
+async def relay_notice(
+    session: LiveSession, message: JSONRPCNotification, request: Request, *, patience: float
+) -> None:
     """Has the session's owner run its handler for this notification, at most once.
 
     Raises:
@@ -56,8 +59,8 @@ async def relay_notice(session: Session, message: JSONRPCNotification, request: 
     notification = message.model_dump(mode="json", by_alias=True, exclude_unset=True)
     body = {"notification": notification, "http": packed(session, request), **_trace()}
     event = draft(Kind.NOTICE, pydantic_core.to_json(body))
-    with await session.trimmer.hold(len(event.data)):
-        await session.append(Batch([event], writer=new_name(), sequence=1), patience=patience)
+    with await session.log.trimmer.hold(len(event.data)):
+        await session.log.append(Batch([event], writer=new_name(), sequence=1), patience=patience)
 
 
 def _trace() -> dict[str, Any]:
@@ -73,13 +76,20 @@ class Relay(Resumption):
     window, else with a stream.
 
     Args:
-        owner: Who held the session when its record was loaded; "" if nobody did.
+        owner: Who held the session when its record was loaded.
         since: The log's head then: a cancel that came later may concern this request.
         version: What the client speaks.
     """
 
     def __init__(
-        self, session: Session, message: JSONRPCRequest, request: Request, *, owner: str, since: Cursor, version: str
+        self,
+        session: LiveSession,
+        message: JSONRPCRequest,
+        request: Request,
+        *,
+        owner: Where,
+        since: Cursor,
+        version: str,
     ) -> None:
         super().__init__(session, EventId(0, Cursor(0)))
         self._primes = is_version_at_least(version, "2025-11-25")
@@ -87,7 +97,7 @@ class Relay(Resumption):
         self._answer = session.services.settings.answer
         attempt = new_attempt()
         body: dict[str, Any] = {
-            "node": owner,
+            "node": owner.node if isinstance(owner, Elsewhere) else "",
             "attempt": attempt,
             "request": message.model_dump(mode="json", by_alias=True, exclude_unset=True),
             "relay": {"http": packed(session, request), "since": since.position, "version": version, **_trace()},
@@ -97,18 +107,21 @@ class Relay(Resumption):
         self._gave_id = self._primes
         self._outcome: asyncio.Future[bytes | Refusal | None] = asyncio.get_running_loop().create_future()
 
-    async def serve(self, receive: Receive, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
-        key = request_key(self._message.id)
-        self.session.relays.add(key)
-        try:
-            if not await self._open(self._event):
-                body = error_body(self._message.id, IN_DOUBT)
-                await send_body(send, 200, body, [*headers, JSON_TYPE])
-                return
-            await super().serve(receive, send, headers)
-        finally:
-            self.session.relays.discard(key)
-            self.session.services.drain.left()
+    async def begin(self, receive: Receive) -> Outcome:
+        """Writes the request into the log, and reads its stream. Returns what to respond, once that is known.
+
+        Raises:
+            Refusal: The log has no room for it.
+            SessionNotFound: As `Store.append`.
+        """
+        if not await self._open(self._event):
+            return error_body(self._message.id, IN_DOUBT)
+        await super().begin(receive)
+        return await self._begun() or self.outlet
+
+    async def end(self) -> None:
+        await super().end()
+        self.session.services.drain.left()
 
     async def _open(self, event: Draft) -> bool:
         """Writes the request into the log. False if nobody knows whether that was done.
@@ -116,13 +129,13 @@ class Relay(Resumption):
         Raises:
             Refusal: The log has no room for it.
         """
-        with await self.session.trimmer.hold(len(event.data)):
+        with await self.session.log.trimmer.hold(len(event.data)):
             return await self._write(event)
 
     async def _write(self, event: Draft) -> bool:
         batch = Batch([event], writer=new_name(), sequence=1, stream=NEW_STREAM, attempt=self._attempt)
         try:
-            stream = (await self.session.append(batch, patience=_PATIENCE)).first
+            stream = (await self.session.log.append(batch, patience=_PATIENCE)).first
         except StoreUnavailable:
             # Not 503, which says "try again": it may run.
             return False
@@ -133,16 +146,7 @@ class Relay(Resumption):
 
     # ---- how it is answered
 
-    async def respond(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
-        outcome = await self._begin()
-        if isinstance(outcome, bytes):
-            await send_body(send, 200, outcome, [*headers, JSON_TYPE])
-        elif isinstance(outcome, Refusal):
-            await refuse(send, outcome, headers)
-        else:
-            await super().respond(send, headers)
-
-    async def _begin(self) -> bytes | Refusal | None:
+    async def _begun(self) -> bytes | Refusal | None:
         """The whole answer, or None for a stream."""
         window = {"auto": self.session.services.settings.window, "sse": 0.0, "json": None}[self._answer]
         await asyncio.wait([self._outcome], timeout=window)
@@ -155,7 +159,7 @@ class Relay(Resumption):
 
     async def put(self, event: Event, event_id: EventId) -> None:
         if kind_of(event.data) is Kind.TERMINAL:
-            self.session.trimmer.ended(event.stream)
+            self.session.log.trimmer.ended(event.stream)
             if self._answer != "sse":
                 self._answer_with(body_of(event.data))
         self._answer_with(None)

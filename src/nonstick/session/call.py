@@ -19,7 +19,7 @@ from nonstick.core.refusals import STREAM_LOST
 from nonstick.core.requests import HandlerEvent, HandlerState
 from nonstick.errors import Diverged, Fenced, SessionNotFound, StoreError, StoreUnavailable, StreamClosed
 from nonstick.session.answer import Answer
-from nonstick.session.live import Session
+from nonstick.session.live import LiveSession
 from nonstick.session.stream import Stream
 from nonstick.store import Draft
 
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 class Asked(Protocol):
     """A running request, as far as it matters to what is sent for it. See `Exchange`."""
 
-    session: Session
+    session: LiveSession
     message: JSONRPCRequest
     request: Request
     answer: Answer
@@ -83,7 +83,7 @@ class RunningCall:
         if not self.can_send_request or exchange.opens:
             raise NoBackChannelError(method)
         try:
-            return await exchange.session.ask(exchange.emit, method, params, opts)
+            return await exchange.session.backchannel.ask(exchange.emit, method, params, opts)
         except (SessionNotFound, StreamClosed, Fenced, Diverged) as error:
             await self._heed(error)
             raise
@@ -115,7 +115,7 @@ class RunningCall:
         exchange.answer.hang_up()
 
     async def close_standalone_stream(self) -> None:
-        await self._exchange.session.close_standalone()
+        await self._exchange.session.emit(draft(Kind.HANGUP))
 
     async def _heed(self, error: StoreError) -> None:
         """The session or the stream has ended elsewhere: the handler, which has done nothing wrong, is cancelled."""

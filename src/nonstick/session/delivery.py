@@ -12,7 +12,7 @@ from nonstick.core.carrier import Carrier
 from nonstick.core.event_ids import EventId, parse_cursor
 from nonstick.core.events import body_of, decode
 from nonstick.core.sse import sse_frame
-from nonstick.session.live import Session
+from nonstick.session.live import LiveSession
 from nonstick.session.outlet import Mark, Outlet
 from nonstick.store import STANDALONE, Cursor, Event
 
@@ -46,19 +46,19 @@ class Delivery:
         "outlet",
     )
 
-    def __init__(self, session: Session, outlet: Outlet, carrier: Carrier, place: EventId | None) -> None:
+    def __init__(self, session: LiveSession, outlet: Outlet, carrier: Carrier, place: EventId | None) -> None:
         self._session = session
         self._carrier = carrier
         self.outlet = outlet
-        self.broadcasts_queued_to = NOWHERE if place is None else place.heard or session.heard
+        self.broadcasts_queued_to = NOWHERE if place is None else place.heard or session.record.heard
         self._told = "" if place is None else place.told
         """While the client is told of everything: what it was told last, of all there was at `broadcasts_queued_to`."""
         self._at_turn_start = NOWHERE if self._told else self.broadcasts_queued_to
         """Up to where the client had heard the cluster log when its turn began."""
         self._live_to: Cursor | None = None
         """The entry up to which its turn has come; None while it carries nothing new."""
-        self._subscriptions = session.subscriptions
-        self._subscriptions_as_of = session.loaded_at
+        self._subscriptions = session.record.subscriptions
+        self._subscriptions_as_of = session.log.loaded_at
         """Position up to which the session's log is in the subscriptions."""
         self._puts_later: asyncio.Task[None] | None = None
         """Waits for room for broadcasts."""
@@ -91,7 +91,7 @@ class Delivery:
 
     def hears_on_from(self) -> Cursor:
         """The entry up to which the client has heard the cluster log, as far as is known."""
-        return max(self.broadcasts_queued_to, self._carrier.heard_before(self._session.heard))
+        return max(self.broadcasts_queued_to, self._carrier.heard_before(self._session.record.heard))
 
     def heard_it_all_to(self) -> Cursor | None:
         """As `hears_on_from`; None for a client that is being told of everything: it has not heard it all."""

@@ -22,7 +22,7 @@ from mcp_types.version import is_version_at_least
 from pydantic import ValidationError
 from starlette.requests import Request
 
-from nonstick.core.events import Kind, decode, draft
+from nonstick.core.events import Kind, decode, draft, kind_of
 from nonstick.core.jsonrpc import error_body, request_key, result_body
 from nonstick.core.refusals import (
     CANCELLED_BY_CLIENT,
@@ -51,7 +51,7 @@ from nonstick.session import ending, tracing
 from nonstick.session.answer import Answer
 from nonstick.session.call import RunningCall
 from nonstick.session.handler import Handler
-from nonstick.session.live import Session
+from nonstick.session.live import LiveSession
 from nonstick.session.saving import Saving
 from nonstick.session.stream import Stream
 from nonstick.store import Cursor, Draft, Event
@@ -92,7 +92,7 @@ class Exchange(Handler):
 
     def __init__(
         self,
-        session: Session,
+        session: LiveSession,
         message: JSONRPCRequest,
         request: Request,
         *,
@@ -111,7 +111,7 @@ class Exchange(Handler):
         self.head = head
         resumes = is_version_at_least(protocol_version, "2025-11-25")
         self.answer = Answer(session.services, request, resumes=resumes, gone=gone)
-        self.principal = session.principal if principal is None else principal
+        self.principal = session.record.principal if principal is None else principal
         self._stream = None if hold is None else Stream(session, message, self.answer, hold)
         self._timer: asyncio.TimerHandle | None = None
         """Of the window. None until the handler's task runs."""
@@ -160,7 +160,6 @@ class Exchange(Handler):
             _attempt.set(stream.attempt - stream.first_attempt + 1)
         session.make_current()
         if session.was_cancelled(self.key, self.head):
-            session.use_up_cancel(self.key)
             self.cancel()
         if settings.answer == "sse" and not self.opens:
             try:
@@ -215,7 +214,7 @@ class Exchange(Handler):
     def follow(self) -> None:
         """The window has passed."""
         self._follows_log = True
-        self.session.attend()
+        self.session.inbox.open()
         if self._services.settings.answer == "auto":
             self._services.tasks.spawn(self._promote_in_time())
 
@@ -254,7 +253,7 @@ class Exchange(Handler):
         except Diverged:
             self.fail(STREAM_LOST)
             raise
-        trimmer, outlet = self.session.trimmer, self.answer.outlet
+        trimmer, outlet = self.session.log.trimmer, self.answer.outlet
         if trimmer.is_full and await trimmer.full():
             self.fail(FILLED_LOG)
             await anyio.lowlevel.checkpoint()
@@ -281,8 +280,9 @@ class Exchange(Handler):
         # Not 503, which says "try again": it ran.
         self.answer.disconnect(error_body(self.message.id, SHUT_DOWN))
 
-    def observe(self, kind: Kind, event: Event) -> None:
+    def observe(self, event: Event) -> None:
         """The log brought something on this request's stream that may not be of our own making."""
+        kind = kind_of(event.data)
         # What is followed may begin before this attempt.
         if self.is_closed or (kind is Kind.TAKEN and decode(event.data)["attempt"] <= self.own_stream().attempt):
             return
@@ -357,7 +357,7 @@ class Exchange(Handler):
         match error:
             case SessionNotFound():
                 self.answer.refuse(Refusal(NOT_FOUND))
-                self._services.tasks.spawn(self.session.end())
+                self.session.end_soon()
             case StreamClosed() | Fenced():
                 # Another node has ended this stream: nothing more of it is ours to say, or to keep (P7).
                 self.session.state.revert()
@@ -393,7 +393,7 @@ class Exchange(Handler):
             self.answer.watching.cancel()
         if self._follows_log:
             self._follows_log = False
-            session.leave()
+            session.inbox.close()
 
     def finish(self) -> None:
         untold = self.state is not HandlerState.TOLD

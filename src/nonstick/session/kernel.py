@@ -22,8 +22,10 @@ from mcp.shared.transport_context import TransportContext
 from mcp_types import JSONRPCNotification, RequestId
 from starlette.requests import Request
 
-from nonstick.session.live import Session, current_connection
+from nonstick.session.inbox import opened_later
+from nonstick.session.live import LiveSession, current_connection
 from nonstick.session.runner import Call
+from nonstick.session.state import save
 
 __all__ = ["KernelRunner", "handle_notification", "offer"]
 
@@ -35,7 +37,7 @@ class KernelRunner:
         lifespan_state: What the server's lifespan yielded.
     """
 
-    def __init__(self, server: Server[Any], lifespan_state: Any, session: Session) -> None:
+    def __init__(self, server: Server[Any], lifespan_state: Any, session: LiveSession) -> None:
         self._session = session
         self._kernel: ServerRunner[Any] = ServerRunner(server, session.connection, lifespan_state)
         self._on_request: OnRequest | None = None
@@ -68,18 +70,18 @@ class KernelRunner:
         return connection.protocol_version, connection.client_params
 
 
-async def handle_notification(session: Session, message: JSONRPCNotification, request: Request) -> None:
+async def handle_notification(session: LiveSession, message: JSONRPCNotification, request: Request) -> None:
     """Has a notification of the client's handled, and saves what that changed, however it ended (P16)."""
     session.make_current()
-    with session.attending_later():
+    with opened_later(lambda: session.inbox, session.services.settings.window):
         work = session.runner.on_notify(message, request)
         await session.services.tasks.contained(work, "handler of a notification")
     task = asyncio.current_task()
     if task is None or not task.cancelling():
-        await session.save()
+        await save(session)
     elif not (session.ended or session.services.tasks.stopped):
         # The handler cancelled its own task, which would strike here.
-        session.spawn(session.save())
+        session.spawn(save(session))
 
 
 # ---- what the kernel knows of a message
@@ -172,7 +174,7 @@ class _RequestContext(_Context):
 class _NoticeContext(_Context):
     """The `DispatchContext` of a notification: what its handler sends goes to the session's standalone stream."""
 
-    def __init__(self, session: Session, request: Request) -> None:
+    def __init__(self, session: LiveSession, request: Request) -> None:
         self._outbound = session.connection.outbound
         self.transport = TransportContext(kind="streamable-http", can_send_request=True, headers=request.headers)
         self.message_metadata = ServerMessageMetadata(request_context=request)

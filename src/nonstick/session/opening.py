@@ -23,7 +23,7 @@ from nonstick.core.refusals import (
 from nonstick.core.settings import EVERYBODY
 from nonstick.errors import AlreadyExists, TooManySessions
 from nonstick.session.exchange import Exchange
-from nonstick.session.live import Session
+from nonstick.session.live import BeforeOpen, LiveSession
 from nonstick.session.renewal import unattended_seconds
 from nonstick.session.saving import Saving
 from nonstick.store import Draft
@@ -46,7 +46,7 @@ class Opening(Exchange):
 
     def __init__(
         self,
-        session: Session,
+        session: LiveSession,
         message: JSONRPCRequest,
         request: Request,
         *,
@@ -54,7 +54,7 @@ class Opening(Exchange):
         principal: bytes,
         gone: Callable[[], Awaitable[None]],
     ) -> None:
-        version, head = protocol_version, session.head
+        version, head = protocol_version, session.log.head
         super().__init__(session, message, request, head=head, protocol_version=version, principal=principal, gone=gone)
         self.is_visible = False
         self._held_back: list[Draft] = []
@@ -82,7 +82,7 @@ class Opening(Exchange):
         if self._limit is not None:
             self._limit.cancel()
         if not self.is_visible:
-            self._services.tasks.spawn(self.session.end())
+            self.session.end_soon()
 
     async def settle(self, answer: bytes | Refusal | None, *, failed: bool) -> None:
         """Makes the session visible, if its `initialize` succeeded, and gives the answer."""
@@ -96,12 +96,18 @@ class Opening(Exchange):
         elif (refusal := await self._create(state)) is not None:
             self.answer.refuse(refusal)
         else:
-            await self.session.opened()
+            await self._send_held_back()
             if self._held_back or self._services.settings.answer == "sse":
                 # What a middleware sent meanwhile is on this request's stream, before its answer.
                 terminal = draft(Kind.TERMINAL, saving.body)
                 await self.own_stream().append([*self._held_back, terminal], terminal=True)
             self.answer.give(saving.body)
+
+    async def _send_held_back(self) -> None:
+        """Sends what waited on the standalone stream for the session to be in the store."""
+        opening, self.session.opening = self.session.opening or BeforeOpen(), None
+        for event in opening.messages:
+            await self.session.emit(event)
 
     async def _create(self, state: dict[str, bytes | None]) -> Refusal | None:
         """Puts the session into the store, with this state. The refusal, if the store takes no further one."""
@@ -109,12 +115,12 @@ class Opening(Exchange):
         fields = opening_fields(*session.runner.handshake(), self.principal)
         if state:
             fields |= {name: data for name, data in state.items() if data is not None}
-        fields |= session.first_fields
+        if session.opening is not None:
+            fields |= session.opening.fields
         fields |= session.services.owners.opening_fields()
         # Before the session is there: what comes later it is to hear, what came before it may (P11).
         fields["heard"] = (cursor_text(session.services.cluster_log.broadcasts.head) or "").encode()
-        confirms = settings.confirms
-        fields |= UNCONFIRMED if confirms else {}
+        fields |= UNCONFIRMED if settings.confirms else {}
         try:
             await session.services.store.create(
                 session.key, fields, lifetime=settings.first_lifetime, limits=settings.session_limits(self.principal)
@@ -128,7 +134,6 @@ class Opening(Exchange):
             # The task before this one made it, and was cancelled before it heard so.
         self.is_visible = True
         session.record = Record.from_fields(fields)
-        session.unconfirmed = confirms
         session.services.views[session.key] = session
         session.state.saved(state)
         session.services.owners.opened(session.key)

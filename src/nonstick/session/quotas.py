@@ -6,11 +6,13 @@ Where no slot is left, the client is told so at once, with when to come back. No
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from nonstick.core.refusals import Reason, Refusal
 
-__all__ = ["Quota", "Slot"]
+__all__ = ["Quota", "QuotaOfEach", "Slot"]
 
 
 class Quota:
@@ -105,3 +107,35 @@ class Slot:
 
     def __exit__(self, *_: object) -> None:
         self._quota.release(self._holder)
+
+
+class QuotaOfEach:
+    """So many slots for each session.
+
+    Args:
+        slots: How many there are for one.
+        none_left: Why one is refused where none is left.
+    """
+
+    def __init__(self, slots: int, none_left: Reason) -> None:
+        self._slots = slots
+        self._none_left = none_left
+        self._held: dict[str, int] = {}
+
+    @contextmanager
+    def hold(self, key: str) -> Iterator[None]:
+        """Holds a slot of the session with this key while the block runs.
+
+        Raises:
+            Refusal: None is left.
+        """
+        held = self._held.get(key, 0)
+        if held >= self._slots:
+            raise Refusal(self._none_left)
+        self._held[key] = held + 1
+        try:
+            yield
+        finally:
+            left = self._held.pop(key) - 1
+            if left:
+                self._held[key] = left

@@ -11,14 +11,15 @@ from contextvars import copy_context
 from typing import Final, TypeVar
 
 from mcp_types.version import is_version_at_least
-from starlette.types import Receive, Send
+from starlette.types import Receive
 
 from nonstick.core.event_ids import EventId
 from nonstick.core.events import body_of
-from nonstick.core.sse import SSE_HEADERS, sse_frame, sse_priming, sse_retry
+from nonstick.core.sse import sse_frame, sse_priming, sse_retry
 from nonstick.errors import SessionNotFound, StoreUnavailable, without_text
 from nonstick.log.follow import Subscription
-from nonstick.session.live import Session
+from nonstick.session.answer import Outcome
+from nonstick.session.live import LiveSession
 from nonstick.session.outlet import Mark, Outlet
 from nonstick.store import Cursor, Event
 from nonstick.waiting import background
@@ -39,12 +40,12 @@ class Reader(ABC):
     """A connection that carries a stream: a task feeds the outlet from the log, the ASGI task pumps it."""
 
     # There may be thousands, most of them silent.
-    __slots__ = ("_place", "_primes", "began", "outlet", "session", "stays")
+    __slots__ = ("_place", "_primes", "_tasks", "began", "outlet", "session", "stays")
 
-    def __init__(self, session: Session, place: EventId | None) -> None:
+    def __init__(self, session: LiveSession, place: EventId | None) -> None:
         self.session = session
         self._place = place
-        self._primes = is_version_at_least(session.protocol_version, "2025-11-25")
+        self._primes = is_version_at_least(session.record.protocol_version, "2025-11-25")
         """The client understands a priming event."""
         settings = session.services.settings
         self.outlet = Outlet(
@@ -52,6 +53,8 @@ class Reader(ABC):
             ping=settings.ping_interval,
             until_closing=session.services.drain.until_closing,
         )
+        self._tasks: tuple[asyncio.Task[None], ...] = ()
+        """What runs between `begin` and `end`."""
         self.stays = False
         """Its client could not come back, so that a drain waits for its end."""
         self.began = asyncio.get_running_loop().time()
@@ -66,22 +69,28 @@ class Reader(ABC):
             SessionNotFound, StoreUnavailable: As `Store.read`.
         """
 
-    async def serve(self, receive: Receive, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
-        """Sends the stream until it ends, the session ends, or the client goes."""
+    async def begin(self, receive: Receive) -> Outcome:
+        """Begins to fill the outlet: until the stream or the session ends, or the client goes. Returns what to respond.
+
+        Whatever comes of it, call `end` when the response is over.
+        """
         services = self.session.services
         services.readers.add(self)
         self.prime()
         if services.drain.begun:
             self.hand_over()
         spawn = services.tasks.spawn
-        tasks = [spawn(self._feed()), spawn(self._watch(receive), copy_context())]
-        try:
-            with self.session:
-                await self.respond(send, headers)
-        finally:
-            services.readers.discard(self)
+        self.session.__enter__()
+        self._tasks = spawn(self._feed()), spawn(self._watch(receive), copy_context())
+        return self.outlet
+
+    async def end(self) -> None:
+        """The response is over, or there was none."""
+        if self._tasks:
+            self.session.__exit__()
+            self.session.services.readers.discard(self)
             self.outlet.leave()
-            for task in tasks:
+            for task in self._tasks:
                 task.cancel()
             await self.gone()
 
@@ -96,11 +105,6 @@ class Reader(ABC):
 
     async def gone(self) -> None:  # noqa: B027 - most have nothing to do
         """The connection has ended."""
-
-    async def respond(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
-        """Writes the response."""
-        await send({"type": "http.response.start", "status": 200, "headers": [*headers, *SSE_HEADERS]})
-        await self.outlet.pump(send)
 
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -153,7 +157,7 @@ class Reader(ABC):
         return await retry_until_answered(call, pause=LIVENESS_POLL)
 
     def follow(self, after: Cursor) -> contextlib.closing[Following]:
-        return contextlib.closing(Following(self.session.follower.subscribe(after)))
+        return contextlib.closing(Following(self.session.log.follower.subscribe(after)))
 
     async def put(self, event: Event, event_id: EventId) -> None:
         """Takes a message as soon as the client has taken enough of those before."""

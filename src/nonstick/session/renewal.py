@@ -8,13 +8,16 @@ not seen, keeps its session for a bounded time. Then it expires as any other, an
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Collection, Mapping
 
+from nonstick.core.record import CONFIRMED
 from nonstick.core.settings import Settings
-from nonstick.session.live import Session
+from nonstick.errors import SessionNotFound, StoreUnavailable
+from nonstick.session.live import LiveSession
 from nonstick.session.services import Reading
 
-__all__ = ["Renewal", "unattended_seconds"]
+__all__ = ["Renewal", "confirm", "unattended_seconds"]
 
 
 def unattended_seconds(settings: Settings) -> float:
@@ -22,10 +25,29 @@ def unattended_seconds(settings: Settings) -> float:
     return max(settings.unattended_timeout or 0.0, settings.lifetime)
 
 
+def confirm(session: LiveSession) -> None:
+    """A request of this session succeeded: from here on it has its full lifetime."""
+    if session.record.unconfirmed:
+        session.note(unconfirmed=False)
+        session.spawn(_confirm(session))
+
+
+async def _confirm(session: LiveSession) -> None:
+    services = session.services
+    try:
+        await services.store.update(session.key, CONFIRMED, lifetime=services.settings.lifetime)
+    except SessionNotFound:
+        pass
+    except StoreUnavailable:
+        # The next request does it; until then it is renewed as often as its short lifetime wants.
+        session.note(unconfirmed=True)
+        raise
+
+
 class Renewal:
     """This node's part in keeping sessions from expiring."""
 
-    def __init__(self, sessions: Mapping[str, Session], readers: Collection[Reading], settings: Settings) -> None:
+    def __init__(self, sessions: Mapping[str, LiveSession], readers: Collection[Reading], settings: Settings) -> None:
         self._sessions = sessions
         self._readers = readers
         self._settings = settings
@@ -38,20 +60,19 @@ class Renewal:
         return [
             key
             for key, session in self._sessions.items()
-            if self._is_due(session, now, is_read=key in reading) and session.unconfirmed >= unconfirmed
+            if self._is_due(session, now, is_read=key in reading) and session.record.unconfirmed >= unconfirmed
         ]
 
-    def _is_due(self, session: Session, now: float, *, is_read: bool) -> bool:
-        connected = is_read or any(exchange.answer.shows_client(now) for exchange in session.exchanges.values())
-        if connected or session.was_heard:
-            session.was_heard = False
-            session.heard_at = now
-        return connected or (session.is_active and now - session.heard_at < self._extra_seconds(session))
+    def _is_due(self, session: LiveSession, now: float, *, is_read: bool) -> bool:
+        if is_read or any(exchange.answer.shows_client(now) for exchange in session.exchanges.values()):
+            session.log.heard_at = time.monotonic()
+            return True
+        return session.users > 0 and time.monotonic() - session.log.heard_at < self._extra_seconds(session)
 
-    def _extra_seconds(self, session: Session) -> float:
+    def _extra_seconds(self, session: LiveSession) -> float:
         """How long after the client's last sign the last renewal may be, so that the session expires in time."""
         settings = self._settings
-        granted = settings.first_lifetime if session.unconfirmed else settings.lifetime
+        granted = settings.first_lifetime if session.record.unconfirmed else settings.lifetime
         return unattended_seconds(settings) - granted
 
     def _close_old_streams(self, now: float) -> None:

@@ -27,7 +27,7 @@ from nonstick.errors import Diverged, Fenced, NotPending, StreamClosed
 from nonstick.log.follow import Slice, whole
 from nonstick.log.writer import once
 from nonstick.session.exchange import Exchange
-from nonstick.session.live import Session
+from nonstick.session.live import LiveSession
 from nonstick.session.portable import context_of
 from nonstick.store import MAX_READ, Batch, Cursor, Event
 
@@ -56,7 +56,7 @@ class Rescue:
         opened: The stream's first event.
     """
 
-    def __init__(self, session: Session, opened: Event) -> None:
+    def __init__(self, session: LiveSession, opened: Event) -> None:
         self._session = session
         self._opened = opened
         self._history = History(opened)
@@ -176,7 +176,7 @@ class Rescue:
         """Nobody waits any more for what the lost node asked: the pending set is not to grow with each that is lost."""
         while self._history.unanswered:
             with contextlib.suppress(NotPending):
-                await self._session.append(Batch([], settle=self._history.unanswered.pop()))
+                await self._session.log.append(Batch([], settle=self._history.unanswered.pop()))
 
     @property
     def _message(self) -> JSONRPCRequest:
@@ -192,7 +192,7 @@ class Rescue:
             request,
             # A cancel may come until it is registered here (P5).
             head=self._opened.cursor,
-            protocol_version=session.protocol_version,
+            protocol_version=session.record.protocol_version,
         )
         taken = await exchange.take_over(
             self._opened.position, self._history.life.attempt, first=self._history.first_attempt

@@ -15,7 +15,7 @@ from nonstick.core.refusals import STREAM_LOST, UNKNOWN_EVENT_ID, Refusal
 from nonstick.core.sse import sse_message
 from nonstick.errors import Diverged, StoreUnavailable
 from nonstick.log.follow import Slice
-from nonstick.session.live import Session
+from nonstick.session.live import LiveSession
 from nonstick.session.reader import Reader
 from nonstick.session.rescue import Rescue
 from nonstick.store import Cursor, Event
@@ -31,7 +31,7 @@ _EXISTENCE_POLL: Final = 4.0
 """Seconds, at least, between two looks whether a silent stream is still there."""
 
 
-async def _entry(session: Session, cursor: Cursor) -> list[Event]:
+async def _entry(session: LiveSession, cursor: Cursor) -> list[Event]:
     """The entry that a client's event id names, and what follows it; empty if the store no longer has it."""
     try:
         events = await Slice(_FIRST_SLICE).read(session.services.store, session.key, Cursor(cursor.position - 1))
@@ -43,10 +43,10 @@ async def _entry(session: Session, cursor: Cursor) -> list[Event]:
 class Resumption(Reader):
     """The rest of one POST's stream."""
 
-    def __init__(self, session: Session, place: EventId) -> None:
+    def __init__(self, session: LiveSession, place: EventId) -> None:
         super().__init__(session, place)
         self._place: EventId = place
-        self._since = session.head.position
+        self._since = session.log.head.position
         """The log's end when this connection came."""
         self._events: list[Event] = []
         self._opened: Event | None = None

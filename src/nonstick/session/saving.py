@@ -15,7 +15,8 @@ from nonstick.core.record import opening_fields, subscription_field
 from nonstick.core.refusals import STATE_UNSAVED
 from nonstick.errors import StateNotJSON, StateTooLarge, StoreUnavailable
 from nonstick.session.answer import Answer
-from nonstick.session.live import Session
+from nonstick.session.live import LiveSession
+from nonstick.session.renewal import confirm
 from nonstick.session.stream import Stream
 from nonstick.store import Batch, Draft
 
@@ -45,7 +46,7 @@ class Saving:
         failed: The answer is an error: the protocol makes nothing of the request.
     """
 
-    def __init__(self, session: Session, message: JSONRPCRequest, body: bytes, *, failed: bool) -> None:
+    def __init__(self, session: LiveSession, message: JSONRPCRequest, body: bytes, *, failed: bool) -> None:
         self._session = session
         self._message = message
         self.body = body
@@ -70,7 +71,7 @@ class Saving:
         if not self.state():
             await self._give({}, answer, stream)
             return
-        async with self._session.changing_state:
+        async with self._session.state.changing:
             # Looked up once it is its turn: what was written meanwhile must not be undone.
             await self._give(self.state(), answer, stream)
 
@@ -93,16 +94,16 @@ class Saving:
             session.state.saved(state)
         if (level := fields.get("level")) is not None:
             # Other requests that run here may not follow the log, which says so too.
-            session.log_level = level.decode()
-        if session.unconfirmed and not self.failed:
-            session.confirm()
+            session.note(log_level=level.decode())
+        if session.record.unconfirmed and not self.failed:
+            confirm(session)
 
     async def _store(self, fields: Fields, news: list[Draft]) -> bool:
         """Stores the changes of a request that has no stream. False if nobody knows whether that was done."""
         session = self._session
         try:
             if news:
-                await session.append(Batch(news, fields=fields))
+                await session.log.append(Batch(news, fields=fields))
             else:
                 await session.services.store.update(session.key, fields)
         except StoreUnavailable:
@@ -110,23 +111,23 @@ class Saving:
         return True
 
 
-def _introduced(session: Session, _params: Mapping[str, Any]) -> Change:
+def _introduced(session: LiveSession, _params: Mapping[str, Any]) -> Change:
     fields = opening_fields(*session.runner.handshake(), b"")
     return Change({name: fields[name] for name in ("protocol", "client")}, [])
 
 
-def _level(_session: Session, params: Mapping[str, Any]) -> Change:
+def _level(_session: LiveSession, params: Mapping[str, Any]) -> Change:
     return _change({"level": str(params["level"]).encode()}, {"level": params["level"]})
 
 
-def _subscribed(session: Session, params: Mapping[str, Any]) -> Change:
+def _subscribed(session: LiveSession, params: Mapping[str, Any]) -> Change:
     uri = str(params["uri"])
     # What was broadcast after this, the client expects to hear, whoever learns of this however late.
     heard = cursor_text(session.services.cluster_log.broadcasts.head)
     return _change({subscription_field(uri): uri.encode()}, {"subscribed": params["uri"], "heard": heard})
 
 
-def _unsubscribed(_session: Session, params: Mapping[str, Any]) -> Change:
+def _unsubscribed(_session: LiveSession, params: Mapping[str, Any]) -> Change:
     return _change({subscription_field(str(params["uri"])): None}, {"unsubscribed": params["uri"]})
 
 
@@ -134,7 +135,7 @@ def _change(fields: Fields, told: Mapping[str, Any]) -> Change:
     return Change(fields, [draft(Kind.CHANGED, pydantic_core.to_json(told))])
 
 
-_CHANGES: Final[Mapping[str, Callable[[Session, Mapping[str, Any]], Change]]] = {
+_CHANGES: Final[Mapping[str, Callable[[LiveSession, Mapping[str, Any]], Change]]] = {
     "initialize": _introduced,
     "logging/setLevel": _level,
     "resources/subscribe": _subscribed,

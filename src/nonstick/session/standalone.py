@@ -43,7 +43,7 @@ from nonstick.errors import Diverged, StoreError, StoreUnavailable
 from nonstick.log.follow import Slice
 from nonstick.session import reader
 from nonstick.session.delivery import Delivery
-from nonstick.session.live import Session
+from nonstick.session.live import LiveSession
 from nonstick.session.outlet import Mark
 from nonstick.session.reader import Following, Reader
 from nonstick.store import MAX_READ, Appended, Batch, Cursor, Event
@@ -73,7 +73,7 @@ class StandaloneConnection(Reader):
 
     __slots__ = ("_carrier", "_claiming", "_delivery", "_slice")
 
-    def __init__(self, session: Session, place: EventId | None) -> None:
+    def __init__(self, session: LiveSession, place: EventId | None) -> None:
         super().__init__(session, place)
         self._carrier = Carrier(session.services.node_id, named=place is not None)
         self._delivery = Delivery(session, self.outlet, self._carrier, place)
@@ -330,7 +330,7 @@ class StandaloneConnection(Reader):
     async def _say(self, kind: Kind, body: dict[str, Any]) -> Appended:
         """Appends this to the session's log, as soon as the store can be reached."""
         batch = Batch([draft(kind, pydantic_core.to_json(body))], writer=new_name(), sequence=1)
-        return await self.until_answered(lambda: self.session.append(batch))
+        return await self.until_answered(lambda: self.session.log.append(batch))
 
     async def _leave(self) -> None:
         """Says in the log up to where the client has the stream, if others wait for that."""

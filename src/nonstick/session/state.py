@@ -20,9 +20,9 @@ from nonstick.core.record import CHANGED, STATE, parse_changed
 from nonstick.core.values import SessionState, check_size, to_json
 from nonstick.errors import NoSession, SessionNotFound, StoreUnavailable
 from nonstick.log.guard import GuardedStore, withheld
-from nonstick.session.live import Session, current_session
+from nonstick.session.live import LiveSession, current_session
 
-__all__ = ["State", "change_fields", "discreet", "session_state"]
+__all__ = ["State", "change_fields", "discreet", "save", "session_state"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class State:
         SessionNotFound: From each method: the session has ended.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: LiveSession) -> None:
         self._session = session
 
     async def get(self, key: str, default: Any = None) -> Any:
@@ -131,7 +131,7 @@ class State:
     def _local(self) -> dict[str, Any] | None:
         """The state itself, where only this node has it: it is held here, or the session is just being opened."""
         state = self._session.connection.state
-        return state if self._session.is_opening or not isinstance(state, SessionState) else None
+        return state if self._session.opening is not None or not isinstance(state, SessionState) else None
 
     async def _change(self, key: str, decide: Callable[[Any], Any]) -> Any:
         """Replaces the value by what `decide` makes of it, and returns what it was. `decide` may be called again."""
@@ -144,7 +144,7 @@ class State:
                 local[key] = _copy(key, new)
             return old
         # One at a time on each node: they would only make each other try again.
-        async with self._session.changing_state:
+        async with self._session.state.changing:
             return await self._change_stored(key, decide)
 
     async def _change_stored(self, key: str, decide: Callable[[Any], Any]) -> Any:
@@ -189,9 +189,23 @@ class State:
             with discreet():
                 yield
         except SessionNotFound:
-            self._session.services.tasks.spawn(self._session.end())
+            self._session.end_soon()
             await anyio.lowlevel.checkpoint()
             raise
+
+
+async def save(session: LiveSession) -> None:
+    """Stores the session state that changed here.
+
+    Raises:
+        StateNotJSON, StateTooLarge: As `SessionState.changes`.
+        SessionNotFound, StoreUnavailable: As `Store.update`.
+    """
+    if session.state.changes():
+        async with session.state.changing:
+            changes = session.state.changes()
+            await session.services.store.update(session.key, changes)
+            session.state.saved(changes)
 
 
 async def change_fields(

@@ -21,7 +21,7 @@ from nonstick.log.trim import Hold
 from nonstick.log.writer import Writer
 from nonstick.session import ending
 from nonstick.session.answer import Answer
-from nonstick.session.live import Session
+from nonstick.session.live import LiveSession
 from nonstick.store import NEW_STREAM, Appended, Cursor, Draft
 
 __all__ = ["Stream"]
@@ -52,7 +52,7 @@ class Stream:
         is_lost: The store lost events of it.
     """
 
-    def __init__(self, session: Session, message: JSONRPCRequest, answer: Answer, hold: Hold | None = None) -> None:
+    def __init__(self, session: LiveSession, message: JSONRPCRequest, answer: Answer, hold: Hold | None = None) -> None:
         self.lock = asyncio.Lock()
         self.position = 0
         self.attempt = self.first_attempt = new_attempt()
@@ -62,7 +62,7 @@ class Stream:
         self._message = message
         self._answer = answer
         self.hold = hold
-        self._writer = Writer(session.append)
+        self._writer = Writer(session.log.append)
         self._unsent: deque[Draft] = deque(maxlen=_UNSENT)
 
     @property

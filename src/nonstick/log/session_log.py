@@ -1,0 +1,85 @@
+"""One session's log, as a node writes and reads it."""
+
+from __future__ import annotations
+
+import time
+from functools import cached_property
+
+from nonstick.core.retention import Amount
+from nonstick.errors import StoreUnavailable
+from nonstick.log.follow import Follower
+from nonstick.log.guard import GuardedStore, withheld
+from nonstick.log.lost import end_lost
+from nonstick.log.trim import Trimmer, Trimming
+from nonstick.log.writer import Sender
+from nonstick.store import NEW_STREAM, Appended, Batch, Cursor, Loaded
+
+__all__ = ["SessionLog"]
+
+
+class SessionLog:
+    """One session's log.
+
+    Args:
+        key: The session's.
+        here: The node's id.
+
+    Attributes:
+        head: The end of the log when it was loaded last.
+        loaded_at: The position of the log's end when the record was loaded that this node has of the session.
+        heard_at: When, by the monotonic clock, the session's client was last heard or seen at this node.
+    """
+
+    # What the cached properties keep goes into a dictionary, which most never need.
+    __slots__ = ("__dict__", "_events", "_here", "_size", "_store", "_trimming", "head", "heard_at", "key", "loaded_at")
+
+    def __init__(self, store: GuardedStore, trimming: Trimming, key: str, here: str) -> None:
+        self.key = key
+        self.head = Cursor(0)
+        self.loaded_at = 0
+        self.heard_at = 0.0
+        self._store = store
+        self._trimming = trimming
+        self._here = here
+        self._size = self._events = 0
+
+    # Most requests end before they need these.
+
+    @cached_property
+    def follower(self) -> Follower:
+        """The one reader of the log on this node."""
+        return Follower(self._store, self.key)
+
+    @cached_property
+    def trimmer(self) -> Trimmer:
+        """Keeps the log within its bounds (P10)."""
+        return Trimmer(self._trimming, self.key, Amount(self._size, self._events), end_lost=self._end_lost)
+
+    @cached_property
+    def sender(self) -> Sender:
+        """This node's writer of the standalone stream."""
+        return Sender(self.append)
+
+    def refresh(self, loaded: Loaded) -> None:
+        """The record was loaded for something that its client sent. What was loaded before may come later."""
+        self.heard_at = time.monotonic()
+        self.loaded_at = loaded.head.position
+        if loaded.head >= self.head:
+            self.head, self._size, self._events = loaded.head, loaded.size, loaded.count
+            if "trimmer" in vars(self):
+                self.trimmer.refresh(Amount(self._size, self._events))
+
+    async def append(self, batch: Batch, *, patience: float | None = None) -> Appended:
+        """As `Store.append`, and sees to the log's size afterwards (P10)."""
+        try:
+            appended = await self._store.append(self.key, batch, patience=patience)
+        except StoreUnavailable as error:
+            raise withheld(error, "session %s", self.key[:12]) from None
+        ended = None
+        if batch.terminal:
+            ended = appended.first if batch.stream == NEW_STREAM else batch.stream
+        self.trimmer.note(appended, ended=ended)
+        return appended
+
+    async def _end_lost(self) -> bool:
+        return await end_lost(self._store, self.key, self.append, here=self._here)
