@@ -155,7 +155,7 @@ async def test_answer_is_as_its_flags(steps: Sequence[Callable[[Answer, Flags], 
         assert outcome == (BODY if flags.begins == "body" else SHUT)
 
 
-async def test_stream_goes_to_nobody_when_its_caller_is_cancelled() -> None:
+async def test_cancelled_callers_stream_goes_to_nobody() -> None:
     """P3: whoever sends more than a connection takes does not wait for a client that is not there."""
     answer = made()
 

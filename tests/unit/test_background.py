@@ -38,7 +38,7 @@ IN_THE_CALLERS = {
 
 
 @pytest.mark.anyio
-async def test_what_is_begun_in_the_background_keeps_nothing_of_its_callers_context() -> None:
+async def test_background_work_keeps_no_callers_context() -> None:
     """P18."""
 
     async def see() -> str:
@@ -52,7 +52,7 @@ async def test_what_is_begun_in_the_background_keeps_nothing_of_its_callers_cont
     assert await seen == "none"
 
 
-def test_every_task_and_timer_says_whose_context_it_begins_in() -> None:
+def test_tasks_and_timers_state_their_context() -> None:
     """P18: a new one is begun by `Tasks.spawn` or by `background`; or, for one request alone, is counted here."""
     begins = re.compile(r"(?:create_task|ensure_future|call_later|call_at)\(")
     found = {

@@ -21,7 +21,8 @@ async def test_all_who_wait_are_woken() -> None:
         await asyncio.gather(*waiting)
 
 
-async def test_who_comes_later_waits_for_the_next_time() -> None:
+async def test_late_waiter_waits_for_next_ring() -> None:
+    """Whoever comes after a ring is not woken by it."""
     bell = Bell()
     bell.ring()
     later = bell.rung()
@@ -39,7 +40,7 @@ async def test_who_gives_up_disturbs_nobody_else() -> None:
     assert waiting.done()
 
 
-async def test_who_gave_up_is_forgotten_when_the_next_one_waits() -> None:
+async def test_abandoned_waiter_is_forgotten() -> None:
     """P10: a silent stream gives up and waits again every few seconds."""
     bell = Bell()
     given_up = bell.rung()

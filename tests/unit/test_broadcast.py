@@ -33,7 +33,7 @@ TOOLS = ToolsListChanged()
 ONE, TWO = ResourceUpdated("x://1"), ResourceUpdated("x://2")
 
 
-def test_each_thing_is_said_once_where_it_was_said_last() -> None:
+def test_each_thing_is_said_once() -> None:
     """P11."""
     found = broadcasts(ONE, TOOLS, TWO, None, ONE)
     assert since(found, 0) == [(2, None), (3, "x://2"), (5, "x://1")]
@@ -48,7 +48,7 @@ def test_the_notification_is_what_a_client_expects() -> None:
     assert one.body == b'{"jsonrpc":"2.0","method":"notifications/resources/updated","params":{"uri":"x://1"}}'
 
 
-def test_a_place_that_is_not_known_is_said_so() -> None:
+def test_unknown_place_is_said_so() -> None:
     """P9, P11: forgotten, of another log, or not read up to."""
     found = broadcasts(ONE, TWO, TOOLS, limit=2)
     assert since(found, 0) is None
@@ -59,7 +59,7 @@ def test_a_place_that_is_not_known_is_said_so() -> None:
     assert found.since(Cursor(2, b"another!")) is None
 
 
-def test_what_was_trimmed_before_it_was_read_is_a_gap() -> None:
+def test_trimmed_before_read_is_a_gap() -> None:
     """P11: whoever was before it has missed something."""
     found = broadcasts(ONE, TWO)
     found.take(entry(7), TOOLS)
@@ -72,7 +72,7 @@ def test_what_was_trimmed_before_it_was_read_is_a_gap() -> None:
 
 
 @pytest.mark.parametrize(("after", "expected"), [(0, 3), (2, 3), (3, None), (4, None), (9, None)])
-def test_it_is_known_whether_a_resource_changed_after_a_place(after: int, expected: int | None) -> None:
+def test_resource_changed_after_place_is_known(after: int, expected: int | None) -> None:
     """P11: for one who subscribed there."""
     found = broadcasts(ONE, TWO, ONE, TOOLS).said_of("x://1", entry(after).cursor if after else Cursor(0))
     assert (found and found.position) == expected
@@ -90,7 +90,7 @@ def test_it_says_what_the_log_would(said: list[ServerEvent | None], limit: int, 
 
 
 @given(st.lists(st.integers(0, 9), max_size=40), st.integers(1, 10))
-def test_no_more_resources_are_known_than_entries_are_kept(said: list[int], limit: int) -> None:
+def test_known_resources_are_bounded_by_entries(said: list[int], limit: int) -> None:
     """P10: any number of resources may change; what is known is what the latest entries say."""
     what = [ResourceUpdated(f"x://{number}") for number in said]
     expected = dict.fromkeys(reversed(what[-limit:]))

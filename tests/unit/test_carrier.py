@@ -128,7 +128,7 @@ def test_each_event_means_what_the_table_says(phase: Phase, kind: Kind, where: s
     assert carrier.scanned_to.position == max(10, WHERE[where])
 
 
-def test_what_is_on_other_streams_is_not_carried() -> None:
+def test_other_streams_entries_are_not_carried() -> None:
     """P3: the table itself: messages and turns count on the standalone stream, subscriptions wherever they change."""
     assert set(CARRIED) == {Kind.MESSAGE, Kind.CHANGED, Kind.LISTENING, Kind.HANGUP}
     before, there, after = zip(*CARRIED.values(), strict=True)
@@ -189,7 +189,7 @@ def test_a_settled_request_is_not_sent_again(settles: Event, means: Means) -> No
     assert carrier.note(log[1]) is Means.PUT
 
 
-def test_settled_requests_are_forgotten_at_the_live_end() -> None:
+def test_settled_requests_are_forgotten_when_live() -> None:
     """P10: replies come after their requests. Of those that must be known, the latest are."""
     carrier = Carrier("n", named=False)
     for number in range(3000):
@@ -226,7 +226,7 @@ def waiting(*log: Event, named: bool, since: int = 0) -> Carrier:
     return carrier
 
 
-def test_a_connection_waits_for_the_oldest_open_turn() -> None:
+def test_connection_awaits_the_oldest_open_turn() -> None:
     """P3: until it left; then it begins where that got to."""
     carrier = waiting(listens(1, "one"), listens(2, "two"), named=False)
     assert turn_of(carrier) == "one"
@@ -238,7 +238,7 @@ def test_a_connection_waits_for_the_oldest_open_turn() -> None:
     assert (carrier.resume_after, carrier.queued_to) == (3, 3)
 
 
-def test_one_that_named_an_event_waits_for_nobody() -> None:
+def test_connection_naming_event_waits_for_nobody() -> None:
     """P3: only its client knows what it has, so it begins there, whatever others carried."""
     carrier = waiting(listens(1, "one"), leaves(2, "one", 1), listens(3, "two"), named=True, since=1)
     assert turn_of(carrier) is None
@@ -246,8 +246,8 @@ def test_one_that_named_an_event_waits_for_nobody() -> None:
     assert carrier.resume_after == 1
 
 
-def test_one_that_goes_on_begins_behind_what_it_had() -> None:
-    """P3: also where the connection in between began further back."""
+def test_continuing_connection_begins_after_its_last() -> None:
+    """P3: behind all that it had, also where the connection in between began further back."""
     carrier = waiting(listens(1, "one"), leaves(2, "one", 1), named=False, since=7)
     carrier.begin()
     assert carrier.resume_after == 7
@@ -263,7 +263,7 @@ def silent(*log: Event, asked: int = 0) -> Carrier:
     return carrier
 
 
-def test_a_silent_connection_goes_on_after_the_latest_turn() -> None:
+def test_silent_connection_follows_the_latest_turn() -> None:
     """P3: older ones wait for that themselves."""
     carrier = silent(listens(1, "one"), listens(2, "two"))
     assert turn_of(carrier) == "two"
@@ -271,7 +271,7 @@ def test_a_silent_connection_goes_on_after_the_latest_turn() -> None:
     assert turn_of(carrier) is None
 
 
-def test_word_is_expected_of_one_that_was_asked() -> None:
+def test_asked_connection_is_expected_to_answer() -> None:
     """P9: until it has answered; and of each that must leave, by a connection that waits for its turn."""
     carrier = silent(listens(1, "one"), asked=4)
     turn = carrier.awaited()
@@ -285,7 +285,7 @@ def test_word_is_expected_of_one_that_was_asked() -> None:
     assert carrier.expects_word_of(Turn("old", "m", 1, 0, last_seen=99))
 
 
-def test_a_silent_connection_that_asked_nothing_expects_nothing() -> None:
+def test_unasking_silent_connection_expects_nothing() -> None:
     """P3: the one that carries the stream need not say anything."""
     carrier = at(Phase.CARRYING)
     carrier.note(listens(11, "newer"))
@@ -308,13 +308,13 @@ def test_listening_says_where_its_client_is() -> None:
     assert carrier.claim("other", Cursor(3, b"a"))["heard"] == "3.61"
 
 
-def test_left_claims_nothing_of_a_turn_that_never_came() -> None:
+def test_leaving_claims_no_turn_never_had() -> None:
     """P3: the next one begins where the one before that got to."""
     carrier = waiting(listens(1, "one"), named=False)
     assert carrier.leave(9, Cursor(3)) == {"listener": "mine", "read": None, "heard": None}
 
 
-def test_left_names_the_entry_that_the_client_has() -> None:
+def test_leaving_names_the_clients_last_entry() -> None:
     """P9: by its tag, as long as it is known."""
     carrier = waiting(named=False)
     carrier.happen(Happening.OLDER_ARE_OVER)
@@ -331,7 +331,7 @@ def test_left_names_the_entry_that_the_client_has() -> None:
     assert carrier.leave(7, heard)["read"] is None
 
 
-def test_what_others_say_of_the_cluster_log_counts() -> None:
+def test_others_cluster_log_places_count() -> None:
     """P11: not to a client that named an event, which says so itself."""
     at_first = Cursor(2, b"a")
     for named, before, after in ((False, at_first, Cursor(5)), (True, NOWHERE, NOWHERE)):
@@ -346,7 +346,7 @@ def test_what_others_say_of_the_cluster_log_counts() -> None:
 OWN = Cursor(9, b"own tag.")
 
 
-def test_a_lost_place_is_named_in_the_next_listening() -> None:
+def test_lost_place_is_announced_once() -> None:
     """P9: once; a place that is there, or was trimmed, is not lost."""
     carrier = Carrier("n", named=True)
     assert carrier.miss(OWN, 9) is None
@@ -363,7 +363,7 @@ def test_a_lost_place_is_named_in_the_next_listening() -> None:
     assert "lost" not in carrier.claim("mine", None)
 
 
-def test_the_same_lost_place_leads_to_the_same_place() -> None:
+def test_same_lost_place_leads_alike() -> None:
     """P9: another connection came with it and went on first."""
     carrier = Carrier("n", named=True)
     carrier.note(listens(1, "one", since=6, lost=cursor_text(OWN)))
@@ -374,7 +374,7 @@ def test_the_same_lost_place_leads_to_the_same_place() -> None:
     assert carrier.where_to_begin() == 4
 
 
-def test_after_a_loss_no_more_is_claimed_than_is_left() -> None:
+def test_claims_shrink_after_a_loss() -> None:
     """P9: neither of what the client took nor of what was put."""
     carrier = Carrier("n", named=False)
     carrier.begin_after([Cursor(2), Cursor(5)], 5)
@@ -389,7 +389,7 @@ def test_after_a_loss_no_more_is_claimed_than_is_left() -> None:
     assert list(carrier.given) == [Cursor(2)]
 
 
-def test_a_log_that_is_read_anew_counts_anew() -> None:
+def test_reread_log_counts_anew() -> None:
     """P9."""
     carrier = Carrier("n", named=False)
     carrier.note(listens(1, "one"))

@@ -25,7 +25,7 @@ LONG = "x" * 4_000_000
         ({"requestId": 10**2000}, {"requestId": request_key(10**2000)}),
     ],
 )
-def test_cancel_keeps_what_it_names_and_a_short_reason(params: dict[str, Any], kept: dict[str, Any]) -> None:
+def test_cancel_keeps_id_and_short_reason(params: dict[str, Any], kept: dict[str, Any]) -> None:
     found = cancel_params(params["requestId"], request_key(params["requestId"]), params)
     assert found == kept
     # Whoever reads it finds the same request.
@@ -42,9 +42,10 @@ def test_cancel_keeps_what_it_names_and_a_short_reason(params: dict[str, Any], k
         ({"progress": 1, "total": LONG, "message": LONG}, {"progress": 1, "message": "x" * LONGEST_TEXT}),
     ],
 )
-def test_progress_keeps_its_numbers_and_a_short_message(params: dict[str, Any], kept: dict[str, Any]) -> None:
+def test_progress_keeps_numbers_and_short_message(params: dict[str, Any], kept: dict[str, Any]) -> None:
     assert progress_params("t", "t", {"progressToken": "t", **params}) == {"progressToken": "t", **kept}
 
 
-def test_token_that_no_request_has_is_kept_by_its_key() -> None:
+def test_unknown_token_is_kept_by_key() -> None:
+    """What no request has as its token is kept by its key."""
     assert progress_params(LONG, request_key(LONG), {"progress": 1})["progressToken"] == request_key(LONG)

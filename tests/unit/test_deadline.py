@@ -25,7 +25,7 @@ async def test_what_is_in_time_is_left_alone() -> None:
         await asyncio.sleep(0.05)
 
 
-async def test_error_of_what_is_awaited_stays_what_it_is() -> None:
+async def test_error_inside_a_deadline_is_unchanged() -> None:
     with pytest.raises(KeyError), Deadline(5):
         raise KeyError
 
@@ -63,7 +63,7 @@ async def test_cancellation_stays_one_when_both_come_together() -> None:
 
 
 @pytest.mark.parametrize(("inner", "outer"), [(0.01, 5.0), (5.0, 0.01)])
-async def test_of_two_deadlines_the_one_that_passed_says_so(inner: float, outer: float) -> None:
+async def test_only_the_passed_deadline_says_so(inner: float, outer: float) -> None:
     said = ""
     try:
         with Deadline(outer):
@@ -92,7 +92,8 @@ async def test_deadline_that_is_hastened_passes_at_once() -> None:
     assert not passed.was_hastened
 
 
-async def test_cancellation_that_comes_with_a_hastened_deadline_stays_one() -> None:
+async def test_cancellation_beats_a_hastened_deadline() -> None:
+    """A cancellation that comes with a hastened deadline stays a cancellation."""
     deadline = Deadline(None)
 
     async def wait() -> None:

@@ -216,12 +216,12 @@ def test_every_setting_has_its_documented_default() -> None:
     assert {field.name for field in fields(Settings)} == SETTINGS.keys()
 
 
-def test_app_and_manager_go_by_the_same_defaults() -> None:
+def test_app_and_manager_share_their_defaults() -> None:
     server: Server[Any] = Server("defaults")
     assert attributes(nonstick.app(server, store="memory:").manager.settings, SETTINGS) == SETTINGS
 
 
-def test_manager_without_options_hides_its_node_and_encrypts_nothing() -> None:
+def test_plain_manager_hides_node_without_encrypting() -> None:
     """Its namespace is the server's name."""
     plain = manager()
     assert not isinstance(plain.store, nonstick.EncryptedStore)
@@ -229,7 +229,7 @@ def test_manager_without_options_hides_its_node_and_encrypts_nothing() -> None:
     assert (plain.stateless, plain.json_response, plain.max_request_body_size) == (False, False, 4_194_304)
 
 
-def test_session_that_never_expires_lives_for_ten_years() -> None:
+def test_endless_session_lives_ten_years() -> None:
     assert manager(session_idle_timeout=None).settings.lifetime == 3650 * 86_400
 
 
@@ -266,7 +266,7 @@ def test_arguments_that_may_be_left_out(door: Callable[..., Any], table: dict[st
 @pytest.mark.parametrize(
     "kind", [store.Store, MemoryStore, RedisStore, PostgresStore, SQLiteStore, nonstick.EncryptedStore]
 )
-def test_calls_of_every_store_may_leave_out_the_same(kind: Any, method: str, table: dict[str, Any]) -> None:
+def test_every_store_has_the_same_defaults(kind: Any, method: str, table: dict[str, Any]) -> None:
     assert defaults(getattr(kind, method)) == table
 
 
@@ -293,7 +293,7 @@ def test_serve_without_options(monkeypatch: pytest.MonkeyPatch) -> None:
     assert vars(made) == OF_SERVE
 
 
-def test_how_much_is_kept_of_what_clients_say() -> None:
+def test_kept_words_of_clients_are_bounded() -> None:
     """Of a cancel's reason, and of progress; of a request's id in an event id; and how many places that names.
 
     And of what a client names at all; and bytes of a value of FastMCP's outside of sessions.

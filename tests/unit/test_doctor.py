@@ -53,7 +53,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- what is found
 
 
-async def test_healthy_store_is_well_and_keeps_nothing_of_the_doctors(server: ValkeyServer) -> None:
+async def test_healthy_store_keeps_nothing_of_doctors(server: ValkeyServer) -> None:
     """Every part of the protocol is tried, and what was written is removed."""
     findings = await diagnose(lambda: open_store(server.url))
     assert [finding for finding in findings if finding.level != "ok"] == []
@@ -66,7 +66,7 @@ async def test_healthy_store_is_well_and_keeps_nothing_of_the_doctors(server: Va
         assert [key for key in await admin.keys("*") if key not in (b"nonstick:ping", b"nonstick:mark")] == []
 
 
-async def test_store_of_one_process_is_not_said_to_be_shared() -> None:
+async def test_memory_store_is_not_called_shared() -> None:
     """One instance acts as both nodes, and nothing is said of another one."""
     findings = await diagnose(MemoryStore, alone=True)
     found = by_subject(findings)
@@ -76,7 +76,7 @@ async def test_store_of_one_process_is_not_said_to_be_shared() -> None:
 
 
 @pytest.mark.usefixtures("impatient")
-async def test_store_that_tells_nothing_of_itself_is_tried_all_the_same() -> None:
+async def test_minimal_store_is_tried_too() -> None:
     """A store of somebody else's needs no method beside the protocol's."""
     made: list[str] = []
 
@@ -150,7 +150,7 @@ class Forbidden(MemoryStore):
         (Forbidden, "trial"),
     ],
 )
-async def test_fault_of_a_store_is_an_error_with_advice(kind: type[MemoryStore], subject: str) -> None:
+async def test_store_fault_is_error_with_advice(kind: type[MemoryStore], subject: str) -> None:
     """One fault, one error: the rest is tried all the same, up to what cannot go on."""
     store = kind()
     findings = await diagnose(lambda: store)
@@ -176,14 +176,14 @@ async def test_slow_store_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "near the nodes" in load.advice
 
 
-async def test_store_that_is_away_is_an_error_without_its_password() -> None:
+async def test_unreachable_store_is_error_without_password() -> None:
     """P13: neither in the findings nor in what is shown of them."""
     findings = await diagnose(lambda: open_store(f"redis://user:{SECRET}@127.0.0.1:1/0"))
     assert [(finding.subject, finding.level) for finding in findings] == [("reach", "error")]
     assert SECRET not in as_text(findings) + as_json(findings) + repr(findings)
 
 
-async def test_user_who_may_not_subscribe_hears_no_wakes(server: ValkeyServer, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_forbidden_subscription_means_no_wakes(server: ValkeyServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """The doctor notices what no single command shows: the other node hears nothing."""
     monkeypatch.setattr(doctor, "WAKE_SECONDS", 0.3)
     admin: Any
@@ -200,7 +200,7 @@ async def test_user_who_may_not_subscribe_hears_no_wakes(server: ValkeyServer, m
 # ---- SQLite
 
 
-async def test_sqlite_file_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+async def test_missing_sqlite_file_is_not_made(tmp_path: Path) -> None:
     """The doctor makes no tables: it says who does."""
     findings = await diagnose(lambda: SQLiteStore(tmp_path / "sessions.db"))
     assert by_subject(findings)["schema"].level == "warning"
@@ -208,9 +208,7 @@ async def test_sqlite_file_that_is_not_there_is_not_made(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []  # noqa: ASYNC240
 
 
-async def test_sqlite_file_is_examined_whether_or_not_it_is_open(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_open_sqlite_file_is_examined_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also beside the processes that use it, and after they have gone."""
     monkeypatch.setattr("nonstick.stores.sqlite.examine.checkpoints_race", lambda: False)
     tmp_path.chmod(0o700)  # noqa: ASYNC240
@@ -223,7 +221,7 @@ async def test_sqlite_file_is_examined_whether_or_not_it_is_open(
         await store.load("key")
 
 
-async def test_sqlite_file_in_a_bad_place_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_badly_placed_sqlite_file_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A network file system, a missing directory, a full disk, an old library, a file for all to read."""
     found = by_subject(await SQLiteStore(tmp_path / "missing" / "sessions.db").examine())
     assert (found["permissions"].level, found["permissions"].blocks) == ("error", True)
@@ -262,7 +260,7 @@ def adopted(server: Any) -> Adopted:
 
 
 @pytest.mark.usefixtures("alone")
-async def test_server_without_a_cluster_is_told_with_the_lines_to_add() -> None:
+async def test_missing_cluster_is_told_with_lines() -> None:
     """Both things that clients of 2026-07-28 need shared are missed on other nodes."""
     (finding,) = await check_shared(adopted(MCPServer("x")))
     assert finding.level == "warning"
@@ -291,7 +289,7 @@ async def test_half_of_a_cluster_is_told() -> None:
 
 
 @pytest.mark.usefixtures("alone")
-async def test_fastmcp_server_without_a_cluster_is_told_in_its_own_words() -> None:
+async def test_missing_fastmcp_cluster_is_told() -> None:
     """It seals each requestState, and gets its bus from nonstick."""
     (finding,) = await check_shared(adopted(FastMCP("x")))
     assert "mcp = FastMCP(..., request_state_security=cluster.request_state_security)" in finding.advice
@@ -305,7 +303,7 @@ async def test_fastmcp_server_without_a_cluster_is_told_in_its_own_words() -> No
 
 
 @pytest.mark.usefixtures("alone")
-async def test_what_was_taken_for_another_server_is_not_taken_for_this_ones() -> None:
+async def test_keys_of_another_server_count_nothing() -> None:
     """P17: an attribute that somebody has read says nothing; what the server uses does."""
     cluster = nonstick.Cluster()
     with_it = MCPServer(
@@ -322,7 +320,7 @@ async def test_what_was_taken_for_another_server_is_not_taken_for_this_ones() ->
 
 
 @pytest.mark.usefixtures("alone")
-async def test_running_fastmcp_server_without_the_keys_is_told_though_somebody_took_them() -> None:
+async def test_unused_keys_of_fastmcp_are_told() -> None:
     """P17."""
     cluster = nonstick.Cluster()
     assert cluster.request_state_security is not None
@@ -333,7 +331,7 @@ async def test_running_fastmcp_server_without_the_keys_is_told_though_somebody_t
 
 
 @pytest.mark.usefixtures("alone")
-async def test_servers_that_are_mounted_are_looked_at_too(caplog: pytest.LogCaptureFixture) -> None:
+async def test_mounted_servers_are_examined_too(caplog: pytest.LogCaptureFixture) -> None:
     """P17: at any depth and under any name, by the doctor and when the server starts; each by its name."""
     cluster = nonstick.Cluster()
 
@@ -360,7 +358,7 @@ async def test_servers_that_are_mounted_are_looked_at_too(caplog: pytest.LogCapt
 
 
 @pytest.mark.usefixtures("alone")
-async def test_fastmcp_server_without_a_shared_state_store_is_told() -> None:
+async def test_missing_shared_state_store_is_told() -> None:
     """Nothing else says that `ctx.set_state()` is of one node only."""
     (finding,) = await check_state(adopted(FastMCP("x")))
     assert "ctx.set_state()" in finding.text
@@ -380,7 +378,7 @@ async def test_server_that_needs_nothing_shared_is_well() -> None:
 # ---- what is shown
 
 
-async def test_lines_are_aligned_and_the_advice_stands_below() -> None:
+async def test_advice_stands_below_aligned_lines() -> None:
     """Readable in 100 columns, code as it is."""
     findings = [
         Finding("ok", "version", "Valkey 9"),

@@ -59,7 +59,7 @@ def invalid() -> ValidationError:
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
-def test_every_exception_is_an_error_that_says_what_it_may(exception: BaseException, code: int, message: str) -> None:
+def test_every_exception_is_a_fitting_error(exception: BaseException, code: int, message: str) -> None:
     """P16: the SDK's where that has one; of what was not meant for clients nothing."""
     error = ending.error_of(exception)
     assert (error.code, error.message) == (code, message)
@@ -75,7 +75,7 @@ def test_every_exception_is_an_error_that_says_what_it_may(exception: BaseExcept
         ("s\ud800", {"a": "\udfff"}, {"code": 1, "message": "s?"}),
     ],
 )
-def test_error_that_json_cannot_hold_is_told_as_far_as_it_can(message: str, data: Any, shown: dict[str, Any]) -> None:
+def test_unserialisable_error_is_told_as_possible(message: str, data: Any, shown: dict[str, Any]) -> None:
     """P16."""
     body = json.loads(error_body("id", ErrorData(code=1, message=message, data=data)))
     assert body == {"jsonrpc": "2.0", "id": "id", "error": shown}

@@ -61,7 +61,7 @@ def kept(event_id: EventId) -> EventId:
 
 
 @given(kinds, st.binary())
-def test_event_keeps_its_kind_and_its_exact_body(kind: Kind, body: bytes) -> None:
+def test_event_keeps_kind_and_exact_body(kind: Kind, body: bytes) -> None:
     """The body of a message is kept as the exact bytes that go to the client."""
     data = draft(kind, body).data
     assert kind_of(data) is kind
@@ -74,7 +74,7 @@ def test_json_body_is_decoded(kind: Kind, body: dict[str, object]) -> None:
     assert decode(draft(kind, json.dumps(body).encode()).data) == body
 
 
-def test_every_draft_has_a_tag_of_its_own() -> None:
+def test_every_draft_has_its_own_tag() -> None:
     """`draft`: under a new random tag, of 8 bytes, so that no event id can be guessed."""
     tags = [draft(Kind.MESSAGE, b"same").tag for _ in range(1000)]
     assert {len(tag) for tag in tags} == {8}
@@ -89,12 +89,12 @@ def test_unknown_event_is_passed_over(data: bytes) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"1", b"2m{}", b"1Z{}", b"m1{}", b"\x001m"])
-def test_event_of_a_newer_version_has_no_kind(data: bytes) -> None:
+def test_newer_versions_event_has_no_kind(data: bytes) -> None:
     """`kind_of`: None if this version does not know it (P12)."""
     assert kind_of(data) is None
 
 
-def test_kinds_are_told_apart_by_one_visible_byte() -> None:
+def test_one_visible_byte_tells_kinds_apart() -> None:
     """The kinds' bytes are in every log: none may change or be given to another (P12)."""
     assert {kind.name: chr(kind) for kind in Kind}.items() >= {
         "OPENED": "o",
@@ -115,13 +115,13 @@ def test_kinds_are_told_apart_by_one_visible_byte() -> None:
 
 
 @given(event_ids, sessions)
-def test_event_id_comes_back_as_it_was_sent(event_id: EventId, session: str) -> None:
+def test_event_id_survives_the_round_trip(event_id: EventId, session: str) -> None:
     """What `seal` writes, `parse_event_id` reads, in the same session (P3)."""
     assert parse_event_id(event_id.seal(session), session) == kept(event_id)
 
 
 @given(trailing(), sessions)
-def test_event_id_names_the_latest_messages_before_it(event_id: EventId, session: str) -> None:
+def test_event_id_names_the_latest_messages(event_id: EventId, session: str) -> None:
     """P9: as many as there is room for, which is for most of the last, each by the beginning of its tag."""
     parsed = parse_event_id(event_id.seal(session), session)
     assert parsed is not None
@@ -135,7 +135,7 @@ def test_event_id_names_the_latest_messages_before_it(event_id: EventId, session
 
 
 @given(trailing(), sessions)
-def test_event_id_with_all_it_can_name_is_read_by_the_last_release(event_id: EventId, session: str) -> None:
+def test_last_release_reads_full_event_id(event_id: EventId, session: str) -> None:
     """P12: 0.1.0 takes the part for a request's id, and gives it back, up to 128 characters of JSON."""
     part = event_id.seal(session).split(".")[4]
     text = base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)).decode()
@@ -144,7 +144,7 @@ def test_event_id_with_all_it_can_name_is_read_by_the_last_release(event_id: Eve
 
 
 @given(event_ids, sessions)
-def test_event_id_fits_an_sse_field_and_a_header(event_id: EventId, session: str) -> None:
+def test_event_id_fits_field_and_header(event_id: EventId, session: str) -> None:
     """It comes back in a `Last-Event-ID` header: visible ASCII, no spaces, and not too long."""
     assert re.fullmatch(r"[0-9A-Za-z._-]{1,300}", event_id.seal(session))
 
@@ -158,14 +158,14 @@ def test_request_id_keeps_its_type() -> None:
         assert type(parsed.request) is type(request)
 
 
-def test_request_id_that_is_too_long_is_left_out() -> None:
+def test_overlong_request_id_is_left_out() -> None:
     """`EventId.request`: none for an id of more than MAX_REQUEST_ID characters as JSON; the place is kept."""
     for length, kept_whole in ((126, True), (127, False), (129, False), (5000, False)):
         sent = ID._replace(request="x" * length)
         assert parse_event_id(sent.seal(SESSION), SESSION) == (sent if kept_whole else ID._replace(request=None))
 
 
-def test_event_id_is_bound_to_the_whole_id_of_its_session() -> None:
+def test_event_id_is_bound_to_session() -> None:
     """P3: also where another one begins, or ends, alike."""
     session = "0123456789abcdef0123456789abcdef01234567"
     for at in (0, 8, 16, 31, 32, 39):
@@ -187,7 +187,7 @@ def test_what_is_no_cursor_is_none(text: object) -> None:
     assert parse_cursor(text) is None
 
 
-def test_of_a_large_event_its_beginning_is_looked_at() -> None:
+def test_beginning_of_large_event_is_enough() -> None:
     """`glimpse`: what was cut is not there; it takes no time in proportion to the event (P10)."""
     body = json.dumps({"node": "a", "request": {"x": "x" * MAX_CLIP}, "after": 1}).encode()
     for data in (draft(Kind.OPENED, body).data, draft(Kind.OPENED, body).data[:MAX_CLIP]):
@@ -256,7 +256,7 @@ def packed(text: str | bytes) -> str:
     return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
 
 
-def test_hash_of_what_is_forged_here_is_right() -> None:
+def test_hash_of_the_forger_is_right() -> None:
     """Else the tests below would show nothing."""
     assert forged("7", "9", ID.cursor.tag.hex(), packed('"request-1"')) == ID.seal(SESSION)
 
@@ -292,14 +292,14 @@ FORGED = {
 
 
 @pytest.mark.parametrize("text", FORGED.values(), ids=FORGED)
-def test_event_id_that_a_client_made_up_is_refused(text: str) -> None:
+def test_forged_event_id_is_refused(text: str) -> None:
     """`parse_event_id`: None if it is not what `seal` writes, whatever its hash; no text raises (P3)."""
     assert parse_event_id(text, SESSION) is None
 
 
 @given(st.text("0123456789abcdef", min_size=1, max_size=15), st.text("0123456789abcdef", min_size=1, max_size=15),
        st.binary(max_size=300))  # fmt: skip
-def test_made_up_event_id_is_refused_or_says_what_it_was_made_of(stream: str, position: str, request: bytes) -> None:
+def test_forged_event_id_never_raises(stream: str, position: str, request: bytes) -> None:
     """No text raises; what is accepted is what `seal` would have written (P3)."""
     text = forged(stream, position, request=packed(request))
     found = parse_event_id(text, SESSION)

@@ -132,9 +132,7 @@ async def test_events_before_and_after_the_subscription_arrive(store: Careless, 
 
 
 @pytest.mark.parametrize("seed", range(25))
-async def test_lost_repeated_and_reordered_wakes_lose_and_double_nothing(
-    store: Careless, follower: Follower, seed: int
-) -> None:
+async def test_disordered_wakes_lose_and_double_nothing(store: Careless, follower: Follower, seed: int) -> None:
     """P3."""
     store.random.seed(seed)
     store.mangles = True
@@ -167,7 +165,7 @@ async def test_lost_repeated_and_reordered_wakes_lose_and_double_nothing(
         subscription.close()
 
 
-async def test_event_whose_wake_was_lost_arrives_with_the_next_poll(store: Careless, follower: Follower) -> None:
+async def test_poll_brings_event_without_wake(store: Careless, follower: Follower) -> None:
     """P3: a wake is only a hint."""
     subscription = follower.subscribe(await append(store))
     await asyncio.sleep(0.05)
@@ -177,7 +175,7 @@ async def test_event_whose_wake_was_lost_arrives_with_the_next_poll(store: Carel
     subscription.close()
 
 
-async def test_event_whose_wake_was_lost_after_others_came_arrives_too(store: Careless, follower: Follower) -> None:
+async def test_wakes_only_postpone_the_poll(store: Careless, follower: Follower) -> None:
     """P3: what a wake brought puts the poll off, not for good."""
     subscription = follower.subscribe(Cursor(0))
     await append(store)
@@ -192,7 +190,7 @@ async def test_event_whose_wake_was_lost_after_others_came_arrives_too(store: Ca
 
 
 @pytest.mark.usefixtures("unpolled")
-async def test_wake_that_carries_the_next_events_spares_the_read(store: Careless, follower: Follower) -> None:
+async def test_wake_with_next_events_spares_read(store: Careless, follower: Follower) -> None:
     subscription = follower.subscribe(Cursor(0))
     await append(store)
     await collect(subscription, 1)
@@ -230,7 +228,7 @@ async def test_one_reader_serves_however_many_subscriptions(store: Careless, fol
         subscription.close()
 
 
-async def test_slow_subscription_catches_up_by_itself_and_holds_up_nobody(store: Careless, follower: Follower) -> None:
+async def test_slow_subscription_holds_up_nobody(store: Careless, follower: Follower) -> None:
     """P10: what waits for it is bounded."""
     quick, slow = follower.subscribe(Cursor(0)), follower.subscribe(Cursor(0))
     for _ in range(30):
@@ -243,7 +241,7 @@ async def test_slow_subscription_catches_up_by_itself_and_holds_up_nobody(store:
     slow.close()
 
 
-async def test_bytes_that_wait_for_a_slow_subscription_are_bounded(store: Careless, follower: Follower) -> None:
+async def test_bytes_waiting_for_subscription_are_bounded(store: Careless, follower: Follower) -> None:
     """P10: a node may have thousands of them; large events are read a few at a time."""
     large = b"1m" + b"x" * 50_000
     quick, slow = follower.subscribe(Cursor(0)), follower.subscribe(Cursor(0))
@@ -263,7 +261,7 @@ async def test_bytes_that_wait_for_a_slow_subscription_are_bounded(store: Carele
     slow.close()
 
 
-async def test_events_that_wait_for_a_slow_subscription_are_bounded(store: Careless, follower: Follower) -> None:
+async def test_events_waiting_for_subscription_are_bounded(store: Careless, follower: Follower) -> None:
     """P10: however small they are."""
     quick, slow = follower.subscribe(Cursor(0)), follower.subscribe(Cursor(0))
     for _ in range(40):
@@ -276,7 +274,7 @@ async def test_events_that_wait_for_a_slow_subscription_are_bounded(store: Carel
     slow.close()
 
 
-async def test_small_events_are_read_many_at_a_time(store: Careless, follower: Follower) -> None:
+async def test_small_events_are_read_in_bulk(store: Careless, follower: Follower) -> None:
     """A long log does not take a round trip for every few events."""
     await append(store, 3000)
     subscription = follower.subscribe(Cursor(0))
@@ -336,7 +334,7 @@ async def test_what_was_trimmed_is_passed_over(store: Careless, follower: Follow
     late.close()
 
 
-async def test_log_that_was_trimmed_whole_is_waited_on(store: Careless, follower: Follower) -> None:
+async def test_wholly_trimmed_log_is_waited_on(store: Careless, follower: Follower) -> None:
     start = await append(store, 4)
     await append(store, 4)
     await store.trim(KEY, standalone_before=9)
@@ -349,7 +347,7 @@ async def test_log_that_was_trimmed_whole_is_waited_on(store: Careless, follower
     behind.close()
 
 
-async def test_place_that_the_store_lost_is_reported_to_every_subscription(store: Careless, follower: Follower) -> None:
+async def test_lost_place_is_reported_to_all(store: Careless, follower: Follower) -> None:
     """P9: lost data is never passed over in silence."""
     subscriptions = [follower.subscribe(Cursor(0)) for _ in range(3)]
     await append(store, 5)
@@ -369,7 +367,7 @@ async def test_place_that_the_store_lost_is_reported_to_every_subscription(store
     again.close()
 
 
-async def test_loss_is_reported_where_the_place_itself_is_still_there(store: Careless, follower: Follower) -> None:
+async def test_loss_behind_existing_place_is_reported(store: Careless, follower: Follower) -> None:
     """P9: what comes after it is not what came after it once."""
     first = await append(store)
     ahead = follower.subscribe(Cursor(0))
@@ -392,7 +390,7 @@ async def test_loss_is_reported_where_the_place_itself_is_still_there(store: Car
         subscription.close()
 
 
-async def test_subscription_that_begins_at_a_lost_place_hears_of_it(store: Careless, follower: Follower) -> None:
+async def test_subscription_at_lost_place_hears_loss(store: Careless, follower: Follower) -> None:
     """P9."""
     await append(store, 5)
     for bad in (Cursor(3, b"another!"), Cursor(9, b"far away")):
@@ -444,7 +442,7 @@ async def cursors(subscription: Subscription, last: Cursor) -> list[Cursor]:
 
 
 @pytest.mark.parametrize("wrong", ["another tag", "no tag", "one behind", "one ahead", "a gap", "nothing before"])
-async def test_wake_that_does_not_continue_exactly_means_read(store: Careless, follower: Follower, wrong: str) -> None:
+async def test_wake_without_exact_continuation_means_read(store: Careless, follower: Follower, wrong: str) -> None:
     """P14: by position and tag; nothing of it is delivered, and what is true is."""
     subscription, last = await up_to_date(store, follower, 3)
     told = {
@@ -475,7 +473,7 @@ async def test_wake_without_the_entry_before_means_read(store: Careless, followe
 
 
 @pytest.mark.usefixtures("unpolled")
-async def test_wake_that_says_what_is_known_spares_the_read(store: Careless, follower: Follower) -> None:
+async def test_wake_with_known_events_spares_read(store: Careless, follower: Follower) -> None:
     """It is heard after a read brought the same; of one that says more, the rest is new."""
     subscription = follower.subscribe(Cursor(0))
     drafts = [Draft(b"tag of %d" % n, b"1m{}") for n in range(3)]
@@ -493,9 +491,7 @@ async def test_wake_that_says_what_is_known_spares_the_read(store: Careless, fol
     subscription.close()
 
 
-async def test_event_in_the_place_of_a_phantom_is_delivered_after_the_loss_is_told(
-    store: Careless, follower: Follower
-) -> None:
+async def test_event_replacing_phantom_follows_the_loss(store: Careless, follower: Follower) -> None:
     """P9, P14: what an old primary says last continues the log exactly; the true event in its place is not skipped."""
     subscription, last = await up_to_date(store, follower)
     tell(store, News(last, [entry(2)]))
@@ -542,7 +538,7 @@ async def test_phantoms_without_end_are_found_out(
 
 
 @pytest.mark.parametrize("during", ["before the read", "after the read"])
-async def test_phantom_that_races_with_a_read_skips_nothing(
+async def test_phantom_racing_a_read_skips_nothing(
     store: Careless, follower: Follower, during: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """P14: what a read brought, and a cursor that a wake has moved on meanwhile, are compared by tag."""
@@ -589,10 +585,8 @@ async def test_buffer_is_filled_by_tag(store: Careless, follower: Follower) -> N
 
 
 @pytest.mark.usefixtures("unpolled")
-async def test_flood_of_false_wakes_costs_few_reads_and_a_true_one_is_heard(
-    store: Careless, follower: Follower
-) -> None:
-    """P10, P14: one read at a time, and the more reads bring nothing, the longer until the next."""
+async def test_flood_of_wakes_costs_few_reads(store: Careless, follower: Follower) -> None:
+    """P10, P14: one at a time, and the more bring nothing, the longer until the next. A true wake is heard."""
     subscription, _ = await up_to_date(store, follower)
     store.loses_wakes = True
     loop = asyncio.get_running_loop()
@@ -631,7 +625,7 @@ async def test_end_of_the_session_reaches_every_subscription(
         await follower.subscribe(Cursor(0)).next()
 
 
-async def test_follower_goes_on_when_the_store_is_back(store: Careless) -> None:
+async def test_follower_goes_on_after_an_outage(store: Careless) -> None:
     """P9."""
     follower = Follower(GuardedStore(store, patience=0.01), KEY)
     subscription = follower.subscribe(Cursor(0))
@@ -674,7 +668,7 @@ async def test_nothing_is_left_behind(store: Careless, follower: Follower) -> No
     assert asyncio.all_tasks() == before
 
 
-async def test_follower_that_nobody_needs_any_more_does_nothing(store: Careless, follower: Follower) -> None:
+async def test_unneeded_follower_does_nothing(store: Careless, follower: Follower) -> None:
     """P10: neither by a read that is under way, nor by a wake that comes late, nor by the clock."""
     before = asyncio.all_tasks()
     begun = asyncio.Event()
@@ -702,7 +696,7 @@ async def test_follower_that_nobody_needs_any_more_does_nothing(store: Careless,
     assert store.reads == reads
 
 
-async def test_silent_log_is_looked_at_for_ever_and_not_once_it_is_left(
+async def test_silent_log_is_polled_until_left(
     store: Careless, follower: Follower, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """P9: at the slowest pace that there is, and no slower; P10: a timer that is left behind would go on."""
@@ -737,7 +731,7 @@ class Defective(MemoryStore):
         return await super().read(key, after, limit=limit, max_bytes=max_bytes)
 
 
-async def test_follower_goes_on_after_an_error_that_no_store_may_raise(caplog: pytest.LogCaptureFixture) -> None:
+async def test_follower_survives_an_unexpected_error(caplog: pytest.LogCaptureFixture) -> None:
     """P9: one read that fails must not make a node deaf for the session."""
     async with Defective() as store:
         await store.create(KEY, {}, lifetime=600)
@@ -786,7 +780,7 @@ async def test_long_backlog_lets_others_have_their_turns() -> None:
 # ---- how often
 
 
-def test_reads_that_wakes_ask_for_in_vain_become_rare() -> None:
+def test_vain_reads_for_wakes_become_rare() -> None:
     """P10: four are free, then each waits longer, up to a fifth of a second; what brings something is free again."""
     pace, now, pauses = _Pace(), 1000.0, list[float]()
     pace.took(now, brought=True)
@@ -800,7 +794,7 @@ def test_reads_that_wakes_ask_for_in_vain_become_rare() -> None:
     assert pace.pause(now) == 0.0
 
 
-def test_reads_in_vain_are_forgotten_after_some_silence() -> None:
+def test_vain_reads_are_forgotten_in_silence() -> None:
     """P10: between two looks that nobody asked for there is more."""
     pace, now = _Pace(), 1000.0
     for _ in range(20):
@@ -815,7 +809,7 @@ def test_reads_in_vain_are_forgotten_after_some_silence() -> None:
 # ---- the whole of what was skimmed
 
 
-async def test_event_that_was_cut_off_is_read_whole(store: Careless) -> None:
+async def test_truncated_event_is_read_whole(store: Careless) -> None:
     """And one that was not is there already."""
     guarded = GuardedStore(store)
     large, small = Draft(b"1 bytes.", b"x" * 2000), Draft(b"2 bytes.", b"small")
@@ -831,7 +825,7 @@ async def test_event_that_was_cut_off_is_read_whole(store: Careless) -> None:
     assert store.reads == 1
 
 
-async def test_nothing_is_whole_of_what_was_dropped_or_lost(store: Careless) -> None:
+async def test_dropped_and_lost_events_are_nothing(store: Careless) -> None:
     """P9, P10: nor is what has its place now."""
     guarded = GuardedStore(store)
     await store.append(KEY, Batch([Draft(tag, b"x" * 2000) for tag in (b"1 bytes.", b"2 bytes.", b"3 bytes.")]))

@@ -93,7 +93,7 @@ class Written(MemoryStore):
 # ---- names
 
 
-def test_session_id_names_its_session_in_the_store() -> None:
+def test_session_id_names_its_stored_session() -> None:
     assert session_key(SESSION) == "deb87fabd17715bb31ad4cf4ffb9494eeb15f8d3"
 
 
@@ -110,7 +110,8 @@ def test_principal_and_its_group_have_one_form() -> None:
     assert principal_group(principal) == "principal:0865fc77f5c9fdca6dabbad2286ad81c"
 
 
-def test_request_is_named_by_its_id_or_the_hash_of_a_long_one() -> None:
+def test_request_name_holds_id_or_hash() -> None:
+    """By the hash where the id is a long one."""
     assert [request_key(name) for name in (7, "7", -7, "x" * 64)] == ["7", "7", "-7", "x" * 64]
     assert request_key("x" * 65) == "9537c5fdf120482f7d58d25e9ed583f52c02b4e304ea814db1633ad565aed7e9"
 
@@ -134,14 +135,14 @@ def test_event_id_has_one_form(text: str, place: EventId) -> None:
     assert read._replace(before=place.before) == place
 
 
-def test_event_id_ends_in_a_hash_under_its_sessions_id() -> None:
+def test_event_id_ends_in_sessions_hash() -> None:
     assert EventId(7, Cursor(9, PLACE.tag), "request-1").seal(SESSION).rpartition(".")[2] == "27a64ff1171ce664"
 
 
 # ---- the record
 
 
-def test_record_of_a_new_session_has_four_fields() -> None:
+def test_new_sessions_record_has_four_fields() -> None:
     said = {
         "protocolVersion": "2025-11-25",
         "capabilities": {"sampling": {}},
@@ -157,7 +158,7 @@ def test_record_of_a_new_session_has_four_fields() -> None:
 # ---- the cluster
 
 
-async def test_cluster_log_says_what_changed_and_whose_it_is() -> None:
+async def test_cluster_log_says_change_and_server() -> None:
     store = Written()
     async with nonstick.Cluster.connect(store, namespace="shop") as cluster:
         await cluster.notify_tools_changed()
@@ -175,7 +176,7 @@ async def test_cluster_log_says_what_changed_and_whose_it_is() -> None:
     assert [len(key) for key in json.loads(packed)] == [44]  # 32 bytes in base64
 
 
-async def test_fastmcps_value_has_a_record_of_its_own() -> None:
+async def test_fastmcp_value_has_its_own_record() -> None:
     store, state = Written(), StateStore()
     state.use(GuardedStore(store), Allowance(), ["shop"])
     await state.put("user:ada", {"value": 1}, collection="carts")

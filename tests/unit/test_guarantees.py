@@ -18,7 +18,7 @@ def test_every_test_that_the_page_names_exists() -> None:
     assert named <= there, named - there
 
 
-def test_every_row_about_a_fault_names_its_test() -> None:
+def test_every_fault_row_names_its_test() -> None:
     """The table under "When the store fails"."""
     table = PAGE.partition("## When the store fails")[2].partition("\n## ")[0]
     rows = [line for line in table.splitlines() if line.startswith("|")][2:]

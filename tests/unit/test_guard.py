@@ -149,7 +149,7 @@ async def test_create_whose_answer_was_lost_has_succeeded() -> None:
     assert (await guarded.load(KEY)).fields == {"a": b"1"}
 
 
-async def test_create_of_a_key_that_exists_is_refused() -> None:
+async def test_create_of_existing_key_is_refused() -> None:
     guarded = GuardedStore(Unsteady())
     await guarded.create(KEY, {}, lifetime=9)
     with pytest.raises(AlreadyExists):
@@ -181,7 +181,7 @@ async def test_cancelled_call_is_cancelled_at_once() -> None:
             await calling
 
 
-async def test_callers_own_timeout_is_not_taken_for_the_stores() -> None:
+async def test_callers_timeout_is_not_the_stores() -> None:
     guarded = GuardedStore(Unsteady("hang"), patience=60)
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.01):
@@ -203,7 +203,7 @@ async def test_no_call_lasts_longer_than_the_node() -> None:
     assert in_time(loop.time() - started, 5)
 
 
-async def test_store_that_hangs_when_it_is_closed_does_not_keep_the_node(caplog: pytest.LogCaptureFixture) -> None:
+async def test_hanging_store_lets_its_node_go(caplog: pytest.LogCaptureFixture) -> None:
     """P8: once the node's end is near."""
 
     class Hanging(MemoryStore):
@@ -216,7 +216,7 @@ async def test_store_that_hangs_when_it_is_closed_does_not_keep_the_node(caplog:
     assert "could not be closed in time" in caplog.text
 
 
-async def test_what_is_under_way_may_be_ended_and_nothing_else() -> None:
+async def test_only_pending_calls_may_be_ended() -> None:
     """`end_pending`: neither what has ended, nor what comes after it."""
     unsteady = Unsteady("work", "work", "hang")
     guarded = GuardedStore(unsteady, patience=600)
@@ -243,7 +243,7 @@ async def test_what_is_under_way_may_be_ended_and_nothing_else() -> None:
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-async def test_what_would_be_so_again_is_said_at_once(error: Exception, said: type[StoreError]) -> None:
+async def test_lasting_faults_are_said_at_once(error: Exception, said: type[StoreError]) -> None:
     """P9: somebody has to change something first, and reads what."""
     asked: list[str] = []
 
@@ -258,7 +258,7 @@ async def test_what_would_be_so_again_is_said_at_once(error: Exception, said: ty
     assert asked == [KEY]
 
 
-async def test_pauses_between_repeats_grow_up_to_half_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_pauses_grow_up_to_half_second(monkeypatch: pytest.MonkeyPatch) -> None:
     """P9: a store that was away for long is asked again soon after it is back."""
     pauses: list[float] = []
 
@@ -315,7 +315,7 @@ class Raising(MemoryStore):
 
 
 @pytest.mark.parametrize("error", list(every_error().values()), ids=lambda error: error.__name__)
-async def test_what_a_method_may_not_raise_is_a_store_that_cannot_be_reached(
+async def test_unforeseen_error_means_unreachable_store(
     error: type[StoreError], caplog: pytest.LogCaptureFixture
 ) -> None:
     """P9: nobody else has to know what to do about it; a method that is new is covered."""
@@ -349,9 +349,7 @@ async def test_what_a_method_may_not_raise_is_a_store_that_cannot_be_reached(
         (Batch([], settle="s"), {SessionNotFound, NotPending}),
     ],
 )
-async def test_what_an_append_may_raise_is_what_its_batch_gives_reason_for(
-    batch: Batch, may: set[type[StoreError]]
-) -> None:
+async def test_append_raises_only_its_batchs_refusals(batch: Batch, may: set[type[StoreError]]) -> None:
     """P9: so that a writer on the standalone stream is never told that its stream has ended."""
     raising = Raising()
     store = GuardedStore(raising, patience=0.05)
@@ -365,7 +363,7 @@ async def test_what_an_append_may_raise_is_what_its_batch_gives_reason_for(
         assert caught.value.__suppress_context__ or caught.type is error
 
 
-async def test_a_cursor_without_a_tag_and_a_create_without_limits_have_fewer_answers() -> None:
+async def test_plain_calls_have_fewer_answers() -> None:
     """P9: `Trimmed` is for a cursor that is checked, `TooManySessions` for who asked for limits."""
     raising = Raising()
     store = GuardedStore(raising, patience=0.05)
@@ -424,7 +422,7 @@ async def test_read_that_failed_is_repeated_for_less() -> None:
         assert store.asked == [(256, 0), (64, 0), (16, 0)]
 
 
-async def test_read_that_keeps_failing_asks_for_one_event_at_least() -> None:
+async def test_failing_read_asks_for_one_event() -> None:
     """P10: less than that is no question."""
     store = Overtaxed(0, 0)
     guarded = GuardedStore(store, patience=0.2)
@@ -434,7 +432,7 @@ async def test_read_that_keeps_failing_asks_for_one_event_at_least() -> None:
     assert store.asked[:3] == [(2, 5), (1, 1), (1, 1)]
 
 
-async def test_reading_goes_on_behind_a_place_that_was_trimmed() -> None:
+async def test_reading_goes_on_after_a_trim() -> None:
     """P10: not from the beginning: what is left before the place was read."""
     guarded = GuardedStore(MemoryStore())
     await guarded.create(KEY, {}, lifetime=60)
@@ -448,7 +446,7 @@ async def test_reading_goes_on_behind_a_place_that_was_trimmed() -> None:
     assert [entry.event.position for entry in await Slice().skim(guarded, KEY, Cursor(2, b"2 bytes."))] == [3]
 
 
-async def test_slice_stays_small_until_something_is_read_and_grows_again() -> None:
+async def test_slice_stays_small_while_reads_fail() -> None:
     """P9, P10: also between the calls of one reader, whose patience ran out in between."""
     async with GuardedStore(Overtaxed(0, 0), patience=0.001) as guarded:
         store = guarded.store

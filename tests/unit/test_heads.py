@@ -38,7 +38,7 @@ async def port() -> AsyncIterator[int]:
     await server.wait_closed()
 
 
-async def test_long_head_is_refused_and_a_shorter_one_served(port: int) -> None:
+async def test_only_a_long_head_is_refused(port: int) -> None:
     """P10: also on a connection that was used before."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     for _ in range(2):
@@ -56,9 +56,7 @@ async def test_long_head_is_refused_and_a_shorter_one_served(port: int) -> None:
     writer.close()
 
 
-async def test_head_that_is_not_whole_in_time_and_silence_are_given_up(
-    port: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_slow_head_and_silence_are_abandoned(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """P10: but a request that was whole may take as long as it takes."""
     monkeypatch.setattr("nonstick.protocols.bounded_heads.HEAD_SECONDS", 0.2)
     for said in (b"", REQUEST):

@@ -31,8 +31,8 @@ def test_who_says_the_same_is_parsed_once() -> None:
     assert kept.parse(said("ada")) is first
 
 
-def test_what_no_session_used_for_two_periods_is_forgotten() -> None:
-    """Nothing of a session that expired stays."""
+def test_unused_introduction_is_forgotten() -> None:
+    """After two periods in which no session used it: nothing of a session that expired stays."""
     kept = Introductions()
     kept.parse(said("ada"))
     kept.age()
@@ -44,7 +44,8 @@ def test_what_no_session_used_for_two_periods_is_forgotten() -> None:
 
 
 @pytest.mark.parametrize("kept", [Introductions(), Introductions(longest=1024, most=64)], ids=["by default", "so much"])
-def test_however_many_clients_come_and_however_much_they_say_little_is_kept(kept: Introductions) -> None:
+def test_introductions_of_many_clients_are_bounded(kept: Introductions) -> None:
+    """However many clients come, and however much they say."""
     for number in range(500):
         assert kept.parse(said(f"{number}", 700 if number % 2 else 60_000)).client_info.name == f"{number}"
     assert 0 < len(kept) <= 128
@@ -56,7 +57,7 @@ def test_what_is_no_introduction_is_refused() -> None:
         Introductions().parse(b"{}")
 
 
-def test_as_much_is_kept_as_there_is_room_for() -> None:
+def test_introductions_fill_the_room_they_have() -> None:
     kept = Introductions(longest=len(said("a")), most=2)
     for name in ("a", "bb"):
         kept.parse(said(name))

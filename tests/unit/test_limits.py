@@ -50,14 +50,14 @@ async def test_body_of_one_byte_more_is_refused(pieces: tuple[int, ...]) -> None
     assert refused.value.reason.status == 413
 
 
-async def test_body_that_says_it_is_too_long_is_not_asked_for() -> None:
+async def test_overlong_announced_body_is_not_received() -> None:
     client = Client(LIMIT + 1)
     with pytest.raises(Refusal):
         await body_of(client, declared=LIMIT + 1)
     assert client.asked == 0
 
 
-async def test_body_without_a_length_is_received_no_further_than_the_limit() -> None:
+async def test_endless_body_is_cut_at_limit() -> None:
     """Whoever sends for ever is not read for ever."""
     client = Client(*[100] * 10_000)
     with pytest.raises(Refusal) as refused:

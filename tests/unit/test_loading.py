@@ -58,14 +58,14 @@ def test_name_in_a_file_is_found(write: Write) -> None:
     assert found.name == "two"
 
 
-def test_name_in_a_module_is_found_from_the_working_directory(write: Write) -> None:
+def test_module_is_found_from_working_directory(write: Write) -> None:
     write("pkg_b/__init__.py", "")
     write("pkg_b/weather.py", f"{SERVER}class holder:\n    inner = MCPServer('inner')\n")
     found = loading.find("pkg_b.weather:holder.inner")
     assert isinstance(found, MCPServer)
 
 
-def test_file_inside_a_package_keeps_its_relative_imports(write: Write) -> None:
+def test_packaged_file_keeps_relative_imports(write: Write) -> None:
     write("pkg_c/__init__.py", "")
     write("pkg_c/names.py", "NAME = 'related'\n")
     write("pkg_c/server.py", f"{SERVER}from .names import NAME\nmcp = MCPServer(NAME)\n")
@@ -80,7 +80,8 @@ def test_file_finds_its_neighbours(write: Write) -> None:
     assert isinstance(loading.find("sub_d/main_d.py:mcp"), MCPServer)
 
 
-def test_file_named_like_an_installed_module_does_not_hide_it(write: Write) -> None:
+def test_file_beats_installed_modules_name(write: Write) -> None:
+    """A file that is named like an installed module is loaded all the same."""
     write("mcp.py", f"{SERVER}server = MCPServer('shadow')\n")
     assert isinstance(loading.find("./mcp.py"), MCPServer)
     assert hasattr(sys.modules["mcp"], "Client")
@@ -98,7 +99,7 @@ def test_conventional_name_wins_among_several(write: Write) -> None:
     assert found.name == "chosen"
 
 
-def test_several_servers_without_a_conventional_name_are_listed(write: Write) -> None:
+def test_several_unconventional_servers_are_listed(write: Write) -> None:
     write("several_g.py", f"{SERVER}red = MCPServer('r')\nblue = MCPServer('b')\n")
     assert "several_g.py:red or several_g.py:blue" in str(error_of("several_g.py"))
 
@@ -116,7 +117,7 @@ async def test_server_needs_no_call() -> None:
     assert await loading.call(server, "x:y") is server
 
 
-async def test_factory_that_raises_shows_its_own_traceback_only(write: Write) -> None:
+async def test_raising_factory_shows_own_traceback(write: Write) -> None:
     write("factory_i.py", "def make():\n    raise RuntimeError('no database')\n")
     with pytest.raises(loading.TargetError, match=r"factory_i.py:make raised RuntimeError: no database\.") as caught:
         await loading.call(loading.find("factory_i.py:make"), "factory_i.py:make")
@@ -144,7 +145,7 @@ def test_directory_is_no_file(write: Write) -> None:
     assert "folder_l is no Python file" in str(error_of("./folder_l:mcp"))
 
 
-def test_missing_module_says_where_it_was_looked_for(write: Write, tmp_path: Path) -> None:
+def test_missing_module_says_searched_places(write: Write, tmp_path: Path) -> None:
     write("unrelated.py", "")
     message = str(error_of("no_such_module_m:mcp"))
     assert "there is no module 'no_such_module_m'" in message
@@ -156,7 +157,8 @@ def test_missing_submodule_is_named_in_full(write: Write) -> None:
     assert "there is no module 'pkg_n.absent'" in str(error_of("pkg_n.absent:mcp"))
 
 
-def test_missing_dependency_of_the_module_is_not_taken_for_the_module(write: Write) -> None:
+def test_missing_dependency_is_told_apart(write: Write) -> None:
+    """It is not taken for the module that was asked for."""
     write("needs_o.py", "import no_such_dependency_o\n")
     failure = error_of("needs_o:mcp")
     assert "importing needs_o failed: ModuleNotFoundError: No module named 'no_such_dependency_o'" in str(failure)
@@ -166,7 +168,7 @@ def test_missing_dependency_of_the_module_is_not_taken_for_the_module(write: Wri
 
 
 @pytest.mark.parametrize("target", ["broken_p.py:mcp", "broken_p:mcp"])
-def test_module_that_raises_shows_its_own_traceback_only(write: Write, target: str) -> None:
+def test_raising_module_shows_own_traceback(write: Write, target: str) -> None:
     write("broken_p.py", "def setup():\n    return 1 / 0\nsetup()\n")
     failure = error_of(target)
     assert "failed: ZeroDivisionError: division by zero." in str(failure)
@@ -174,7 +176,7 @@ def test_module_that_raises_shows_its_own_traceback_only(write: Write, target: s
     assert "loading.py" not in failure.trace
 
 
-def test_package_that_raises_shows_its_own_traceback_only(write: Write) -> None:
+def test_raising_package_shows_own_traceback(write: Write) -> None:
     write("pkg_p/__init__.py", "def setup():\n    return 1 / 0\nsetup()\n")
     write("pkg_p/server.py", "")
     failure = error_of("pkg_p.server:mcp")
@@ -196,7 +198,7 @@ def test_syntax_error_shows_its_place(write: Write) -> None:
     assert "def broken(:" in failure.trace
 
 
-def test_module_that_exits_is_told_about_the_main_guard(write: Write) -> None:
+def test_exiting_module_hears_of_main_guard(write: Write) -> None:
     write("script_r.py", "raise SystemExit(0)\n")
     assert '__name__ == "__main__"' in str(error_of("script_r.py:mcp"))
 
@@ -206,14 +208,15 @@ def test_missing_name_lists_the_servers_there(write: Write) -> None:
     assert str(error_of("names_s.py:mcp")) == "names_s.py has no 'mcp'. Try names_s.py:weather."
 
 
-def test_missing_name_lists_the_functions_that_could_make_one(write: Write) -> None:
+def test_missing_name_lists_possible_factories(write: Write) -> None:
     write("names_t.py", "def make_server():\n    ...\ndef needs(x):\n    ...\n")
     message = str(error_of("names_t.py:make_servr"))
     assert "names_t.py:make_server" in message
     assert "needs" not in message
 
 
-def test_module_without_any_server_says_what_it_must_hold(write: Write) -> None:
+def test_module_without_server_is_advised(write: Write) -> None:
+    """The error says what the module must hold."""
     write("empty_u.py", "x = 1\n")
     assert "must hold an MCPServer" in str(error_of("empty_u.py"))
 
@@ -246,7 +249,7 @@ def test_fastmcp_server_is_found(write: Write, target: str) -> None:
     assert found.name == "shop"
 
 
-async def test_factory_may_make_a_fastmcp_server_or_an_app(write: Write) -> None:
+async def test_factory_makes_fastmcp_server_or_app(write: Write) -> None:
     write("shops_w.py", f"{FASTMCP}def server():\n    return shop\ndef app():\n    return shop.http_app()\n")
     assert loading.is_server(await loading.call(loading.find("shops_w.py:server"), "x"))
     assert loading.is_app(await loading.call(loading.find("shops_w.py:app"), "x"))
@@ -273,5 +276,5 @@ def test_app_that_is_nonsticks_already_is_refused(write: Write) -> None:
 
 
 @pytest.mark.parametrize("target", [":mcp", "", "not-a-module:mcp", "a..b:c"])
-def test_target_of_no_known_shape_shows_the_shapes(target: str) -> None:
+def test_odd_target_shows_the_shapes(target: str) -> None:
     assert "package.module:name or path/to/file.py:name" in str(error_of(target))

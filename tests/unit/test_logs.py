@@ -33,7 +33,8 @@ def json_line(stream: io.StringIO) -> dict[str, Any]:
     return parsed
 
 
-def test_json_record_is_one_line_with_node_and_extra_fields() -> None:
+def test_json_record_is_one_line() -> None:
+    """With the node and the extra fields."""
     stream = io.StringIO()
     log_format.configure(style="json", node="node-a", stream=stream)
     logging.getLogger("nonstick.http.manager").info("session\nopened", extra={"session": "ab12", "took": 0.5})
@@ -49,7 +50,7 @@ def test_json_record_is_one_line_with_node_and_extra_fields() -> None:
     }
 
 
-def test_json_record_keeps_a_traceback_inside_its_line() -> None:
+def test_json_record_holds_its_traceback() -> None:
     stream = io.StringIO()
     log_format.configure(style="json", stream=stream)
     try:
@@ -67,7 +68,7 @@ def test_json_field_cannot_replace_a_standard_one() -> None:
     assert (line["node"], line["node_"]) == ("node-a", "impostor")
 
 
-def test_json_record_takes_a_value_that_json_does_not_know() -> None:
+def test_json_record_takes_unserialisable_values() -> None:
     stream = io.StringIO()
     log_format.configure(style="json", stream=stream)
     logging.getLogger("nonstick").info("hello", extra={"kinds": {1}})
@@ -84,7 +85,7 @@ def test_text_message_cannot_begin_a_line() -> None:
     assert second == "    2026 ERROR forged\\r\\x1b[2J\\u2028"
 
 
-def test_text_record_quotes_field_values_that_need_it() -> None:
+def test_text_record_quotes_where_needed() -> None:
     stream = io.StringIO()
     log_format.configure(node="node-a", stream=stream)
     logging.getLogger("nonstick").info("ready", extra={"store": "sqlite:///x.db", "why": 'a "b"\nc'})
@@ -103,7 +104,7 @@ def test_access_record_becomes_fields_without_the_query() -> None:
 
 
 @pytest.mark.parametrize("style", ["text", "json"])
-def test_node_name_can_be_set_once_it_is_known(style: log_format.Format) -> None:
+def test_late_node_name_can_be_set(style: log_format.Format) -> None:
     stream = io.StringIO()
     log_format.configure(style=style, stream=stream)
     log_format.set_node("node-b-7")
@@ -121,7 +122,7 @@ def test_records_below_the_level_are_dropped() -> None:
 @pytest.mark.parametrize(
     "name", ["mcp.client.streamable_http", "mcp.server.streamable_http_manager", "mcp.server.sse", "sse_starlette.sse"]
 )
-def test_loggers_that_write_session_ids_or_payloads_stay_silent_at_debug(name: str) -> None:
+def test_secretive_loggers_stay_silent_at_debug(name: str) -> None:
     """P13."""
     stream = io.StringIO()
     log_format.configure(level="debug", stream=stream)
@@ -136,7 +137,8 @@ class _Terminal(io.StringIO):
         return True
 
 
-def test_colour_is_for_terminals_only_and_no_color_wins() -> None:
+def test_colour_is_for_terminals_only() -> None:
+    """`NO_COLOR` wins even there."""
     assert log_format.wants_colour(_Terminal(), {})
     assert not log_format.wants_colour(_Terminal(), {"NO_COLOR": "1"})
     assert not log_format.wants_colour(io.StringIO(), {})
@@ -148,7 +150,7 @@ def test_text_record_is_coloured_on_request_only() -> None:
     assert "\x1b" not in log_format.TextFormatter("n").format(record)
 
 
-def test_traceback_in_text_is_indented_below_its_record() -> None:
+def test_text_traceback_is_indented_below_record() -> None:
     try:
         raise ValueError("boom")
     except ValueError:

@@ -11,7 +11,8 @@ import pytest
 from nonstick.core.names import new_attempt, new_name, new_tag
 
 
-def test_handlers_that_seed_the_module_s_generator_repeat_nothing() -> None:
+def test_seeded_random_numbers_repeat_no_names() -> None:
+    """Nor does a handler that seeds the generator of the module `random`."""
     drawn = []
     for _ in range(2):
         random.seed(7)

@@ -60,7 +60,7 @@ async def running(store: Store, *, open_sessions: int = 0, **settings: Any) -> A
             yield node
 
 
-async def test_part_of_the_store_that_is_away_lets_no_session_of_the_others_expire() -> None:
+async def test_partial_outage_expires_no_other_session() -> None:
     """P9: what is open is renewed as far as it can be, however much is open."""
     store, count = PartlyAway(), 1000
     async with running(store, open_sessions=count, lifetime=1.0, unconfirmed_lifetime=None, unattended_timeout=60.0):
@@ -70,7 +70,7 @@ async def test_part_of_the_store_that_is_away_lets_no_session_of_the_others_expi
     assert len(store.touched) >= count // 2
 
 
-async def test_what_nodes_share_comes_under_the_new_key_without_a_restart() -> None:
+async def test_shared_secrets_follow_a_changed_key() -> None:
     """P13: a node that starts with the new key alone finds nothing under the old one."""
     raw, (old, new) = MemoryStore(), (secrets.token_bytes(32) for _ in range(2))
     store = EncryptedStore(raw, [old])
@@ -91,7 +91,7 @@ class Away(MemoryStore):
         raise StoreUnavailable
 
 
-async def test_session_that_could_not_be_confirmed_is_still_renewed_as_one_that_is_not() -> None:
+async def test_unconfirmed_session_keeps_short_renewal() -> None:
     """P9, P10: the lifetime in the store is the short one."""
     async with running(Away(), open_sessions=1, unconfirmed_lifetime=None) as node:
         session = node.sessions["0"]

@@ -69,7 +69,8 @@ def streams_of(waste: Waste) -> list[int]:
     return [stream for portion in waste.portions for stream in portion.streams]
 
 
-def test_finished_streams_go_the_oldest_first_down_to_half_the_bounds() -> None:
+def test_oldest_finished_streams_go_first() -> None:
+    """Down to half the bounds."""
     log = Log()
     names = [log.finished(4) for _ in range(10)]
     waste = log.waste(events=38)
@@ -88,7 +89,7 @@ def test_unfinished_streams_never_go() -> None:
     assert log.outline().unfinished() == {name: Amount(10_100, 101)}
 
 
-def test_standalone_messages_stay_while_finished_streams_bring_the_log_within_its_bounds() -> None:
+def test_standalone_messages_outlast_finished_streams() -> None:
     """Those who were told nothing else have not read them: between half and full bounds they stay."""
     log = Log()
     for _ in range(25):
@@ -101,7 +102,8 @@ def test_standalone_messages_stay_while_finished_streams_bring_the_log_within_it
     assert len(log.without(waste)) == 25
 
 
-def test_oldest_standalone_messages_go_where_that_is_not_enough() -> None:
+def test_oldest_standalone_messages_go_last() -> None:
+    """They go where the streams that have finished are not enough."""
     log = Log()
     for _ in range(50):
         log.tell()
@@ -113,7 +115,7 @@ def test_oldest_standalone_messages_go_where_that_is_not_enough() -> None:
     assert waste.messages == 30
 
 
-def test_what_is_no_message_is_not_counted_as_one() -> None:
+def test_only_messages_count_as_messages() -> None:
     log = Log()
     for _ in range(30):
         position = log.tell()
@@ -138,7 +140,7 @@ def test_portions_lie_in_little_of_the_log() -> None:
         assert amount(between).size <= 4 * MEGABYTE
 
 
-def test_streams_that_lie_in_each_others_way_go_together() -> None:
+def test_interleaved_streams_go_together() -> None:
     """One look at the log is enough for them, not one for each."""
     log = Log()
     names = [log.add(0, Kind.OPENED) for _ in range(30)]
@@ -152,7 +154,7 @@ def test_streams_that_lie_in_each_others_way_go_together() -> None:
     assert len(waste.portions) == 1
 
 
-def test_portions_have_few_streams_and_few_standalone_events() -> None:
+def test_portions_have_few_streams_and_events() -> None:
     log = Log()
     for _ in range(300):
         log.finished(2, 1)
@@ -167,7 +169,7 @@ def test_portions_have_few_streams_and_few_standalone_events() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_what_is_left_is_within_the_bounds_or_cannot_go(seed: int) -> None:
+def test_no_more_goes_than_must(seed: int) -> None:
     """Of any log: no more goes than has to, and the account is right."""
     print(f"seed {seed}")
     dice = random.Random(seed)
@@ -197,7 +199,7 @@ def test_what_is_left_is_within_the_bounds_or_cannot_go(seed: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["many streams", "long streams", "interleaved", "standalone"])
-def test_ten_times_the_events_take_ten_times_the_steps(kind: str) -> None:
+def test_trimming_time_grows_linearly(kind: str) -> None:
     """P10: the event loop is not held up by a long log."""
 
     def log(events: int) -> Log:

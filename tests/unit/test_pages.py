@@ -33,7 +33,7 @@ def anchors(page: Path) -> set[str]:
     return {slug(line.lstrip("#")) for line in page.read_text().splitlines() if line.startswith("#")}
 
 
-def test_every_module_is_in_the_table_of_modules_once() -> None:
+def test_every_module_is_listed_once() -> None:
     """docs/design.md, "Modules": and nothing that is gone."""
     table = (DOCS / "design.md").read_text().partition("## Modules")[2]
     named = re.findall(r"`([\w/]+\.py)`", table)
@@ -66,7 +66,7 @@ def on_page(name: str, default: Any) -> str:
     return f"{default:.10g}{unit}" if default != () else "none"
 
 
-def test_every_setting_is_on_a_page_with_its_default() -> None:
+def test_every_setting_has_a_documented_default() -> None:
     """In a table of docs/limits.md or of docs/cli.md."""
     listed = dict([*rows("limits.md", "# Limits"), *rows("cli.md", "### Settings")])
     for field in fields(Settings):

@@ -36,7 +36,7 @@ def place(position: int, name: str) -> Cursor:
     return Cursor(position, tag(name))
 
 
-def test_a_client_goes_on_after_the_latest_message_that_the_log_still_has() -> None:
+def test_client_continues_after_latest_surviving_message() -> None:
     """P9: it has that one and all before, and nothing of what came in place of the others."""
     had = [place(1, "a"), place(2, "b"), place(3, "c")]
     assert latest(log("a", "b", "c", "d"), *had) == 3
@@ -50,7 +50,7 @@ def test_a_part_of_the_tag_is_enough() -> None:
     assert latest(log("a", "b", "new"), Cursor(1, b"a.."), Cursor(2, b"b.."), Cursor(3, b"c..")) == 2
 
 
-def test_a_place_that_was_trimmed_is_not_lost() -> None:
+def test_trimmed_place_is_not_lost() -> None:
     """P10: the standalone stream is trimmed from its beginning, so that nothing before the place is left either."""
     assert latest(log(None, None, "c"), place(2, "b"), head=3) == 2
     assert latest(log(None, None, None), place(2, "b"), head=3) == 2
@@ -59,14 +59,14 @@ def test_a_place_that_was_trimmed_is_not_lost() -> None:
     assert latest(log("x*", None, "c"), place(2, "b"), head=3) == 2
 
 
-def test_a_place_beyond_the_end_or_behind_older_messages_is_lost_not_trimmed() -> None:
+def test_replaced_place_is_lost_not_trimmed() -> None:
     """P9: another stream's entry had its position meanwhile, and went with its stream."""
     assert latest(log("a"), place(1, "a"), place(2, "b"), head=1) == 1
     assert latest(log("a", None, "c"), place(1, "a"), place(2, "b"), head=3) == 1
     assert latest(log(None, "x*", None), place(3, "b"), head=2) is None
 
 
-def test_where_nothing_is_known_only_what_is_certainly_new_follows() -> None:
+def test_unknown_loss_sends_only_certain_news() -> None:
     """P9: nothing that a client has is sent again."""
     search = Search([place(5, "e"), place(4, "d")])
     for event in log("a", "v", "w", "x", "y", "z"):
@@ -77,7 +77,7 @@ def test_where_nothing_is_known_only_what_is_certainly_new_follows() -> None:
 
 
 @given(st.integers(0, 40), st.integers(0, 40), st.integers(0, 40), st.data())
-def test_after_any_loss_a_client_gets_exactly_what_is_new(kept: int, lost: int, new: int, data: st.DataObject) -> None:
+def test_client_gets_exactly_what_is_new(kept: int, lost: int, new: int, data: st.DataObject) -> None:
     """P3, P9: whatever was lost, as long as it is fewer messages than an event id names."""
     before = [f"old{n}" for n in range(kept + lost)]
     after = before[:kept] + [f"new{n}" for n in range(new)]
@@ -107,13 +107,13 @@ def test_packed_places_are_the_latest_and_fit(distances: list[int], room: int) -
     assert len(found) <= MAX_PLACES
 
 
-def test_as_many_places_are_named_as_there_may_be() -> None:
+def test_maximum_of_named_places_is_used() -> None:
     """P9: so many messages may be lost at once, and still each is known."""
     places = [Cursor(position, bytes(8)) for position in range(1, 40)]
     assert [each.position for each in unpack(pack(places, 40, 1000), 40)] == list(range(24, 40))
 
 
-def test_place_that_is_too_far_before_the_next_ends_the_list() -> None:
+def test_distant_place_ends_the_list() -> None:
     """It counts in 16 bits."""
     for far, named in ((0xFFFF, 2), (0x10000, 1)):
         places = [Cursor(1, b"old tag."), Cursor(1 + far, b"new tag.")]

@@ -12,7 +12,7 @@ from nonstick.core.names import new_session_id
 from nonstick.session.portable import HARMLESS, pack, unpack
 
 
-def test_a_request_is_the_same_on_another_node_and_no_secret_is_written_down() -> None:
+def test_request_travels_whole_without_its_secrets() -> None:
     """P13: not even where a route, a query or a proxy's header repeats the session's id."""
     session_id = new_session_id()
     token = AccessToken(token="t0ken", client_id="ada", scopes=["read"], claims={"iss": "here"})
@@ -48,7 +48,7 @@ def test_a_request_is_the_same_on_another_node_and_no_secret_is_written_down() -
     assert there.user.access_token == token.model_copy(update={"token": ""})
 
 
-def test_of_what_a_request_says_only_what_is_known_to_hold_no_credentials_travels() -> None:
+def test_only_harmless_parts_of_request_travel() -> None:
     """P13: by its name, whatever the name of what does; and no query."""
     said = [*HARMLESS, "authorization", "x-api-key", "x-amzn-oidc-data", "x-forwarded-access-token", "mcp-token"]
     request = Request(
@@ -66,7 +66,7 @@ def test_of_what_a_request_says_only_what_is_known_to_hold_no_credentials_travel
     assert there.url.query == ""
 
 
-def test_token_is_not_written_where_its_verifier_has_put_it_once_more() -> None:
+def test_copied_token_is_not_written_either() -> None:
     """P13: into claims, as FastMCP's for debugging does, or into fields of a kind of its own."""
 
     class Verified(AccessToken):

@@ -75,21 +75,21 @@ def test_private_name_is_found(tmp_path: Path, code: str) -> None:
 
 
 @pytest.mark.parametrize("code", GOOD.values(), ids=GOOD)
-def test_what_is_public_or_our_own_is_not_found(tmp_path: Path, code: str) -> None:
+def test_public_and_own_names_pass(tmp_path: Path, code: str) -> None:
     """The check stays out of the way."""
     put(tmp_path, code)
     assert check(tmp_path) == []
 
 
-def test_own_attribute_may_be_inherited_from_another_module(tmp_path: Path) -> None:
+def test_inherited_attribute_on_self_passes(tmp_path: Path) -> None:
     """On `self`, the name may be defined anywhere in our code."""
     put(tmp_path, "class A:\n    def __init__(self):\n        self._x = 1")
     put(tmp_path, "from nonstick.module import A\nclass B(A):\n    def f(self):\n        return self._x", "src/b.py")
     assert check(tmp_path, theirs={"_x"}) == []
 
 
-def test_own_attribute_of_another_module_may_be_used_if_it_cannot_be_theirs(tmp_path: Path) -> None:
-    """On anything else, only where the packages know no such name: `server._x` could be the SDK's."""
+def test_foreign_attribute_needs_unknown_name(tmp_path: Path) -> None:
+    """On anything else than `self`, only where the packages know no such name: `server._x` could be the SDK's."""
     put(tmp_path, "class A:\n    def __init__(self):\n        self._x = 1")
     put(tmp_path, "def f(a):\n    return a._x", "tests/c.py")
     assert check(tmp_path, theirs=set()) == []
@@ -111,7 +111,7 @@ def test_every_folder_is_searched(tmp_path: Path, place: str, capsys: pytest.Cap
     assert capsys.readouterr().out == f"{place}/deep/er/module.py:2: private name mcp._x\n"
 
 
-def test_program_succeeds_where_there_is_nothing_to_find(tmp_path: Path) -> None:
+def test_program_succeeds_without_findings(tmp_path: Path) -> None:
     """`python -m tests.public_names` is one command, and its exit status is the answer."""
     put(tmp_path, "import mcp")
     root = Path(__file__).parent.parent.parent

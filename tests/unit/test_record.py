@@ -28,7 +28,7 @@ def test_record_is_what_was_opened() -> None:
     assert (record.initialized, record.log_level, record.subscriptions, record.state) == (False, None, frozenset(), {})
 
 
-def test_record_has_what_was_added_and_passes_over_what_it_does_not_know() -> None:
+def test_record_passes_over_unknown_fields() -> None:
     """P2, P12."""
     fields = opening_fields("2025-11-25", CLIENT, b"") | {
         "initialized": b"1",
@@ -45,7 +45,7 @@ def test_record_has_what_was_added_and_passes_over_what_it_does_not_know() -> No
 
 
 @pytest.mark.parametrize("version", [b"2", b"", b"\x00NE1 ciphertext", None])
-def test_record_of_another_format_is_not_readable_yet(version: bytes | None) -> None:
+def test_record_of_other_format_is_unreadable(version: bytes | None) -> None:
     """P9, P12: of a newer release, or encrypted. The session lives, so it is 503 and never 404."""
     fields = opening_fields("2025-11-25", CLIENT, b"")
     if version is None:

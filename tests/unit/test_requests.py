@@ -88,7 +88,7 @@ def test_closed_states_are_the_last_ones() -> None:
     assert [state for state in HandlerState if state >= HandlerState.DONE] == CLOSED
 
 
-def test_each_way_to_end_has_its_last_word() -> None:
+def test_every_end_has_a_last_word() -> None:
     ends = {state for state, row in HANDLER.items() if HandlerEvent.RETURNED in row}
     assert LAST_WORD.keys() == ends
     assert {state.name: word.name for state, word in LAST_WORD.items()} == {

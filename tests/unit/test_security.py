@@ -22,7 +22,7 @@ from nonstick.errors import without_text
 SHOP, BANK = identity("shop", "/mcp"), identity("bank", "/mcp")
 
 
-def test_new_ids_are_of_their_server_and_differ() -> None:
+def test_new_ids_differ_and_name_server() -> None:
     """P1: 192 bits."""
     ids = {new_session_id(SHOP) for _ in range(1000)}
     assert len(ids) == 1000
@@ -32,14 +32,14 @@ def test_new_ids_are_of_their_server_and_differ() -> None:
 
 
 @given(st.text(string.ascii_letters + string.digits + "-_.é", min_size=30, max_size=42))
-def test_ids_are_32_or_40_of_the_url_alphabet(text: str) -> None:
-    """P1."""
+def test_ids_have_their_length_and_alphabet(text: str) -> None:
+    """P1: 32 or 40 characters, of those for URLs."""
     allowed = set(string.ascii_letters + string.digits + "-_")
     assert is_session_id(text) == (len(text) in (32, 40) and set(text) <= allowed)
 
 
 @given(st.text(string.ascii_letters + string.digits + "-_", min_size=32, max_size=32))
-def test_id_of_version_0_1_does_not_tell_its_server(text: str) -> None:
+def test_old_version_id_fits_any_server(text: str) -> None:
     """P12: it is of any, for one release."""
     assert is_session_of(SHOP, text)
     assert is_session_of(BANK, text)
@@ -52,7 +52,7 @@ def test_look_alikes_are_no_ids(text: str) -> None:
     assert not is_session_of(SHOP, text)
 
 
-def test_id_that_was_changed_is_of_no_server() -> None:
+def test_changed_id_fits_no_server() -> None:
     """P1: nor is one with something after it, as the name of an endpoint was once."""
     session_id = new_session_id(SHOP)
     for at in (0, 15, 31, 32, 39):
@@ -63,7 +63,8 @@ def test_id_that_was_changed_is_of_no_server() -> None:
 
 
 @given(st.lists(st.text(max_size=5), max_size=4), st.lists(st.text(max_size=5), max_size=4))
-def test_identity_tells_parts_apart_however_they_are_joined(one: list[str], other: list[str]) -> None:
+def test_identity_keeps_its_parts_apart(one: list[str], other: list[str]) -> None:
+    """However they are joined."""
     assert (identity(*one) == identity(*other)) == (one == other)
 
 
@@ -179,7 +180,7 @@ class _Hostile(ExceptionGroup[ValueError]):
 @pytest.mark.parametrize(
     "make", [_circle, _chain, _nest, lambda: _Hostile("secret", [ValueError()])], ids=["circle", "chain", "nest", "own"]
 )
-def test_what_is_logged_of_an_exception_has_an_end(make: Callable[[], BaseException]) -> None:
+def test_logged_exception_has_an_end(make: Callable[[], BaseException]) -> None:
     """P13, P16: whatever its causes are, and whatever its class does when it is looked at."""
     lines = traceback.format_exception(without_text(make()))
     assert len(lines) < 2000

@@ -14,7 +14,7 @@ from nonstick.commands.serve_options import ServeOptions
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other kernels have no such option")
 @pytest.mark.parametrize(("patience", "seconds"), [(None, 60), (5, 10), (1e9, 172_800)])
-def test_connections_of_clients_that_are_gone_without_a_word_are_dropped(patience: float | None, seconds: int) -> None:
+def test_silently_gone_connections_are_dropped(patience: float | None, seconds: int) -> None:
     """P10: after twice `send_timeout`, also those on which nothing is sent."""
     given: dict[str, Any] = {} if patience is None else {"send_timeout": patience}
     options = ServeOptions(target="", store="", port=0, settings=given)

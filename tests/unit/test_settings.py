@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.pace import crowding, in_time, unhurried
 
 
-def test_random_test_whose_examples_are_slow_to_make_and_to_run_passes() -> None:
+def test_slow_random_test_passes() -> None:
     """No test depends on the machine's speed: a busy one is no failure."""
     ran: list[int] = []
 
@@ -30,7 +30,7 @@ def test_random_test_whose_examples_are_slow_to_make_and_to_run_passes() -> None
     assert ran
 
 
-def test_promise_about_time_is_held_to_the_pace_of_the_machine() -> None:
+def test_promised_times_follow_the_machine() -> None:
     """And is broken by what takes for ever on any."""
     assert crowding() >= 1.0
     assert in_time(0.9, 1.0)

@@ -74,7 +74,7 @@ def test_it_is_what_fastmcp_takes() -> None:
     assert isinstance(store, StateStore)
 
 
-async def test_without_an_app_it_works_within_the_process() -> None:
+async def test_appless_state_works_within_process() -> None:
     """On stdio, say."""
     state = StateStore()
     await state.put("a", {"value": 1})
@@ -118,7 +118,7 @@ async def test_value_is_kept_for_its_time(kept: MemoryStore, state: StateStore, 
     assert await state.get(key) == {"value": 4}
 
 
-async def test_value_that_is_put_again_for_longer_is_kept_for_longer(kept: MemoryStore, state: StateStore) -> None:
+async def test_renewed_value_is_kept_longer(kept: MemoryStore, state: StateStore) -> None:
     """The record of its own that it is in lives on with it."""
     await state.put("a", {"value": 1}, ttl=0.1)
     await state.put("a", {"value": 2}, ttl=60)
@@ -145,7 +145,7 @@ async def test_value_of_a_session_ends_with_it(kept: MemoryStore, state: StateSt
         await state.put(f"{SESSION}:cart", {"value": 1})
 
 
-async def test_handler_that_uses_its_state_keeps_no_session() -> None:
+async def test_handler_using_state_keeps_no_session() -> None:
     """P10: the client's requests do; a handler may work on for long after its client left."""
     clock = ManualClock()
     kept, state = MemoryStore(clock=clock), StateStore()
@@ -164,9 +164,7 @@ async def test_handler_that_uses_its_state_keeps_no_session() -> None:
         await kept.load(session_key(SESSION))
 
 
-async def test_record_of_a_session_is_reached_only_by_what_was_admitted_to_it(
-    kept: MemoryStore, state: StateStore
-) -> None:
+async def test_session_record_admits_only_its_own(kept: MemoryStore, state: StateStore) -> None:
     """P1: neither by work of no session nor by another session's, whatever the key that is asked for."""
     key, other = f"{SESSION}:cart", new_session_id()
 
@@ -194,7 +192,7 @@ async def test_record_of_a_session_is_reached_only_by_what_was_admitted_to_it(
     await asyncio.create_task(look())
 
 
-async def test_there_is_room_for_so_many_values_outside_of_sessions(kept: MemoryStore, state: StateStore) -> None:
+async def test_unbound_values_have_limited_room(kept: MemoryStore, state: StateStore) -> None:
     """P10: one that is replaced takes no further place, one that is deleted gives its place back."""
     state.use(GuardedStore(kept), Allowance(records=3))
     for number in (0, 1, 2, 0, 1):
@@ -252,7 +250,7 @@ async def test_value_that_json_cannot_hold_is_refused(state: StateStore, value: 
     assert await state.get("a") is None
 
 
-async def test_store_that_is_away_is_said_without_its_name() -> None:
+async def test_outage_is_told_without_stores_name() -> None:
     """P9, P13: FastMCP passes the text on to the client."""
 
     class Away(MemoryStore):

@@ -28,7 +28,8 @@ def test_look_is_remembered_for_some_minutes() -> None:
     assert list(looks.kept) == ["other"]
 
 
-def test_however_many_logs_are_over_their_bounds_the_latest_looks_are_kept() -> None:
+def test_remembered_looks_are_bounded() -> None:
+    """Of however many logs over their bounds the latest looks are kept."""
     looks = Looks(ManualClock())
     for number in range(1000):
         looks.put(f"{number}", Amount(10, 1), {1: Amount(5, 1)})
@@ -38,7 +39,8 @@ def test_however_many_logs_are_over_their_bounds_the_latest_looks_are_kept() -> 
     assert list(looks.kept)[-1] == "900"
 
 
-def test_gain_is_what_came_since_and_what_ended() -> None:
+def test_gain_counts_new_and_ended() -> None:
+    """What came since the last look, and what ended since."""
     look = Look(0.0, Amount(100, 10), {1: Amount(40, 4), 2: Amount(50, 5)})
     assert look.gain(Amount(130, 12)) == Amount(30, 2)
     look.note(Amount(130, 12), None)
@@ -48,7 +50,7 @@ def test_gain_is_what_came_since_and_what_ended() -> None:
     assert look.gain(Amount(133, 15)) == Amount(73, 9)
 
 
-async def test_stream_that_ends_during_a_look_counts_as_ended_since() -> None:
+async def test_stream_ending_mid_look_counts() -> None:
     """Whether the look saw its end or not; and only of the log that it ended in."""
     looks = Looks(ManualClock())
     looking = asyncio.create_task(asyncio.sleep(0))
@@ -69,7 +71,8 @@ async def test_stream_that_ends_during_a_look_counts_as_ended_since() -> None:
     assert looks.kept["k"].gain(Amount(100, 10)) == Amount(0, 0)
 
 
-def test_log_that_another_node_trimmed_is_taken_as_it_is_now() -> None:
+def test_log_trimmed_elsewhere_is_taken_anew() -> None:
+    """As it is now, whoever trimmed it."""
     look = Look(0.0, Amount(100, 10))
     look.note(Amount(20, 2), None)
     assert look.gain(Amount(90, 9)) == Amount(70, 7)

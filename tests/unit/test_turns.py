@@ -144,7 +144,7 @@ def test_the_next_waits_for_the_one_before() -> None:
     assert turns.delivered_before(2) == 2
 
 
-def test_one_that_carried_nothing_passes_its_wait_on() -> None:
+def test_empty_turn_passes_its_wait_on() -> None:
     """P3."""
     turns = noted(listens("one", 0), listens("two", 0), leaves("two", None), listens("three", 0))
     assert open_before(turns, 4) == "one"
@@ -163,7 +163,7 @@ def test_of_several_the_oldest_is_waited_for() -> None:
     assert open_before(turns, 3) == "two"
 
 
-def test_a_place_beyond_the_log_is_not_believed() -> None:
+def test_place_beyond_the_log_is_disbelieved() -> None:
     """P9: it is from before the store lost entries; rather again than never."""
     turns = noted(listens("one", 0), leaves("one", 90), listens("two", 0))
     assert turns.delivered_before(3) == 0
@@ -179,13 +179,13 @@ def test_older_asking_changes_no_turn() -> None:
     assert turns.delivered_before(5) == 1
 
 
-def test_newer_turns_do_not_matter_to_older_ones() -> None:
+def test_newer_turns_leave_older_one_alone() -> None:
     """P3: also when they are over before it could begin."""
     turns = noted(listens("one", 0), listens("two", 0), listens("three", 9), leaves("three", 12))
     assert open_before(turns, 2) == "one"
 
 
-def test_a_turn_that_is_given_up_counts_from_its_beginning() -> None:
+def test_abandoned_turn_counts_from_its_beginning() -> None:
     """P3: its node died, so nobody knows how far it got; rather again than never."""
     turns = noted(listens("one", 4), listens("two", 4))
     turn = turns.open_before(2)
@@ -195,14 +195,14 @@ def test_a_turn_that_is_given_up_counts_from_its_beginning() -> None:
     assert turns.delivered_before(2) == 4
 
 
-def test_nobody_waits_for_what_a_later_turn_waited_for() -> None:
+def test_unended_older_turn_is_passed_over() -> None:
     """P3: an older turn that never left holds up nobody after one that left."""
     turns = noted(listens("old", 0), listens("one", 0), leaves("one", 2), listens("two", 2))
     assert open_before(turns, 4) is None
     assert turns.delivered_before(4) == 2
 
 
-def test_after_an_open_turn_the_next_begins_where_that_began() -> None:
+def test_next_begins_where_open_turn_began() -> None:
     """P3: not where an older one got to; nobody knows yet how far it will get."""
     turns = noted(listens("one", 0), leaves("one", 1), listens("two", 7), listens("three", 0))
     assert open_before(turns, 4) == "two"
@@ -210,7 +210,7 @@ def test_after_an_open_turn_the_next_begins_where_that_began() -> None:
 
 
 @pytest.mark.parametrize(("same", "delivered"), [(True, 2), (False, 0)])
-def test_what_a_turn_says_counts_of_its_own_entries(same: bool, delivered: int) -> None:
+def test_reading_counts_only_of_own_entries(same: bool, delivered: int) -> None:
     """P9: it left before its node knew that the store had lost the entry, whose position was given out again."""
     turns = noted(listens("one", 0))
     turns.trail.append(Cursor(2, b"the tag."))
@@ -218,7 +218,7 @@ def test_what_a_turn_says_counts_of_its_own_entries(same: bool, delivered: int) 
     assert turns.delivered_before(5) == delivered
 
 
-def test_a_lost_place_leads_where_it_led_first() -> None:
+def test_lost_place_leads_everybody_alike() -> None:
     """P9: on every node, whoever comes with it later."""
     turns = Turns()
     assert turns.found_again(None) is None
@@ -300,7 +300,7 @@ def heard(turns: Turns, position: int) -> int | None:
     return None if found is None else found.position
 
 
-def test_the_next_hears_on_where_the_one_before_left() -> None:
+def test_cluster_log_is_heard_on_seamlessly() -> None:
     """P11: in the cluster log; or from where that one began, if it never said."""
     turns = noted(listens("one", 0, heard="5."))
     assert heard(turns, 1) is None
@@ -315,14 +315,14 @@ def test_the_next_hears_on_where_the_one_before_left() -> None:
     assert heard(turns, 7) == 12
 
 
-def test_a_turn_of_the_last_release_has_heard_nothing() -> None:
+def test_last_releases_turn_has_heard_nothing() -> None:
     """P11, P12: it says nothing of the cluster log; the next one begins where the one before it left."""
     turns = noted(listens("new", 0, heard="5."), leaves("new", 1, heard="7."), listens("old", 0), leaves("old", 3))
     turns.forget()
     assert heard(turns, 5) == 7
 
 
-def test_ten_times_the_turns_take_ten_times_the_steps() -> None:
+def test_reading_turns_takes_linear_time() -> None:
     """P10: a client that comes back without end fills its log with them; reading it holds up nobody else."""
 
     def coming(count: int) -> None:
@@ -336,7 +336,7 @@ def test_ten_times_the_turns_take_ten_times_the_steps() -> None:
     assert steps(lambda: coming(500)) < 14 * steps(lambda: coming(50))
 
 
-def test_of_many_lost_places_the_latest_are_known() -> None:
+def test_latest_lost_places_are_known() -> None:
     """P10: a client may come with any number of them."""
     turns = Turns()
     for position in range(1, 101):
@@ -347,7 +347,7 @@ def test_of_many_lost_places_the_latest_are_known() -> None:
     assert known == list(range(37, 101))
 
 
-def test_entries_are_known_again_for_some_hundreds_more() -> None:
+def test_recent_entries_are_known_again() -> None:
     """P9: after a failover they tell what a connection can have read."""
     turns = Turns()
     for position in range(1, 601):

@@ -28,7 +28,7 @@ def on_another_node(stored: dict[str, bytes]) -> SessionState:
 
 
 @given(st.dictionaries(KEYS, JSON, max_size=5))
-def test_every_json_value_is_the_same_on_another_node(values: dict[str, Any]) -> None:
+def test_every_json_value_survives_another_node(values: dict[str, Any]) -> None:
     """P2."""
     state = SessionState()
     state.update(values)
@@ -66,7 +66,7 @@ class Text(str):
     "value",
     [object(), b"bytes", {1, 2}, 1j, float("nan"), float("inf"), {1: "int key"}, [object()], {"a": {"b": lambda: 0}}],
 )
-def test_value_that_json_cannot_hold_is_refused_when_it_is_put_in(value: Any) -> None:
+def test_unserialisable_value_is_refused_when_put(value: Any) -> None:
     """P2: by every way of putting it in; and what was there stays."""
     state = SessionState()
     state["key"] = "before"
@@ -84,7 +84,7 @@ def test_value_that_json_cannot_hold_is_refused_when_it_is_put_in(value: Any) ->
     assert dict(state) == {"key": "before"}
 
 
-def test_value_that_would_come_back_as_another_type_is_refused() -> None:
+def test_subclass_value_is_refused() -> None:
     """P2: a subclass would be a plain value on other nodes."""
     state = SessionState()
     for value in (Text("x"), [Text("x")]):
@@ -99,7 +99,7 @@ def test_endless_value_is_refused() -> None:
         SessionState()["key"] = endless
 
 
-def test_error_names_the_key_and_type_and_not_the_value() -> None:
+def test_error_names_key_and_type_only() -> None:
     """P13."""
     with pytest.raises(StateNotJSON, match=r"'token' holds a bytes") as caught:
         SessionState()["token"] = b"secret"
@@ -108,7 +108,7 @@ def test_error_names_the_key_and_type_and_not_the_value() -> None:
 
 
 @pytest.mark.parametrize("key", ["", "ü", "a\n", "x" * 257, 7])
-def test_key_that_no_field_can_have_is_refused(key: Any) -> None:
+def test_impossible_key_is_refused(key: Any) -> None:
     with pytest.raises(StateNotJSON):
         SessionState()[key] = 1
 
@@ -128,7 +128,7 @@ def test_change_in_place_is_noticed() -> None:
     assert state == {"cart": ["tea"], "good": 1}
 
 
-def test_value_that_is_not_json_for_a_moment_disturbs_no_refresh() -> None:
+def test_transient_bad_value_disturbs_no_refresh() -> None:
     """Another request of the session may come while a handler is at work."""
     state = on_another_node({"state:cart": b"[]"})
     state["cart"].append(object())
@@ -149,7 +149,7 @@ def test_what_is_not_saved_can_be_forgotten() -> None:
     assert state.changes() == {}
 
 
-def test_what_another_node_saved_is_taken_over_but_for_what_was_changed_here() -> None:
+def test_foreign_changes_spare_local_ones() -> None:
     """P2."""
     state = on_another_node({"state:a": b"1", "state:b": b"1", "state:c": b"1", "state:d": b"1"})
     state["a"] = "here"
@@ -159,7 +159,7 @@ def test_what_another_node_saved_is_taken_over_but_for_what_was_changed_here() -
     assert state.changes() == {"state:a": b'"here"', "state:b": None}
 
 
-def test_value_that_another_node_removed_stays_where_it_was_changed_here() -> None:
+def test_local_change_outlasts_foreign_removal() -> None:
     """P2: what is saved last counts."""
     state = on_another_node({"state:a": b"[1]", "state:b": b"1"})
     state["a"].append(2)
@@ -168,7 +168,7 @@ def test_value_that_another_node_removed_stays_where_it_was_changed_here() -> No
     assert state.changes() == {"state:a": b"[1,2]"}
 
 
-def test_older_record_than_what_is_known_is_passed_over() -> None:
+def test_older_record_is_passed_over() -> None:
     """P2: of two requests, the one that was loaded first may come here last."""
     state = SessionState()
     state.refresh({"n": b"2"}, 2)
@@ -183,7 +183,7 @@ def test_older_record_than_what_is_known_is_passed_over() -> None:
     assert state.changes() == {}
 
 
-def test_value_that_a_step_of_its_own_wrote_takes_the_place_of_what_was_not_saved() -> None:
+def test_atomic_value_replaces_unsaved_one() -> None:
     """P2: it was made from that."""
     state = on_another_node({"state:n": b"1"})
     state["n"] = 7
@@ -199,7 +199,7 @@ def test_value_that_a_step_of_its_own_wrote_takes_the_place_of_what_was_not_save
     assert state.changes() == {"state:m": b"8"}
 
 
-def test_state_that_became_too_large_is_what_it_was_before() -> None:
+def test_oversized_state_is_rolled_back() -> None:
     """P10: no later request of the session fails for it."""
     state = SessionState(limit=20)
     state.refresh({"a": b"1"})
@@ -213,7 +213,7 @@ def test_state_that_became_too_large_is_what_it_was_before() -> None:
     assert state.changes() == {"state:b": b"1"}
 
 
-def test_key_may_be_as_long_as_a_fields_name_can_hold() -> None:
+def test_key_may_fill_a_fields_name() -> None:
     state = SessionState()
     state["x" * 256] = 1
     assert list(state.changes()) == ["state:" + "x" * 256]

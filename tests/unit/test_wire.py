@@ -87,7 +87,8 @@ def test_frame_is_one_event_whatever_the_text(text: str) -> None:
     assert json.loads(fields[b"data"])["params"]["text"] == text
 
 
-def test_priming_event_has_an_id_and_no_message() -> None:
+def test_priming_event_has_no_message() -> None:
+    """An id alone."""
     assert sse_priming("i", 500) == b"id: i\r\nretry: 500\r\ndata: \r\n\r\n"
     assert sse_priming("i", None) == b"id: i\r\ndata: \r\n\r\n"
     assert sse_retry(500) == b"retry: 500\r\n\r\n"
@@ -108,7 +109,8 @@ async def test_refusal_says_what_is_wrong_in_json() -> None:
     assert json.loads(body["body"]) == {"jsonrpc": "2.0", "id": None, "error": {"code": -32600, "message": "no"}}
 
 
-async def test_plain_refusal_is_text_and_changes_no_header_that_it_was_given() -> None:
+async def test_plain_refusal_is_text() -> None:
+    """It changes no header that it was given."""
     client, given_headers = Client(), [(b"x", b"y")]
     await refuse(client.send, Refusal(Reason(403, "no", plain=True)), given_headers)
     assert client.body == b"no"
@@ -122,7 +124,7 @@ def start(outlet: Outlet, client: Client) -> asyncio.Task[bool]:
     return asyncio.create_task(outlet.pump(client.send))
 
 
-async def test_frames_arrive_in_order_and_then_the_end() -> None:
+async def test_frames_arrive_in_order_then_end() -> None:
     outlet, client = Outlet(), Client()
     pumping = start(outlet, client)
     for number in range(100):
@@ -162,7 +164,7 @@ async def test_who_produces_waits_for_a_slow_reader() -> None:
     assert await pumping is True
 
 
-async def test_reader_that_takes_nothing_is_cut_off_and_nobody_waits_for_it() -> None:
+async def test_stalled_reader_is_cut_off() -> None:
     """P10."""
     outlet, client = Outlet(room=10, patience=0.05), Client(slow=True)
     outlet.put(b"x" * 11, Mark(1))
@@ -197,7 +199,8 @@ async def test_what_the_connection_took_is_known() -> None:
 
 
 @pytest.mark.parametrize("full", [False, True])
-async def test_client_that_leaves_ends_the_pump_and_frees_who_waits(full: bool) -> None:
+async def test_leaving_client_ends_the_pump(full: bool) -> None:
+    """Whoever waits for it goes on."""
     outlet, client = Outlet(room=10, ping=60), Client(slow=full)
     pumping = start(outlet, client)
     await asyncio.sleep(0)

@@ -63,7 +63,7 @@ def test_the_tapes_have_all_that_can_happen() -> None:
         assert happened[what], what
 
 
-def test_a_connection_that_does_something_else_is_noticed() -> None:
+def test_other_behaviour_than_taped_is_noticed() -> None:
     """One entry of a tape is changed: what was put, what was said, or where it follows."""
     tape = next(tape for tape in TAPES if any(entry[0] == "put" for entry in tape))
     for kind in ("put", "follow", "start"):
