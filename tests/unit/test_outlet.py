@@ -1,22 +1,15 @@
-"""What goes over the wire, byte by byte, and a slow or lost client at the other end."""
+"""What waits for a connection goes out in order, and a slow or lost client at the other end holds nobody up."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mcp_types import ErrorData
-from pydantic_core import PydanticSerializationError
 from starlette.types import Message
 
-from nonstick.core.jsonrpc import error_body, notification_body, request_body, result_body
-from nonstick.core.refusals import Reason, Refusal
-from nonstick.core.sse import sse_frame, sse_priming, sse_retry
-from nonstick.http.respond import refuse
 from nonstick.session.outlet import Mark, Outlet
 from nonstick.store import Cursor
 
@@ -47,77 +40,6 @@ class Client:
     @property
     def body(self) -> bytes:
         return b"".join(message.get("body", b"") for message in self.messages)
-
-
-# ---- bodies and frames
-
-
-def test_bodies_are_json_rpc() -> None:
-    assert json.loads(result_body("7", {"a": float("inf"), "ü": 1})) == {
-        "jsonrpc": "2.0",
-        "id": "7",
-        "result": {"a": None, "ü": 1},
-    }
-    assert json.loads(error_body(None, ErrorData(code=-1, message="no"))) == {
-        "jsonrpc": "2.0",
-        "id": None,
-        "error": {"code": -1, "message": "no"},
-    }
-    assert json.loads(error_body(3, ErrorData(code=-1, message="no", data=[1])))["error"]["data"] == [1]
-    assert json.loads(request_body("srv-1", "ping", None)) == {"jsonrpc": "2.0", "id": "srv-1", "method": "ping"}
-    assert "params" not in json.loads(request_body("srv-1", "ping", {}))
-    assert json.loads(notification_body("n", {"x": 1})) == {"jsonrpc": "2.0", "method": "n", "params": {"x": 1}}
-    assert "params" not in json.loads(notification_body("n", None))
-
-
-def test_result_that_is_no_json_is_refused() -> None:
-    with pytest.raises(PydanticSerializationError):
-        result_body(1, {"a": object()})
-
-
-@given(st.text())
-def test_frame_is_one_event_whatever_the_text(text: str) -> None:
-    """A line break in the data would end it."""
-    body = notification_body("n", {"text": text})
-    frame = sse_frame("id-1", body)
-    assert frame.endswith(b"\r\n\r\n")
-    assert frame.count(b"\n") == 4
-    fields = dict(line.split(b": ", 1) for line in frame.strip().split(b"\r\n"))
-    assert fields[b"id"] == b"id-1"
-    assert json.loads(fields[b"data"])["params"]["text"] == text
-
-
-def test_priming_event_has_no_message() -> None:
-    """An id alone."""
-    assert sse_priming("i", 500) == b"id: i\r\nretry: 500\r\ndata: \r\n\r\n"
-    assert sse_priming("i", None) == b"id: i\r\ndata: \r\n\r\n"
-    assert sse_retry(500) == b"retry: 500\r\n\r\n"
-
-
-async def test_refusal_says_what_is_wrong_in_json() -> None:
-    client = Client()
-    refusal = Refusal(Reason(405, "no", allow="GET", retry_after=3))
-    await refuse(client.send, refusal, [(b"x", b"y")])
-    head, body = client.messages
-    headers = dict(head["headers"])
-    assert head["status"] == 405
-    assert headers[b"allow"] == b"GET"
-    assert headers[b"retry-after"] == b"3"
-    assert headers[b"content-type"] == b"application/json"
-    assert headers[b"x"] == b"y"
-    assert int(headers[b"content-length"]) == len(body["body"])
-    assert json.loads(body["body"]) == {"jsonrpc": "2.0", "id": None, "error": {"code": -32600, "message": "no"}}
-
-
-async def test_plain_refusal_is_text() -> None:
-    """It changes no header that it was given."""
-    client, given_headers = Client(), [(b"x", b"y")]
-    await refuse(client.send, Refusal(Reason(403, "no", plain=True)), given_headers)
-    assert client.body == b"no"
-    assert given_headers == [(b"x", b"y")]
-
-
-# ---- the outlet
 
 
 def start(outlet: Outlet, client: Client) -> asyncio.Task[bool]:
