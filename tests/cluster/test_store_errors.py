@@ -35,9 +35,9 @@ from nonstick.http import post, sessions
 from nonstick.log import cluster_log
 from nonstick.log import writer as sender
 from nonstick.log.cluster_log import CLUSTER_KEY
-from nonstick.node import holding, placement, relay
+from nonstick.node import placement, relay
 from nonstick.node.node import Node
-from nonstick.session import exchange, reader, rescue, stream
+from nonstick.session import exchange, inbox, reader, rescue, stream
 from nonstick.session.services import Services
 from nonstick.store import NEW_STREAM, Batch, Cursor
 from nonstick.stores.memory import MemoryStore
@@ -778,7 +778,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
         (post, "PATIENCE_FOR_WHAT_COMES_ONCE", 0.3),
         (sessions, "PATIENCE_FOR_WHAT_COMES_ONCE", 0.3),
         (reader, "LIVENESS_POLL", 0.1),
-        (holding, "_RETRY_PAUSE", 0.05),
+        (inbox, "_RETRY_PAUSE", 0.05),
         (placement, "_CERTAIN_AFTER", 0.2),
         (rescue, "_BETWEEN_LOOKS", 0.1),
         (rescue, "_PROBE_AFTER", 0.3),

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Final, NamedTuple
 
 import nonstick
+from nonstick.session.services import Services
 
 HOME: Final = Path(nonstick.__file__).parent
 
 MODULE_LINES: Final = 450
 CLASS_METHODS: Final = 28
 CLASS_ATTRIBUTES: Final = 16
+SERVICES: Final = 12
 
 LARGE_MODULES: Final[dict[str, int]] = {}
 """Lines that the modules which are larger may have."""
@@ -82,6 +85,11 @@ def test_classes_stay_below_their_bounds() -> None:
     for name, (methods, attributes) in LARGE_CLASSES.items():
         assert large[name].methods <= methods, name
         assert large[name].attributes <= attributes, name
+
+
+def test_services_of_a_node_stay_few() -> None:
+    """What runs on a node has these, and is to find nothing else by them."""
+    assert len(fields(Services)) <= SERVICES
 
 
 def test_sizes_are_counted_as_they_are_said() -> None:

@@ -25,8 +25,8 @@ GONE_AFTER: Final = 1.5
 """Seconds after the grace period within which all that is the node's has ended (P8)."""
 
 STOP_SECONDS: Final = 0.4
-"""Seconds that a handler which is ended by a drain gets to stop, before its request ends without it; and that the
-store then gets to take the end."""
+"""How many seconds a drain waits for a cancelled handler to stop, and then again for the store to take the end of the
+handler's request."""
 
 
 _gone_by = 0.0

@@ -256,7 +256,8 @@ class Holding:
         exchange = Exchange(session, message, request, head=Cursor(relay["since"]), protocol_version=relay["version"])
         if not await retry_until_answered(lambda: exchange.take_over(event.position, attempt, first=attempt + 1)):
             return
-        # Looked at after the compare-and-set: an owner that takes the session from here on ends this stream.
+        # The owner is checked only after this node won the stream. If another node becomes the owner later, it sees the
+        # stream as this one's and ends it: so the request cannot run twice.
         loaded = await retry_until_answered(lambda: self._services.store.load(session.key, renew=False))
         record = Record.from_fields(loaded.fields)
         if record.owner != self._services.node_id or not self.ready:

@@ -110,7 +110,7 @@ class Inbox(Generic[S]):
         self._news_after = 0
         """Up to this position nothing is new to the holder."""
         self._waiting = 0
-        """How many have opened it, and not closed it."""
+        """Calls of `open` and `hold` that were not undone yet."""
         self._stays_open = False
         self._at = 0
         """The position up to which it has delivered."""
@@ -119,7 +119,10 @@ class Inbox(Generic[S]):
     # ---- who waits
 
     def open(self) -> None:
-        """Follows the log until as many have closed the inbox as opened it."""
+        """Follows the log while anything here needs it: until each `open` was undone by a `close`.
+
+        It begins where the earliest of the requests that run here loaded its record.
+        """
         self._waiting += 1
         if self._following is None:
             self._begin(self._session.inbox_start())

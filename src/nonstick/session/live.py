@@ -56,7 +56,7 @@ def current_session() -> LiveSession | None:
 
 
 class Pin(Protocol):
-    """Who keeps a session's live view, whether anything runs or not: the session's owner."""
+    """Keeps a session's live view, whether anything runs or not: this node's hold on a session that it owns."""
 
     def gone(self) -> None:
         """The view is kept no more: the session has ended, or goes on elsewhere."""
@@ -93,7 +93,7 @@ class LiveSession:
         pin: Keeps this view, beside what runs.
     """
 
-    # What most never change is the class's, so that a session is small: there may be thousands with an open stream.
+    # Defaults are class attributes, not set in `__init__`: most sessions never change them, and thousands may be open.
 
     record: Record = UNKNOWN
     opening: BeforeOpen | None = None

@@ -1,0 +1,39 @@
+"""How much one session does at once on a node (P10)."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import pytest
+
+from nonstick.core.refusals import TOO_MANY_STREAMS, Refusal
+from nonstick.session.quotas import QuotaOfEach
+
+
+def test_each_session_has_its_own_slots() -> None:
+    quota = QuotaOfEach(2, TOO_MANY_STREAMS)
+    with quota.hold("a"), quota.hold("a"):
+        with pytest.raises(Refusal) as refused, quota.hold("a"):
+            pass
+        assert refused.value.reason is TOO_MANY_STREAMS
+        with quota.hold("b"):
+            pass
+
+
+def test_slot_is_free_again_however_its_block_ended() -> None:
+    quota = QuotaOfEach(1, TOO_MANY_STREAMS)
+    for _ in range(3):
+        with pytest.raises(LookupError), quota.hold("a"):
+            raise LookupError
+    with quota.hold("a"):
+        pass
+
+
+def test_nothing_is_kept_of_a_session_that_holds_no_slot() -> None:
+    """Sessions come and go for as long as the node lives."""
+    quota = QuotaOfEach(2, TOO_MANY_STREAMS)
+    with ExitStack() as stack:
+        for number in range(100):
+            stack.enter_context(quota.hold(str(number)))
+            stack.enter_context(quota.hold(str(number)))
+    assert not quota._held
