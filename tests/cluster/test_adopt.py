@@ -102,7 +102,7 @@ async def says(client: httpx2.AsyncClient, session: Session, path: str = "/mcp")
     return messages(response)[-1]["result"]["content"][0]["text"] if response.status_code == 200 else response
 
 
-async def test_two_adopted_apps_share_their_sessions_and_keep_their_routes(kind: str) -> None:
+async def test_adopted_apps_share_sessions_keep_routes(kind: str) -> None:
     """P1: as replicas would. The lifespan of each runs once."""
     store, made = MemoryStore(), [Made(), Made()]
     apps = [nonstick.adopt(app_of(getattr(one, kind)()), store=store) for one in made]
@@ -116,7 +116,8 @@ async def test_two_adopted_apps_share_their_sessions_and_keep_their_routes(kind:
     assert [one.running for one in made] == [0, 0]
 
 
-async def test_adopted_app_is_the_same_object_and_tells_whether_it_is_ready(kind: str) -> None:
+async def test_adopted_app_is_same_object(kind: str) -> None:
+    """The app also tells whether it is ready."""
     inner = app_of(getattr(Made(), kind)())
     assert nonstick.adopt(inner, store="memory:") is inner
     adopted: Adopted = inner.state.nonstick
@@ -145,7 +146,7 @@ class _Marked:
         await self.app(scope, receive, marked)
 
 
-async def test_middleware_of_the_app_and_around_it_stays(kind: str) -> None:
+async def test_middleware_inside_and_around_stays(kind: str) -> None:
     inner = app_of(getattr(Made(), kind)())
     inner.add_middleware(_Marked)
     around = CORSMiddleware(inner, allow_origins=["http://page.example"], expose_headers=["mcp-session-id"])
@@ -236,7 +237,7 @@ async def test_mounted_app_is_adopted_where_it_stands(kind: str, make: Make, pre
     assert (made.starts, made.running) == (1, 0)
 
 
-async def test_lifespan_that_fastmcps_manual_hands_to_the_host_is_found_as_well() -> None:
+async def test_lifespan_in_fastmcp_host_is_found() -> None:
     """`FastAPI(lifespan=mcp_app.lifespan)`, whether the app was adopted before or the host is afterwards."""
     for whole in (True, False):
         made = Made()
@@ -252,7 +253,7 @@ async def test_lifespan_that_fastmcps_manual_hands_to_the_host_is_found_as_well(
         assert (made.starts, made.running) == (1, 0)
 
 
-async def test_request_before_the_lifespan_is_answered_with_the_line_to_add(kind: str) -> None:
+async def test_request_before_lifespan_gets_missing_line(kind: str) -> None:
     inner = app_of(getattr(Made(), kind)())
     host = nonstick.adopt(Starlette(routes=[Mount("/tools", inner)]), store="memory:")
     async with running(host) as client:
@@ -273,7 +274,7 @@ async def test_fastmcps_app_may_start_again() -> None:
     assert (made.starts, made.running) == (2, 0)
 
 
-async def test_several_endpoints_in_one_app_have_their_own_sessions(tmp_path: Any) -> None:
+async def test_endpoints_of_one_app_stay_apart(tmp_path: Any) -> None:
     """P1: what one has opened, the other has never heard of, though they share the store."""
     made = [Made(), Made(), Made()]
     servers: list[MCPServer[Any] | FastMCP[Any]] = [
@@ -325,7 +326,7 @@ async def test_stateless_endpoint_has_no_sessions(kind: str) -> None:
         assert "mcp-session-id" not in response.headers
 
 
-async def test_app_of_a_fastmcp_server_takes_the_same_arguments() -> None:
+async def test_fastmcp_app_takes_the_same_arguments() -> None:
     inner = nonstick.app(
         Made().fastmcp(), store="memory:", path="/elsewhere", max_sessions=1, session_idle_timeout=None, window=0.1
     )
@@ -372,12 +373,12 @@ def own_route() -> Any:
         (lambda: Made().sdk().streamable_http_app(event_store=MemoryEventStore()), "resumed from the session store"),
     ],
 )
-async def test_app_that_cannot_be_adopted_is_refused_with_the_reason(make: Make, reason: str) -> None:
+async def test_unadoptable_app_is_refused_with_reason(make: Make, reason: str) -> None:
     with pytest.raises(ConfigurationError, match=reason):
         nonstick.adopt(make(), store="memory:")
 
 
-async def test_event_store_of_fastmcps_app_is_refused_when_it_starts() -> None:
+async def test_fastmcp_event_store_is_refused() -> None:
     """Before, FastMCP does not say that there is one. What it started is stopped."""
     made = Made()
     inner = nonstick.adopt(made.fastmcp().http_app(event_store=MemoryEventStore()), store="memory:")
@@ -397,16 +398,15 @@ async def test_event_store_of_fastmcps_app_is_refused_when_it_starts() -> None:
         ({"max_sessions": 3}, "give max_sessions= where the app is made"),
     ],
 )
-async def test_argument_that_cannot_work_is_refused_at_once_and_changes_nothing(
-    make: Make, arguments: dict[str, Any], reason: str
-) -> None:
+async def test_unworkable_argument_changes_nothing(make: Make, arguments: dict[str, Any], reason: str) -> None:
+    """It is refused at once."""
     inner = app_of(make())
     with pytest.raises(ConfigurationError, match=reason):
         nonstick.adopt(inner, **{"store": "memory:", **arguments})
     nonstick.adopt(inner, store="memory:")
 
 
-async def test_one_store_object_is_not_for_several_endpoints() -> None:
+async def test_store_object_serves_one_endpoint() -> None:
     inner = Starlette(routes=[Mount(f"/{n}", app_of(Made().sdk())) for n in range(2)])
     with pytest.raises(ConfigurationError, match=r"has 2 MCP endpoints, .* give store= as a URL"):
         nonstick.adopt(inner, store=MemoryStore())
@@ -415,18 +415,19 @@ async def test_one_store_object_is_not_for_several_endpoints() -> None:
 @pytest.mark.parametrize(
     "argument", ["transport_security", "auth", "token_verifier", "custom_starlette_routes", "debug"]
 )
-async def test_what_fastmcp_has_another_place_for_is_refused(argument: str) -> None:
+async def test_misplaced_fastmcp_setting_is_refused(argument: str) -> None:
+    """What FastMCP has another place for."""
     with pytest.raises(ConfigurationError, match=f"{argument}: a FastMCP server is given auth= in FastMCP"):
         nonstick.app(Made().fastmcp(), store="memory:", **{argument: [object()]})  # type: ignore[arg-type]
 
 
-async def test_manager_of_ones_own_is_not_for_fastmcp() -> None:
+async def test_own_manager_is_not_for_fastmcp() -> None:
     """Its low-level server is known only while its app runs."""
     with pytest.raises(ConfigurationError, match=r"A FastMCP server is for nonstick\.app\(\)"):
         nonstick.SessionManager(Made().fastmcp(), store="memory:")  # type: ignore[arg-type]
 
 
-async def test_middleware_that_fastmcps_app_is_made_with_stays() -> None:
+async def test_middleware_of_fastmcp_app_stays() -> None:
     made = Made().fastmcp().http_app(middleware=[Middleware(_Marked)])
     async with running(nonstick.adopt(made, store="memory:")) as client:
         assert (await client.post("/mcp", json=opening())).headers["x-marked"] == "yes"

@@ -157,7 +157,8 @@ async def sessions_on(member: Member) -> dict[str, Session]:
 
 @pytest.mark.parametrize("mode", ["auto", "sse", "json"])
 @pytest.mark.parametrize("raws", [GOOD, BAD], ids=["good", "bad"])
-async def test_node_answers_as_the_sdk_but_for_the_documented_differences(mode: str, raws: Sequence[Raw]) -> None:
+async def test_node_answers_as_the_sdk_does(mode: str, raws: Sequence[Raw]) -> None:
+    """But for the documented differences."""
     async with both(mode) as (_world, sdk, ours):
         theirs, own = await sessions_on(sdk), await sessions_on(ours)
         seen: set[str] = set()
@@ -185,7 +186,7 @@ def _notifying(message: Any) -> Any:
     return message
 
 
-async def test_streams_of_a_request_differ_in_ids_and_retry_alone() -> None:
+async def test_streams_differ_in_ids_and_retry() -> None:
     """The same messages in the same order, each under an id, primed for those clients that know how."""
     async with both("auto") as (_world, sdk, ours):
         texts: list[list[Any]] = []
@@ -204,7 +205,7 @@ async def test_streams_of_a_request_differ_in_ids_and_retry_alone() -> None:
         assert texts[0] == texts[1]
 
 
-async def test_client_of_an_older_protocol_gets_no_priming_event() -> None:
+async def test_older_client_gets_no_priming_event() -> None:
     """It could not parse one."""
     async with both("sse") as (_world, _sdk, ours):
         session = await ours.open(version="2025-06-18")
@@ -213,7 +214,7 @@ async def test_client_of_an_older_protocol_gets_no_priming_event() -> None:
         assert json.loads(event.partition("data: ")[2])["id"] == 1
 
 
-async def test_duplicate_of_a_request_in_flight_is_refused() -> None:
+async def test_duplicate_of_running_request_is_refused() -> None:
     """The SDK starts it as well, and the two get each other's messages."""
     async with both("auto") as (world, _sdk, ours):
         session = await ours.open()
@@ -243,7 +244,8 @@ async def test_second_listener_takes_over() -> None:
             assert (first.status_code, second.status_code) == (200, 200)
 
 
-async def test_full_store_is_said_as_the_sdk_says_it_with_a_time_to_come_back() -> None:
+async def test_full_store_is_said_with_delay() -> None:
+    """As the SDK says it, with a time to come back."""
     world = World()
     options = {"max_sessions": 1}
     sdk = Member("sdk", world.server().streamable_http_app(max_sessions=1))  # type: ignore[arg-type]

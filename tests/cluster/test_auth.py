@@ -176,9 +176,7 @@ def others() -> list[str]:
     return [name for name in WHO if not name.startswith("ada-")]
 
 
-async def test_request_without_a_token_or_with_a_bad_one_gets_401(
-    cluster: Cluster, bearer: Bearer, provider: str
-) -> None:
+async def test_missing_or_bad_token_gets_401(cluster: Cluster, bearer: Bearer, provider: str) -> None:
     session = await cluster[0].open(authorization=bearer("ada-1"))
     for member in cluster:
         for headers in ({}, {"authorization": "Bearer forged"}, {"authorization": "Basic x"}):
@@ -192,7 +190,7 @@ async def test_request_without_a_token_or_with_a_bad_one_gets_401(
 
 
 @pytest.mark.parametrize("provider", ["sdk", "fastmcp-jwt"], indirect=True)
-async def test_metadata_of_the_protected_resource_is_still_served(cluster: Cluster) -> None:
+async def test_metadata_of_protected_resource_is_served(cluster: Cluster) -> None:
     for member in cluster:
         url = member.url.replace("/mcp", "/.well-known/oauth-protected-resource/mcp")
         response = await member.client.get(url)
@@ -200,7 +198,7 @@ async def test_metadata_of_the_protected_resource_is_still_served(cluster: Clust
         assert response.json()["resource"] == "https://server.example/mcp"
 
 
-async def test_principal_is_in_the_record_and_the_token_is_not(cluster: Cluster, bearer: Bearer) -> None:
+async def test_record_holds_principal_and_no_token(cluster: Cluster, bearer: Bearer) -> None:
     """P2, P13."""
     session = await cluster[0].open(authorization=bearer("ada-1"))
     loaded = await cluster[1].app.manager.store.load(session_key(session.id))
@@ -210,7 +208,7 @@ async def test_principal_is_in_the_record_and_the_token_is_not(cluster: Cluster,
     assert not any(token in value for value in loaded.fields.values())
 
 
-async def test_refreshed_token_of_the_same_principal_keeps_the_session(cluster: Cluster, bearer: Bearer) -> None:
+async def test_refreshed_token_keeps_the_session(cluster: Cluster, bearer: Bearer) -> None:
     """P1: the session is not bound to the token."""
     session = await cluster[0].open(authorization=bearer("ada-1"))
     for member in cluster:
@@ -221,9 +219,7 @@ async def test_refreshed_token_of_the_same_principal_keeps_the_session(cluster: 
 
 
 @pytest.mark.parametrize("token", others())
-async def test_another_principal_gets_the_404_of_an_unknown_session(
-    cluster: Cluster, bearer: Bearer, provider: str, token: str
-) -> None:
+async def test_another_principal_gets_ordinary_404(cluster: Cluster, bearer: Bearer, provider: str, token: str) -> None:
     """P1: on every method, with every kind of message, on every node; and nothing of it takes effect."""
     session = await cluster[0].open(authorization=bearer("ada-1"))
     intruder = as_(session, bearer(token))
@@ -259,7 +255,7 @@ def _same(one_response: httpx2.Response, other: httpx2.Response) -> bool:
     return bool(seen(one_response) == seen(other))
 
 
-async def test_another_principal_cannot_reply_cancel_report_or_resume(cluster: Cluster, bearer: Bearer) -> None:
+async def test_another_principal_cannot_act_or_resume(cluster: Cluster, bearer: Bearer) -> None:
     """P1, P3, P4, P5: while a tool waits for its user, what somebody else sends or asks for does nothing at all."""
     session = await cluster[0].open(authorization=bearer("ada-1"), capabilities={"elicitation": {}})
     unknown = await cluster[0].post(request("ping"), as_(Session("u" * 32, "2025-11-25", {}), bearer("bob")))
@@ -295,7 +291,7 @@ async def test_another_principal_cannot_reply_cancel_report_or_resume(cluster: C
         assert told[-1]["result"]["content"][0]["text"] == "done: {'name': 'ada'}"
 
 
-async def test_second_initialize_does_not_change_whose_session_it_is(cluster: Cluster, bearer: Bearer) -> None:
+async def test_second_initialize_keeps_the_sessions_principal(cluster: Cluster, bearer: Bearer) -> None:
     session = await cluster[0].open(authorization=bearer("ada-1"))
     assert (await cluster[1].post(opening(), as_(session, bearer("ada-2")))).status_code == 200
     assert (await cluster[2].post(call("echo", text="x"), session)).status_code == 200
@@ -303,7 +299,7 @@ async def test_second_initialize_does_not_change_whose_session_it_is(cluster: Cl
     assert error(refused)["message"] == "Session not found"
 
 
-async def test_session_without_a_principal_is_not_for_those_who_have_one() -> None:
+async def test_anonymous_session_refuses_known_principals() -> None:
     """A store that replicas with and without authentication share mixes nothing up."""
     store = MemoryStore()
     async with (
@@ -320,7 +316,7 @@ async def _status(member: Member, session: Session) -> int:
 
 
 @pytest.mark.parametrize("make_store", ["memory", "sqlite", "valkey"], indirect=True)
-async def test_sessions_of_one_principal_are_limited_and_nobody_elses_for_it(make_store: MakeStore) -> None:
+async def test_sessions_of_principal_are_limited(make_store: MakeStore) -> None:
     """P10: counted in the whole store, by who it is and not by the token; a session that ends makes room."""
     async with Cluster(server, make_store, max_sessions_per_principal=2) as cluster:
         first = await cluster[0].open(authorization="Bearer ada-1")
@@ -337,20 +333,20 @@ async def test_sessions_of_one_principal_are_limited_and_nobody_elses_for_it(mak
         await cluster[0].open(authorization="Bearer ada-1")
 
 
-async def test_limit_for_a_principal_is_none_for_those_without_authentication() -> None:
+async def test_anonymous_clients_have_no_principals_limit() -> None:
     """P10: they are all alike, so one could lock out the others."""
     async with Cluster(lambda: MCPServer("open"), one(MemoryStore()), max_sessions_per_principal=1) as cluster:
         for member in cluster:
             await member.open()
 
 
-async def test_limit_for_a_principal_may_be_turned_off() -> None:
+async def test_limit_of_principal_may_be_off() -> None:
     async with Cluster(server, one(MemoryStore()), nodes=1, max_sessions_per_principal=None) as (member,):
         for _ in range(3):
             await member.open(authorization="Bearer ada-1")
 
 
-async def test_a_token_that_an_oauth_provider_of_fastmcps_refreshed_keeps_the_session() -> None:
+async def test_token_refreshed_by_fastmcp_keeps_session() -> None:
     """P1: the whole way, from the client's registration on. Another client has no part in it."""
     oauth = InMemoryOAuthProvider(base_url="https://server.example", required_scopes=["use"])
     async with Cluster(lambda: fastmcp(oauth), one(MemoryStore())) as cluster:

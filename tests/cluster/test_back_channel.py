@@ -65,7 +65,7 @@ async def asked(stream: Stream, method: str = "elicitation/create") -> Any:
 # ---- every kind of request
 
 
-async def test_a_form_is_filled_in_through_another_node(make_store: MakeStore) -> None:
+async def test_form_is_filled_through_another_node(make_store: MakeStore) -> None:
     """P4."""
     async with staged(make_store) as (stage, a, b, c):
         asking(stage)
@@ -120,7 +120,7 @@ async def test_a_model_is_sampled_through_another_node(make_store: MakeStore) ->
 
 
 @quiet
-async def test_roots_and_ping_are_asked_on_the_standalone_stream(make_store: MakeStore) -> None:
+async def test_standalone_stream_asks_roots_and_ping(make_store: MakeStore) -> None:
     """P4: the reply reaches the handler, which is on another node than the connection and than the reply."""
     async with staged(make_store) as (stage, a, b, c):
 
@@ -139,7 +139,7 @@ async def test_roots_and_ping_are_asked_on_the_standalone_stream(make_store: Mak
             assert text_of(await stream.outcome()) == "file:///home"
 
 
-async def test_what_was_asked_before_a_connection_opened_is_asked_when_it_does(make_store: MakeStore) -> None:
+async def test_early_question_waits_for_its_connection(make_store: MakeStore) -> None:
     """P4: a server request waits on the standalone stream for its reader."""
     async with staged(make_store) as (stage, a, b, c):
 
@@ -158,7 +158,7 @@ async def test_what_was_asked_before_a_connection_opened_is_asked_when_it_does(m
             assert text_of(await stream.outcome()) == "{'roots': []}"
 
 
-async def test_a_notifications_handler_can_ask_on_the_standalone_stream(make_store: MakeStore) -> None:
+async def test_notifications_handler_can_ask(make_store: MakeStore) -> None:
     """P4: as after `notifications/initialized`, on whichever node it came."""
     async with staged(make_store) as (_, a, b, c):
         answers: asyncio.Queue[Any] = asyncio.Queue()
@@ -229,9 +229,7 @@ HUGE = 10**400
 
 
 @pytest.mark.parametrize("on_own_node", [False, True])
-async def test_progress_that_is_no_number_is_ignored_and_the_reply_still_counts(
-    memory: MakeStore, on_own_node: bool
-) -> None:
+async def test_bad_progress_spoils_no_reply(memory: MakeStore, on_own_node: bool) -> None:
     """P4: whichever node it is sent to."""
     async with staged(memory) as (stage, _, b, c):
         seen: list[tuple[float, float | None]] = []
@@ -260,9 +258,7 @@ async def test_progress_that_is_no_number_is_ignored_and_the_reply_still_counts(
             assert texts_of(await stream.rest()) == ["Ada"]
 
 
-async def test_an_event_that_nobody_can_read_does_not_keep_the_reply_from_its_handler(
-    memory: MakeStore, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_unreadable_event_spoils_no_reply(memory: MakeStore, caplog: pytest.LogCaptureFixture) -> None:
     """P4, P12: whatever wrote it. What is logged names the session by its hash only (P13)."""
     async with staged(memory) as (stage, _, b, c):
         asking(stage)
@@ -303,7 +299,7 @@ async def test_concurrent_requests_get_each_their_own_reply(make_store: MakeStor
                 await members[(number + 1) % 3].post(accept(requests[number], f"{number}"), session)
 
 
-async def test_the_reply_is_delivered_though_the_client_resumed_elsewhere(make_store: MakeStore) -> None:
+async def test_reply_counts_after_resuming_elsewhere(make_store: MakeStore) -> None:
     """P4: the connection breaks after the question; the client reads it again on another node and answers there."""
     async with staged(make_store) as (stage, a, b, c):
         asking(stage)
@@ -320,7 +316,7 @@ async def test_the_reply_is_delivered_though_the_client_resumed_elsewhere(make_s
 # ---- time-outs
 
 
-async def test_a_time_out_tells_the_client_and_leaves_nothing_behind(make_store: MakeStore) -> None:
+async def test_time_out_leaves_nothing_behind(make_store: MakeStore) -> None:
     """P4: the handler gets an error, the client a cancel on the same stream, the pending set is clean."""
     async with staged(make_store) as (stage, a, b, c):
         asking(stage)
@@ -338,9 +334,7 @@ async def test_a_time_out_tells_the_client_and_leaves_nothing_behind(make_store:
 
 
 @pytest.mark.parametrize("written", [False, True], ids=["before it counts", "when it counts"])
-async def test_a_reply_that_races_with_the_time_out_counts_once_or_not_at_all(
-    make_store: MakeStore, written: bool
-) -> None:
+async def test_late_reply_counts_at_most_once(make_store: MakeStore, written: bool) -> None:
     """P4: the handler goes on either way, and nothing stays pending."""
     held: list[HeldStore] = []
 
@@ -373,7 +367,7 @@ async def test_a_reply_that_races_with_the_time_out_counts_once_or_not_at_all(
         assert not await stage.is_pending(session, request["id"])
 
 
-async def test_a_client_that_goes_can_answer_when_it_is_back(make_store: MakeStore) -> None:
+async def test_returning_client_can_still_answer(make_store: MakeStore) -> None:
     """P4: nobody but the handler gives up."""
     async with staged(make_store) as (stage, a, b, c):
         asking(stage)
@@ -385,7 +379,7 @@ async def test_a_client_that_goes_can_answer_when_it_is_back(make_store: MakeSto
             assert texts_of(await resumed.rest()) == ["Ada"]
 
 
-async def test_the_end_of_the_session_ends_the_waiting(make_store: MakeStore) -> None:
+async def test_end_of_session_ends_the_waiting(make_store: MakeStore) -> None:
     """P6: a handler that shields itself from cancellation still does not wait for ever."""
     async with staged(make_store) as (stage, a, b, c):
 
@@ -464,7 +458,7 @@ async def test_another_sessions_reply_does_not_count(make_store: MakeStore) -> N
             assert texts_of(await stream.rest()) == ["Ada"]
 
 
-async def test_a_reply_to_a_session_that_is_gone_gets_404(make_store: MakeStore) -> None:
+async def test_reply_to_gone_session_gets_404(make_store: MakeStore) -> None:
     """P1."""
     async with staged(make_store) as (_, a, b, c):
         session = await a.open()
@@ -475,7 +469,7 @@ async def test_a_reply_to_a_session_that_is_gone_gets_404(make_store: MakeStore)
 # ---- no way to ask
 
 
-async def test_only_a_request_that_is_answered_with_json_cannot_ask(make_store: MakeStore) -> None:
+async def test_only_json_answers_cannot_ask(make_store: MakeStore) -> None:
     """P4: the standalone stream still can."""
     async with staged(make_store, answer="json") as (stage, a, b, c):
 
@@ -492,7 +486,7 @@ async def test_only_a_request_that_is_answered_with_json_cannot_ask(make_store: 
             assert text_of(await stream.answer()) == "{'roots': []}"
 
 
-async def test_a_request_can_ask_with_every_other_kind_of_answer(make_store: MakeStore) -> None:
+async def test_every_other_answer_can_ask(make_store: MakeStore) -> None:
     """P4."""
     async with staged(make_store, answer="sse") as (stage, a, b, c):
         asking(stage)
@@ -505,7 +499,7 @@ async def test_a_request_can_ask_with_every_other_kind_of_answer(make_store: Mak
 # ---- ids
 
 
-async def test_ids_of_server_requests_do_not_collide_with_the_clients(make_store: MakeStore) -> None:
+async def test_ids_of_server_requests_never_collide(make_store: MakeStore) -> None:
     """P4: random, not numeric, registered before they are sent."""
     async with staged(make_store) as (stage, *members):
         asking(stage)
@@ -520,7 +514,7 @@ async def test_ids_of_server_requests_do_not_collide_with_the_clients(make_store
                 await stream.rest()
 
 
-async def test_an_own_request_id_is_registered_and_may_not_be_in_flight_twice(memory: MakeStore) -> None:
+async def test_own_request_id_is_registered_once(memory: MakeStore) -> None:
     """P4: `CallOptions.request_id`."""
     async with staged(memory) as (stage, a, b, c):
 
@@ -543,7 +537,7 @@ async def test_an_own_request_id_is_registered_and_may_not_be_in_flight_twice(me
             assert text_of(await stream.outcome()) == "{'roots': []}"
 
 
-async def test_the_reply_is_expected_before_the_question_leaves(make_store: MakeStore) -> None:
+async def test_reply_is_expected_before_the_question(make_store: MakeStore) -> None:
     """P4: whoever sees the question can answer it."""
     async with staged(make_store) as (stage, a, b, c):
         expected: list[bool] = []

@@ -44,7 +44,7 @@ async def in_memory(shared: World) -> AsyncIterator[Cluster]:
         yield cluster
 
 
-async def test_no_bad_request_is_a_fault_of_the_server(
+async def test_no_bad_request_is_servers_fault(
     cluster: Cluster, make_store: MakeStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     """No 5xx, no traceback, nothing in the session's log; and the session is as good as before, on every node."""
@@ -89,7 +89,7 @@ async def test_no_bad_request_is_a_fault_of_the_server(
         ("unknown session id, PUT", 404),
     ],
 )
-async def test_bad_request_gets_the_status_that_says_what_is_wrong(in_memory: Cluster, name: str, status: int) -> None:
+async def test_bad_request_gets_fitting_status(in_memory: Cluster, name: str, status: int) -> None:
     sessions = {"live": await in_memory[0].open()}
     (raw,) = (raw for raw in BAD if raw.name == name)
     for member in in_memory:
@@ -98,7 +98,7 @@ async def test_bad_request_gets_the_status_that_says_what_is_wrong(in_memory: Cl
         assert (response.headers.get("allow") is not None) == (status == 405)
 
 
-async def test_what_is_allowed_is_served_by_every_node(cluster: Cluster) -> None:
+async def test_every_node_serves_allowed_requests(cluster: Cluster) -> None:
     sessions = {"live": await cluster[0].open(), "fresh": await cluster[0].open(initialized=False)}
     for number, raw in enumerate(GOOD):
         response = await send(cluster[number % 3].client, cluster[number % 3].url, raw, sessions)
@@ -109,8 +109,8 @@ async def test_what_is_allowed_is_served_by_every_node(cluster: Cluster) -> None
 # ---- session ids
 
 
-async def test_unknown_expired_ended_foreign_and_malformed_ids_get_the_same_404(shared: World) -> None:
-    """P1: nobody learns which it was."""
+async def test_unusable_ids_get_the_same_404(shared: World) -> None:
+    """P1: unknown, expired, ended, foreign and malformed: nobody learns which it was."""
     clock = ManualClock()
     store = MemoryStore(clock=clock)
     async with Cluster(shared.server, one(store)) as cluster:
@@ -153,7 +153,7 @@ class Watched(MemoryStore):
         return await super().load(key, renew=renew)
 
 
-async def test_malformed_id_is_refused_without_a_look_at_the_store(shared: World) -> None:
+async def test_malformed_id_never_reaches_the_store(shared: World) -> None:
     """P1, P10."""
     store = Watched()
     async with Cluster(shared.server, one(store)) as cluster:
@@ -169,7 +169,7 @@ async def test_malformed_id_is_refused_without_a_look_at_the_store(shared: World
 # ---- bodies
 
 
-async def test_large_body_that_does_not_say_its_size_is_cut_off(in_memory: Cluster) -> None:
+async def test_large_chunked_body_is_cut_off(in_memory: Cluster) -> None:
     """P10."""
     session = await in_memory[0].open()
 
@@ -216,7 +216,7 @@ async def test_tool_that_raises_harms_no_other_request(cluster: Cluster) -> None
         assert answer(await b.post(call("echo", x=1), one_session)) == {"x": 1}
 
 
-async def test_tool_that_blocks_the_loop_breaks_no_session(cluster: Cluster) -> None:
+async def test_blocking_tool_breaks_no_session(cluster: Cluster) -> None:
     """Everybody waits for it, and then goes on."""
     a, b, _c = cluster
     session, other = await a.open(), await b.open()
@@ -248,7 +248,7 @@ async def test_request_goes_on_when_its_client_disconnects(cluster: Cluster, sha
 
 
 @pytest.mark.parametrize("later", [False, True])
-async def test_state_that_is_not_json_is_a_clear_error_and_nothing_is_saved(cluster: Cluster, later: bool) -> None:
+async def test_bad_state_is_a_clear_error(cluster: Cluster, later: bool) -> None:
     """P2: at once, or when it was changed in place."""
     a, b, _c = cluster
     session = await a.open()
@@ -261,7 +261,7 @@ async def test_state_that_is_not_json_is_a_clear_error_and_nothing_is_saved(clus
     assert state == {"before": 1} | ({} if later else {"fine": []})
 
 
-async def test_state_that_is_not_json_spoils_no_other_request(in_memory: Cluster, shared: World) -> None:
+async def test_bad_state_spoils_no_other_request(in_memory: Cluster, shared: World) -> None:
     """P2: not of those that share the view with it, and none that comes later."""
     a, b, _c = in_memory
     session = await a.open()
@@ -275,7 +275,7 @@ async def test_state_that_is_not_json_spoils_no_other_request(in_memory: Cluster
     assert answer(await b.post(call("get"), session)) == {"good": 1, "key 2": 2, "key 3": 3}
 
 
-async def test_too_many_requests_of_a_session_at_once_are_refused(shared: World) -> None:
+async def test_too_many_concurrent_requests_are_refused(shared: World) -> None:
     """P10."""
     async with Cluster(shared.server, one(MemoryStore()), nodes=1, max_streams=2) as (a,):
         session, other = await a.open(), await a.open()

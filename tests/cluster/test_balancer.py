@@ -49,7 +49,7 @@ async def three_nodes() -> AsyncIterator[list[Backend]]:
         yield [a, b, c]
 
 
-async def test_each_request_of_one_connection_goes_to_the_next_node() -> None:
+async def test_each_request_visits_the_next_node() -> None:
     async with three_nodes() as nodes, Balancer(nodes) as balancer, httpx2.AsyncClient(timeout=60) as client:
         assert [(await client.get(balancer.url)).text for _ in range(5)] == ["a", "b", "c", "a", "b"]
 
@@ -129,7 +129,7 @@ async def test_request_body_streams_unbuffered() -> None:
             assert (await client.post(balancer.url, content=parts())).status_code == 202
 
 
-async def test_client_that_goes_away_is_gone_for_the_node() -> None:
+async def test_leaving_client_leaves_its_node() -> None:
     gone = asyncio.Event()
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -146,7 +146,7 @@ async def test_client_that_goes_away_is_gone_for_the_node() -> None:
             await gone.wait()
 
 
-async def test_cut_exchange_is_a_lost_connection_for_both_sides_and_no_other() -> None:
+async def test_cut_exchange_breaks_no_other() -> None:
     gone = asyncio.Event()
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -169,7 +169,7 @@ async def test_cut_exchange_is_a_lost_connection_for_both_sides_and_no_other() -
         assert (cut.complete, whole.complete) == (False, True)
 
 
-async def test_node_that_dies_is_a_lost_connection_for_the_client() -> None:
+async def test_dying_node_breaks_its_connection() -> None:
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n1\r\nx\r\n")
@@ -184,7 +184,7 @@ async def test_node_that_dies_is_a_lost_connection_for_the_client() -> None:
         assert not exchange.complete
 
 
-async def test_node_that_dies_before_it_answers_is_not_replaced() -> None:
+async def test_dying_node_is_not_replaced() -> None:
     """No request is sent twice."""
     count = 0
 
@@ -233,7 +233,7 @@ async def test_exchange_records_the_json_rpc_message() -> None:
     assert exchange.complete
 
 
-async def test_large_response_arrives_whole_before_the_connection_closes() -> None:
+async def test_large_response_arrives_whole() -> None:
     body = "x" * 3_000_000
     async with node("a", says(body)) as a, Balancer([a]) as balancer, httpx2.AsyncClient(timeout=60) as client:
         response = await client.get(balancer.url, headers={"connection": "close"})

@@ -69,7 +69,7 @@ def dropped(stage: Stage) -> int:
 # ---- the log
 
 
-async def test_finished_streams_are_dropped_first_and_unfinished_ones_never(make_store: MakeStore) -> None:
+async def test_only_finished_streams_are_dropped(make_store: MakeStore) -> None:
     """P10: nor what no listener has read."""
     async with staged(make_store, max_log_events=40) as (stage, a, b, c):
         talking(stage)
@@ -101,7 +101,7 @@ async def test_finished_streams_are_dropped_first_and_unfinished_ones_never(make
         assert dropped(stage) == 0
 
 
-async def test_the_standalone_stream_drops_its_oldest_and_says_how_many(make_store: MakeStore) -> None:
+async def test_standalone_stream_counts_dropped_messages(make_store: MakeStore) -> None:
     """P10: when nobody reads; counted in a metric."""
     async with staged(make_store, max_log_events=40) as (stage, a, b, c):
         talking(stage)
@@ -134,7 +134,7 @@ async def test_the_bytes_of_a_log_are_bounded(make_store: MakeStore) -> None:
         await eventually(small)
 
 
-async def test_a_stream_that_fills_the_log_ends_with_an_error_and_the_session_goes_on(make_store: MakeStore) -> None:
+async def test_overfull_stream_ends_with_an_error(make_store: MakeStore) -> None:
     """P10: unfinished streams are not trimmed, so one that never ends is ended."""
     async with staged(make_store, max_log_events=40) as (stage, a, b, c):
         talking(stage)
@@ -219,7 +219,7 @@ async def test_too_many_requests_at_once_get_429(memory: MakeStore) -> None:
             await second.outcome()
 
 
-async def test_the_same_id_twice_at_once_is_refused(memory: MakeStore) -> None:
+async def test_running_requests_id_is_refused_again(memory: MakeStore) -> None:
     """P3: a cancel or an answer would be for both."""
     async with staged(memory, window=0.02) as (stage, a, b, _):
         talking(stage)
@@ -266,7 +266,7 @@ async def test_too_many_notifications_at_once_get_429(memory: MakeStore) -> None
 # ---- the record
 
 
-async def test_cancels_of_requests_that_never_come_do_not_fill_the_record(make_store: MakeStore) -> None:
+async def test_early_cancels_do_not_fill_records(make_store: MakeStore) -> None:
     """P10: however many they are, and however long their ids. The latest still count (P5)."""
     async with staged(make_store) as (stage, *members):
         talking(stage)
@@ -286,7 +286,7 @@ async def test_cancels_of_requests_that_never_come_do_not_fill_the_record(make_s
         assert text_of(other.json()) == "done"
 
 
-async def test_a_running_request_with_a_long_id_is_cancelled_from_another_node(memory: MakeStore) -> None:
+async def test_request_with_long_id_is_cancelled(memory: MakeStore) -> None:
     """P5: its key is short on both nodes."""
     async with staged(memory, window=0.02) as (stage, a, b, c):
         talking(stage)
@@ -326,7 +326,7 @@ class Unread:
         self.socket.close()
 
 
-async def test_a_client_that_never_reads_is_cut_off_and_can_resume(make_store: MakeStore) -> None:
+async def test_stalled_client_is_cut_and_resumes(make_store: MakeStore) -> None:
     """P10: after `send_timeout`; it holds up its own request until then, and nobody else's."""
     async with staged(make_store, send_timeout=0.5, max_log_bytes=64 * 1024 * 1024) as (stage, a, b, c):
         talking(stage)
@@ -354,7 +354,7 @@ async def test_a_client_that_never_reads_is_cut_off_and_can_resume(make_store: M
             assert texts == [*(f"{number}" for number in range(120)), "done"]
 
 
-async def test_a_listener_that_never_reads_is_cut_off_and_the_next_loses_nothing(make_store: MakeStore) -> None:
+async def test_stalled_listener_loses_nothing(make_store: MakeStore) -> None:
     """P10, P3."""
     async with staged(make_store, send_timeout=0.5, max_log_bytes=64 * 1024 * 1024) as (stage, a, b, c):
 

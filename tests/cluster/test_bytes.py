@@ -134,7 +134,7 @@ def talking(stage: Stage) -> None:
         return "told"
 
 
-async def test_large_cancels_leave_little_in_the_log_and_still_cancel(make_store: MakeStore) -> None:
+async def test_large_cancels_leave_little_in_log(make_store: MakeStore) -> None:
     """P10, P5: of the reason, and whatever else they carry, next to nothing is kept."""
     async with staged(make_store, window=0.02) as (stage, a, b, c):
         talking(stage)
@@ -153,7 +153,7 @@ async def test_large_cancels_leave_little_in_the_log_and_still_cancel(make_store
         assert "cancelled" in text_of((await b.post(call("quick", "late"), session)).json())
 
 
-async def test_cancel_of_an_id_that_is_longer_than_any_is_kept_by_its_hash(memory: MakeStore) -> None:
+async def test_cancel_of_overlong_id_keeps_hash(memory: MakeStore) -> None:
     """P10."""
     async with staged(memory) as (stage, a, b, _):
         talking(stage)
@@ -163,7 +163,7 @@ async def test_cancel_of_an_id_that_is_longer_than_any_is_kept_by_its_hash(memor
         assert await log_size(stage, session) < 4096
 
 
-async def test_large_progress_is_clipped_for_handlers_on_every_node(make_store: MakeStore) -> None:
+async def test_large_progress_is_clipped_everywhere(make_store: MakeStore) -> None:
     """P10, P1: the same arrives at the handler, whichever node received it; and little of it is in the log."""
     async with staged(make_store, window=0.02) as (stage, a, b, c):
         heard: list[tuple[float, float | None, str | None]] = []
@@ -220,7 +220,7 @@ async def all_served(member: Member, session: Session) -> AsyncIterator[list[int
         await asyncio.wait([calling])
 
 
-async def test_many_connections_to_a_log_of_large_events_hold_nobody_up(valkey: ValkeyServer) -> None:
+async def test_logs_of_large_events_delay_nobody(valkey: ValkeyServer) -> None:
     """P10, P9: a GET looks at the beginnings alone; no call fetches more than its bound, or one event."""
     brought: list[Brought] = []
     prefix = f"bytes-{id(brought):x}"
@@ -276,7 +276,7 @@ async def flood(stage: Stage, session: Session, members: list[Member], count: in
     return refused, largest
 
 
-async def test_open_relayed_requests_do_not_outgrow_the_log(make_store: MakeStore) -> None:
+async def test_open_relayed_requests_fit_the_log(make_store: MakeStore) -> None:
     """P10: 429, with when to come back, once those that have not ended fill it; and there is room again afterwards."""
     options = {"placement": "owner", "max_log_bytes": 4 * MEGABYTE, "window": 0.02}
     async with staged(make_store, **options) as (stage, a, b, _):
@@ -289,7 +289,7 @@ async def test_open_relayed_requests_do_not_outgrow_the_log(make_store: MakeStor
         assert again.status_code == 200
 
 
-async def test_relayed_notifications_do_not_outgrow_the_log_either(memory: MakeStore) -> None:
+async def test_relayed_notifications_fit_the_log(memory: MakeStore) -> None:
     """P10: what is dropped to make room for one are those before it."""
     options = {"placement": "owner", "max_log_bytes": 4 * MEGABYTE}
     async with staged(memory, **options) as (stage, a, b, _):
@@ -301,7 +301,7 @@ async def test_relayed_notifications_do_not_outgrow_the_log_either(memory: MakeS
             assert await log_size(stage, session) <= 4 * MEGABYTE
 
 
-async def test_requests_that_may_be_run_again_do_not_outgrow_the_log(make_store: MakeStore) -> None:
+async def test_repeatable_requests_fit_the_log(make_store: MakeStore) -> None:
     """P10: as relayed ones. On several nodes at once each knows what the store said to it last."""
     options = {"reexecute": "idempotent", "max_log_bytes": 4 * MEGABYTE, "window": 0.02}
     async with staged(make_store, **options) as (stage, _, b, c):
@@ -314,7 +314,7 @@ async def test_requests_that_may_be_run_again_do_not_outgrow_the_log(make_store:
         assert again.status_code == 200
 
 
-async def test_room_that_was_held_is_free_again_when_the_request_never_streams(memory: MakeStore) -> None:
+async def test_unused_room_is_free_again(memory: MakeStore) -> None:
     """P10: what is answered with JSON never was in the log."""
     options = {"reexecute": "idempotent", "max_log_bytes": 4 * MEGABYTE}
     async with staged(memory, **options) as (stage, a, b, _):
@@ -332,7 +332,7 @@ async def test_room_that_was_held_is_free_again_when_the_request_never_streams(m
 # ---- who tells without end
 
 
-async def test_handler_that_tells_without_end_lets_others_have_their_turns(memory: MakeStore) -> None:
+async def test_talkative_handler_lets_others_run(memory: MakeStore) -> None:
     """P10: on a store whose calls never wait, too; else all that is told waits in memory for those who listen."""
     async with staged(memory) as (stage, a, b, _):
         turns = 0
@@ -366,7 +366,7 @@ async def test_handler_that_tells_without_end_lets_others_have_their_turns(memor
 # ---- trimming
 
 
-async def test_log_that_cannot_be_trimmed_is_not_read_for_every_small_request(make_store: MakeStore) -> None:
+async def test_untrimmable_log_is_rarely_read(make_store: MakeStore) -> None:
     """P10: nor are its bodies; though nothing of the session is left on the node between two requests."""
     by_node: list[list[Brought]] = []
 
@@ -415,7 +415,7 @@ async def test_log_that_cannot_be_trimmed_is_not_read_for_every_small_request(ma
         await eventually(small_again)
 
 
-async def test_stream_that_ends_while_its_log_is_looked_through_goes(memory: MakeStore) -> None:
+async def test_stream_ending_mid_look_goes(memory: MakeStore) -> None:
     """P10: also if nothing is appended after it."""
     held: list[HeldStore] = []
 
@@ -450,7 +450,7 @@ async def test_stream_that_ends_while_its_log_is_looked_through_goes(memory: Mak
         await eventually(small)
 
 
-async def test_trimming_a_long_log_lets_others_have_their_turns() -> None:
+async def test_trimming_lets_others_run() -> None:
     """P10: the event loop is held for no more than a part of it, on a store whose calls never wait."""
     turns = 0
     longest = 0
@@ -520,8 +520,8 @@ async def lost_request(stage: Stage, session: Session, *news: Batch) -> str:
     return EventId(first, Cursor(first, opened.tag), "lost").seal(session.id)
 
 
-async def test_cancel_that_says_its_reason_first_stops_the_request_of_a_lost_node(memory: MakeStore) -> None:
-    """P5, P12: as 0.1.0 wrote it, with megabytes before the id."""
+async def test_cancel_with_early_reason_still_counts(memory: MakeStore) -> None:
+    """P5, P12: it stops the request of a lost node. 0.1.0 wrote it like this, with megabytes before the id."""
     async with staged(memory) as (stage, a, b, _):
         talking(stage)
         session = await a.open()
@@ -531,7 +531,7 @@ async def test_cancel_that_says_its_reason_first_stops_the_request_of_a_lost_nod
             assert text_of((await resumed.rest())[-1]) == "Request cancelled"
 
 
-async def test_what_a_lost_node_asked_is_not_pending_for_ever(memory: MakeStore) -> None:
+async def test_lost_nodes_questions_stop_pending(memory: MakeStore) -> None:
     """P10: with the end of its request; what was answered, and what others ask, is left alone."""
 
     def asked(name: str, stream: int) -> Batch:
@@ -564,7 +564,7 @@ async def test_what_a_lost_node_asked_is_not_pending_for_ever(memory: MakeStore)
         assert not await stage.is_pending(session, "srv-2")
 
 
-async def test_large_requests_of_a_lost_owner_are_run_by_the_next(memory: MakeStore) -> None:
+async def test_large_lost_requests_are_run_next(memory: MakeStore) -> None:
     """P7: they are found by the beginnings of what is in the log, and read one by one."""
     brought: list[Brought] = []
 
@@ -594,7 +594,7 @@ async def test_large_requests_of_a_lost_owner_are_run_by_the_next(memory: MakeSt
 # ---- what a connection keeps
 
 
-async def test_connection_keeps_no_more_settled_requests_than_it_may(memory: MakeStore) -> None:
+async def test_connection_keeps_bounded_settled_requests(memory: MakeStore) -> None:
     """P10: however many are answered while it is silent; none of those that it is past."""
     async with staged(memory) as (stage, a, b, _):
         talking(stage)
@@ -618,7 +618,7 @@ async def test_connection_keeps_no_more_settled_requests_than_it_may(memory: Mak
 
 
 @unhurried("idle", 0.5, 2.0, 8.0)
-async def test_nothing_of_what_a_client_said_of_itself_outlives_its_session(memory: MakeStore, idle: float) -> None:
+async def test_introduction_outlives_no_session(memory: MakeStore, idle: float) -> None:
     """P10: a node keeps it parsed for those who say the same, while there are any."""
     async with staged(memory, session_idle_timeout=idle, unconfirmed_lifetime=None) as (stage, a, b, _):
         talking(stage)
@@ -630,7 +630,7 @@ async def test_nothing_of_what_a_client_said_of_itself_outlives_its_session(memo
         await eventually(lambda: not len(INTRODUCTIONS))
 
 
-async def test_streams_of_a_lost_node_that_nobody_resumes_do_not_fill_the_log_for_ever(make_store: MakeStore) -> None:
+async def test_lost_abandoned_streams_are_ended(make_store: MakeStore) -> None:
     """P10, P7: they are ended once room is wanted; those of nodes that live are not."""
     options = {"reexecute": "idempotent", "max_log_bytes": 4 * MEGABYTE, "window": 0.02}
     async with staged(make_store, **options) as (stage, a, b, c):

@@ -60,7 +60,7 @@ async def is_left(stage: Stage, session: Session, key: str) -> bool:
 
 
 @pytest.mark.parametrize("where", [0, 1, 2], ids=["from a", "on its own node", "from c"])
-async def test_a_streamed_request_is_cancelled_from_any_node(make_store: MakeStore, where: int) -> None:
+async def test_streamed_request_is_cancelled_from_anywhere(make_store: MakeStore, where: int) -> None:
     """P5: its handler stops, its stream ends with one error."""
     async with staged(make_store, window=0.05) as (stage, *members):
         waiting(stage)
@@ -75,7 +75,7 @@ async def test_a_streamed_request_is_cancelled_from_any_node(make_store: MakeSto
             assert await resumed.rest() == []
 
 
-async def test_a_silent_request_is_cancelled_from_another_node(make_store: MakeStore) -> None:
+async def test_silent_request_is_cancelled_from_elsewhere(make_store: MakeStore) -> None:
     """P5: also before the window has passed: then it is stopped when it has."""
     async with staged(make_store, window=0.2) as (stage, a, b, c):
         waiting(stage)
@@ -88,7 +88,7 @@ async def test_a_silent_request_is_cancelled_from_another_node(make_store: MakeS
             assert (await stream.outcome())["error"] == CANCELLED
 
 
-async def test_a_silent_request_is_cancelled_long_after_the_window(make_store: MakeStore) -> None:
+async def test_silent_request_is_cancelled_late(make_store: MakeStore) -> None:
     """P5."""
     async with staged(make_store, window=0.02) as (stage, a, b, c):
         waiting(stage)
@@ -101,7 +101,7 @@ async def test_a_silent_request_is_cancelled_long_after_the_window(make_store: M
             assert [message["error"] for message in await stream.rest()] == [CANCELLED]
 
 
-async def test_a_request_that_is_answered_with_json_is_cancelled_from_another_node(make_store: MakeStore) -> None:
+async def test_json_request_is_cancelled_from_elsewhere(make_store: MakeStore) -> None:
     """P5: `answer="json"`."""
     async with staged(make_store, answer="json", window=0.02) as (stage, a, b, c):
         waiting(stage)
@@ -116,7 +116,7 @@ async def test_a_request_that_is_answered_with_json_is_cancelled_from_another_no
 @pytest.mark.parametrize("request_id", [7, "7"])
 @pytest.mark.parametrize("cancelled_id", [7, "7"])
 @pytest.mark.parametrize("where", [1, 2], ids=["on its own node", "from another"])
-async def test_7_as_a_number_and_as_a_string_are_one_request(
+async def test_numeric_and_string_ids_are_one(
     memory: MakeStore, request_id: Any, cancelled_id: Any, where: int
 ) -> None:
     """P5: as in the SDK; the answer carries the id as the request did."""
@@ -129,7 +129,7 @@ async def test_7_as_a_number_and_as_a_string_are_one_request(
             assert await stream.outcome() == {"jsonrpc": "2.0", "id": request_id, "error": CANCELLED}
 
 
-async def test_a_cancel_that_arrives_before_its_request_still_counts(make_store: MakeStore) -> None:
+async def test_early_cancel_still_counts(make_store: MakeStore) -> None:
     """P5: it overtook it, on another node; it does its work once."""
     async with staged(make_store) as (stage, a, b, c):
         waiting(stage)
@@ -146,8 +146,8 @@ async def test_a_cancel_that_arrives_before_its_request_still_counts(make_store:
         assert text_of((await b.post(call("quick", 3), session)).json()) == "quick"
 
 
-async def test_a_cancel_that_arrives_between_the_records_load_and_the_start_counts(make_store: MakeStore) -> None:
-    """P5: the request's node follows the log from the head that it loaded; the handler does not even begin."""
+async def test_cancel_during_loading_counts(make_store: MakeStore) -> None:
+    """P5: the node follows the log from the head that it loaded; the handler does not even begin."""
     held: list[HeldStore] = []
 
     def make() -> Any:
@@ -193,7 +193,7 @@ def _follows(member: Any) -> bool:
     return any(session.log.follower.subscriptions for session in node.sessions.values())
 
 
-async def test_a_cancel_that_races_with_the_promotion_ends_the_stream_that_opens(make_store: MakeStore) -> None:
+async def test_cancel_racing_promotion_ends_the_stream(make_store: MakeStore) -> None:
     """P5, P3: the client learns of one stream and gets its one answer."""
     held: list[HeldStore] = []
 
@@ -218,7 +218,7 @@ async def test_a_cancel_that_races_with_the_promotion_ends_the_stream_that_opens
         await stage.reached("stopped")
 
 
-async def test_a_cancel_that_did_its_work_does_not_hit_a_later_request_with_that_id(make_store: MakeStore) -> None:
+async def test_done_cancel_spares_later_requests(make_store: MakeStore) -> None:
     """P5: clients use their ids again."""
     async with staged(make_store, window=0.02) as (stage, a, b, c):
         waiting(stage)
@@ -243,7 +243,7 @@ async def test_a_cancel_that_did_its_work_does_not_hit_a_later_request_with_that
             assert texts_of(await stream.rest()) == ["done"]
 
 
-async def test_an_old_cancel_that_is_read_late_does_not_hit_a_request_that_came_after_it(make_store: MakeStore) -> None:
+async def test_old_cancel_spares_newer_request(make_store: MakeStore) -> None:
     """P5: an older request has its node read the log from before the cancel."""
     async with staged(make_store, window=0.5) as (stage, a, b, c):
         waiting(stage)
@@ -267,7 +267,7 @@ async def test_an_old_cancel_that_is_read_late_does_not_hit_a_request_that_came_
                 assert text_of(await new.outcome()) == "done"
 
 
-async def test_a_cancel_stops_no_other_request_or_session(make_store: MakeStore) -> None:
+async def test_cancel_stops_nothing_else(make_store: MakeStore) -> None:
     """P5."""
     async with staged(make_store, window=0.02) as (stage, a, b, c):
         waiting(stage)
@@ -287,7 +287,7 @@ async def test_a_cancel_stops_no_other_request_or_session(make_store: MakeStore)
             assert texts_of(await three.rest()) == ["done"]
 
 
-async def test_a_cancelled_handler_takes_back_what_it_asked(make_store: MakeStore) -> None:
+async def test_cancelled_handler_takes_questions_back(make_store: MakeStore) -> None:
     """P4, P5: the client is told that nobody waits for its reply any more."""
     async with staged(make_store, window=0.02) as (stage, a, b, c):
 
@@ -306,7 +306,7 @@ async def test_a_cancelled_handler_takes_back_what_it_asked(make_store: MakeStor
         assert not await stage.is_pending(session, request["id"])
 
 
-async def test_a_handler_that_ignores_its_cancel_is_still_answered_as_cancelled(memory: MakeStore) -> None:
+async def test_stubborn_handler_is_answered_as_cancelled(memory: MakeStore) -> None:
     """P5."""
     async with staged(memory, window=0.02) as (stage, a, b, c):
 
@@ -329,7 +329,7 @@ async def test_a_handler_that_ignores_its_cancel_is_still_answered_as_cancelled(
 @pytest.mark.parametrize(
     "params", [{}, {"requestId": None}, {"requestId": True}, {"requestId": [1]}, {"requestId": 1.5}]
 )
-async def test_a_cancel_that_names_no_request_is_acknowledged_and_dropped(memory: MakeStore, params: Any) -> None:
+async def test_aimless_cancel_is_acknowledged_and_dropped(memory: MakeStore, params: Any) -> None:
     """P5."""
     async with staged(memory) as (stage, a, b, _):
         session = await a.open()

@@ -180,7 +180,7 @@ def nonstick(home: Path, *arguments: str, **environment: str) -> subprocess.Comp
 # ---- it serves
 
 
-def test_session_of_one_process_is_served_by_another(start: Start) -> None:
+def test_two_processes_serve_one_session(start: Start) -> None:
     """P1."""
     first, second = start("server.py"), start("server:make")
     opened, other = first.url(), second.url()
@@ -241,7 +241,7 @@ def test_app_without_an_mcp_endpoint_is_refused(home: Path) -> None:
     assert ended.stderr.startswith("nonstick: there is no MCP endpoint in this app.")
 
 
-def test_probes_answer_and_sigterm_ends_with_status_0(start: Start) -> None:
+def test_probes_answer_and_sigterm_succeeds(start: Start) -> None:
     served = start("server.py")
     url = root(served.url())
     for probe, said in (("/healthz", "ok"), ("/readyz", "ready")):
@@ -257,7 +257,7 @@ def test_ctrl_c_ends_with_status_0(start: Start) -> None:
     assert served.stop(signal.SIGINT) == 0
 
 
-def test_sigterm_does_not_wait_for_an_open_stream(start: Start) -> None:
+def test_sigterm_awaits_no_open_stream(start: Start) -> None:
     """P8: the stream is handed over, long before the grace period is over."""
     served = start("server.py", "--grace", "600")
     url = served.url()
@@ -298,7 +298,7 @@ def test_reload_serves_the_changed_file(start: Start, home: Path) -> None:
 
 
 @pytest.mark.slow
-def test_node_is_not_ready_while_its_store_is_away(start: Start) -> None:
+def test_node_without_store_is_not_ready(start: Start) -> None:
     """P9: it stays up, and recovers without a restart."""
     with ValkeyServer() as valkey:
         url = root(start("server.py", store=valkey.url).url())
@@ -315,7 +315,7 @@ def test_node_is_not_ready_while_its_store_is_away(start: Start) -> None:
 
 
 @pytest.mark.slow
-def test_foreign_host_header_is_refused_on_loopback_only(start: Start) -> None:
+def test_loopback_refuses_foreign_host_header(start: Start) -> None:
     """As with the SDK: protection against DNS rebinding."""
     local, public = start("server.py"), start("server.py", "--host", "0.0.0.0")
     foreign = {"host": "mcp.example.com"}
@@ -455,7 +455,7 @@ def test_default_store_lies_in_the_working_directory(home: Path, monkeypatch: py
         (["server.py", "--host", "192.0.2.1"], "192.0.2.1 is no address of this machine."),
     ],
 )
-def test_what_cannot_work_is_told_in_one_paragraph(home: Path, arguments: list[str], said: str) -> None:
+def test_unworkable_command_gets_one_paragraph(home: Path, arguments: list[str], said: str) -> None:
     ended = nonstick(home, "serve", *arguments, "--port", "0", "--log-level", "error")
     assert ended.returncode == 2
     (line,) = ended.stderr.splitlines()
@@ -465,7 +465,7 @@ def test_what_cannot_work_is_told_in_one_paragraph(home: Path, arguments: list[s
 
 
 @pytest.mark.parametrize("command", ["serve server.py", "doctor", "migrate"])
-def test_store_that_is_named_and_empty_is_refused(
+def test_empty_store_setting_is_refused(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A secret that was not filled in must not become a file that nobody shares."""
@@ -487,7 +487,7 @@ def answers(url: str, status: int) -> dict[str, Any]:
     return body
 
 
-def test_node_that_starts_during_an_outage_serves_once_the_store_is_there(start: Start) -> None:
+def test_node_started_in_outage_serves_later(start: Start) -> None:
     """P9: it listens, is not ready, keeps trying; and the log names the store, without its password (P13)."""
     with ValkeyServer() as valkey:
         valkey.kill()
@@ -509,7 +509,7 @@ def test_node_that_starts_during_an_outage_serves_once_the_store_is_there(start:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["valkey", "postgres"])
-def test_workers_that_start_during_an_outage_serve_once_the_store_is_there(start: Start, kind: str) -> None:
+def test_workers_started_in_outage_serve_later(start: Start, kind: str) -> None:
     with ValkeyServer() if kind == "valkey" else PostgresServer() as server:
         server.kill()
         served = start("server.py", "--workers", "2", store=server.url)
@@ -540,7 +540,7 @@ def test_silent_store_is_waited_for(start: Start) -> None:
         assert served.stop() == 0
 
 
-def test_mistake_that_only_the_server_can_see_ends_the_command(home: Path) -> None:
+def test_mistake_seen_by_server_ends_command(home: Path) -> None:
     """In one paragraph, with what to do and without the password (P13)."""
     with ValkeyServer() as valkey:
         for store, said in (
@@ -556,7 +556,7 @@ def test_mistake_that_only_the_server_can_see_ends_the_command(home: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_mistake_that_shows_when_the_node_joins_ends_the_command(home: Path, workers: str) -> None:
+def test_mistake_seen_on_joining_ends_command(home: Path, workers: str) -> None:
     """The first look is a mere write; what a node needs besides, it tries when it starts."""
     with ValkeyServer() as valkey:
         administer(valkey, "ACL", "SETUSER", "weak", "on", ">secret", "~*", "&*", "+@all", "-eval", "-evalsha")
@@ -569,7 +569,7 @@ def test_mistake_that_shows_when_the_node_joins_ends_the_command(home: Path, wor
 
 
 @pytest.mark.slow
-def test_many_nodes_start_at_once_on_a_file_that_is_not_there_yet(start: Start) -> None:
+def test_many_nodes_make_one_new_file(start: Start) -> None:
     """One of them makes it; the others wait for that, however busy the machine is, and all share it (P1)."""
     nodes = [start("server.py") for _ in range(16)]
     urls = [node.url() for node in nodes]
@@ -588,7 +588,7 @@ def test_port_in_use_is_told(home: Path) -> None:
     assert ended.stderr.startswith(f"nonstick: port {port} on 127.0.0.1 is in use. Choose another with --port")
 
 
-def test_failure_in_the_users_module_shows_their_code_and_none_of_ours(home: Path) -> None:
+def test_users_failing_module_shows_only_itself(home: Path) -> None:
     (home / "server.py").write_text("import helper\n")
     (home / "helper.py").write_text("def load():\n    return {}['key']\n\nload()\n")
     ended = nonstick(home, "serve", "server.py", "--port", "0")
@@ -625,7 +625,7 @@ def test_wrong_options_are_explained(capsys: pytest.CaptureFixture[str], argumen
 # ---- the store
 
 
-def test_doctor_tells_a_healthy_store_from_a_broken_one(
+def test_doctor_tells_healthy_from_broken(
     home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Exit status 0, 1 and 2; `--json` for machines; never the password (P13)."""
@@ -649,14 +649,14 @@ def test_doctor_tells_a_healthy_store_from_a_broken_one(
         assert "hunter2" not in capsys.readouterr().err
 
 
-def test_migrate_says_where_there_is_nothing_to_migrate(capsys: pytest.CaptureFixture[str]) -> None:
+def test_migrate_says_nothing_to_migrate(capsys: pytest.CaptureFixture[str]) -> None:
     """Redis and Valkey have no tables; the server is not even asked."""
     assert cli.main(["migrate", "--store", "redis://user:hunter2@127.0.0.1:1/0"]) == 0
     assert capsys.readouterr().out == "redis://127.0.0.1:1/0: nothing to migrate, this store has no tables\n"
 
 
 @pytest.mark.slow
-def test_doctor_shows_the_lines_that_a_server_lacks(home: Path) -> None:
+def test_doctor_shows_lines_a_server_lacks(home: Path) -> None:
     """With TARGET; and `serve` says the same in its log."""
     ended = nonstick(home, "doctor", "--store", "memory:", "server.py:mcp")
     assert ended.returncode == 0
@@ -664,7 +664,7 @@ def test_doctor_shows_the_lines_that_a_server_lacks(home: Path) -> None:
 
 
 @pytest.mark.slow
-def test_serve_says_what_a_server_was_built_without(start: Start) -> None:
+def test_serve_says_what_server_lacks(start: Start) -> None:
     """Clients of 2026-07-28 need two things shared between nodes."""
     served = start("server.py:mcp")
     served.url()

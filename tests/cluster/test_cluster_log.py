@@ -57,7 +57,7 @@ class Node:
             return await self.heard.get()
 
 
-async def test_what_one_node_publishes_every_node_hears_once_and_in_order(make_store: Callable[[], Store]) -> None:
+async def test_publication_is_heard_once_in_order(make_store: Callable[[], Store]) -> None:
     """P11, for clients of 2026-07-28; a last event as a fence shows that nothing came twice."""
     async with AsyncExitStack() as stack:
         a, b = Node(make_store()), Node(make_store())
@@ -77,7 +77,7 @@ async def test_what_one_node_publishes_every_node_hears_once_and_in_order(make_s
             assert [await node.hear() for _ in range(5)] == [*sent, fence]
 
 
-async def test_a_state_sealed_on_one_node_is_unsealed_on_another(make_store: Callable[[], Store]) -> None:
+async def test_sealed_state_is_unsealed_elsewhere(make_store: Callable[[], Store]) -> None:
     """Nodes that start at once agree on one key."""
     async with AsyncExitStack() as stack:
         nodes = [Node(make_store()) for _ in range(3)]
@@ -87,7 +87,7 @@ async def test_a_state_sealed_on_one_node_is_unsealed_on_another(make_store: Cal
             assert node.cluster.request_state_security.codec.unseal(token) == b"state"
 
 
-async def test_a_rotated_key_seals_only_when_every_node_accepts_it(
+async def test_rotated_key_waits_for_every_node(
     make_store: Callable[[], Store], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Older tokens stay good, and at no moment does a node meet a key that it does not know."""
@@ -114,9 +114,7 @@ async def test_a_rotated_key_seals_only_when_every_node_accepts_it(
         assert b.cluster.request_state_security.codec.unseal(after) == b"after"
 
 
-async def test_a_new_key_is_known_everywhere_before_anything_is_sealed_with_it(
-    make_store: Callable[[], Store], monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_new_key_is_known_before_use(make_store: Callable[[], Store], monkeypatch: pytest.MonkeyPatch) -> None:
     """The first of the two steps adds it as the last one, also where a node hears of that late."""
     monkeypatch.setattr(nonstick.cluster.cluster, "_SPREAD_SECONDS", 3600.0)
     async with AsyncExitStack() as stack:
@@ -140,7 +138,7 @@ async def test_a_new_key_is_known_everywhere_before_anything_is_sealed_with_it(
         await asyncio.wait([rotation])
 
 
-async def test_keys_that_change_while_a_node_starts_are_known_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_keys_changed_during_start_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the log says of it is taken before anybody here listens."""
     monkeypatch.setattr(nonstick.cluster.cluster, "_SPREAD_SECONDS", 0.0)
     memory = MemoryStore()
@@ -159,7 +157,7 @@ async def test_keys_that_change_while_a_node_starts_are_known_to_it(monkeypatch:
         assert b.cluster.request_state_security.codec.unseal(token) == b"state"
 
 
-async def test_key_that_is_gone_takes_only_what_was_said_under_it(make_store: Callable[[], Store]) -> None:
+async def test_lost_key_takes_only_its_messages(make_store: Callable[[], Store]) -> None:
     """P11, P13: the log outlives the keys of its entries. A node that has but the new one takes part all the same."""
     old, new = (secrets.token_bytes(32) for _ in range(2))
 
@@ -180,7 +178,7 @@ async def test_key_that_is_gone_takes_only_what_was_said_under_it(make_store: Ca
                 assert await one.hear() == ResourceUpdated(f"test://{fence}")
 
 
-async def test_who_has_no_key_is_told_so_and_writes_nothing(tmp_path: Path) -> None:
+async def test_keyless_node_is_told_and_silent(tmp_path: Path) -> None:
     """P13: a message in clear would be one that no node reads."""
     url, keys = f"sqlite:///{tmp_path}/sessions.db", [secrets.token_bytes(32)]
     async with Cluster.connect(url, encryption_keys=keys) as cluster:
@@ -192,7 +190,7 @@ async def test_who_has_no_key_is_told_so_and_writes_nothing(tmp_path: Path) -> N
         assert (await raw.load("cluster")).head.position == 1
 
 
-async def test_without_an_app_both_work_within_the_process() -> None:
+async def test_appless_bus_and_keys_work() -> None:
     """The same server also runs on stdio, where nothing is shared."""
     cluster, other = Cluster(), Cluster()
     heard: list[ServerEvent] = []
@@ -208,7 +206,7 @@ async def test_without_an_app_both_work_within_the_process() -> None:
         other.request_state_security.codec.unseal(token)
 
 
-async def test_a_record_without_keys_gets_some_and_the_log_is_followed_on(make_store: Callable[[], Store]) -> None:
+async def test_keyless_record_gets_new_keys(make_store: Callable[[], Store]) -> None:
     """P9: a node that looks while another one makes the lost record anew must not stop hearing for good."""
     async with AsyncExitStack() as stack:
         a, b = Node(make_store()), Node(make_store())

@@ -95,7 +95,7 @@ async def teams(make_store: MakeStore, **options: Any) -> AsyncIterator[tuple[St
         yield stage, a, b, c
 
 
-async def test_handler_sees_what_its_own_requests_middleware_set(make_store: MakeStore) -> None:
+async def test_handler_sees_its_own_requests_context(make_store: MakeStore) -> None:
     """P18: of several at once, on any node, as a plain answer and as a stream."""
     async with teams(make_store) as (stage, a, b, c):
         session = await a.open(**of_team("opener"))
@@ -121,8 +121,8 @@ async def test_relayed_handler_sees_no_other_requests_variables(make_store: Make
 
 
 @pytest.mark.parametrize(("placement", "expected"), [("any", "asker asker"), ("owner", "unset unset")])
-async def test_progress_is_heard_in_the_context_of_who_asked(memory: MakeStore, placement: str, expected: str) -> None:
-    """P18, P4: whichever request brought it."""
+async def test_progress_is_heard_by_its_asker(memory: MakeStore, placement: str, expected: str) -> None:
+    """P18, P4: in the asker's context, whichever request brought it."""
     async with teams(memory, placement=placement) as (stage, a, b, c):
         session = await a.open(**of_team("opener"))
         for member in (b, a):  # through the log, and at once
@@ -140,7 +140,7 @@ async def test_progress_is_heard_in_the_context_of_who_asked(memory: MakeStore, 
                 assert text_of((await stream.rest())[-1]) == expected
 
 
-async def test_state_is_built_anew_in_no_requests_context(memory: MakeStore) -> None:
+async def test_state_is_rebuilt_without_requests_context(memory: MakeStore) -> None:
     """P18, P7: it is every later request's."""
     seen: list[str] = []
 
@@ -182,7 +182,7 @@ async def tasks() -> AsyncIterator[dict[str, set[str]]]:
 
 
 @pytest.mark.parametrize("placement", ["any", "owner"])
-async def test_what_goes_on_in_the_background_keeps_no_requests_variables(
+async def test_background_work_keeps_no_requests_variables(
     make_store: MakeStore, tasks: dict[str, set[str]], placement: str
 ) -> None:
     """P18, P10: followers, readers, the store's own tasks and all else begin in an empty context."""

@@ -133,12 +133,12 @@ def test_sdk_alone_fails_as_expected() -> None:
 
 
 @pytest.mark.slow
-def test_output_is_plain_when_nobody_watches_and_when_told() -> None:
+def test_unwatched_output_is_plain() -> None:
     assert "\x1b" not in demo("--sdk", NO_COLOR="1").stdout
 
 
 @pytest.mark.slow
-def test_node_that_cannot_start_is_shown_with_the_end_of_its_log(tmp_path: Path) -> None:
+def test_failed_node_shows_its_last_lines(tmp_path: Path) -> None:
     ended = demo("--store", f"sqlite:///{tmp_path}/absent/x.db")
     assert ended.returncode == 1
     assert "FAIL  node-a ended at its start" in ended.stdout

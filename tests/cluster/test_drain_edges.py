@@ -27,7 +27,7 @@ from tests.cluster.test_placement import Desk, desk, lose, use
 pytestmark = pytest.mark.anyio
 
 
-async def test_request_that_comes_while_the_lifespan_ends_is_served() -> None:
+async def test_request_during_lifespans_end_is_served() -> None:
     """P8: a host may still have connections then; 500 would say that nonstick does not run."""
     began, may_end, leave = asyncio.Event(), asyncio.Event(), asyncio.Event()
     server = MCPServer[Any]("ends")
@@ -102,7 +102,7 @@ async def test_node_that_drains_takes_no_session_over(memory: MakeStore) -> None
         assert (await stage.store.load(key)).fields[OWNER] == node_of(c).services.node_id.encode()
 
 
-async def test_session_moves_once_the_handler_of_its_notification_ended(memory: MakeStore) -> None:
+async def test_session_moves_after_its_notifications_handler(memory: MakeStore) -> None:
     """P8: that is work too, and mostly nothing follows it."""
 
     class Roots(Desk):
@@ -131,7 +131,7 @@ async def test_session_moves_once_the_handler_of_its_notification_ended(memory: 
         assert await use(b, session, 2) == 101
 
 
-async def test_session_moves_that_becomes_idle_while_another_is_let_go() -> None:
+async def test_session_idle_mid_move_moves_too() -> None:
     """P8: whichever ends while the store is asked."""
     stores: list[HeldStore] = []
     shared = one(MemoryStore())
@@ -160,7 +160,7 @@ async def test_session_moves_that_becomes_idle_while_another_is_let_go() -> None
         assert [text_of(messages(answer)[-1]) for answer in answers] == ["101", "101"]
 
 
-async def test_relayed_request_is_not_run_on_a_state_that_is_being_cleaned_up() -> None:
+async def test_relay_runs_on_no_dying_state() -> None:
     """P7, P8: its owner took it over, and stopped before it heard so."""
     stores: list[HeldStore] = []
     shared = one(MemoryStore())

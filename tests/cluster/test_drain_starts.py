@@ -249,10 +249,8 @@ async def begun(member: Member, session: Session, body: bytes, **headers: str) -
 
 @pace.unhurried("grace", 0.5, 2.0, 8.0)
 @pytest.mark.parametrize("headers", [{}, {"mcp-protocol-version": "2026-07-28", "mcp-method": "tools/list"}])
-async def test_request_that_is_half_sent_may_come_in_within_the_grace_and_is_refused_after_it(
-    memory: MakeStore, headers: dict[str, str], grace: float
-) -> None:
-    """P8: else it would hold the node for `receive_timeout`."""
+async def test_half_sent_request_waits_for_grace(memory: MakeStore, headers: dict[str, str], grace: float) -> None:
+    """P8: and is refused after it, or it would hold the node for `receive_timeout`."""
     body = json.dumps(call("speak", 1)).encode()
     async with Stage(memory, nodes=1, grace=grace) as stage, asyncio.timeout(DEADLINE):
         (a,) = stage.cluster
@@ -276,7 +274,7 @@ async def test_request_that_is_half_sent_may_come_in_within_the_grace_and_is_ref
         await draining
 
 
-async def test_client_that_does_not_read_does_not_hold_a_node_that_closes(memory: MakeStore) -> None:
+async def test_stalled_client_delays_no_closing_node(memory: MakeStore) -> None:
     """P8: nor for `send_timeout`."""
     async with Stage(memory, nodes=1, grace=0.1) as stage, asyncio.timeout(DEADLINE):
         (a,) = stage.cluster
@@ -295,7 +293,7 @@ async def test_client_that_does_not_read_does_not_hold_a_node_that_closes(memory
         writer.transport.abort()
 
 
-async def test_request_that_comes_after_the_grace_is_refused_and_does_not_run(memory: MakeStore) -> None:
+async def test_request_after_grace_does_not_run(memory: MakeStore) -> None:
     """P8: what began then would be ended at once."""
     async with Stage(memory, nodes=1, grace=0.05) as stage, asyncio.timeout(DEADLINE):
         (a,) = stage.cluster

@@ -167,7 +167,7 @@ async def test_keys_are_rotated_while_calls_run(backend: tuple[MakeStore, Dump])
             assert all(KeyRing([NEW]).is_current(data) for data in fields.values())
 
 
-async def test_a_node_with_another_key_answers_503_and_says_why(
+async def test_node_with_other_key_answers_503(
     backend: tuple[MakeStore, Dump], caplog: pytest.LogCaptureFixture
 ) -> None:
     """P9: never 404, which would end the client's session; the other nodes serve on."""

@@ -63,7 +63,7 @@ async def gone_everywhere(stage: Stage, session: Session) -> None:
 # ---- DELETE
 
 
-async def test_delete_on_one_node_stops_the_handlers_and_closes_the_streams_of_all(make_store: MakeStore) -> None:
+async def test_delete_stops_handlers_and_streams_everywhere(make_store: MakeStore) -> None:
     """P6."""
     async with staged(make_store, window=0.05) as (stage, a, b, c):
         playing(stage)
@@ -93,7 +93,7 @@ async def test_delete_on_one_node_stops_the_handlers_and_closes_the_streams_of_a
             await eventually(lambda member=member: not node_of(member).sessions)  # type: ignore[misc]
 
 
-async def test_delete_on_one_node_stops_the_handlers_of_notifications_on_all(make_store: MakeStore) -> None:
+async def test_delete_stops_notification_handlers_everywhere(make_store: MakeStore) -> None:
     """P6."""
     async with staged(make_store, window=0.02) as (stage, a, b, c):
         for member in (a, b, c):
@@ -132,7 +132,7 @@ async def test_delete_stops_a_handler_within_its_window(make_store: MakeStore) -
                 assert response.status_code == 404
 
 
-async def test_delete_stops_a_handler_that_is_answered_with_json(make_store: MakeStore) -> None:
+async def test_delete_stops_a_json_handler(make_store: MakeStore) -> None:
     """P6: `answer="json"`."""
     async with staged(make_store, answer="json", window=0.02) as (stage, a, b, c):
         playing(stage)
@@ -144,7 +144,7 @@ async def test_delete_stops_a_handler_that_is_answered_with_json(make_store: Mak
             assert (await stream.response()).status_code == 404
 
 
-async def test_delete_stops_a_handler_that_waits_for_its_client(make_store: MakeStore) -> None:
+async def test_delete_stops_a_waiting_handler(make_store: MakeStore) -> None:
     """P6, P4."""
     async with staged(make_store) as (stage, a, b, c):
 
@@ -163,7 +163,7 @@ async def test_delete_stops_a_handler_that_waits_for_its_client(make_store: Make
             assert await stream.rest() == []
 
 
-async def test_delete_runs_the_clean_up_that_is_owed_on_other_nodes_once(make_store: MakeStore) -> None:
+async def test_delete_runs_owed_clean_up_once(make_store: MakeStore) -> None:
     """P6: `exit_stack`, though nothing of the session runs there any more."""
     async with staged(make_store) as (stage, a, b, c):
         cleaned = playing(stage)
@@ -180,7 +180,7 @@ async def test_delete_runs_the_clean_up_that_is_owed_on_other_nodes_once(make_st
 
 
 @pytest.mark.parametrize("written", [False, True], ids=["before it is written", "before it is acknowledged"])
-async def test_delete_while_an_answer_is_being_saved_goes_smoothly(
+async def test_delete_during_saving_goes_smoothly(
     make_store: MakeStore, written: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     """P6."""
@@ -227,7 +227,7 @@ async def test_delete_ends_no_other_session(make_store: MakeStore) -> None:
 # ---- expiry
 
 
-async def test_an_idle_session_expires_by_the_stores_clock_and_its_clean_up_runs_once() -> None:
+async def test_idle_session_expires_and_cleans_up() -> None:
     """P6: on the nodes that still hold something for it."""
     clock = ManualClock()
     async with staged(one(MemoryStore(clock=clock)), lease=1e6) as (stage, a, b, c):
@@ -254,7 +254,7 @@ async def test_an_idle_session_expires_in_every_store(make_store: MakeStore) -> 
 
 
 @pytest.mark.parametrize("kind", ["standalone", "request", "resumed"])
-async def test_a_session_with_an_open_stream_does_not_expire(make_store: MakeStore, kind: str) -> None:
+async def test_streaming_session_does_not_expire(make_store: MakeStore, kind: str) -> None:
     """P6: for several lifetimes, on a node that serves nothing else of it."""
     options: dict[str, Any] = {"app_options": {"session_idle_timeout": 1.0}, "ping_interval": 0.3}
     async with staged(make_store, **options) as (stage, a, b, c):
@@ -290,7 +290,7 @@ async def test_requests_keep_a_session_alive(make_store: MakeStore) -> None:
                 assert text_of((await members[number % 3].post(call("quick"), session)).json()) == "quick"
 
 
-async def test_an_expired_session_ends_the_streams_that_are_still_open() -> None:
+async def test_expired_session_ends_its_streams() -> None:
     """P6: as when a node could not renew it for long."""
     clock = ManualClock()
     async with staged(one(MemoryStore(clock=clock)), window=0.05, lease=1e6) as (stage, a, b, c):
@@ -305,7 +305,7 @@ async def test_an_expired_session_ends_the_streams_that_are_still_open() -> None
             await stage.reached("stopped one")
 
 
-async def test_a_closed_node_leaves_the_session_to_the_others(make_store: MakeStore) -> None:
+async def test_closed_node_leaves_sessions_to_others(make_store: MakeStore) -> None:
     """P6: what it owes it cleans up; the session lives on."""
     async with staged(make_store) as (stage, a, b, c):
         cleaned = playing(stage)

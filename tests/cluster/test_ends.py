@@ -61,7 +61,7 @@ async def ends(make_store: MakeStore, **options: Any) -> AsyncIterator[tuple[End
         yield stage, a, b, c
 
 
-async def test_every_end_of_a_handler_is_one_plain_answer(memory: MakeStore, exits: list[Exit]) -> None:
+async def test_every_end_is_one_plain_answer(memory: MakeStore, exits: list[Exit]) -> None:
     """P16: before anything was sent."""
     async with ends(memory) as (stage, a, b, _):
         session = await a.open()
@@ -73,7 +73,7 @@ async def test_every_end_of_a_handler_is_one_plain_answer(memory: MakeStore, exi
 
 
 @pytest.mark.parametrize("relayed", [False, True], ids=["here", "relayed"])
-async def test_every_end_of_a_handler_ends_its_stream_once_on_every_node(make_store: MakeStore, relayed: bool) -> None:
+async def test_every_end_ends_its_stream_once(make_store: MakeStore, relayed: bool) -> None:
     """P16: where the request came in, and where its client resumes, before the end and after it."""
     options = {"placement": "owner"} if relayed else {}
     async with ends(make_store, **options) as (stage, a, b, c):
@@ -98,7 +98,7 @@ async def test_every_end_of_a_handler_ends_its_stream_once_on_every_node(make_st
 
 
 @pytest.mark.parametrize("relayed", [False, True], ids=["here", "relayed"])
-async def test_every_end_of_a_handler_that_asked_its_client_is_told_once(memory: MakeStore, relayed: bool) -> None:
+async def test_every_end_after_asking_comes_once(memory: MakeStore, relayed: bool) -> None:
     """P16, P4: the reply came in on another node."""
     options = {"placement": "owner"} if relayed else {}
     async with ends(memory, **options) as (_, a, b, c):
@@ -111,7 +111,7 @@ async def test_every_end_of_a_handler_that_asked_its_client_is_told_once(memory:
                 way.check(answer, name)
 
 
-async def test_handler_whose_task_is_cancelled_while_it_asks_is_told_of_once(memory: MakeStore) -> None:
+async def test_handler_cancelled_while_asking_reports_once(memory: MakeStore) -> None:
     """P16: and so is that nobody waits for the reply any more."""
     async with ends(memory) as (stage, a, b, c):
         session = await a.open()
@@ -157,7 +157,7 @@ async def test_state_is_kept_however_the_handler_ended(memory: MakeStore) -> Non
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-async def test_every_end_of_a_middleware_in_the_handshake_is_one_answer(make_store: MakeStore, after: bool) -> None:
+async def test_every_handshake_end_is_one_answer(make_store: MakeStore, after: bool) -> None:
     """P16, P2: and a session that did not open leaves nothing."""
     async with ends(make_store) as (stage, a, _, _):
         stage.opening_after = after
@@ -172,7 +172,7 @@ async def test_every_end_of_a_middleware_in_the_handshake_is_one_answer(make_sto
 
 
 @pytest.mark.parametrize("relayed", [False, True], ids=["here", "relayed"])
-async def test_every_end_of_a_notifications_handler_leaves_its_session_whole(memory: MakeStore, relayed: bool) -> None:
+async def test_every_notifications_end_spares_the_session(memory: MakeStore, relayed: bool) -> None:
     """P16: it keeps what it changed, and what follows is served."""
     options = {"placement": "owner"} if relayed else {}
     async with ends(memory, **options) as (stage, a, b, c):
@@ -199,9 +199,7 @@ ABOUT_CLIENT = {
 
 
 @pytest.mark.parametrize("phase", ["", "reports"])
-async def test_every_end_of_a_handler_without_a_session_is_one_answer(
-    memory: MakeStore, exits: list[Exit], phase: str
-) -> None:
+async def test_every_sessionless_end_is_one_answer(memory: MakeStore, exits: list[Exit], phase: str) -> None:
     """P16, P17: for clients of 2026-07-28, whom the SDK serves: plain, and at the end of a stream."""
     async with ends(memory) as (_, a, _, _):
         for name, way in ALL.items():
@@ -219,7 +217,7 @@ async def test_every_end_of_a_handler_without_a_session_is_one_answer(
     assert [type(told) for told in exits] == [SystemExit, KeyboardInterrupt]
 
 
-async def test_every_end_of_rehydrate_is_told_to_who_waits_and_tried_again(memory: MakeStore) -> None:
+async def test_every_rehydration_end_is_told(memory: MakeStore) -> None:
     """P16, P7: a session that could not be built here does not stay with this node, silent."""
 
     async def rehydrate(connection: Any) -> None:
@@ -257,7 +255,7 @@ async def lost_request(stage: Ends, session: Session, number: int, message: dict
     return EventId(appended.first, Cursor(appended.first, event.tag), message["id"]).seal(session.id)
 
 
-async def test_every_end_of_a_request_that_is_run_again_is_told_once(memory: MakeStore) -> None:
+async def test_every_rerun_end_is_told_once(memory: MakeStore) -> None:
     """P16, P7: on the node that took it over, to who resumes there and elsewhere."""
     async with ends(memory, reexecute="idempotent") as (stage, a, b, c):
 
@@ -280,7 +278,7 @@ async def test_every_end_of_a_request_that_is_run_again_is_told_once(memory: Mak
         await asyncio.gather(*(see(number, *each) for number, each in enumerate(ALL.items())))
 
 
-async def test_every_end_of_the_list_of_tools_still_ends_a_lost_request(memory: MakeStore) -> None:
+async def test_failing_tool_list_ends_lost_request(memory: MakeStore) -> None:
     """P16, P7: which could not be looked up, and so is not run again."""
     lists = {name: way for name, way in ALL.items() if way.code is not None and way.text != INVALID}
     async with ends(memory, reexecute="idempotent") as (stage, a, b, _):
@@ -297,8 +295,8 @@ async def test_every_end_of_the_list_of_tools_still_ends_a_lost_request(memory: 
         await asyncio.gather(*map(see, range(len(lists))))
 
 
-async def test_cancel_that_the_handler_swallows_or_changes_is_told_as_a_cancel(memory: MakeStore) -> None:
-    """P16, P5: the client hears of its own cancel, once."""
+async def test_cancel_swallowed_is_still_a_cancel(memory: MakeStore) -> None:
+    """P16, P5: or changed by the handler: the client hears of its own cancel, once."""
     async with ends(memory) as (stage, a, b, c):
 
         @stage.tool
@@ -349,7 +347,7 @@ class Evil(dict[str, Any]):
         raise ArithmeticError("not today")
 
 
-async def test_state_that_raises_when_it_is_looked_at_is_an_error_and_the_next_request_is_served(
+async def test_raising_state_spares_the_next_request(
     memory: MakeStore,
 ) -> None:
     """P16, P2."""
@@ -373,7 +371,7 @@ async def test_state_that_raises_when_it_is_looked_at_is_an_error_and_the_next_r
 
 
 @pytest.mark.parametrize("times", [2, 1000])
-async def test_end_is_told_or_refused_though_whoever_tells_it_is_cancelled(memory: MakeStore, times: int) -> None:
+async def test_end_survives_its_tellers_cancellation(memory: MakeStore, times: int) -> None:
     """P16: by a handler that cancels every task it finds, say. The client never waits for ever."""
     loop, left = asyncio.get_running_loop(), times
 

@@ -106,7 +106,7 @@ async def test_wizard_gets_its_answers_through_other_nodes(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-async def test_long_report_is_resumed_after_its_connection_was_closed(tmp_path: Path) -> None:
+async def test_long_report_survives_closed_connection(tmp_path: Path) -> None:
     """P3. The client comes back by itself, and hears of every chapter once."""
     seen: list[float] = []
 
@@ -134,9 +134,7 @@ async def test_basket_is_there_on_every_node(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-async def test_transaction_stays_open_while_other_nodes_are_asked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_transaction_stays_open_across_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """P1, P8: it is on one node; where that is replaced, the client is told what became of it."""
     monkeypatch.setenv("LEDGER", str(tmp_path / "ledger.db"))
     nodes: list[NodeProcess] = []
@@ -166,7 +164,7 @@ def served_by(balancer: Balancer) -> set[str]:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::mcp.shared.exceptions.MCPDeprecationWarning")
-async def test_watchers_on_other_nodes_hear_of_the_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_watchers_elsewhere_hear_of_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """P11."""
     heard = asyncio.Event()
 

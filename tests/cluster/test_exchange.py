@@ -55,7 +55,7 @@ def has_ended(session: View, key: str) -> bool:
     return isinstance(exchange, Exchange) and exchange.is_closed
 
 
-async def test_handler_whose_caller_was_cancelled_before_the_answer_runs_to_its_end(memory: MakeStore) -> None:
+async def test_abandoned_handler_runs_to_its_end(memory: MakeStore) -> None:
     """P3: a middleware's timeout, say; more than a client's connection would have taken is sent to nobody."""
     async with staged(memory) as (stage, a, _, _):
 
@@ -77,7 +77,7 @@ async def test_handler_whose_caller_was_cancelled_before_the_answer_runs_to_its_
         await stage.reached("done")
 
 
-async def test_session_of_a_caller_that_was_cancelled_expires(memory: MakeStore) -> None:
+async def test_session_of_cancelled_caller_expires(memory: MakeStore) -> None:
     """P10: nobody waits for the answer any more, though the connection was not seen to end."""
     async with staged(memory, window=0.02, app_options={"session_idle_timeout": 1.0}) as (stage, a, _, _):
 
@@ -129,9 +129,7 @@ async def _call_app(member: Member, session: Session, message: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("how", ["saves", "streams"])
-async def test_request_whose_session_ended_elsewhere_within_its_window_gets_404(
-    make_store: MakeStore, how: str
-) -> None:
+async def test_request_of_ended_session_gets_404(make_store: MakeStore, how: str) -> None:
     """P6, P9: not 503, with which the client would try for ever."""
     async with staged(make_store, window=FOR_EVER) as (stage, a, b, c):
 
@@ -154,7 +152,7 @@ async def test_request_whose_session_ended_elsewhere_within_its_window_gets_404(
             assert "retry-after" not in response.headers
 
 
-async def test_state_that_was_set_while_a_request_waits_to_be_saved_is_not_undone(memory: MakeStore) -> None:
+async def test_state_set_while_saving_stays(memory: MakeStore) -> None:
     """P2: what it saves is looked up once it is its turn."""
     stores: list[HeldStore] = []
 
@@ -194,7 +192,7 @@ async def test_state_that_was_set_while_a_request_waits_to_be_saved_is_not_undon
             assert text_of((await member.post(call("get"), session)).json()) == "late"
 
 
-async def test_log_level_holds_at_once_for_what_runs_on_the_same_node(memory: MakeStore) -> None:
+async def test_log_level_holds_at_once(memory: MakeStore) -> None:
     """P2: though that does not follow the log yet."""
     async with staged(memory, window=FOR_EVER) as (stage, a, b, _):
 
@@ -214,10 +212,8 @@ async def test_log_level_holds_at_once_for_what_runs_on_the_same_node(memory: Ma
             assert text_of(await stream.answer()) == "done"
 
 
-async def test_reply_that_the_log_cannot_take_is_503_and_counts_once_it_can(
-    memory: MakeStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """P4, P9: 202 means that the handler gets it."""
+async def test_reply_to_full_log_is_503(memory: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """P4, P9: it counts once the log can take it: 202 means that the handler gets it."""
     monkeypatch.setattr("nonstick.http.post.PATIENCE_FOR_WHAT_COMES_ONCE", 0.05)
     stores: list[DownStore] = []
 
@@ -243,7 +239,7 @@ async def test_reply_that_the_log_cannot_take_is_503_and_counts_once_it_can(
             assert texts_of(await stream.rest()) == ["Ada"]
 
 
-async def test_cancel_reaches_a_request_though_a_later_one_loaded_a_newer_log(memory: MakeStore) -> None:
+async def test_cancel_reaches_the_earlier_request(memory: MakeStore) -> None:
     """P5: the node follows from where the earliest of what runs there began."""
     async with staged(memory, window=0.5) as (stage, a, b, c):
 
@@ -265,7 +261,7 @@ async def test_cancel_reaches_a_request_though_a_later_one_loaded_a_newer_log(me
             assert (await stream.outcome())["error"]["message"] == "Request cancelled"
 
 
-async def test_log_is_followed_no_longer_than_anything_runs(make_store: MakeStore) -> None:
+async def test_log_is_followed_while_needed(make_store: MakeStore) -> None:
     """P10: when the last request has ended, nothing watches the session."""
     async with staged(make_store, window=0.02) as (stage, a, b, _):
 
@@ -285,9 +281,7 @@ async def test_log_is_followed_no_longer_than_anything_runs(make_store: MakeStor
         await eventually(lambda: followed.subscriptions == 0)
 
 
-async def test_session_is_confirmed_though_its_answer_was_in_doubt(
-    memory: MakeStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_doubtful_answer_still_confirms_its_session(memory: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """P9, P10: the end that was in doubt is the end: nothing is written behind it, and what follows an end is done."""
     monkeypatch.setattr("nonstick.log.writer._PATIENCE", 0.05)
     monkeypatch.setattr("nonstick.session.stream._RETRY_PAUSE", 0.05)
@@ -321,9 +315,7 @@ async def test_session_is_confirmed_though_its_answer_was_in_doubt(
         assert (await stage.kinds(session)).count(Kind.TERMINAL) == 1
 
 
-async def test_request_whose_stream_could_not_be_opened_does_not_run(
-    memory: MakeStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_request_without_its_stream_never_runs(memory: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """P9: 503 says "try again", and its id is free again as soon as the stream that may have been opened has ended."""
     monkeypatch.setattr("nonstick.log.writer._PATIENCE", 0.05)
     monkeypatch.setattr("nonstick.session.stream._RETRY_PAUSE", 0.05)
@@ -362,9 +354,7 @@ async def test_request_whose_stream_could_not_be_opened_does_not_run(
         assert await stage.kinds(session) == [Kind.OPENED, Kind.TERMINAL] * 3
 
 
-async def test_error_that_a_handler_answers_with_is_no_failure(
-    memory: MakeStore, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_handlers_own_error_is_no_failure(memory: MakeStore, caplog: pytest.LogCaptureFixture) -> None:
     """P16: it is logged only where a handler ends in a way that it did not choose."""
     async with staged(memory) as (stage, a, _, _):
 
@@ -385,7 +375,7 @@ async def test_error_that_a_handler_answers_with_is_no_failure(
 
 
 @pytest.mark.parametrize("how", ["drained", "cancelled"])
-async def test_first_reason_outlasts_what_a_stopped_handler_raises(memory: MakeStore, how: str) -> None:
+async def test_first_reason_outlasts_later_errors(memory: MakeStore, how: str) -> None:
     """P5, P8: a handler that makes an error of its cancellation does not replace why it was cancelled."""
     async with staged(memory, grace=0.05) as (stage, a, b, c):
 

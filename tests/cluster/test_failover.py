@@ -38,7 +38,7 @@ class Failover:
             self._store._watches.announce(key, None)
 
 
-async def test_a_request_whose_stream_was_lost_writes_nothing_into_the_one_that_took_its_name() -> None:
+async def test_lost_streams_request_writes_nothing_more() -> None:
     """P3: the store gives the lost positions out again."""
     store = MemoryStore()
     async with staged(one(store), window=0.1) as (stage, a, b, c):
@@ -77,7 +77,7 @@ async def test_a_request_whose_stream_was_lost_writes_nothing_into_the_one_that_
                 assert (end["id"], text_of(end)) == ("y", "later done")
 
 
-async def test_a_stream_that_lost_events_in_its_middle_ends_with_one_error_for_everybody() -> None:
+async def test_stream_with_a_hole_ends() -> None:
     """P3, P9: a client that has less than was lost cannot see the gap, so nothing may come after it."""
     store = MemoryStore()
     async with staged(one(store), window=0.1) as (stage, a, b, _c):
@@ -109,7 +109,7 @@ async def test_a_stream_that_lost_events_in_its_middle_ends_with_one_error_for_e
             assert await resumed.rest() == [end]
 
 
-async def test_a_silent_request_finds_out_that_its_stream_lost_events() -> None:
+async def test_silent_request_notices_lost_events() -> None:
     """P9: its client is told when the loss is seen, not when the handler has something to say."""
     store = MemoryStore()
     async with staged(one(store), window=0.1) as (stage, a, _b, _c):
@@ -132,7 +132,7 @@ async def test_a_silent_request_finds_out_that_its_stream_lost_events() -> None:
             assert end["error"]["data"]["reason"] == "stream_lost"
 
 
-async def test_a_client_that_holds_no_id_of_a_lost_stream_gets_an_error_on_its_own_connection() -> None:
+async def test_idless_client_hears_of_lost_stream() -> None:
     """P9: a client of before 2025-11-25 got no priming event, and would wait for ever."""
     store = MemoryStore()
     async with staged(one(store), window=0.1) as (stage, a, _b, _c):
@@ -153,7 +153,7 @@ async def test_a_client_that_holds_no_id_of_a_lost_stream_gets_an_error_on_its_o
             assert end["error"]["data"] == {"reason": "stream_lost", "retrySafe": False}
 
 
-async def test_a_resume_whose_streams_end_was_lost_is_ended_though_its_node_lives(
+async def test_resume_after_lost_end_is_ended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """P7, P9: nobody works for the stream any more, and nobody answers when it is asked."""
@@ -179,7 +179,7 @@ async def test_a_resume_whose_streams_end_was_lost_is_ended_though_its_node_live
             assert end["error"]["data"]["reason"] == "node_lost"
 
 
-async def test_a_request_that_still_runs_says_so_when_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_running_request_answers_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """P7: a tool may be silent for long; a resumed client waits for it."""
     monkeypatch.setattr(nonstick.session.rescue, "_PROBE_AFTER", 1.2)
     store = MemoryStore()
@@ -206,7 +206,7 @@ async def test_a_request_that_still_runs_says_so_when_it_is_asked(monkeypatch: p
             assert [text_of(message) for message in await stream.rest()] == ["done"]
 
 
-async def test_a_request_whose_state_cannot_be_saved_does_not_ask_to_be_made_again() -> None:
+async def test_unsaveable_state_asks_for_no_repeat() -> None:
     """P9: it ran, so 503 would have it run twice."""
     store = MemoryStore()
     downs: list[DownStore] = []
@@ -234,7 +234,7 @@ async def test_a_request_whose_state_cannot_be_saved_does_not_ask_to_be_made_aga
         assert runs == [1]
 
 
-async def test_a_stream_that_is_closed_after_the_answer_is_never_opened() -> None:
+async def test_stream_closed_after_answer_never_opens() -> None:
     """P10: nobody would ever end it."""
     store = MemoryStore()
     async with staged(one(store), window=5.0) as (stage, a, _b, _c):
@@ -256,7 +256,7 @@ async def test_a_stream_that_is_closed_after_the_answer_is_never_opened() -> Non
         assert await stage.kinds(session) == []
 
 
-async def test_messages_of_a_long_outage_come_in_order_when_the_store_is_back(
+async def test_messages_outlast_an_outage_in_order(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """P3, P9: the first is in doubt, those after it wait for it."""

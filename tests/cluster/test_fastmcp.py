@@ -123,7 +123,7 @@ async def test_session_id_is_not_in_the_store() -> None:
         assert not any(name.startswith("state:") for name in fields)
 
 
-async def test_what_is_kept_while_a_session_opens_is_there_once_it_is_open() -> None:
+async def test_state_kept_while_opening_stays() -> None:
     """P2: on every node; of one whose `initialize` failed nothing is left."""
     store = MemoryStore()
     async with nodes(store) as members:
@@ -135,7 +135,7 @@ async def test_what_is_kept_while_a_session_opens_is_there_once_it_is_open() -> 
         assert "mcp-session-id" not in refused.headers
 
 
-async def test_session_that_set_its_log_level_costs_an_idle_node_nothing() -> None:
+async def test_log_level_costs_idle_node_nothing() -> None:
     """P10: FastMCP's own handler would keep the session's live view on the node for good."""
     store = MemoryStore()
     async with nodes(store) as (a, b, _):
@@ -148,7 +148,7 @@ async def test_session_that_set_its_log_level_costs_an_idle_node_nothing() -> No
             await eventually(lambda node=node: not node.sessions)  # type: ignore[misc]
 
 
-async def test_session_state_is_encrypted_where_the_store_is() -> None:
+async def test_session_state_is_encrypted_with_store() -> None:
     """P13."""
     store, key = MemoryStore(), secrets.token_bytes(32)
     async with nodes(store, encryption_keys=[key]) as (a, b, c):
@@ -189,7 +189,7 @@ async def without_session(member: Member, tool: str, /, *, headers: dict[str, st
     return messages(response)[-1]["result"]
 
 
-async def test_request_without_a_session_reaches_no_record_of_one_that_it_names() -> None:
+async def test_sessionless_request_reaches_no_record() -> None:
     """P1: neither somebody else's nor its own, on any node, with a token or without."""
     for auth in (USERS, None):
         store = Counted()
@@ -212,7 +212,7 @@ async def test_request_without_a_session_reaches_no_record_of_one_that_it_names(
             assert value(await c.post(call("get", key="pin"), session)) == "1234"
 
 
-async def test_stateless_server_reaches_no_record_of_a_session_that_a_request_names() -> None:
+async def test_stateless_server_reaches_no_record() -> None:
     """P1: its requests have no session either, of whichever version."""
     store = Counted()
     async with nodes(store) as (a, _, _):
@@ -225,7 +225,7 @@ async def test_stateless_server_reaches_no_record_of_a_session_that_a_request_na
         assert value(await a.post(call("get", key="pin"), session)) == "1234"
 
 
-async def test_request_without_a_session_leaves_nothing_of_what_it_kept_for_itself() -> None:
+async def test_sessionless_request_leaves_nothing() -> None:
     """P10: FastMCP gives each a name of its own, under which nobody asks again. Made-up session ids leave nothing."""
     store = Counted()
     async with nodes(store, max_state_records=1) as (a, b, _):
@@ -237,7 +237,7 @@ async def test_request_without_a_session_leaves_nothing_of_what_it_kept_for_itse
         assert store.made == made
 
 
-async def test_values_outside_of_sessions_are_limited_in_all_and_for_each_user() -> None:
+async def test_sessionless_values_are_limited_per_user() -> None:
     """P10: with an error that says which limit it was; what is there stays, and goes on."""
     store = Counted()
     async with nodes(store, USERS, max_state_records=4, max_state_records_per_principal=2) as members:
@@ -277,9 +277,7 @@ def spans() -> Iterator[Callable[[], list[Any]]]:
 
 
 @pytest.mark.parametrize("ids", ["hashed", "raw"])
-async def test_spans_name_a_session_by_its_hash_unless_its_id_is_asked_for(
-    spans: Callable[[], list[Any]], ids: Literal["hashed", "raw"]
-) -> None:
+async def test_spans_hash_the_sessions_id(spans: Callable[[], list[Any]], ids: Literal["hashed", "raw"]) -> None:
     """P13: whoever reads the traces could use the session. On every node, also where a mounted server runs the tool."""
     async with nodes(MemoryStore(), trace_session_ids=ids) as members:
         session = await members[0].open()

@@ -157,9 +157,7 @@ async def test_intruder_puts_nothing_on_a_clients_stream(
                 assert text_of(await stream.message()) == f"true {number}"
 
 
-async def test_intruder_answers_no_question_in_the_users_place(
-    make: MakeStore, postgres: PostgresServer, schema: str
-) -> None:
+async def test_intruder_answers_nothing_for_the_user(make: MakeStore, postgres: PostgresServer, schema: str) -> None:
     """P4, P14: nor cancels, nor ends anything."""
     async with besieged(make, postgres, schema) as (stage, intruder, a, _b, c):
         session = await a.open()

@@ -82,7 +82,7 @@ def message(version: int, after: Cursor | None, position: int, data: bytes, tag:
 
 
 @pytest.mark.parametrize("kind", ["of 0.1", "no tag", "another tag", "one ahead", "far ahead"])
-async def test_what_does_not_continue_the_log_is_not_believed(kind: str, valkey: ValkeyServer) -> None:
+async def test_unconnected_publication_is_not_believed(kind: str, valkey: ValkeyServer) -> None:
     """P14: 0.1 named no entry before its events; what it publishes is taken for "read" (P12)."""
     data = draft(Kind.MESSAGE, pydantic_core.to_json(FORGED)).data
     async with placed(valkey) as (place, stream):
@@ -99,7 +99,7 @@ async def test_what_does_not_continue_the_log_is_not_believed(kind: str, valkey:
         assert text_of(await stream.message()) == "true"
 
 
-async def test_entry_in_the_place_of_a_phantom_is_not_skipped(valkey: ValkeyServer) -> None:
+async def test_entry_replacing_phantom_is_not_skipped(valkey: ValkeyServer) -> None:
     """P3, P14: the phantom continues the log exactly. Nothing that comes after it, or in its place, is missed."""
     async with placed(valkey) as (place, stream):
         head = await place.head()
@@ -109,7 +109,7 @@ async def test_entry_in_the_place_of_a_phantom_is_not_skipped(valkey: ValkeyServ
         assert [text_of(await stream.message()) for _ in range(3)] == ["1", "2", "3"]
 
 
-async def test_payload_that_is_heard_again_one_place_later_displaces_nothing(valkey: ValkeyServer) -> None:
+async def test_replayed_payload_displaces_nothing(valkey: ValkeyServer) -> None:
     """P13, P14: under encryption it decrypts there too."""
     async with placed(valkey, keys=[secrets.token_bytes(32)]) as (place, stream):
         sealed: Any = place.stage.store

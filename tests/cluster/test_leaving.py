@@ -28,7 +28,7 @@ def listening(member: Any, session: Session) -> Call:
     return Call(member.app, "GET", session.headers)
 
 
-async def test_what_waits_for_a_client_that_goes_is_heard_by_the_next_connection(memory: MakeStore) -> None:
+async def test_next_connection_hears_whatever_waited(memory: MakeStore) -> None:
     """P11: `left` claims only what the client has taken, not what waits in the outlet."""
     async with staged(memory, send_timeout=0.5) as (stage, a, b, c):
         session = await a.open()
@@ -49,8 +49,8 @@ async def _has(stage: Stage, session: Session, kind: Kind) -> bool:
     return kind in await stage.kinds(session)
 
 
-async def test_a_connection_that_goes_while_it_says_that_it_listens_leaves_after_that() -> None:
-    """P3: its turn begins before it ends, or others would wait for it to leave for ever."""
+async def test_leaving_follows_an_unfinished_greeting() -> None:
+    """P3: a connection that goes while it says that it listens leaves after that, or others would wait for ever."""
     memory = MemoryStore()
     held: list[HeldStore] = []
 
@@ -83,7 +83,7 @@ def _listens(_key: str, batch: Batch) -> bool:
     return any(kind_of(draft.data) is Kind.LISTENING for draft in batch.events)
 
 
-async def test_nobody_is_told_of_broadcasts_whose_connection_has_gone(memory: MakeStore) -> None:
+async def test_gone_connection_hears_no_broadcasts(memory: MakeStore) -> None:
     """P10: a node keeps nothing of connections that went."""
     async with staged(memory) as (stage, a, b, _c):
         session = await a.open()
@@ -116,7 +116,7 @@ class MissedOnce(MemoryStore):
         return found
 
 
-async def test_a_stream_that_is_missed_once_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_stream_missed_once_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """P3, P9: what was written before it was trimmed may still be on its way; only seen twice it is lost."""
     monkeypatch.setattr(resumption, "_EXISTENCE_POLL", 0.1)
     store = MissedOnce()
@@ -139,7 +139,7 @@ async def test_a_stream_that_is_missed_once_goes_on(monkeypatch: pytest.MonkeyPa
                 assert texts_of(await resumed.rest()) == ["0", "done"]
 
 
-async def test_delete_where_the_handler_runs_stops_it_before_its_window_has_passed(memory: MakeStore) -> None:
+async def test_early_delete_stops_the_handler(memory: MakeStore) -> None:
     """P6: no node follows the log for it yet."""
     async with staged(memory, window=3600.0) as (stage, a, _b, _c):
 
@@ -160,7 +160,7 @@ async def test_delete_where_the_handler_runs_stops_it_before_its_window_has_pass
             assert (await stream.response()).status_code == 404
 
 
-async def test_a_record_of_a_newer_release_is_503_not_404(memory: MakeStore) -> None:
+async def test_newer_releases_record_is_503(memory: MakeStore) -> None:
     """P9, P12: the session is there, and a node that knows the format serves it."""
     async with staged(memory) as (stage, a, b, _c):
         session = await a.open()

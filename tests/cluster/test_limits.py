@@ -65,7 +65,7 @@ def refused(response: Any) -> tuple[int, str, str]:
 # ---- places
 
 
-async def test_node_that_runs_all_it_may_says_so_and_takes_what_needs_no_place(memory: MakeStore) -> None:
+async def test_full_node_takes_replies_and_notifications(memory: MakeStore) -> None:
     """P10: 503 with when to come back, also for `initialize`. Replies, notifications and GETs are served (P4, P5)."""
     async with staged(memory, max_streams_per_node=2, window=0.02) as (stage, a, b, c):
         waiting(stage)
@@ -92,7 +92,7 @@ async def test_node_that_runs_all_it_may_says_so_and_takes_what_needs_no_place(m
         await eventually(lambda: not len(node_of(b).services.requests))
 
 
-async def test_request_keeps_its_place_when_its_client_goes(memory: MakeStore) -> None:
+async def test_clientless_request_keeps_its_place(memory: MakeStore) -> None:
     """P10: what runs counts, whoever waits for it."""
     async with staged(memory, max_streams_per_node=1, window=0.02) as (stage, a, b, _):
         waiting(stage)
@@ -105,7 +105,7 @@ async def test_request_keeps_its_place_when_its_client_goes(memory: MakeStore) -
         assert text_of((await b.post(call("quick", 2), session)).json()) == "done"
 
 
-async def test_listeners_of_one_session_are_limited_and_others_are_served(memory: MakeStore) -> None:
+async def test_sessions_listeners_are_limited(memory: MakeStore) -> None:
     """P10: 429, on this node; the streams of requests are resumed all the same."""
     async with staged(memory, max_listeners=2) as (stage, a, b, c):
         waiting(stage)
@@ -141,7 +141,7 @@ async def test_resumptions_of_one_session_are_limited(memory: MakeStore) -> None
                 assert texts_of(await resumed.rest()) == ["done"]
 
 
-async def test_node_that_keeps_all_the_streams_it_may_says_so_and_serves_requests(memory: MakeStore) -> None:
+async def test_node_full_of_streams_serves_requests(memory: MakeStore) -> None:
     """P10: GETs take no place of a request."""
     async with staged(memory, max_listeners_per_node=2) as (stage, a, b, c):
         waiting(stage)
@@ -191,9 +191,7 @@ def accepting(session: Session) -> dict[str, str]:
         (lambda over: notification("n" * (LONGEST_METHOD + over)), "method is longer than 256 characters"),
     ],
 )
-async def test_names_that_are_kept_have_a_longest_length(
-    memory: MakeStore, message: Callable[[int], Any], what: str
-) -> None:
+async def test_kept_names_have_a_length_limit(memory: MakeStore, message: Callable[[int], Any], what: str) -> None:
     """P10: with one character less they are taken."""
     async with staged(memory) as (stage, a, b, _):
         waiting(stage)
@@ -225,7 +223,7 @@ async def test_headers_have_a_longest_length(memory: MakeStore) -> None:
         assert text_of((await b.post(call("quick", 1), session)).json()) == "done"
 
 
-async def test_log_keeps_no_arguments_of_requests_that_are_not_run_again(make_store: MakeStore) -> None:
+async def test_log_keeps_no_unneeded_arguments(make_store: MakeStore) -> None:
     """P10, P13: unless `reexecute` may need them."""
     for reexecute in ("never", "idempotent"):
         async with staged(make_store, window=0.02, reexecute=reexecute) as (stage, a, b, _):
@@ -244,7 +242,7 @@ async def test_log_keeps_no_arguments_of_requests_that_are_not_run_again(make_st
 # ---- slow senders
 
 
-async def test_request_that_does_not_arrive_in_time_gets_408(memory: MakeStore) -> None:
+async def test_late_request_gets_408(memory: MakeStore) -> None:
     """P10: by the whole of it, so that a byte now and then does not help."""
     async with staged(memory, receive_timeout=0.3) as (stage, a, b, _):
         waiting(stage)
@@ -283,7 +281,7 @@ async def trickle(member: Member, headers: dict[str, str]) -> tuple[int, Any]:
 # ---- a session that is not used
 
 
-async def test_session_that_is_opened_and_not_used_expires_soon() -> None:
+async def test_unused_session_expires_soon() -> None:
     """P10: after `unconfirmed_lifetime`. What it then gets is what every expired session gets (P1)."""
     clock = ManualClock()
     async with staged(one(MemoryStore(clock=clock)), unconfirmed_lifetime=10.0) as (stage, a, b, c):
@@ -336,7 +334,7 @@ async def test_short_first_lifetime_can_be_turned_off(memory: MakeStore) -> None
         assert await confirmed(stage, session)
 
 
-async def test_initialized_and_the_first_request_cost_one_update(memory: MakeStore) -> None:
+async def test_confirming_costs_one_update(memory: MakeStore) -> None:
     """P10: the full lifetime comes with what is written anyway, and once."""
     async with staged(one(Counting()), unconfirmed_lifetime=10.0) as (stage, a, b, _):
         waiting(stage)
@@ -382,7 +380,7 @@ async def test_refused_requests_are_forgotten(memory: MakeStore) -> None:
         await eventually(forgotten)
 
 
-def test_header_is_the_first_of_its_name_also_in_a_changed_copy_of_the_scope() -> None:
+def test_first_header_counts_in_changed_scope() -> None:
     scope: dict[str, Any] = {"headers": [(b"a", b"1"), (b"a", b"2")]}
     assert (header(scope, "a"), header(scope, "b")) == ("1", None)
     assert header({**scope, "headers": [(b"a", b"3")]}, "a") == "3"

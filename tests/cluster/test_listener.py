@@ -80,7 +80,7 @@ async def has_left(stage: Stage, session: Session, times: int = 1) -> None:
 # ---- delivery
 
 
-async def test_what_is_sent_on_one_node_reaches_the_connection_on_another(make_store: MakeStore) -> None:
+async def test_message_reaches_connection_elsewhere(make_store: MakeStore) -> None:
     """P3."""
     async with talking(make_store) as (_, a, b, c):
         session = await a.open()
@@ -102,9 +102,7 @@ async def test_what_is_sent_on_one_node_reaches_the_connection_on_another(make_s
                 assert parse_event_id(event.id or "", session.id) is not None
 
 
-async def test_what_is_sent_does_not_wait_to_be_looked_for(
-    make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_message_does_not_await_a_poll(make_store: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """P3: twenty messages arrive, one after the other, though nobody looks for them."""
     monkeypatch.setattr("nonstick.log.follow._FIRST_POLL", 1000.0)
     monkeypatch.setattr("nonstick.log.follow._SLOWEST_POLL", 1000.0)
@@ -117,7 +115,7 @@ async def test_what_is_sent_does_not_wait_to_be_looked_for(
                 await heard(stream, number)
 
 
-async def test_what_was_sent_before_the_first_connection_opened_is_delivered(make_store: MakeStore) -> None:
+async def test_early_message_reaches_first_connection(make_store: MakeStore) -> None:
     """P3: nothing sent before it opened is lost."""
     async with talking(make_store) as (_, a, b, c):
         session = await a.open()
@@ -140,7 +138,7 @@ async def test_older_clients_get_no_priming_event(memory: MakeStore, version: st
             assert text_of(event.message) == 1
 
 
-async def test_messages_of_a_request_are_not_on_the_standalone_stream(make_store: MakeStore) -> None:
+async def test_request_messages_are_not_standalone(make_store: MakeStore) -> None:
     """P3: a message goes to exactly one stream."""
     async with talking(make_store) as (stage, a, b, c):
 
@@ -162,7 +160,7 @@ async def test_messages_of_a_request_are_not_on_the_standalone_stream(make_store
 # ---- coming back
 
 
-async def test_it_is_resumed_at_any_event_with_exactly_the_rest(make_store: MakeStore) -> None:
+async def test_resuming_anywhere_gives_the_rest(make_store: MakeStore) -> None:
     """P3: on another node."""
     async with talking(make_store) as (stage, a, b, c):
         session = await a.open()
@@ -180,7 +178,7 @@ async def test_it_is_resumed_at_any_event_with_exactly_the_rest(make_store: Make
             await has_left(stage, session, number + 2)
 
 
-async def test_a_client_that_keeps_no_event_id_loses_nothing_and_gets_nothing_twice(make_store: MakeStore) -> None:
+async def test_idless_client_gets_everything_once(make_store: MakeStore) -> None:
     """P3: it begins where the last connection is known to have got to."""
     async with talking(make_store) as (stage, a, b, c):
         session = await a.open()
@@ -193,7 +191,7 @@ async def test_a_client_that_keeps_no_event_id_loses_nothing_and_gets_nothing_tw
             await has_left(stage, session, number + 1)
 
 
-async def test_close_standalone_sse_stream_makes_the_client_come_back(make_store: MakeStore) -> None:
+async def test_closed_stream_makes_client_return(make_store: MakeStore) -> None:
     """P3: the connection is closed wherever it is, and what is sent meanwhile is not lost."""
     async with talking(make_store) as (stage, a, b, c):
         session = await a.open()
@@ -218,7 +216,7 @@ async def test_close_standalone_sse_stream_makes_the_client_come_back(make_store
 # ---- several connections
 
 
-async def test_a_second_connection_takes_over_without_loss_duplicate_or_ping_pong(make_store: MakeStore) -> None:
+async def test_second_connection_takes_over_cleanly(make_store: MakeStore) -> None:
     """P3: the first stays open and silent; when the second goes, it goes on."""
     async with talking(make_store) as (stage, a, b, c):
         session = await a.open()
@@ -239,7 +237,7 @@ async def test_a_second_connection_takes_over_without_loss_duplicate_or_ping_pon
             assert await count(stage, session, Kind.LISTENING) == 3
 
 
-async def test_two_that_open_at_the_same_time_do_not_carry_the_same_message(make_store: MakeStore) -> None:
+async def test_simultaneous_connections_share_no_message(make_store: MakeStore) -> None:
     """P3: the log is the arbiter, also of what waits in it from before."""
     async with talking(make_store) as (stage, *members):
         session = await members[0].open()
@@ -277,7 +275,7 @@ async def _first_to_hear(streams: list[Stream]) -> Stream:
     return next(stream for stream in streams if stream.waiting)
 
 
-async def test_three_connections_and_the_oldest_goes_on_at_last(make_store: MakeStore) -> None:
+async def test_oldest_of_three_goes_on_last(make_store: MakeStore) -> None:
     """P3: whichever goes, exactly one of those that are left carries the stream."""
     async with talking(make_store) as (_, a, b, c):
         session = await a.open()
@@ -300,7 +298,7 @@ async def test_three_connections_and_the_oldest_goes_on_at_last(make_store: Make
             await heard(first, 5)
 
 
-async def test_messages_that_come_while_connections_take_over_are_delivered_once(make_store: MakeStore) -> None:
+async def test_messages_during_takeover_come_once(make_store: MakeStore) -> None:
     """P3: exactly once among all of them, in order on each."""
     async with talking(make_store) as (_, a, b, c):
         session = await a.open()
@@ -331,8 +329,8 @@ async def test_messages_that_come_while_connections_take_over_are_delivered_once
         assert [text for text in sorted(got, key=str) if text != "fence"] == sorted(range(60), key=str)
 
 
-async def test_a_return_with_an_old_cursor_is_silent_while_a_newer_connection_lives(make_store: MakeStore) -> None:
-    """P3: else the two would take the stream from each other for ever."""
+async def test_old_cursor_is_silent_beside_newer(make_store: MakeStore) -> None:
+    """P3: while a newer connection lives; else the two would take the stream from each other for ever."""
     async with talking(make_store) as (stage, a, b, c):
         session = await a.open()
         async with getting(a, session) as old:
@@ -353,7 +351,7 @@ async def test_a_return_with_an_old_cursor_is_silent_while_a_newer_connection_li
                 await heard(back, 2, 3, 4)
 
 
-async def test_what_a_newer_connection_carried_into_nowhere_is_not_lost(make_store: MakeStore) -> None:
+async def test_message_carried_into_nowhere_is_kept(make_store: MakeStore) -> None:
     """P3: a client that names an event goes on after it, whatever a connection took that it never heard of."""
     async with talking(make_store) as (stage, a, b, c):
         session = await a.open()
@@ -371,7 +369,7 @@ async def test_what_a_newer_connection_carried_into_nowhere_is_not_lost(make_sto
             await heard(third, 2, 3)
 
 
-async def test_a_connection_that_goes_on_has_no_gap_in_what_it_named(make_store: MakeStore) -> None:
+async def test_continuing_connection_has_no_gap(make_store: MakeStore) -> None:
     """P3: also after another one carried the stream in between."""
     async with talking(make_store) as (stage, a, b, c):
         session = await a.open()
@@ -401,7 +399,7 @@ async def test_a_silent_resumed_connection_is_primed(make_store: MakeStore) -> N
                 assert await silent.event() == Sse(id=first.last_id, retry=1000, data="")
 
 
-async def test_a_silent_connection_does_not_get_again_what_it_had(make_store: MakeStore) -> None:
+async def test_silent_connection_gets_nothing_twice(make_store: MakeStore) -> None:
     """P3: also when the one between began further back."""
     async with talking(make_store) as (stage, a, b, c):
         session = await a.open()
@@ -441,7 +439,7 @@ async def test_older_asking_is_answered(make_store: MakeStore) -> None:
             await heard(second, 2)
 
 
-async def test_the_node_of_the_connection_before_is_gone(make_store: MakeStore) -> None:
+async def test_dead_nodes_connection_is_followed(make_store: MakeStore) -> None:
     """P3: one that died never says how far it got; its lease says that it died."""
     async with talking(make_store, lease=0.6, grace=0.1) as (_, a, b, c):
         session = await a.open()
@@ -465,7 +463,7 @@ async def _never(*args: Any, **options: Any) -> Any:
     await asyncio.get_running_loop().create_future()
 
 
-async def test_a_silent_connection_goes_on_when_the_node_of_the_newer_one_is_gone(make_store: MakeStore) -> None:
+async def test_silent_connection_outlives_newer_node(make_store: MakeStore) -> None:
     """P3."""
     async with talking(make_store, lease=0.6, grace=0.1) as (_, a, b, c):
         session = await a.open()
@@ -481,7 +479,7 @@ async def test_a_silent_connection_goes_on_when_the_node_of_the_newer_one_is_gon
             await heard(first, 1)
 
 
-async def test_a_connection_that_goes_while_it_waits_for_its_turn_holds_up_nobody(make_store: MakeStore) -> None:
+async def test_leaving_waiter_holds_up_nobody(make_store: MakeStore) -> None:
     """P3: it says that it carried nothing."""
     async with talking(make_store) as (_, a, b, c):
         session = await a.open()
@@ -559,7 +557,7 @@ async def test_a_silent_stream_carries_comments(memory: MakeStore) -> None:
             await heard(stream, 1)
 
 
-async def test_a_get_that_does_not_accept_a_stream_is_refused(memory: MakeStore) -> None:
+async def test_get_refusing_streams_is_refused(memory: MakeStore) -> None:
     """P3."""
     async with talking(memory) as (_, a, _b, c):
         session = await a.open()
@@ -570,7 +568,7 @@ async def test_a_get_that_does_not_accept_a_stream_is_refused(memory: MakeStore)
 # ---- what the store lost
 
 
-async def test_what_is_sent_after_the_store_lost_entries_is_delivered() -> None:
+async def test_messages_after_a_loss_are_delivered() -> None:
     """P9: a failover lost acknowledged writes; the positions are given out again."""
     store = Forgetful()
     async with talking(one(store)) as (_, a, b, c):
@@ -587,7 +585,7 @@ async def test_what_is_sent_after_the_store_lost_entries_is_delivered() -> None:
             await heard(stream, "newer")
 
 
-async def test_what_is_still_there_after_a_loss_is_not_sent_again() -> None:
+async def test_messages_surviving_loss_come_once() -> None:
     """P9: the open connection goes on after the last entry that the store still has."""
     store = Forgetful()
     async with talking(one(store)) as (stage, a, b, c):
@@ -610,7 +608,7 @@ async def test_what_is_still_there_after_a_loss_is_not_sent_again() -> None:
 
 
 @pytest.mark.parametrize("names", [False, True], ids=["without an id", "with an id"])
-async def test_a_connection_whose_leaving_was_lost_holds_up_nobody_for_ever(names: bool) -> None:
+async def test_lost_leaving_holds_up_nobody(names: bool) -> None:
     """P9: it does not answer; its node lives."""
     store = Forgetful()
     async with talking(one(store), send_timeout=0.5) as (stage, a, b, c):
@@ -633,7 +631,7 @@ async def test_a_connection_whose_leaving_was_lost_holds_up_nobody_for_ever(name
             await heard(again, 3)
 
 
-async def test_a_cursor_that_the_store_lost_starts_at_what_is_left(make_store: MakeStore) -> None:
+async def test_lost_cursor_starts_at_the_rest(make_store: MakeStore) -> None:
     """P10: trimmed; everything behind it is delivered."""
     async with talking(make_store) as (stage, a, b, c):
         session = await a.open()
@@ -649,7 +647,7 @@ async def test_a_cursor_that_the_store_lost_starts_at_what_is_left(make_store: M
             await heard(stream, 2, 3)
 
 
-async def test_the_log_keeps_no_more_than_its_bounds_of_coming_and_going(memory: MakeStore) -> None:
+async def test_comings_and_goings_are_bounded(memory: MakeStore) -> None:
     """P10: a client that reconnects for ever fills nothing."""
     async with talking(memory, max_log_events=40) as (stage, a, b, c):
         session = await a.open()

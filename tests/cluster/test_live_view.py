@@ -85,7 +85,7 @@ async def test_running_handler_sees_introduction_of_another_node(make_store: Mak
             assert text_of(await stream.answer()) == "renamed 2025-06-18"
 
 
-async def test_request_that_finds_the_session_gone_stops_the_others(memory: MakeStore) -> None:
+async def test_request_missing_its_session_stops_others(memory: MakeStore) -> None:
     """P6: they run on the same node, which does not follow the log yet."""
     async with staged(memory, window=FOR_EVER) as (stage, a, b, c):
 
@@ -112,7 +112,7 @@ async def test_request_that_finds_the_session_gone_stops_the_others(memory: Make
                 assert (await stream.response()).status_code == 404
 
 
-async def test_state_of_a_request_that_another_node_ended_is_not_saved(memory: MakeStore) -> None:
+async def test_ended_requests_state_is_not_saved(memory: MakeStore) -> None:
     """P7: nothing of it counts any more, not even where the next request uses the same view."""
     async with staged(memory, window=FOR_EVER) as (stage, a, b, c):
 

@@ -77,7 +77,7 @@ def request(method: str, id: int, **params: Any) -> dict[str, Any]:  # noqa: A00
     return {"jsonrpc": "2.0", "id": id, "method": method, "params": params}
 
 
-async def test_log_of_a_session_that_any_node_serves(memory: MakeStore) -> None:
+async def test_shared_session_is_written_as_ever(memory: MakeStore) -> None:
     async with Subscribed(memory, window=DEADLINE) as stage:
         a, b, c = stage.cluster
 
@@ -133,7 +133,7 @@ async def test_log_of_a_session_that_any_node_serves(memory: MakeStore) -> None:
         assert fields["state:kept"] == b"1"
 
 
-async def test_log_of_a_session_that_one_node_holds(memory: MakeStore) -> None:
+async def test_owned_session_is_written_as_ever(memory: MakeStore) -> None:
     async def rehydrate(_: Any) -> None:
         stage.open("rehydrated")
 

@@ -80,7 +80,7 @@ def is_lost(warning: str) -> bool:
 @pytest.mark.parametrize("new", [0, 30], ids="{} new".format)
 @pytest.mark.parametrize("seen", [False, True], ids=["unseen", "seen by a node"])
 @pytest.mark.parametrize("has", [3, 6, 9], ids="client has {}".format)
-async def test_whoever_comes_back_after_a_loss_gets_exactly_what_is_new_on_every_node(
+async def test_returning_clients_get_exactly_the_new(
     has: int, seen: bool, new: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     """P3, P9: messages 0 to 5 are left of 0 to 9. A client that has fewer gets the rest of them too, and one that has
@@ -121,11 +121,8 @@ async def _follows(node: Member, session: Session) -> bool:
 
 
 @pytest.mark.parametrize("version", ["2025-11-25", "2025-06-18"])
-async def test_a_loss_of_more_than_an_event_id_names_is_told_once_and_repeats_nothing(
-    version: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    """P9: forty messages are lost, and nobody followed the log. The same id leads to the same place on every node from
-    then on, though its client, which may not understand a priming event, comes back with it again and again."""
+async def test_overlong_loss_is_told_once(version: str, caplog: pytest.LogCaptureFixture) -> None:
+    """P9: forty messages are lost, and nobody followed the log. One id leads to one place on every node."""
     async with scene() as it:
         await it.begin(version, told=45)
         it.lose_after(1)
@@ -139,7 +136,7 @@ async def test_a_loss_of_more_than_an_event_id_names_is_told_once_and_repeats_no
         assert len([record for record in caplog.messages if is_lost(record)]) == 1
 
 
-async def test_an_id_that_names_nothing_before_it_repeats_nothing() -> None:
+async def test_id_without_predecessors_repeats_nothing() -> None:
     """P9, P12: of the last release, or of a client that had one message."""
     async with scene() as it:
         await it.begin()
@@ -156,7 +153,7 @@ async def test_an_id_that_names_nothing_before_it_repeats_nothing() -> None:
 
 
 @pytest.mark.parametrize("refilled", [False, True], ids=["shorter", "with other entries"])
-async def test_open_connections_go_on_with_what_is_new(refilled: bool) -> None:
+async def test_open_connections_continue_after_loss(refilled: bool) -> None:
     """P9: several at once, of which one carries each message; then one that comes back with what it was given."""
     async with scene() as it:
         await it.begin()
@@ -188,7 +185,7 @@ async def _gather(stream: Stream, got: list[str]) -> None:
             got.append(text_of(block.message))
 
 
-async def test_a_connection_that_came_back_before_the_loss_is_sent_nothing_again() -> None:
+async def test_early_returner_is_sent_nothing_again() -> None:
     """P9: it has seen nothing of the log but what its id named, and that is gone."""
     async with scene() as it:
         await it.begin()
@@ -200,7 +197,7 @@ async def test_a_connection_that_came_back_before_the_loss_is_sent_nothing_again
             await heard(stream, "new")
 
 
-async def test_a_loss_after_a_loss_is_told_and_repeats_nothing() -> None:
+async def test_second_loss_is_told_once() -> None:
     """P9: what was given after the first one is lost in the second."""
     async with scene() as it:
         await it.begin()
@@ -216,7 +213,7 @@ async def test_a_loss_after_a_loss_is_told_and_repeats_nothing() -> None:
                 await heard(stream, *(f"newest {number}" for number in range(20)))
 
 
-async def test_what_a_connection_says_that_it_has_is_not_believed_of_other_entries() -> None:
+async def test_outdated_claims_are_not_believed() -> None:
     """P9: it left before its node knew of the loss, when its place had been given to another message."""
     async with scene() as it:
         await it.begin()
@@ -235,7 +232,7 @@ async def test_what_a_connection_says_that_it_has_is_not_believed_of_other_entri
             assert got[-3:] == ["new 0", "new 1", "new 2"]
 
 
-async def test_an_entry_that_was_replaced_and_trimmed_is_lost_not_trimmed() -> None:
+async def test_replaced_trimmed_entry_is_lost() -> None:
     """P9: a request's stream had its position meanwhile; messages before that are new, and nobody has them."""
     async with scene() as it:
         await it.begin()
@@ -259,7 +256,7 @@ async def test_an_entry_that_was_replaced_and_trimmed_is_lost_not_trimmed() -> N
             await heard(resumed, "new", "newer")
 
 
-async def test_a_log_that_is_trimmed_while_it_is_read_is_read_on() -> None:
+async def test_log_trimmed_mid_read_is_finished() -> None:
     """P10: a GET that comes while the log is being trimmed is served; the entry that it had got to is gone."""
     store = TrimsWhileRead()
     async with talking(one(store), max_log_events=100_000) as (_, a, b, c):
@@ -287,7 +284,7 @@ class TrimsWhileRead(Forgetful):
         return entries
 
 
-async def test_a_log_that_loses_entries_while_it_is_read_is_read_anew() -> None:
+async def test_log_losing_entries_is_read_anew() -> None:
     """P9: a GET that comes during the failover."""
     async with scene() as it:
         await it.begin()

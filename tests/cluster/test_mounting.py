@@ -84,7 +84,7 @@ async def test_mounted_app_serves_sessions(mount: Callable[[nonstick.App], Any])
 
 
 @pytest.mark.parametrize("mount", hosts())
-async def test_lifespan_can_be_entered_in_the_hosts_own(mount: Callable[[nonstick.App], Any]) -> None:
+async def test_hosts_lifespan_can_enter_ours(mount: Callable[[nonstick.App], Any]) -> None:
     world, order = World(), list[str]()
     inner = nonstick.app(world.server(), store="memory:")
 
@@ -102,7 +102,7 @@ async def test_lifespan_can_be_entered_in_the_hosts_own(mount: Callable[[nonstic
 
 
 @pytest.mark.parametrize("mount", hosts())
-async def test_request_before_the_lifespan_is_answered_with_the_line_to_add(
+async def test_request_before_lifespan_gets_missing_line(
     mount: Callable[[nonstick.App], Any],
 ) -> None:
     """A mounted app's lifespan is never run by its host: whoever forgets it must be told."""
@@ -124,7 +124,7 @@ async def test_app_alone_runs_its_own_lifespan() -> None:
     assert world.starts == 1
 
 
-async def test_custom_routes_middleware_and_tools_of_the_server_are_kept() -> None:
+async def test_servers_routes_middleware_tools_are_kept() -> None:
     starts = 0
 
     @asynccontextmanager
@@ -167,7 +167,9 @@ AUTH = AuthSettings(
 )
 
 
-async def test_low_level_server_is_given_authentication_and_routes_as_with_the_sdk() -> None:
+async def test_low_level_server_gets_routes_too() -> None:
+    """And authentication, as with the SDK."""
+
     async def health(_: Request) -> Response:
         return PlainTextResponse("well")
 
@@ -282,7 +284,7 @@ async def test_manager_that_does_not_run_says_so() -> None:
         own.begin_drain()
 
 
-async def test_lifespan_that_fails_is_reported_and_leaves_the_server_as_it_was() -> None:
+async def test_failing_lifespan_leaves_server_unchanged() -> None:
     @asynccontextmanager
     async def lifespan(server: Server[Any]) -> AsyncIterator[None]:
         if not server.name:
@@ -297,7 +299,7 @@ async def test_lifespan_that_fails_is_reported_and_leaves_the_server_as_it_was()
     assert server.lifespan is lifespan
 
 
-async def test_error_in_the_hosts_lifespan_reaches_the_host() -> None:
+async def test_error_in_lifespan_reaches_the_host() -> None:
     world = World()
     own = nonstick.SessionManager(world.server(), store="memory:")
     with pytest.raises(ExceptionGroup) as caught:
@@ -307,7 +309,7 @@ async def test_error_in_the_hosts_lifespan_reaches_the_host() -> None:
     assert caught.group_contains(KeyError, match="host")
 
 
-async def test_managers_of_several_servers_run_side_by_side() -> None:
+async def test_managers_run_side_by_side() -> None:
     first, second = manager(), manager()
     host = Starlette(routes=[Mount("/1", first.asgi_app), Mount("/2", second.asgi_app)])
     async with AsyncExitStack() as stack:
@@ -363,7 +365,7 @@ async def _rebuild(_: object) -> None:
         ({"store": ""}, "store"),
     ],
 )
-async def test_argument_that_cannot_work_is_refused_with_the_reason(arguments: dict[str, Any], reason: str) -> None:
+async def test_unworkable_argument_is_refused_with_reason(arguments: dict[str, Any], reason: str) -> None:
     with pytest.raises(ConfigurationError, match=reason):
         manager(**arguments)
 

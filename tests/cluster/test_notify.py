@@ -99,7 +99,7 @@ async def position_of(stage: Stage) -> int:
 # ---- everyone
 
 
-async def test_one_call_on_one_node_is_heard_on_every_node_at_once(make_store: MakeStore) -> None:
+async def test_one_call_is_heard_everywhere(make_store: MakeStore) -> None:
     """P11: list changes by everyone; an update by those alone who subscribed to that resource, on whichever node."""
     async with gathered(make_store) as (stage, a, b, c):
         sessions = [await member.open() for member in (a, b, c)]
@@ -141,7 +141,7 @@ async def test_a_handler_may_tell_everyone(memory: MakeStore) -> None:
             await heard(stream, TOOLS)
 
 
-async def test_what_was_broadcast_while_nobody_listened_is_heard_on_return(make_store: MakeStore) -> None:
+async def test_absent_client_hears_broadcasts_on_return(make_store: MakeStore) -> None:
     """P11: on any node, without an event id, once; with one exactly what came after it."""
     async with gathered(make_store) as (stage, a, b, c):
         await a.app.cluster.notify_prompts_changed()
@@ -184,7 +184,7 @@ async def heard_in_all(stream: Stream, *what: str) -> None:
     assert got == list(what)
 
 
-async def test_messages_and_broadcasts_are_one_stream_under_one_event_id(make_store: MakeStore) -> None:
+async def test_messages_and_broadcasts_share_one_stream(make_store: MakeStore) -> None:
     """P3, P11: from any of its ids exactly the rest of both."""
     async with gathered(make_store) as (stage, a, b, c):
 
@@ -219,7 +219,7 @@ def _text(message: dict[str, Any]) -> str:
     return text_of(message) if message["method"] == "notifications/message" else said(message)
 
 
-async def test_broadcasts_while_connections_take_over_are_heard_once(make_store: MakeStore) -> None:
+async def test_broadcasts_during_takeover_come_once(make_store: MakeStore) -> None:
     """P3, P11: exactly once among all connections that name no event."""
     async with gathered(make_store) as (_, a, b, c):
         session = await a.open()
@@ -262,7 +262,7 @@ def connections(member: Member) -> list[StandaloneConnection]:
     return [reader for reader in node_of(member).services.readers if isinstance(reader, StandaloneConnection)]
 
 
-async def test_a_slow_reader_hears_of_each_thing_once_when_it_reads(memory: MakeStore) -> None:
+async def test_slow_reader_hears_each_thing_once(memory: MakeStore) -> None:
     """P10, P11: what was broadcast meanwhile takes no room."""
     async with gathered(memory) as (_, a, b, c):
         session = await a.open()
@@ -298,7 +298,7 @@ async def slow_reader(member: Member, session: Session) -> AsyncIterator[asyncio
 # ---- subscriptions
 
 
-async def test_an_update_that_overtakes_the_subscription_on_its_way_to_the_connection_is_heard() -> None:
+async def test_update_overtaking_its_subscription_is_heard() -> None:
     """P11: subscribed on one node, updated from there at once; the connection's node hears of the update first."""
     store = MemoryStore()
     slow = HeldStore(store, "read", after=False, when=lambda key, *_: key != CLUSTER_KEY)
@@ -323,7 +323,7 @@ async def test_an_update_that_overtakes_the_subscription_on_its_way_to_the_conne
             await heard(stream, TOOLS)
 
 
-async def test_subscription_behind_the_record_that_a_connection_loaded_counts() -> None:
+async def test_subscription_behind_loaded_record_counts() -> None:
     """P11: another request of its node, which was loaded later, knew of it first."""
     store = MemoryStore()
     slow = HeldStore(store, "load", after=True, when=lambda key, *_: key != CLUSTER_KEY)
@@ -366,7 +366,7 @@ class _Deaf:
         await self._store.__aexit__(*error)
 
 
-async def test_what_is_subscribed_with_an_answer_that_streams_counts_on_every_node(memory: MakeStore) -> None:
+async def test_subscription_by_streamed_answer_counts(memory: MakeStore) -> None:
     """P2, P11: `answer="sse"`."""
     async with gathered(memory, answer="sse") as (_, a, b, c):
         session = await a.open()
@@ -383,9 +383,7 @@ async def test_what_is_subscribed_with_an_answer_that_streams_counts_on_every_no
 # ---- what is lost
 
 
-async def test_one_who_missed_what_was_trimmed_is_told_of_everything_once(
-    make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_trimmed_broadcasts_are_told_in_full(make_store: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """P11: each list once, and each resource that it has subscribed to; then what comes."""
     monkeypatch.setattr(nonstick.log.cluster_log, "_LOG_EVENTS", 8)
     async with gathered(make_store) as (stage, a, b, c):
@@ -413,7 +411,7 @@ async def test_one_who_missed_what_was_trimmed_is_told_of_everything_once(
 
 
 @pytest.mark.parametrize("refilled", [False, True], ids=["shorter", "with other entries"])
-async def test_when_the_store_lost_the_cluster_log_everyone_is_told_of_everything_once(refilled: bool) -> None:
+async def test_lost_cluster_log_tells_everyone_everything(refilled: bool) -> None:
     """P9, P11: connected or away, with or without an event id."""
     store = Forgetful()
     async with gathered(one(store)) as (stage, a, b, c):
@@ -444,7 +442,7 @@ async def test_when_the_store_lost_the_cluster_log_everyone_is_told_of_everythin
             await heard_in_all(stream, TOOLS)
 
 
-async def test_each_thing_that_is_told_after_the_cluster_log_was_lost_has_an_event_id_of_its_own() -> None:
+async def test_retold_changes_have_own_event_ids() -> None:
     """P3, P9: an id names one event. From each of them, on any node, exactly the rest follows, and what came since."""
     store = Forgetful()
     async with gathered(one(store)) as (stage, a, b, c):
@@ -475,8 +473,8 @@ async def test_each_thing_that_is_told_after_the_cluster_log_was_lost_has_an_eve
             await has_left(stage, session, 3 + 2 * number)
 
 
-async def test_who_goes_while_it_is_told_of_everything_is_told_the_rest_by_whoever_comes_without_an_id() -> None:
-    """P9, P11: a connection that has taken a part of it has not heard it all."""
+async def test_interrupted_retelling_is_finished() -> None:
+    """P9, P11: by whichever connection comes without an id. One that has taken a part has not heard it all."""
     store = Forgetful()
     async with gathered(one(store)) as (stage, a, b, c):
         session = await a.open()
@@ -498,7 +496,7 @@ async def test_who_goes_while_it_is_told_of_everything_is_told_the_rest_by_whoev
             await heard_in_all(stream, "notifications/message")
 
 
-async def test_the_cluster_log_begins_anew_after_it_was_lost_whole(memory: MakeStore) -> None:
+async def test_lost_cluster_log_begins_anew(memory: MakeStore) -> None:
     """P9: a broadcast that finds no cluster log makes one."""
     async with gathered(memory) as (stage, a, b, c):
         session = await a.open()
@@ -516,7 +514,7 @@ async def test_the_cluster_log_begins_anew_after_it_was_lost_whole(memory: MakeS
                 pass
 
 
-async def test_an_event_id_of_the_last_release_is_good(memory: MakeStore) -> None:
+async def test_last_releases_event_id_is_good(memory: MakeStore) -> None:
     """P12: it does not say how much of the cluster log was heard: all since the session began is said again, once."""
     async with gathered(memory) as (stage, a, b, c):
         session = await a.open()
@@ -549,13 +547,13 @@ async def test_a_process_that_serves_nobody_tells_everyone(make_store: MakeStore
             await heard(stream, TOOLS)
 
 
-async def test_connect_refuses_a_store_that_no_other_process_has() -> None:
+async def test_connect_refuses_an_unshared_store() -> None:
     with pytest.raises(ConfigurationError, match="memory:"):
         async with nonstick.Cluster.connect("memory:"):
             pass
 
 
-async def test_the_lifespan_of_the_server_may_tell_everyone(memory: MakeStore) -> None:
+async def test_servers_lifespan_may_tell_everyone(memory: MakeStore) -> None:
     """P11: as early as its beginning, and to its end."""
     cluster = nonstick.Cluster()
 
@@ -586,15 +584,15 @@ async def capabilities(server: Server[Any] | MCPServer[Any]) -> dict[str, Any]:
         return found
 
 
-async def test_subscriptions_and_log_levels_are_offered_where_there_is_something_to_offer() -> None:
-    """P2: by any kind of server; no resources are offered that there are not."""
+async def test_capabilities_are_offered_where_useful() -> None:
+    """P2: subscriptions and log levels, by any kind of server; no resources are offered that there are not."""
     without = await capabilities(Server("x"))
     assert "resources" not in without
     assert without["logging"] == {}
     assert (await capabilities(MCPServer("x")))["resources"] == {"subscribe": True, "listChanged": True}
 
 
-async def test_a_server_keeps_the_handlers_that_it_has() -> None:
+async def test_server_keeps_its_own_handlers() -> None:
     """P2."""
     called: list[str] = []
 
@@ -615,7 +613,7 @@ async def test_a_server_keeps_the_handlers_that_it_has() -> None:
         assert (await cluster[0].post(unsubscribe, session)).json()["error"]["code"] == types.METHOD_NOT_FOUND
 
 
-async def test_a_log_level_counts_on_every_node_also_for_requests_that_run(make_store: MakeStore) -> None:
+async def test_log_level_counts_for_running_requests(make_store: MakeStore) -> None:
     """P2: what is below it is not sent."""
     async with gathered(make_store, window=0.05) as (stage, a, b, c):
 
@@ -642,7 +640,7 @@ async def test_a_log_level_counts_on_every_node_also_for_requests_that_run(make_
 
 
 @pytest.mark.parametrize("placement", ["any", "owner"])
-async def test_a_log_level_counts_for_requests_that_began_on_the_same_node(memory: MakeStore, placement: Any) -> None:
+async def test_log_level_counts_on_same_node(memory: MakeStore, placement: Any) -> None:
     """P2: also while they are too young to follow the log, which says so to others."""
     async with gathered(memory, window=60.0, placement=placement) as (stage, a, *_):
 
@@ -662,7 +660,7 @@ async def test_a_log_level_counts_for_requests_that_began_on_the_same_node(memor
             assert text_of(await running.outcome()) == "done"
 
 
-async def test_a_store_that_is_away_is_said_to_whoever_tells(memory: MakeStore) -> None:
+async def test_unreachable_store_is_said_to_teller(memory: MakeStore) -> None:
     """P9: a broadcast whose outcome is not known raises, and names no store."""
 
     class Away:

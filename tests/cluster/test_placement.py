@@ -135,7 +135,7 @@ async def use(member: Member, session: Session, id: int = 1) -> int:  # noqa: A0
     return int(text_of(messages(response)[-1]))
 
 
-async def test_state_that_cannot_be_stored_is_used_from_every_node(make_store: MakeStore) -> None:
+async def test_unstorable_state_serves_every_node(make_store: MakeStore) -> None:
     """P1: behind a balancer without affinity; each request runs once, on the node that opened the session."""
     async with desk(make_store) as (_, *members):
         session = await members[0].open()
@@ -144,7 +144,7 @@ async def test_state_that_cannot_be_stored_is_used_from_every_node(make_store: M
         assert [await use(members[n % 3], other, n) for n in range(3)] == [1, 2, 3]
 
 
-async def test_requests_of_different_nodes_run_side_by_side_on_the_owner(make_store: MakeStore) -> None:
+async def test_requests_run_together_on_owner(make_store: MakeStore) -> None:
     """P1: none waits for another."""
     async with desk(make_store) as (stage, *members):
         arrived: set[str] = set()
@@ -164,7 +164,7 @@ async def test_requests_of_different_nodes_run_side_by_side_on_the_owner(make_st
         assert len({text_of(answer.json()) for answer in answers}) == 1
 
 
-async def test_relayed_call_asks_the_client_and_hears_its_reply_from_a_third_node(make_store: MakeStore) -> None:
+async def test_relayed_call_asks_through_third_node(make_store: MakeStore) -> None:
     """P4: the handler waits on a, the client is connected to b and replies to c."""
     async with desk(make_store) as (stage, _, b, c):
 
@@ -179,8 +179,8 @@ async def test_relayed_call_asks_the_client_and_hears_its_reply_from_a_third_nod
             assert texts_of(await stream.rest()) == ["Ada"]
 
 
-async def test_relayed_call_is_cancelled_from_a_third_node(make_store: MakeStore) -> None:
-    """P5."""
+async def test_relayed_call_is_cancelled_elsewhere(make_store: MakeStore) -> None:
+    """P5: from a third node."""
     async with desk(make_store, window=0.05) as (stage, a, b, c):
         session = await a.open()
         async with posting(b, session, call("wait", "w", texts=["0"])) as stream:
@@ -191,7 +191,7 @@ async def test_relayed_call_is_cancelled_from_a_third_node(make_store: MakeStore
             assert end == {"jsonrpc": "2.0", "id": "w", "error": {"code": -32800, "message": "Request cancelled"}}
 
 
-async def test_stream_of_a_relayed_call_is_resumed_on_a_third_node(make_store: MakeStore) -> None:
+async def test_relayed_stream_is_resumed_elsewhere(make_store: MakeStore) -> None:
     """P3: the rest of it, then the live tail, then the end."""
     async with desk(make_store) as (stage, a, b, c):
         session = await a.open()
@@ -206,7 +206,7 @@ async def test_stream_of_a_relayed_call_is_resumed_on_a_third_node(make_store: M
             assert texts_of(await resumed.rest()) == ["done 1"]
 
 
-async def test_relayed_call_is_answered_as_its_owner_would_have(memory: MakeStore) -> None:
+async def test_relayed_answer_takes_owners_form(memory: MakeStore) -> None:
     """P3: JSON if the result comes first and soon, else a primed stream."""
     async with desk(memory, window=0.1) as (stage, a, b, _):
         session = await a.open()
@@ -220,7 +220,7 @@ async def test_relayed_call_is_answered_as_its_owner_would_have(memory: MakeStor
 
 
 @pytest.mark.parametrize(("answer", "kind"), [("sse", "text/event-stream"), ("json", "application/json")])
-async def test_relayed_call_is_answered_in_the_way_that_was_chosen(memory: MakeStore, answer: str, kind: str) -> None:
+async def test_relayed_call_keeps_chosen_answer(memory: MakeStore, answer: str, kind: str) -> None:
     async with desk(memory, answer=answer, window=0.05) as (stage, a, b, _):
         session = await a.open()
         async with posting(b, session, call("wait", texts=[])) as stream:
@@ -244,7 +244,7 @@ async def test_old_client_gets_its_relayed_answer_too(memory: MakeStore) -> None
             assert texts_of(await stream.rest()) == ["done 1"]
 
 
-async def test_request_id_that_runs_already_is_refused_on_every_node(memory: MakeStore) -> None:
+async def test_running_request_id_is_refused_everywhere(memory: MakeStore) -> None:
     async with desk(memory, window=0.05) as (stage, a, b, c):
         session = await a.open()
         async with posting(b, session, call("wait", 7)) as stream:
@@ -257,7 +257,7 @@ async def test_request_id_that_runs_already_is_refused_on_every_node(memory: Mak
             assert text_of(await stream.outcome()) == "done 1"
 
 
-async def test_what_the_owner_announces_reaches_a_listener_on_another_node(memory: MakeStore) -> None:
+async def test_owners_announcement_reaches_other_listeners(memory: MakeStore) -> None:
     """P3: the standalone stream is any node's, as ever."""
     async with desk(memory) as (stage, a, b, c):
 
@@ -272,7 +272,7 @@ async def test_what_the_owner_announces_reaches_a_listener_on_another_node(memor
             assert text_of(await listener.message()) == "news"
 
 
-async def test_handler_of_a_notification_runs_on_the_owner(memory: MakeStore) -> None:
+async def test_notifications_handler_runs_on_owner(memory: MakeStore) -> None:
     """P1: whichever node the notification came to."""
     where: list[Any] = []
 
@@ -296,7 +296,7 @@ async def test_handler_of_a_notification_runs_on_the_owner(memory: MakeStore) ->
         assert [page.used for page in where] == [1]
 
 
-async def test_session_that_is_initialized_on_another_node_is_so_on_its_owner(memory: MakeStore) -> None:
+async def test_initialization_elsewhere_reaches_the_owner(memory: MakeStore) -> None:
     """P2."""
     async with desk(memory) as (stage, a, b, _):
 
@@ -309,7 +309,7 @@ async def test_session_that_is_initialized_on_another_node_is_so_on_its_owner(me
         assert text_of((await b.post(call("ready"), session)).json()) == "True"
 
 
-async def test_delete_on_any_node_runs_the_clean_up_once_on_the_owner(make_store: MakeStore) -> None:
+async def test_delete_anywhere_cleans_up_once(make_store: MakeStore) -> None:
     """P6: what runs is stopped, the id is 404 everywhere."""
     async with desk(make_store, window=0.05) as (stage, *members):
         session = await members[0].open()
@@ -325,7 +325,7 @@ async def test_delete_on_any_node_runs_the_clean_up_once_on_the_owner(make_store
         await eventually(lambda: not node_of(members[0]).sessions)
 
 
-async def test_idle_session_is_kept_on_its_owner_alone(memory: MakeStore) -> None:
+async def test_idle_session_stays_on_owner_alone(memory: MakeStore) -> None:
     """P10: the other nodes forget it."""
     async with desk(memory) as (_, a, b, c):
         session = await a.open()
@@ -349,7 +349,7 @@ async def test_idle_session_moves_when_its_owner_drains(make_store: MakeStore) -
         assert [page.used for page in stage.closed] == [1]
 
 
-async def test_busy_session_moves_once_its_requests_have_finished(memory: MakeStore) -> None:
+async def test_busy_session_moves_when_idle(memory: MakeStore) -> None:
     """P8: until then what arrives runs where the state is."""
     async with desk(memory, movable=True, window=0.05, grace=10.0) as (stage, a, b, c):
         session = await a.open()
@@ -364,7 +364,7 @@ async def test_busy_session_moves_once_its_requests_have_finished(memory: MakeSt
         assert await use(c, session, 3) == 101
 
 
-async def test_requests_that_come_while_the_session_moves_are_answered_once(memory: MakeStore) -> None:
+async def test_requests_during_move_are_answered_once(memory: MakeStore) -> None:
     """P8: no client sees the drain."""
     async with desk(memory, movable=True) as (_, a, b, c):
         session = await a.open()
@@ -390,7 +390,7 @@ async def test_requests_that_come_while_the_session_moves_are_answered_once(memo
         assert len(counts) == sent
 
 
-async def test_session_that_cannot_be_built_anew_ends_when_its_node_stops(make_store: MakeStore) -> None:
+async def test_unbuildable_session_ends_with_its_node(make_store: MakeStore) -> None:
     """P6, P8: with its clean-up."""
     async with desk(make_store) as (stage, a, b, c):
         session = await a.open()
@@ -403,7 +403,7 @@ async def test_session_that_cannot_be_built_anew_ends_when_its_node_stops(make_s
             assert (await member.post(call("use"), session)).status_code == 404
 
 
-async def test_client_that_cannot_come_back_keeps_its_relay_through_the_grace(memory: MakeStore) -> None:
+async def test_idless_client_keeps_its_relay(memory: MakeStore) -> None:
     """P8: the node that relays drains, and the client has no event id."""
     async with desk(memory, window=5.0) as (stage, a, b, _):
         session = await a.open(version="2025-03-26")
@@ -414,7 +414,7 @@ async def test_client_that_cannot_come_back_keeps_its_relay_through_the_grace(me
             assert text_of(await stream.answer()) == "done 1"
 
 
-async def test_relay_that_outlasts_the_grace_ends_with_an_error(memory: MakeStore) -> None:
+async def test_relay_outlasting_grace_ends_with_error(memory: MakeStore) -> None:
     """P8: as a request that runs there would."""
     async with desk(memory, window=5.0, grace=0.2) as (stage, a, b, _):
         session = await a.open(version="2025-03-26")
@@ -437,7 +437,7 @@ async def lose(stage: Stage, session: Session, owner: Member) -> None:
     await eventually(lambda: key not in node_of(owner).sessions)
 
 
-async def test_session_of_a_lost_owner_is_built_anew_once(make_store: MakeStore) -> None:
+async def test_lost_owners_session_is_rebuilt_once(make_store: MakeStore) -> None:
     """P7: whichever nodes' requests find it out."""
     async with desk(make_store, movable=True) as (stage, a, b, c):
         session = await a.open()
@@ -447,7 +447,7 @@ async def test_session_of_a_lost_owner_is_built_anew_once(make_store: MakeStore)
         assert sorted(found) == ["101", "102", "103"]
 
 
-async def test_requests_that_ran_on_a_lost_owner_end_though_nobody_reads_them(memory: MakeStore) -> None:
+async def test_lost_owners_unread_requests_end(memory: MakeStore) -> None:
     """P7, P10: what the new owner ends is what the lost one ran, and nothing that another node runs."""
     async with desk(memory, movable=True) as (stage, a, b, c):
         session = await a.open()
@@ -475,7 +475,7 @@ async def left_open(stage: Stage, session: Session, node: str, request: int) -> 
     return (await stage.store.append(session_key(session.id), batch)).first
 
 
-async def test_session_of_a_lost_owner_that_cannot_be_built_anew_ends_with_a_clear_error(make_store: MakeStore) -> None:
+async def test_unbuildable_lost_session_ends_clearly(make_store: MakeStore) -> None:
     """P7: then 404, which says why for a while."""
     async with desk(make_store) as (stage, a, b, c):
         session = await a.open()
@@ -488,9 +488,7 @@ async def test_session_of_a_lost_owner_that_cannot_be_built_anew_ends_with_a_cle
         assert "Open a new session" in gone.json()["error"]["message"]
 
 
-async def test_lost_session_is_said_in_its_log_and_gone_soon(
-    memory: MakeStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_lost_session_is_logged_and_removed(memory: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """P6, P7, P10: its clients have some seconds to read the ends of their streams."""
     monkeypatch.setattr("nonstick.node.placement._LINGER", 0.2)
     told: list[Any] = []
@@ -516,7 +514,7 @@ async def test_lost_session_is_said_in_its_log_and_gone_soon(
     assert [decode(event.data)["error"]["data"]["reason"] for event in ends] == ["session_lost"]
 
 
-async def test_owner_of_old_runs_nothing_that_is_relayed(make_store: MakeStore) -> None:
+async def test_old_owner_runs_nothing_relayed(make_store: MakeStore) -> None:
     """P7: not even what it takes before it hears that another node is the owner; it runs its clean-up then."""
     async with desk(make_store) as (stage, a, b, _):
         session = await a.open()
@@ -528,7 +526,7 @@ async def test_owner_of_old_runs_nothing_that_is_relayed(make_store: MakeStore) 
         assert not node_of(a).sessions
 
 
-async def test_lost_session_that_nobody_finished_ending_is_ended_by_the_next(memory: MakeStore) -> None:
+async def test_half_ended_lost_session_is_ended(memory: MakeStore) -> None:
     """P6: also if the node that found it lost was lost itself."""
     async with desk(memory) as (stage, a, b, _):
         session = await a.open()
@@ -540,7 +538,7 @@ async def test_lost_session_that_nobody_finished_ending_is_ended_by_the_next(mem
         await eventually(lambda: node_of(stage.cluster[2]).placement._working == {})
 
 
-async def test_state_that_cannot_be_built_is_an_error_and_is_tried_again(memory: MakeStore) -> None:
+async def test_failed_rebuilding_is_tried_again(memory: MakeStore) -> None:
     """P7, P9: `rehydrate` failed once; nothing of what it raised is told."""
     tries = 0
 
@@ -597,7 +595,7 @@ def secured() -> MCPServer[Any]:
     return server
 
 
-async def test_handler_sees_the_sender_of_a_relayed_request_without_the_secrets(memory: MakeStore) -> None:
+async def test_relayed_sender_is_seen_without_secrets(memory: MakeStore) -> None:
     """P13: on every node alike, and no token or session id is in the log."""
     async with Cluster(secured, memory, placement="owner") as cluster:
         session = await cluster[0].open(authorization=ADA)
@@ -637,7 +635,7 @@ def on_disk(home: Path) -> bytes:
     return b"".join(file.read_bytes() for file in home.iterdir())
 
 
-async def test_no_credential_of_a_request_is_in_the_store(tmp_path: Path) -> None:
+async def test_store_holds_no_credentials(tmp_path: Path) -> None:
     """P13: whatever header it is in, or the query; and on the owner handlers see no more than elsewhere."""
     async with Cluster(secured, lambda: SQLiteStore(tmp_path / "s.db"), nodes=2, placement="owner") as cluster:
         assert await tell_secrets(cluster) == [[None, ""]] * 2
@@ -646,7 +644,7 @@ async def test_no_credential_of_a_request_is_in_the_store(tmp_path: Path) -> Non
     assert not [secret for secret in (*SECRETS.values(), QUERY, "ada-2") if secret.encode() in stored]
 
 
-async def test_credentials_that_handlers_are_to_see_are_in_the_store_encrypted(tmp_path: Path) -> None:
+async def test_wanted_credentials_are_stored_encrypted(tmp_path: Path) -> None:
     """P13: by the names that were asked for, in any case; the others are not there."""
     options: Options = {
         "relay_headers": ["X-Api-Key"],
@@ -662,7 +660,7 @@ async def test_credentials_that_handlers_are_to_see_are_in_the_store_encrypted(t
 
 
 @pytest.mark.parametrize("asked", [{"relay_headers": ["x-api-key"]}, {"relay_query": True}])
-def test_credentials_are_written_into_no_store_that_does_not_encrypt(asked: Any) -> None:
+def test_unencrypted_store_gets_no_credentials(asked: Any) -> None:
     """P13: that is refused where the app is made."""
     key = secrets.token_bytes(32)
     unencrypted: list[Any] = [None, ["plaintext", key]]
@@ -674,7 +672,7 @@ def test_credentials_are_written_into_no_store_that_does_not_encrypt(asked: Any)
 
 
 @pytest.mark.parametrize("names", ["x-api-key", [""], [1], ["x key"], ["Mcp-Session-Id"], None])
-def test_what_is_no_list_of_headers_is_refused(names: Any) -> None:
+def test_bad_header_list_is_refused(names: Any) -> None:
     with pytest.raises(ConfigurationError, match="relay_headers"):
         nonstick.app(secured(), store="memory:", relay_headers=names)
     with pytest.raises(ConfigurationError, match="True or False"):
@@ -684,7 +682,7 @@ def test_what_is_no_list_of_headers_is_refused(names: Any) -> None:
 # ---- which placement
 
 
-async def test_nodes_that_place_sessions_anywhere_relay_those_that_have_an_owner(memory: MakeStore) -> None:
+async def test_placing_anywhere_still_relays_owned_sessions(memory: MakeStore) -> None:
     """P12: what is in the record counts, so that the nodes' setting can be changed one by one."""
     stage = Desk(memory)
     async with stage, Cluster(stage.server, memory, nodes=1) as plain:
@@ -693,7 +691,7 @@ async def test_nodes_that_place_sessions_anywhere_relay_those_that_have_an_owner
 
 
 @pytest.mark.parametrize("placement", ["any", "stateless", "owner"])
-def test_placement_on_the_command_line_is_that_of_the_app(placement: Any) -> None:
+def test_command_line_sets_the_apps_placement(placement: Any) -> None:
     app = application(MCPServer("plain"), ServeOptions(target="", store="memory:", placement=placement))
     manager = app.state.nonstick.managers[0]
     assert manager.settings.placement == placement
@@ -708,7 +706,7 @@ async def test_without_sessions_every_request_stands_alone(memory: MakeStore) ->
         assert "mcp-session-id" not in answer.headers
 
 
-async def test_relayed_request_is_one_stream_in_the_log(memory: MakeStore) -> None:
+async def test_relayed_request_is_one_logged_stream(memory: MakeStore) -> None:
     """The log is the only way between nodes; one that the owner answers itself at once is not in it."""
     async with desk(memory) as (stage, a, b, _):
         session = await a.open()
@@ -719,7 +717,7 @@ async def test_relayed_request_is_one_stream_in_the_log(memory: MakeStore) -> No
         assert (await stage.kinds(session))[len(before) :] == [Kind.OPENED, Kind.TAKEN, Kind.TERMINAL]
 
 
-async def test_what_initialize_leaves_in_the_state_is_there_for_what_follows() -> None:
+async def test_initialize_leaves_its_state_usable() -> None:
     """P2: a middleware may open what the session holds before its first request."""
 
     class Prepared(Desk):
@@ -741,7 +739,7 @@ async def test_what_initialize_leaves_in_the_state_is_there_for_what_follows() -
         assert text_of(messages(await b.post(call("use", 2), session))[-1]) == "12"
 
 
-async def test_handler_that_the_end_of_the_session_stops_still_finds_its_state() -> None:
+async def test_stopped_handler_still_finds_its_state() -> None:
     """P6: what it holds is for its own clean-up, too."""
     async with desk(one(MemoryStore())) as (stage, a, _, _):
         found: list[Any] = []
@@ -765,7 +763,7 @@ async def test_handler_that_the_end_of_the_session_stops_still_finds_its_state()
         assert found == [True]
 
 
-async def test_request_whose_session_moves_before_its_stream_could_be_opened_is_answered() -> None:
+async def test_request_of_moved_session_is_answered() -> None:
     """P7, P9: the store is away when the request is to become a stream, and has given the session to another since."""
     downs: list[DownStore] = []
     make_one = one(MemoryStore())

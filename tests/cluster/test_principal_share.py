@@ -87,7 +87,7 @@ def told(response: Any) -> tuple[int, str, str]:
     return response.status_code, response.headers["retry-after"], response.json()["error"]["message"]
 
 
-async def test_requests_of_one_principal_leave_room_for_another() -> None:
+async def test_requests_of_principal_leave_room() -> None:
     """P10: of all its sessions together; with 429, because others are served. Elsewhere it has a share of its own."""
     async with doors(max_streams_per_node=6) as (made, a, b), AsyncExitStack() as stack:
         adas = [await opened(a, "ada") for _ in range(3)]
@@ -111,7 +111,7 @@ async def test_requests_of_one_principal_leave_room_for_another() -> None:
         assert (await b.post(call("quick", 2), adas[0])).status_code == 200
 
 
-async def test_requests_without_a_session_are_of_the_same_share() -> None:
+async def test_sessionless_requests_count_in_share() -> None:
     """P10: clients of 2026-07-28 too."""
     async with doors(max_streams_per_node=4, max_listeners_per_node=2) as (made, a, b), AsyncExitStack() as stack:
         ada = await opened(a, "ada")
@@ -132,7 +132,7 @@ async def test_requests_without_a_session_are_of_the_same_share() -> None:
         assert "quick" in listed.text
 
 
-async def test_streams_of_one_principal_leave_room_for_another() -> None:
+async def test_streams_of_principal_leave_room() -> None:
     """P10: GETs of all its sessions; requests have places of their own."""
     async with doors(max_listeners_per_node=4) as (_, a, b), AsyncExitStack() as stack:
         adas = [await opened(a, "ada") for _ in range(2)]
@@ -146,7 +146,7 @@ async def test_streams_of_one_principal_leave_room_for_another() -> None:
             await (await stack.enter_async_context(getting(b, bob))).event()
 
 
-async def test_requests_that_are_relayed_are_of_the_same_share_where_they_run() -> None:
+async def test_relayed_requests_count_where_they_run() -> None:
     """P10: with `placement="owner"`: what comes in at many nodes must not fill the one that runs it."""
     async with doors(max_streams_per_node=4, placement="owner") as (made, a, b), AsyncExitStack() as stack:
         ada, also_ada, bob = await opened(a, "ada"), await opened(a, "ada"), await opened(a, "bob")
@@ -157,7 +157,7 @@ async def test_requests_that_are_relayed_are_of_the_same_share_where_they_run() 
         assert '"text":"quick"' in (await b.post(call("quick", 2), bob)).text
 
 
-async def test_handlers_of_notifications_are_of_the_same_share() -> None:
+async def test_notification_handlers_count_in_share() -> None:
     """P10, P5: what a notification means to the session takes effect all the same."""
     async with doors(max_streams_per_node=4) as (made, a, b):
 
@@ -177,7 +177,7 @@ async def test_handlers_of_notifications_are_of_the_same_share() -> None:
             assert text_of(await stream.outcome()) == "Request cancelled"
 
 
-async def test_clients_that_nobody_knows_apart_have_all_the_places() -> None:
+async def test_unknown_clients_have_all_places() -> None:
     """P10: without authentication all are one principal, whom a share would keep from half of the node."""
     async with doors(authenticated=False, max_streams_per_node=4) as (made, a, b), AsyncExitStack() as stack:
         session = await a.open()

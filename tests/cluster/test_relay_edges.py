@@ -42,7 +42,7 @@ async def owner_of(stage: Stage, session: Session) -> str:
     return (await stage.store.load(session_key(session.id))).fields[OWNER].decode()
 
 
-async def test_id_of_a_relayed_request_is_free_after_it(memory: MakeStore) -> None:
+async def test_relayed_requests_id_is_freed(memory: MakeStore) -> None:
     """P1: a client may use it again, at whichever node."""
     async with desk(memory) as (_, a, b, c):
         session = await a.open()
@@ -52,7 +52,7 @@ async def test_id_of_a_relayed_request_is_free_after_it(memory: MakeStore) -> No
             assert [await use(member, session, 1) for member in (b, b, c, a, b)] == [1, 2, 3, 4, 5]
 
 
-async def test_cancel_of_a_relayed_request_hits_no_later_one(memory: MakeStore) -> None:
+async def test_cancel_hits_no_later_relayed_request(memory: MakeStore) -> None:
     """P5: that has the same id."""
     async with desk(memory) as (stage, a, b, c):
         session = await a.open()
@@ -68,7 +68,7 @@ async def test_cancel_of_a_relayed_request_hits_no_later_one(memory: MakeStore) 
         assert await use(b, session, 7) == 1
 
 
-async def test_relayed_request_of_a_deleted_session_gets_404(memory: MakeStore) -> None:
+async def test_deleted_sessions_relayed_request_gets_404(memory: MakeStore) -> None:
     """P6: within its window."""
     async with desk(memory, window=FOR_EVER) as (stage, a, b, c):
         session = await a.open()
@@ -80,7 +80,7 @@ async def test_relayed_request_of_a_deleted_session_gets_404(memory: MakeStore) 
             await stage.reached("stopped")
 
 
-async def test_relay_in_doubt_says_that_it_may_have_run(memory: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_doubtful_relay_says_so(memory: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """P9: not 503, with which the client would send it again."""
     monkeypatch.setattr("nonstick.node.relay._PATIENCE", 0.05)
     stores: list[DownStore] = []
@@ -124,7 +124,7 @@ async def test_relays_take_places_where_they_wait(memory: MakeStore, limit: str)
         assert await use(b, session, 4) == 1
 
 
-async def test_session_that_is_being_built_runs_nothing_yet(memory: MakeStore) -> None:
+async def test_session_being_built_runs_nothing(memory: MakeStore) -> None:
     """P7: what comes to its new owner meanwhile waits for the state."""
     built = asyncio.Event()
 
@@ -165,7 +165,7 @@ class Blinking(MemoryStore):
         return await super().lapsed(nodes)
 
 
-async def test_owner_that_seems_lost_now_and_then_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_seemingly_lost_owner_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     """P7: a node is lost that is seen dead for some time, without a sign of life in between."""
     monkeypatch.setattr("nonstick.session.rescue._BETWEEN_LOOKS", 0.05)
     monkeypatch.setattr("nonstick.node.placement._CERTAIN_AFTER", 0.2)

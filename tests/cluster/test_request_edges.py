@@ -159,7 +159,7 @@ async def test_messages_wait_for_the_store_in_order(memory: MakeStore) -> None:
         assert (await stage.kinds(session)).count(Kind.TERMINAL) == 1
 
 
-async def test_silent_request_streams_once_the_store_is_back(memory: MakeStore) -> None:
+async def test_silent_request_streams_after_outage(memory: MakeStore) -> None:
     """P3, P9: its client waits with an event id then, though nothing was said."""
     downs = Downs(memory)
     async with staged(downs.make, window=0.02) as (stage, a, b, c):
@@ -257,7 +257,7 @@ async def test_first_reason_to_stop_is_told(memory: MakeStore) -> None:
             stage.open("go on")
 
 
-async def test_handler_that_announces_in_an_ended_session_stops(memory: MakeStore) -> None:
+async def test_announcing_to_ended_session_stops_handler(memory: MakeStore) -> None:
     """P6: its node does not follow the log yet."""
     async with staged(memory, window=FOR_EVER) as (stage, a, b, c):
 
@@ -279,7 +279,7 @@ async def test_handler_that_announces_in_an_ended_session_stops(memory: MakeStor
 # ---- after its end
 
 
-async def test_what_is_said_after_the_answer_opens_no_stream(memory: MakeStore) -> None:
+async def test_message_after_answer_opens_no_stream(memory: MakeStore) -> None:
     """P3: nobody would ever end it."""
     async with staged(memory) as (stage, a, b, _):
         late: list[asyncio.Task[None]] = []
@@ -326,7 +326,7 @@ async def _refuse(ctx: Context, params: Any) -> types.EmptyResult:
     raise MCPError(types.INVALID_PARAMS, "no such resource")
 
 
-async def test_nothing_waits_for_the_end_of_a_node(memory: MakeStore) -> None:
+async def test_node_remembers_nothing_that_ended(memory: MakeStore) -> None:
     """P10: of requests and streams that have ended, a node keeps nothing to end when it closes."""
     async with staged(memory) as (stage, a, b, _):
 
@@ -346,7 +346,7 @@ async def test_nothing_waits_for_the_end_of_a_node(memory: MakeStore) -> None:
         await eventually(lambda: not len(node_of(b).listeners))
 
 
-async def test_handler_speaks_no_faster_than_its_client_reads(memory: MakeStore) -> None:
+async def test_handler_speaks_at_readers_pace(memory: MakeStore) -> None:
     """P10: what a client does not take is not kept in memory without end."""
     async with staged(memory, send_timeout=FOR_EVER) as (stage, a, b, _):
 
@@ -412,7 +412,7 @@ async def _accept(ctx: Context, params: Any) -> types.EmptyResult:
     return types.EmptyResult()
 
 
-async def test_log_keeps_the_name_of_a_tool_alone(memory: MakeStore) -> None:
+async def test_log_keeps_only_tools_name(memory: MakeStore) -> None:
     """P10, P13: and of a long name its beginning; another node does not take that for the whole request."""
     async with staged(memory, answer="sse") as (stage, a, b, _):
         session = await a.open()

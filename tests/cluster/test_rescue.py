@@ -73,7 +73,7 @@ async def opened(stage: Stage, session: Session, message: dict[str, Any], **more
     return EventId(first, Cursor(first, event.tag), message["id"]).seal(session.id)
 
 
-async def test_lost_request_is_run_again_for_who_resumes(memory: MakeStore) -> None:
+async def test_lost_request_runs_again_for_resumer(memory: MakeStore) -> None:
     """P7: what the tests below take away from."""
     async with Safe(memory, reexecute="idempotent") as stage:
         a, b, c = stage.cluster
@@ -83,7 +83,7 @@ async def test_lost_request_is_run_again_for_who_resumes(memory: MakeStore) -> N
             assert text_of((await here.rest())[-1]) == text_of((await there.rest())[-1]) == "run 1"
 
 
-async def test_request_that_was_cancelled_before_its_node_was_lost_is_not_run_again(memory: MakeStore) -> None:
+async def test_cancelled_lost_request_never_runs_again(memory: MakeStore) -> None:
     """P5, P7: its client hears of the cancel."""
     async with Safe(memory, reexecute="idempotent") as stage:
         a, b, c = stage.cluster
@@ -121,7 +121,7 @@ async def test_next_run_is_in_the_same_trace(memory: MakeStore, reexecute: Any) 
                 assert text_of((await again.rest())[-1]) == "Ada"
 
 
-async def test_run_that_began_before_the_client_reads_goes_on(memory: MakeStore) -> None:
+async def test_rerun_before_resuming_goes_on(memory: MakeStore) -> None:
     """P7: who comes back later knows of the lost node alone, and finds out first that another one runs the request."""
     asked: list[set[str]] = []
 
@@ -145,7 +145,7 @@ async def test_run_that_began_before_the_client_reads_goes_on(memory: MakeStore)
         assert (await stage.kinds(session)).count(Kind.TAKEN) == 1
 
 
-async def test_request_of_which_only_a_part_was_kept_is_not_run_again(memory: MakeStore) -> None:
+async def test_partly_kept_request_never_runs_again(memory: MakeStore) -> None:
     """P7: without its arguments. Its client may make it again."""
     async with Safe(memory, reexecute="idempotent") as stage:
         a, b, _ = stage.cluster
@@ -178,7 +178,7 @@ async def test_request_that_its_own_node_forgot_ends(memory: MakeStore) -> None:
     ],
     ids=["reads", "idempotent", "writes", "says nothing"],
 )
-async def test_tool_says_whether_it_may_be_called_again(
+async def test_tool_says_whether_it_is_repeatable(
     memory: MakeStore, annotations: dict[str, bool] | None, safe: bool
 ) -> None:
     """P7: on whichever page of the list it is."""
@@ -201,7 +201,7 @@ async def test_tool_says_whether_it_may_be_called_again(
 
 
 @pytest.mark.parametrize("again", [True, False])
-async def test_what_a_lost_node_asked_waits_for_no_reply(memory: MakeStore, again: bool) -> None:
+async def test_lost_nodes_question_awaits_no_reply(memory: MakeStore, again: bool) -> None:
     """P4, P10: whether its request ends or is run again."""
     async with Safe(memory, reexecute="idempotent" if again else "never") as stage:
         a, b, _ = stage.cluster
@@ -228,7 +228,7 @@ def _stream_of(place: str) -> int:
     return int(place.split(".")[1], 16)
 
 
-async def test_node_whose_lease_is_seen_lapsed_once_loses_nothing(memory: MakeStore) -> None:
+async def test_lease_lapsed_once_loses_nothing(memory: MakeStore) -> None:
     """P7: after an outage of the store every lease has lapsed, and the living need a moment."""
     looks: list[bool] = []
 
@@ -256,9 +256,7 @@ def _as_store(store: Any) -> Store:
 
 
 @pytest.mark.parametrize("broken", [{}, {"http": {}, "since": 0, "version": "2025-11-25"}], ids=["nothing", "no http"])
-async def test_relayed_request_that_its_owner_cannot_read_is_answered(
-    memory: MakeStore, broken: dict[str, Any]
-) -> None:
+async def test_unreadable_relayed_request_is_answered(memory: MakeStore, broken: dict[str, Any]) -> None:
     """P16, P12: of another release, say; who relayed it would wait for ever."""
     async with Safe(memory, placement="owner") as stage:
         a, b, _ = stage.cluster
@@ -271,10 +269,10 @@ async def test_relayed_request_that_its_owner_cannot_read_is_answered(
         assert text_of((await b.post(call("count"), session)).json()) == "run 1"
 
 
-async def test_relayed_request_whose_answer_cannot_be_read_ends_for_a_client_that_cannot_come_back(
+async def test_unreadable_answer_ends_relayed_request(
     memory: MakeStore,
 ) -> None:
-    """P16: it has no event id yet."""
+    """P16: also for a client that cannot come back, as it has no event id yet."""
     async with Safe(memory, placement="owner") as stage:
         a, b, _ = stage.cluster
 
@@ -298,7 +296,7 @@ def _running(member: Member, session: Session) -> list[Any]:
     return list(node_of(member).sessions[session_key(session.id)].exchanges.values())
 
 
-async def test_session_that_is_taken_passes_over_what_it_cannot_read(memory: MakeStore) -> None:
+async def test_taking_over_passes_over_unreadable_events(memory: MakeStore) -> None:
     """P7, P16: one event that no release writes keeps nobody from the others."""
 
     async def rehydrate(_: Any) -> None:
@@ -317,7 +315,7 @@ async def test_session_that_is_taken_passes_over_what_it_cannot_read(memory: Mak
             assert text_of(await stream.outcome()) == "run 1"
 
 
-async def test_owner_that_was_seen_dead_once_is_suspected_anew_later(memory: MakeStore) -> None:
+async def test_owner_is_suspected_anew_later(memory: MakeStore) -> None:
     """P7: of a session's owner, too, it has to be seen twice, a second apart, with no sign of life in between."""
     looks: list[bool] = []
     script = [True, False, False]

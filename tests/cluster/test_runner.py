@@ -190,7 +190,7 @@ async def test_runner_says_what_was_negotiated(make_store: MakeStore) -> None:
         assert elsewhere.began == [("initialize", "a"), ("who", "b")]
 
 
-async def test_answer_of_bytes_is_sent_as_it_is(make_store: MakeStore) -> None:
+async def test_byte_answer_is_sent_unchanged(make_store: MakeStore) -> None:
     async with forwarding(make_store) as (_, a, b):
         session = await a.open()
         response = await b.post(asked("say", "one"), session)
@@ -199,7 +199,7 @@ async def test_answer_of_bytes_is_sent_as_it_is(make_store: MakeStore) -> None:
         assert error == {"code": -32001, "message": "not there"}
 
 
-async def test_stream_of_bytes_is_resumed_at_the_other_node(make_store: MakeStore) -> None:
+async def test_byte_stream_is_resumed_elsewhere(make_store: MakeStore) -> None:
     """P3: live, and once more when all is over."""
     async with forwarding(make_store) as (elsewhere, a, b), make_store() as store:
         session = await a.open()
@@ -277,8 +277,8 @@ async def test_refused_initialize_leaves_nothing(make_store: MakeStore) -> None:
         assert not node_of(a).sessions
 
 
-async def test_notification_reaches_the_runner_and_its_state_the_store(make_store: MakeStore) -> None:
-    """P2: what it keeps in the session is there at the other node."""
+async def test_notification_changes_the_runners_state(make_store: MakeStore) -> None:
+    """P2: what the runner keeps in the session is there at the other node."""
     async with forwarding(make_store) as (elsewhere, a, b), make_store() as store:
         session = await a.open()
         elsewhere.marks["noticed"].clear()

@@ -90,9 +90,7 @@ def store_with_password(kind: str, request: pytest.FixtureRequest, stack: AsyncE
 
 
 @pytest.mark.parametrize("kind", ["valkey", pytest.param("postgres", marks=pytest.mark.slow)])
-async def test_no_log_holds_a_session_id_a_payload_a_token_or_a_password(
-    kind: str, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
+async def test_no_log_holds_ids_or_secrets(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """P13: opened, called, asked, resumed, cancelled, failed, refused, cut off, deleted; at DEBUG, in both formats."""
     password, token, text = (f"{what}-{secrets.token_hex(8)}" for what in ("password", "ada", "payload"))
     async with AsyncExitStack() as stack:

@@ -110,7 +110,7 @@ async def answers(member: Member, session: Session) -> list[int]:
     ],
     ids=["name", "path", "namespace", "parts that are joined alike"],
 )
-async def test_another_server_on_the_store_answers_404_and_touches_nothing(options: Any) -> None:
+async def test_another_server_answers_404(options: Any) -> None:
     """P1: two apps in one process, as two deployments would be, in both directions."""
     store = Seen()
     apps = [
@@ -133,7 +133,7 @@ async def test_another_server_on_the_store_answers_404_and_touches_nothing(optio
             assert refused.content == unknown.content
 
 
-async def test_servers_on_one_store_are_told_apart_on_every_store(make_store: MakeStore) -> None:
+async def test_shared_store_tells_servers_apart(make_store: MakeStore) -> None:
     """P1: and a DELETE there does not end the session here."""
     shop, bank = (nonstick.app(server(name), store=make_store(), grace=1.0) for name in ("shop", "bank"))
     async with members(shop, bank) as (a, b):
@@ -157,7 +157,7 @@ def test_namespace_that_is_no_name_is_refused(namespace: Any) -> None:
         nonstick.app(server(), store="memory:", namespace=namespace)
 
 
-async def test_replicas_agree_wherever_they_are_mounted_and_whatever_their_proxies_show(memory: MakeStore) -> None:
+async def test_replicas_agree_behind_any_proxy(memory: MakeStore) -> None:
     """P1: another prefix, host, root path."""
     anyhow = TransportSecuritySettings(enable_dns_rebinding_protection=False)
     adopted = server()
@@ -202,7 +202,7 @@ def adopted_with(servers: list[MCPServer[Any]], routes: list[Any], store: str, *
     return nonstick.adopt(Starlette(routes=routes, lifespan=lambda _: all_run(servers)), store=store, **options)
 
 
-async def test_id_with_the_name_of_an_endpoint_after_it_opens_nothing_at_another(tmp_path: Path) -> None:
+async def test_extended_id_opens_nothing_elsewhere(tmp_path: Path) -> None:
     """P1: no two ids make one key, however they are cut."""
     store, servers = f"sqlite:///{tmp_path}/s.db", [server(), server()]
     apps = [each.streamable_http_app() for each in servers]
@@ -219,7 +219,7 @@ async def test_id_with_the_name_of_an_endpoint_after_it_opens_nothing_at_another
 
 
 @pytest.mark.parametrize("options", [{}, {"namespace": "all"}], ids=["by name", "in a namespace"])
-async def test_endpoints_of_one_app_are_apart_whatever_they_have_in_common(tmp_path: Path, options: Any) -> None:
+async def test_similar_endpoints_stay_apart(tmp_path: Path, options: Any) -> None:
     """P1: the same name and path of their own, so that only the way to them differs."""
     store, servers = f"sqlite:///{tmp_path}/s.db", [server(), server(), server("bank")]
     apps = [each.streamable_http_app() for each in servers]
@@ -234,7 +234,7 @@ async def test_endpoints_of_one_app_are_apart_whatever_they_have_in_common(tmp_p
             assert found == [200 if path == own else 404 for path in paths]
 
 
-async def test_endpoint_that_is_added_to_an_app_leaves_the_sessions_of_the_first_where_they_are(tmp_path: Path) -> None:
+async def test_added_endpoint_moves_no_sessions(tmp_path: Path) -> None:
     """P12: a rolling update that adds one."""
     store, before, after = f"sqlite:///{tmp_path}/s.db", [server()], [server(), server("bank")]
     old = adopted_with(before, [Mount("/shop", before[0].streamable_http_app())], store)
@@ -245,9 +245,7 @@ async def test_endpoint_that_is_added_to_an_app_leaves_the_sessions_of_the_first
         assert (await b.post("/bank/mcp", json=request("ping"), headers=session.headers)).status_code == 404
 
 
-async def test_replicas_that_do_not_agree_are_told_what_to_do_once(
-    memory: MakeStore, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_disagreeing_replicas_are_advised_once(memory: MakeStore, caplog: pytest.LogCaptureFixture) -> None:
     """A server that is named after its node would send every client away."""
     nodes = [nonstick.app(server(name), store=memory()) for name in ("node-1", "node-2")]
     async with members(*nodes) as (a, b):
@@ -291,7 +289,7 @@ def fastmcp_app(name: str | None, store: Store) -> nonstick.App:
     return nonstick.app(fastmcp(cluster, name), store=store, cluster=cluster, grace=1.0)
 
 
-async def test_state_of_fastmcp_servers_on_one_store_is_apart(memory: MakeStore) -> None:
+async def test_fastmcp_states_on_store_stay_apart(memory: MakeStore) -> None:
     """P1: of a session, and of a user who uses both."""
     ada = {"authorization": "Bearer ada"}
     names = ("shop", "bank", "shop")
@@ -308,7 +306,7 @@ async def test_state_of_fastmcp_servers_on_one_store_is_apart(memory: MakeStore)
         assert told == [None, None, "a", "b"]
 
 
-async def test_state_of_fastmcp_servers_on_one_cluster_is_apart_and_replicas_agree(memory: MakeStore) -> None:
+async def test_fastmcp_states_on_cluster_stay_apart(memory: MakeStore) -> None:
     """P1: two servers in one process, of which another one runs the second alone; with a session and without."""
     ada, both = {"authorization": "Bearer ada"}, nonstick.Cluster()
     apps = [nonstick.app(fastmcp(both, name), store=memory(), cluster=both, grace=1.0) for name in ("shop", "bank")]
@@ -328,9 +326,7 @@ async def test_state_of_fastmcp_servers_on_one_cluster_is_apart_and_replicas_agr
         assert await remember(shop, "h", await shop.open(authorization="Bearer ada")) == "d"
 
 
-async def test_replicas_of_a_fastmcp_server_without_a_name_agree(
-    memory: MakeStore, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_nameless_fastmcp_replicas_agree(memory: MakeStore, caplog: pytest.LogCaptureFixture) -> None:
     """P1: FastMCP makes up another name in each process. It is said that a name would be better."""
     with caplog.at_level(logging.WARNING, "nonstick"):
         apps = [fastmcp_app(name, memory()) for name in (None, None, "FastMCP-shop")]
@@ -346,7 +342,7 @@ async def test_replicas_of_a_fastmcp_server_without_a_name_agree(
 @pytest.mark.parametrize(
     ("name", "options", "said"), [(None, {}, 1), (None, {"namespace": "shop"}, 0), ("shop", {}, 0)]
 )
-async def test_server_without_a_name_is_told_to_have_one(
+async def test_nameless_server_is_told_so(
     name: str | None, options: Any, said: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """P1: two of them on one store would serve each other's sessions."""
@@ -369,7 +365,7 @@ async def heard_until(member: Member, session: Session, last: str) -> list[str]:
     return found
 
 
-async def test_what_one_server_tells_its_clients_those_of_another_do_not_hear(make_store: MakeStore) -> None:
+async def test_broadcasts_stay_with_their_server(make_store: MakeStore) -> None:
     """P11: the cluster log is one, and who is meant is in it."""
     apps = [nonstick.app(server(name), store=make_store(), grace=1.0) for name in ("shop", "bank", "shop")]
     async with members(*apps) as (shop, bank, again):
@@ -381,7 +377,7 @@ async def test_what_one_server_tells_its_clients_those_of_another_do_not_hear(ma
         assert await heard_until(bank, sessions[1], PROMPTS) == [PROMPTS]
 
 
-async def test_script_tells_the_clients_of_one_server_or_of_all(tmp_path: Path) -> None:
+async def test_script_tells_one_server_or_all(tmp_path: Path) -> None:
     """P11: and nodes of version 0.1, which do not say who is meant, tell all."""
     store = f"sqlite:///{tmp_path}/s.db"
     apps = [nonstick.app(server(name), store=store, grace=1.0) for name in ("shop", "bank")]
@@ -395,7 +391,7 @@ async def test_script_tells_the_clients_of_one_server_or_of_all(tmp_path: Path) 
         assert await heard_until(bank, sessions[1], PROMPTS) == [PROMPTS]
 
 
-async def test_request_state_of_a_namespace_is_accepted_in_that_namespace_alone(memory: MakeStore) -> None:
+async def test_request_state_stays_in_its_namespace(memory: MakeStore) -> None:
     """P17: of servers of one name, whose state the SDK does not tell apart."""
 
     def made(namespace: str | None) -> tuple[nonstick.Cluster, nonstick.App]:

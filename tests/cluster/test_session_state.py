@@ -81,8 +81,8 @@ async def test_concurrent_increments_on_three_nodes_lose_none(make_store: MakeSt
             assert json.loads(await says(node, session, call("look", id=number + 210, key="c1"))) == [1, 1]
 
 
-async def test_get_set_delete_and_compare_and_set_are_seen_on_other_nodes(make_store: MakeStore) -> None:
-    """Both views are the same data, on every node."""
+async def test_all_operations_are_seen_elsewhere(make_store: MakeStore) -> None:
+    """Get, set, delete, and compare and set: both views are the same data, on every node."""
     async with staged(make_store) as (stage, a, b, c):
         add_tools(stage)
         session = await a.open()
@@ -99,7 +99,7 @@ async def test_get_set_delete_and_compare_and_set_are_seen_on_other_nodes(make_s
         assert await says(c, session, call("add", by=1.5)) == "1.5"
 
 
-async def test_value_that_was_set_is_not_undone_by_a_request_that_began_before() -> None:
+async def test_older_request_undoes_no_value() -> None:
     """It shows in `Connection.state` of its node at once, and another node's older view does not write over it."""
     async with staged(one(MemoryStore())) as (stage, a, b, c):
         add_tools(stage)
@@ -194,8 +194,8 @@ class Overtaken(MemoryStore):
         return done
 
 
-async def test_increment_whose_answer_was_lost_counts_once_beside_changes_of_other_keys() -> None:
-    """P9: no change on another node takes away the mark by which it is found."""
+async def test_doubtful_increment_counts_once() -> None:
+    """P9: no change of another key, on another node, takes away the mark by which it is found."""
     store = Overtaken()
     async with staged(one(store)) as (stage, a, b, c):
         add_tools(stage)
@@ -210,7 +210,7 @@ async def test_increment_whose_answer_was_lost_counts_once_beside_changes_of_oth
         assert json.loads(await says(a, session, call("look", key="m"))) == [1, 1]
 
 
-async def test_limits_and_what_is_no_json_are_refused_with_what_to_do() -> None:
+async def test_limits_and_bad_values_are_refused() -> None:
     """P10: over both views together; what was there stays."""
     async with staged(one(MemoryStore()), max_state_bytes=200) as (stage, a, b, _):
         add_tools(stage)
@@ -248,7 +248,7 @@ async def test_limits_and_what_is_no_json_are_refused_with_what_to_do() -> None:
         assert json.loads(await says(a, session, call("look", key="small"))) == ["fits", "fits"]
 
 
-def test_record_that_was_loaded_before_a_change_is_passed_over() -> None:
+def test_record_loaded_earlier_is_passed_over() -> None:
     """A load that was under way while the state was changed brings nothing back."""
     state = SessionState()
     state.refresh({"n": b"1"}, 1)
@@ -280,7 +280,7 @@ def fastmcp_server() -> FastMCP[Any]:
 
 
 @pytest.mark.parametrize("server", [sdk_server, fastmcp_server])
-async def test_any_servers_tool_uses_it_and_newer_clients_are_told(server: Callable[[], Any]) -> None:
+async def test_every_servers_tools_have_it(server: Callable[[], Any]) -> None:
     """In tools of the SDK's `MCPServer` and of FastMCP alike; without a session the error says so."""
     async with Cluster(server, one(MemoryStore())) as cluster:
         session = await cluster[0].open()
@@ -297,6 +297,6 @@ async def test_any_servers_tool_uses_it_and_newer_clients_are_told(server: Calla
         assert '"isError":true' in answer.text.replace(" ", "") or "error" in answer.json()
 
 
-async def test_without_a_session_the_error_says_where_there_is_one() -> None:
+async def test_sessionless_error_gives_advice() -> None:
     with pytest.raises(NoSession, match="requestState"):
         session_state()

@@ -66,7 +66,7 @@ def working(member: Member, *, aloud: bool) -> Any:
     return stream(member, "tools/call", params, **{"mcp-name": "work"})
 
 
-async def test_a_drain_ends_the_streams_of_clients_that_listen() -> None:
+async def test_drain_ends_sessionless_streams() -> None:
     """P8: an ASGI server waits for them, for ever. Nothing is lost: they are not resumable, and are asked for anew."""
     store = MemoryStore()
     async with Cluster(Tools().server, lambda: store, nodes=1, grace=60.0) as cluster, asyncio.timeout(DEADLINE):
@@ -82,7 +82,7 @@ async def test_a_drain_ends_the_streams_of_clients_that_listen() -> None:
         assert not len(node_of(a).listeners)
 
 
-async def test_a_drain_lets_requests_without_a_session_finish() -> None:
+async def test_drain_lets_sessionless_requests_finish() -> None:
     """P8."""
     store, tools = MemoryStore(), Tools()
     async with Cluster(tools.server, lambda: store, nodes=1, grace=60.0) as cluster, asyncio.timeout(DEADLINE):
@@ -98,7 +98,7 @@ async def test_a_drain_lets_requests_without_a_session_finish() -> None:
 
 
 @pytest.mark.parametrize("aloud", [True, False])
-async def test_a_request_without_a_session_that_outlives_the_grace_ends_with_an_error(aloud: bool) -> None:
+async def test_overlong_sessionless_request_ends_with_error(aloud: bool) -> None:
     """P8: as a stream if it had become one, and its handler is cancelled."""
     store, tools = MemoryStore(), Tools()
     async with Cluster(tools.server, lambda: store, nodes=1, grace=0.05) as cluster, asyncio.timeout(DEADLINE):

@@ -55,7 +55,7 @@ async def gone(store: Store, session: Session) -> bool:
 # ---- P1: any node
 
 
-async def test_every_node_serves_a_session_that_another_one_opened(make_store: MakeStore) -> None:
+async def test_every_node_serves_every_session(make_store: MakeStore) -> None:
     """P1."""
     async with world(make_store) as (_, (a, b, c), _store):
         session = await a.open(initialized=False)
@@ -69,8 +69,8 @@ async def test_every_node_serves_a_session_that_another_one_opened(make_store: M
             assert response.headers["nonstick-node"] == member.name
 
 
-async def test_ids_have_192_random_bits_and_are_unique(memory: MakeStore) -> None:
-    """P1."""
+async def test_ids_are_random_and_unique(memory: MakeStore) -> None:
+    """P1: they have 192 random bits."""
     async with world(memory) as (_, cluster, _store):
         ids = [(await cluster[n % 3].open(initialized=False)).id for n in range(30)]
     assert len(set(ids)) == len(ids)
@@ -81,7 +81,7 @@ async def test_ids_have_192_random_bits_and_are_unique(memory: MakeStore) -> Non
     assert all(len(set(column)) > 1 for column in zip(*ids, strict=True))
 
 
-async def test_work_that_initialize_leaves_behind_goes_on_knowing_the_client(memory: MakeStore) -> None:
+async def test_work_left_by_initialize_knows_client(memory: MakeStore) -> None:
     """P2: the view of a session that nothing uses is forgotten, but not by who is still at work for it."""
     shared, answered = World(), asyncio.Event()
     seen: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
@@ -111,8 +111,8 @@ async def test_work_that_initialize_leaves_behind_goes_on_knowing_the_client(mem
     assert (version, name) == ("2025-06-18", session.id)
 
 
-async def test_id_that_a_client_made_up_is_neither_adopted_nor_replaced(make_store: MakeStore) -> None:
-    """P1."""
+async def test_invented_id_is_refused(make_store: MakeStore) -> None:
+    """P1: neither adopted nor replaced."""
     async with world(make_store) as (_, (a, _b, _c), store):
         made_up = Session("A" * 32, "2025-11-25", {})
         response = await a.post(opening(), made_up)
@@ -121,7 +121,7 @@ async def test_id_that_a_client_made_up_is_neither_adopted_nor_replaced(make_sto
         assert await gone(store, made_up)
 
 
-async def test_clients_of_2026_are_served_by_every_node(memory: MakeStore) -> None:
+async def test_every_node_serves_sessionless_clients(memory: MakeStore) -> None:
     """They have no session; the official client asks for that protocol by itself."""
     async with world(memory) as (shared, cluster, _store):
         for member in cluster:
@@ -132,7 +132,7 @@ async def test_clients_of_2026_are_served_by_every_node(memory: MakeStore) -> No
         assert shared.starts == 3
 
 
-async def test_lifespan_runs_once_per_process_and_serves_both_eras(memory: MakeStore) -> None:
+async def test_one_lifespan_serves_both_eras(memory: MakeStore) -> None:
     async with world(memory, nodes=1) as (shared, (a,), _store):
         session = await a.open()
         assert answer(await a.post(call("who"), session))["lifespan"] == "started 1"
@@ -160,7 +160,7 @@ async def test_hydrated_session_knows_its_client(make_store: MakeStore) -> None:
         }
 
 
-async def test_log_level_that_was_set_on_one_node_holds_on_the_others(make_store: MakeStore) -> None:
+async def test_log_level_holds_on_every_node(make_store: MakeStore) -> None:
     """P2."""
     async with world(make_store) as (_, (a, b, c), _store):
         session = await a.open()
@@ -219,7 +219,7 @@ async def test_resource_subscriptions_are_limited(memory: MakeStore) -> None:
         assert Record.from_fields(fields).subscriptions == {"memo://0", "memo://2"}
 
 
-async def test_what_a_client_says_of_itself_is_limited(memory: MakeStore) -> None:
+async def test_client_information_is_limited(memory: MakeStore) -> None:
     """P10: when it opens a session, and when it initializes it again; the session is as it was."""
     async with world(memory, max_initialize_bytes=500) as (_, cluster, store):
         session = await cluster[0].open()
@@ -246,7 +246,7 @@ async def test_session_state_follows_the_session(make_store: MakeStore) -> None:
         assert answer(await a.post(call("get"), session)) == {"user": "grace"}
 
 
-async def test_concurrent_writes_of_different_keys_on_different_nodes_all_survive(make_store: MakeStore) -> None:
+async def test_concurrent_writes_all_survive(make_store: MakeStore) -> None:
     """P2: changed keys only are written."""
     async with world(make_store) as (shared, cluster, _store):
         session = await cluster[0].open()
@@ -262,7 +262,7 @@ async def test_concurrent_writes_of_different_keys_on_different_nodes_all_surviv
         assert state == {"key 0": 0, "key 1": 1, "key 2": 2}
 
 
-async def test_state_that_another_node_saved_reaches_a_view_that_is_in_use(memory: MakeStore) -> None:
+async def test_saved_state_reaches_used_view(memory: MakeStore) -> None:
     """P2: a node's live view is brought up to date by every request."""
     async with world(memory) as (shared, (a, b, _c), _store):
         session = await a.open()
@@ -278,7 +278,7 @@ async def test_state_that_another_node_saved_reaches_a_view_that_is_in_use(memor
 # ---- visible only when it succeeded
 
 
-async def test_session_is_invisible_until_its_initialize_has_succeeded(make_store: MakeStore) -> None:
+async def test_session_appears_after_its_initialize(make_store: MakeStore) -> None:
     """P2."""
     shared, calls = World(), CountingStores(make_store)
 
@@ -366,7 +366,7 @@ class CountingStores:
 # ---- P6: the end
 
 
-async def test_delete_on_any_node_is_404_on_every_node_at_once(make_store: MakeStore) -> None:
+async def test_delete_anywhere_is_404_everywhere(make_store: MakeStore) -> None:
     """P6."""
     async with world(make_store) as (_, (a, b, c), store):
         session = await a.open()
@@ -382,7 +382,7 @@ async def test_delete_on_any_node_is_404_on_every_node_at_once(make_store: MakeS
         assert await gone(store, session)
 
 
-async def test_session_expires_by_the_stores_clock_on_every_node() -> None:
+async def test_session_expires_by_stores_clock() -> None:
     """P1, P6: no node's own clock counts."""
     clock = ManualClock()
     async with world(one(MemoryStore(clock=clock)), app_options={"session_idle_timeout": 100.0}) as (_, cluster, _s):
@@ -401,7 +401,7 @@ def _get(session: Session) -> dict[str, str]:
     return {"accept": "text/event-stream", **session.headers}
 
 
-async def test_clean_up_runs_exactly_once_when_the_session_is_deleted_elsewhere(make_store: MakeStore) -> None:
+async def test_remote_delete_cleans_up_once(make_store: MakeStore) -> None:
     """P6."""
     async with world(make_store) as (shared, (a, b, c), _store):
         session = await a.open()
@@ -429,7 +429,7 @@ async def test_clean_up_runs_when_the_session_expires() -> None:
         await shared.saw("cleaned up")
 
 
-async def test_request_that_runs_when_the_session_is_deleted_is_answered_404(make_store: MakeStore) -> None:
+async def test_deleted_sessions_request_gets_404(make_store: MakeStore) -> None:
     """P6: also within the window in which it is no stream yet."""
     async with world(make_store, window=0.05) as (shared, (a, b, _c), _store):
         session = await a.open()
@@ -444,7 +444,7 @@ async def test_request_that_runs_when_the_session_is_deleted_is_answered_404(mak
 # ---- live views
 
 
-async def test_concurrent_requests_of_a_session_share_one_view_on_a_node(memory: MakeStore) -> None:
+async def test_concurrent_requests_share_one_view(memory: MakeStore) -> None:
     async with world(memory) as (shared, (a, b, _c), _store):
         session = await a.open()
         waiting = [asyncio.create_task(a.post(call("wait", n, door=f"d{n}"), session)) for n in (1, 2)]
@@ -469,7 +469,7 @@ async def test_idle_session_costs_a_node_nothing(make_store: MakeStore) -> None:
             await eventually(lambda member=member: not node_of(member).sessions)  # type: ignore[misc]
 
 
-async def test_second_initialize_of_a_session_is_answered_and_known_everywhere(make_store: MakeStore) -> None:
+async def test_second_initialize_is_known_everywhere(make_store: MakeStore) -> None:
     """As the SDK; P2."""
     async with world(make_store) as (_, (a, b, _c), _store):
         session = await a.open()

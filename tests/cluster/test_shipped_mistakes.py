@@ -48,7 +48,7 @@ def echoing(stage: Stage) -> None:
         return str(arguments["text"])
 
 
-async def test_a_stream_is_not_just_its_requests_id(make_store: MakeStore) -> None:
+async def test_stream_is_not_its_requests_id(make_store: MakeStore) -> None:
     """P3: a shared event store replayed another session's tool result to whoever used the same id."""
     async with staged(make_store) as (stage, a, b, c):
         echoing(stage)
@@ -79,7 +79,7 @@ async def test_resuming_a_finished_stream_does_not_hang(make_store: MakeStore) -
                 assert await resumed.rest() == []
 
 
-async def test_the_reply_to_a_question_counts_however_early_it_comes(make_store: MakeStore) -> None:
+async def test_reply_counts_however_early(make_store: MakeStore) -> None:
     """P4: the reply's route was registered only after the request had been sent.
 
     Here the reply comes while the asking node does not even know yet that its question is in the log.
@@ -108,7 +108,7 @@ async def test_the_reply_to_a_question_counts_however_early_it_comes(make_store:
                 assert texts_of(await resumed.rest()) == ["Ada"]
 
 
-async def test_a_session_is_not_visible_before_its_initialize_has_finished(make_store: MakeStore) -> None:
+async def test_unfinished_session_is_invisible(make_store: MakeStore) -> None:
     """P2: another node served requests of a session that was not one yet, or never became one."""
     stage = Stage(make_store)
     ids: list[str] = []
@@ -158,7 +158,7 @@ async def test_a_second_writer_overwrites_nothing(make_store: MakeStore) -> None
             assert texts_of([await stream.message() for _ in range(12)]) == [f"{number}" for number in range(12)]
 
 
-async def test_delete_leaves_no_live_copy_on_another_node(make_store: MakeStore) -> None:
+async def test_delete_leaves_no_live_copy(make_store: MakeStore) -> None:
     """P6: only the node that got the DELETE forgot the session."""
     async with staged(make_store, window=0.02) as (stage, a, b, c):
         echoing(stage)
@@ -171,7 +171,7 @@ async def test_delete_leaves_no_live_copy_on_another_node(make_store: MakeStore)
         await eventually(lambda: not node_of(b).sessions)
 
 
-async def test_a_restored_session_does_not_belong_to_whoever_restored_it() -> None:
+async def test_restored_session_keeps_its_principal() -> None:
     """P1: it belongs to who opened it; a node that never saw it before asks nobody else."""
     auth.doors.update(asked=asyncio.Event(), answer=asyncio.Event())
     async with Cluster(auth.server, one(MemoryStore())) as cluster:
@@ -183,7 +183,7 @@ async def test_a_restored_session_does_not_belong_to_whoever_restored_it() -> No
             assert (await member.post(call("echo", text="x"), session)).status_code == 200
 
 
-async def test_a_session_survives_the_refresh_of_its_token() -> None:
+async def test_session_survives_a_token_refresh() -> None:
     """P1: sessions were bound to a token's hash, and died with the token."""
     auth.doors.update(asked=asyncio.Event(), answer=asyncio.Event())
     async with Cluster(auth.server, one(MemoryStore())) as cluster:
@@ -208,7 +208,7 @@ async def test_unknown_ids_are_not_minted_again(make_store: MakeStore) -> None:
             await stage.store.load(session_key(guessed.id))
 
 
-async def test_a_request_is_not_executed_twice_when_an_acknowledgement_is_lost(make_store: MakeStore) -> None:
+async def test_lost_acknowledgement_runs_nothing_twice(make_store: MakeStore) -> None:
     """P3: a node ran the request itself when forwarding it had failed, and the other one ran it too."""
     stores: list[DownStore] = []
 
@@ -238,7 +238,7 @@ async def test_a_request_is_not_executed_twice_when_an_acknowledgement_is_lost(m
         assert await stage.kinds(session) == [Kind.OPENED, Kind.MESSAGE, Kind.TERMINAL]
 
 
-async def test_the_answer_is_not_404_while_the_store_is_down(make_store: MakeStore) -> None:
+async def test_outage_is_never_404(make_store: MakeStore) -> None:
     """P9: clients took it for the end of their session, and threw it away."""
     stores: list[DownStore] = []
 
@@ -262,7 +262,7 @@ async def test_the_answer_is_not_404_while_the_store_is_down(make_store: MakeSto
             assert text_of((await stream.rest())[-1]) == "x"
 
 
-async def test_there_is_no_window_between_the_replay_and_the_tail(make_store: MakeStore) -> None:
+async def test_nothing_falls_between_replay_and_tail(make_store: MakeStore) -> None:
     """P3: what was written after the replay was read and before the tail was heard was lost."""
     held: list[HeldStore] = []
 
@@ -305,7 +305,7 @@ async def _resume(member: Any, session: Session, last_id: str | None) -> list[An
         return texts_of(await resumed.rest())
 
 
-async def test_concurrent_requests_of_a_node_have_each_a_sequence_of_their_own(make_store: MakeStore) -> None:
+async def test_concurrent_requests_have_own_sequences(make_store: MakeStore) -> None:
     """P3: one sequence for all took a retried lower number for a duplicate, and lost it."""
     stores: list[DownStore] = []
 
@@ -334,7 +334,7 @@ def _writes_slow(_key: str, batch: Any) -> bool:
     return any(b'"slow"' in event.data for event in batch.events)
 
 
-async def test_a_client_that_starts_its_ids_again_does_not_get_another_requests_end(make_store: MakeStore) -> None:
+async def test_reused_ids_get_their_own_end(make_store: MakeStore) -> None:
     """P3: terminals were kept by request id."""
     async with staged(make_store) as (stage, a, b, c):
         echoing(stage)
@@ -351,7 +351,7 @@ async def test_a_client_that_starts_its_ids_again_does_not_get_another_requests_
             assert texts_of(await stream.rest()) == ["said new", "new"]
 
 
-async def test_a_failover_that_lost_acknowledged_writes_is_noticed() -> None:
+async def test_lossy_failover_is_noticed() -> None:
     """P9: an epoch alone does not tell it; the entries' tags do, though their positions are taken again."""
     store = Forgetful()
     async with staged(one(store)) as (stage, a, b, c):

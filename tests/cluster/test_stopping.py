@@ -181,9 +181,7 @@ async def sending(process: Process, session: Session, message: Any, *, whole: bo
 
 
 @pytest.mark.parametrize("command", [SERVED, DRAINING], ids=["nonstick serve", "uvicorn"])
-async def test_process_is_gone_in_time_whatever_its_clients_and_its_handlers_do(
-    tmp_path: Path, command: tuple[str, ...]
-) -> None:
+async def test_process_is_always_gone_in_time(tmp_path: Path, command: tuple[str, ...]) -> None:
     """P8: half-sent requests, clients that do not read, handlers that do not stop or block a thread, open streams."""
     async with running(tmp_path, *command, name="a") as a:
         session = await a.open()
@@ -289,7 +287,7 @@ async def test_uvicorn_that_is_told_to_exit_drains(protocol: Any) -> None:
         await open_streams_are_handed_over_and_requests_finish(doors, member, stop)
 
 
-async def test_uvicorn_that_has_served_as_many_requests_as_it_may_drains() -> None:
+async def test_uvicorn_at_its_request_limit_drains() -> None:
     """P8: `--limit-max-requests`."""
     doors = Doors()
     config = uvicorn.Config(doors.app, http=Draining, log_level="error", limit_max_requests=4)
@@ -303,7 +301,7 @@ async def test_uvicorn_that_has_served_as_many_requests_as_it_may_drains() -> No
         await open_streams_are_handed_over_and_requests_finish(doors, member, stop)
 
 
-async def test_uvicorn_of_any_protocol_drains_when_the_app_is_told() -> None:
+async def test_uvicorn_of_any_protocol_drains() -> None:
     """P8: what docs/stopping says to call."""
     doors = Doors()
     server = uvicorn.Server(uvicorn.Config(doors.app, log_level="error"))
@@ -316,7 +314,7 @@ async def test_uvicorn_of_any_protocol_drains_when_the_app_is_told() -> None:
         await open_streams_are_handed_over_and_requests_finish(doors, member, stop)
 
 
-async def test_hypercorn_drains_when_the_app_is_told_by_its_trigger() -> None:
+async def test_hypercorn_drains_by_its_trigger() -> None:
     """P8: as docs/stopping shows."""
     doors, stopping = Doors(), asyncio.Event()
 
@@ -341,7 +339,7 @@ async def test_hypercorn_drains_when_the_app_is_told_by_its_trigger() -> None:
 
 
 @pytest.mark.slow
-async def test_hypercorn_whose_workers_get_no_signal_drains_at_its_end(tmp_path: Path) -> None:
+async def test_hypercorn_without_signals_drains_late(tmp_path: Path) -> None:
     """P8: connections are cut by hypercorn; what runs may finish, for a client that goes on elsewhere."""
     command = ("hypercorn", "stops:app", "--bind", "127.0.0.1:{port}", "--graceful-timeout", "1")
     async with running(tmp_path, *command, name="a") as a, running(tmp_path, *BY_UVICORN, name="b") as b:
@@ -353,7 +351,7 @@ async def test_hypercorn_whose_workers_get_no_signal_drains_at_its_end(tmp_path:
             assert text_of((await resumed.rest())[-1]) == "done"
 
 
-def test_app_that_does_not_run_cannot_be_drained() -> None:
+def test_stopped_app_cannot_be_drained() -> None:
     app = nonstick.app(MCPServer("any"), store="memory:")
     with pytest.raises(NotRunning):
         app.begin_drain()
@@ -368,9 +366,7 @@ def test_app_that_does_not_run_cannot_be_drained() -> None:
     ],
     ids=["hypercorn", "gunicorn"],
 )
-async def test_hosts_that_take_the_signal_themselves_leave_it_to_the_node_too(
-    tmp_path: Path, command: tuple[str, ...]
-) -> None:
+async def test_hosts_signal_handlers_are_chained(tmp_path: Path, command: tuple[str, ...]) -> None:
     """P8: their handlers are chained, whichever way they are set up."""
     async with running(tmp_path, *command, name="a") as a:
         session = await a.open()

@@ -835,7 +835,7 @@ def chosen(cases: list[Case], seed: int) -> list[Case]:
 
 
 @some_or_every
-async def test_every_error_of_every_store_call_is_answered_as_documented(every: bool) -> None:
+async def test_every_store_error_is_answered(every: bool) -> None:
     """P9: no 500, nothing hangs, no end is lost, nothing is left behind, and then the session works."""
     async with leaving_nothing() as world:
         cases = await cases_of(world, KINDS)
@@ -844,7 +844,7 @@ async def test_every_error_of_every_store_call_is_answered_as_documented(every: 
 
 
 @some_or_every
-async def test_every_error_of_every_store_call_is_answered_as_documented_where_one_node_holds_the_session(
+async def test_store_errors_beside_owner_are_answered(
     every: bool,
 ) -> None:
     """P7, P9: the same, with `placement="owner"`, from the other node."""
@@ -898,7 +898,7 @@ def cases_for(kind: str, *methods: str, nths: range = range(1, 2)) -> list[Case]
 
 
 @some_or_every
-async def test_every_error_of_the_cluster_log_ends_in_everyone_being_told(every: bool) -> None:
+async def test_every_cluster_log_error_is_survived(every: bool) -> None:
     """P9, P11: the call raises `StoreUnavailable` or nothing, and once it was made every client has heard of it."""
 
     async def play(world: World, case: Case) -> None:
@@ -930,9 +930,7 @@ async def test_every_error_of_the_cluster_log_ends_in_everyone_being_told(every:
 
 
 @some_or_every
-async def test_every_error_while_keys_are_changed_ends_with_keys_that_both_nodes_have(
-    every: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_every_key_change_error_is_survived(every: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """P9: the rotation raises `StoreUnavailable` or nothing, and may be called again."""
     monkeypatch.setattr(cluster, "_SPREAD_SECONDS", 0.1)
 
@@ -970,7 +968,7 @@ def unseals(codec: Any, sealed: str) -> bool:
 
 
 @some_or_every
-async def test_every_error_while_a_lost_node_is_looked_at_ends_its_request_once(every: bool) -> None:
+async def test_every_rescue_error_ends_request_once(every: bool) -> None:
     """P7, P9: of all that the client's connection asks the store."""
 
     async def play(world: World, case: Case) -> None:
@@ -1000,7 +998,7 @@ async def test_every_error_while_a_lost_node_is_looked_at_ends_its_request_once(
 
 
 @some_or_every
-async def test_every_error_during_a_drain_leaves_each_request_one_end_and_the_node_gone_in_time(every: bool) -> None:
+async def test_every_drain_error_leaves_one_end(every: bool) -> None:
     """P8, P9: what the store did not take of the end, another node says."""
 
     async def play(world: World, case: Case) -> None:
@@ -1025,7 +1023,7 @@ async def test_every_error_during_a_drain_leaves_each_request_one_end_and_the_no
 
 
 @some_or_every
-async def test_every_error_of_what_concerns_no_session_is_away_for_whoever_asks(every: bool) -> None:
+async def test_every_node_error_is_an_outage(every: bool) -> None:
     """P9: readiness says so; what is renewed is renewed the next time."""
 
     async def play(world: World, case: Case) -> None:

@@ -99,9 +99,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-async def test_fault_of_the_store_is_503_in_time_and_leaves_nothing_behind(
-    cluster: Cluster, proxy: FaultProxy, shared: World, fault: Fault
-) -> None:
+async def test_store_fault_is_503_in_time(cluster: Cluster, proxy: FaultProxy, shared: World, fault: Fault) -> None:
     """P9: for every kind of request, and no handler runs; then the node recovers without a restart."""
     a, b, _c = cluster
     session, ending = await b.open(), await b.open()
@@ -131,7 +129,7 @@ async def test_fault_of_the_store_is_503_in_time_and_leaves_nothing_behind(
     assert (await a.open()).id
 
 
-async def test_what_a_client_sends_but_once_is_tried_for_longer(cluster: Cluster, proxy: FaultProxy) -> None:
+async def test_unrepeated_messages_are_tried_longer(cluster: Cluster, proxy: FaultProxy) -> None:
     """P9: it would not come again after a 503."""
     a, b, _c = cluster
     session = await b.open(initialized=False)
@@ -146,7 +144,7 @@ async def test_what_a_client_sends_but_once_is_tried_for_longer(cluster: Cluster
     assert answer(await b.post(call("who"), session))["initialized"] is True
 
 
-async def test_unknown_session_is_503_as_long_as_nobody_can_know(cluster: Cluster, proxy: FaultProxy) -> None:
+async def test_unknown_session_is_503_in_doubt(cluster: Cluster, proxy: FaultProxy) -> None:
     """P9: not 404, which would be a claim; what cannot be an id is still 404."""
     a = cluster[0]
     await proxy.cut()
@@ -172,7 +170,7 @@ def _initialized() -> dict[str, Any]:
     return {"jsonrpc": "2.0", "method": "notifications/initialized"}
 
 
-async def test_connections_that_break_again_and_again_are_not_noticed(cluster: Cluster, proxy: FaultProxy) -> None:
+async def test_breaking_connections_are_not_noticed(cluster: Cluster, proxy: FaultProxy) -> None:
     """P9."""
     a = cluster[0]
     session = await a.open()
@@ -183,7 +181,7 @@ async def test_connections_that_break_again_and_again_are_not_noticed(cluster: C
     assert answer(await cluster[1].post(call("get"), session)) == {f"key {n}": n for n in range(10)}
 
 
-async def test_initialize_whose_answer_was_lost_is_repeated_not_doubled(cluster: Cluster, proxy: FaultProxy) -> None:
+async def test_doubtful_initialize_is_not_doubled(cluster: Cluster, proxy: FaultProxy) -> None:
     """P9: a store write may be repeated as it was."""
     a, b, _c = cluster
     await a.open()
@@ -193,9 +191,7 @@ async def test_initialize_whose_answer_was_lost_is_repeated_not_doubled(cluster:
     assert answer(await b.post(call("echo", x=1), session)) == {"x": 1}
 
 
-async def test_request_whose_store_goes_while_it_runs_keeps_its_answer_for_later(
-    cluster: Cluster, proxy: FaultProxy, shared: World
-) -> None:
+async def test_running_request_keeps_its_answer(cluster: Cluster, proxy: FaultProxy, shared: World) -> None:
     """P3, P9: a stream is ended when the store is back."""
     a, b, _c = cluster
     session = await a.open()
@@ -303,9 +299,7 @@ async def test_few_failures_are_repeated_and_not_noticed(node: Member, failing: 
     assert failing.failures == {"create": 0, "load": 0, "update": 0, "append": 0, "delete": 0, "ping": 0}
 
 
-async def test_answer_whose_state_could_not_be_saved_says_so_and_asks_for_no_repeat(
-    node: Member, failing: Failing
-) -> None:
+async def test_unsaved_answer_asks_for_no_repeat(node: Member, failing: Failing) -> None:
     """P2, P9: no answer without what belongs to it, and no 503, after which it would run twice."""
     session = await node.open()
     failing.failures["update"] = FOREVER
@@ -332,7 +326,7 @@ async def test_delete_that_failed_leaves_the_session(node: Member, failing: Fail
     assert (await node.post(request("ping"), session)).status_code == 404
 
 
-async def test_initialize_that_the_store_did_not_take_gives_no_session(node: Member, failing: Failing) -> None:
+async def test_unstored_initialize_gives_no_session(node: Member, failing: Failing) -> None:
     """P2, P9."""
     failing.failures["create"] = FOREVER
     response = await node.post(opening())
@@ -340,7 +334,7 @@ async def test_initialize_that_the_store_did_not_take_gives_no_session(node: Mem
     assert "mcp-session-id" not in response.headers
 
 
-async def test_sqlite_file_that_another_process_locks_is_503_until_it_is_free(shared: World, tmp_path: Path) -> None:
+async def test_locked_sqlite_file_is_503(shared: World, tmp_path: Path) -> None:
     """P9."""
     path = tmp_path / "sessions.db"
     async with Cluster(shared.server, lambda: SQLiteStore(path), nodes=2) as (a, b):
@@ -359,7 +353,7 @@ async def test_sqlite_file_that_another_process_locks_is_503_until_it_is_free(sh
         assert answer(await a.post(call("get"), session)) in ({"x": 1}, {"x": 2})
 
 
-async def test_what_a_handler_gets_does_not_say_where_the_store_is(
+async def test_handlers_error_hides_the_store(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """P13: it goes on to the client, in the error that the handler raises; the log says it."""
@@ -390,7 +384,7 @@ async def test_what_a_handler_gets_does_not_say_where_the_store_is(
         assert "cut off by the test" in caplog.text
 
 
-async def test_what_waits_for_a_store_that_is_away_is_bounded_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_waiting_messages_are_bounded_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """P9, P10: the latest messages come once it is back; and the end."""
     monkeypatch.setattr("nonstick.log.writer._PATIENCE", 0.01)
     store = DownStore(MemoryStore(), "append", after=False)

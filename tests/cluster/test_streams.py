@@ -60,7 +60,7 @@ def primed(last_id: str | None) -> Sse:
 # ---- promotion
 
 
-async def test_a_handler_that_ends_soon_and_silently_is_answered_with_json_and_leaves_the_log_alone(
+async def test_quick_silent_handler_answers_json(
     make_store: MakeStore,
 ) -> None:
     """P3: the log is not touched."""
@@ -76,7 +76,7 @@ async def test_a_handler_that_ends_soon_and_silently_is_answered_with_json_and_l
         assert await stage.log(session) == []
 
 
-async def test_handlers_that_seed_the_random_numbers_of_the_process_lose_nothing(memory: MakeStore) -> None:
+async def test_seeding_handlers_lose_nothing(memory: MakeStore) -> None:
     """P3: what names an append must not repeat, or the store takes the second stream's events for the first one's."""
     async with staged(memory) as (stage, a, _, _):
 
@@ -94,7 +94,7 @@ async def test_handlers_that_seed_the_random_numbers_of_the_process_lose_nothing
         assert await stage.kinds(session) == [Kind.OPENED, Kind.MESSAGE, Kind.TERMINAL] * 2
 
 
-async def test_a_handler_that_notifies_is_answered_with_a_stream(make_store: MakeStore) -> None:
+async def test_notifying_handler_answers_with_stream(make_store: MakeStore) -> None:
     """P3: primed with an id, every message has one, the answer ends it."""
     async with staged(make_store) as (stage, a, b, _):
         counting(stage)
@@ -121,7 +121,7 @@ async def test_a_handler_that_notifies_is_answered_with_a_stream(make_store: Mak
 
 
 @pytest.mark.parametrize("version", OLD_VERSIONS)
-async def test_older_clients_get_ids_but_no_priming_event(memory: MakeStore, version: str) -> None:
+async def test_older_clients_get_only_ids(memory: MakeStore, version: str) -> None:
     """P3: they cannot parse one."""
     async with staged(memory) as (stage, a, b, _):
         counting(stage)
@@ -145,7 +145,7 @@ async def test_older_clients_get_no_close_callbacks(memory: MakeStore, version: 
         assert text_of((await b.post(call("callbacks"), session)).json()) == "None None"
 
 
-async def test_a_handler_that_asks_is_answered_with_a_stream(make_store: MakeStore) -> None:
+async def test_asking_handler_answers_with_stream(make_store: MakeStore) -> None:
     """P3, P4."""
     async with staged(make_store) as (stage, a, b, c):
 
@@ -161,7 +161,7 @@ async def test_a_handler_that_asks_is_answered_with_a_stream(make_store: MakeSto
             assert texts_of(await stream.rest()) == ["Ada"]
 
 
-async def test_a_silent_handler_that_outlives_the_window_is_answered_with_a_stream(make_store: MakeStore) -> None:
+async def test_slow_silent_handler_answers_with_stream(make_store: MakeStore) -> None:
     """P3."""
     async with staged(make_store, window=0.05) as (stage, a, b, _):
 
@@ -179,7 +179,7 @@ async def test_a_silent_handler_that_outlives_the_window_is_answered_with_a_stre
             assert texts_of(await stream.rest()) == ["done"]
 
 
-async def test_answer_sse_streams_even_what_is_ready_at_once(make_store: MakeStore) -> None:
+async def test_answer_sse_always_streams(make_store: MakeStore) -> None:
     """P3."""
     async with staged(make_store, answer="sse") as (stage, a, b, c):
         stage.tool(_quick)
@@ -192,8 +192,8 @@ async def test_answer_sse_streams_even_what_is_ready_at_once(make_store: MakeSto
             assert texts_of(await stream.rest()) == ["quick"]
 
 
-async def test_answer_json_never_streams_and_drops_what_belongs_to_the_request(make_store: MakeStore) -> None:
-    """P3."""
+async def test_answer_json_never_streams(make_store: MakeStore) -> None:
+    """P3: what belongs to the request is dropped."""
     async with staged(make_store, answer="json", window=0.02) as (stage, a, b, _):
 
         @stage.tool
@@ -238,7 +238,7 @@ async def test_progress_is_on_the_requests_stream(memory: MakeStore) -> None:
         assert progress["params"] == {"progressToken": "t", "progress": 1, "total": 2, "message": "half"}
 
 
-async def test_a_handler_that_fails_ends_its_stream_with_one_error(memory: MakeStore) -> None:
+async def test_failing_handler_ends_its_stream(memory: MakeStore) -> None:
     """P3."""
     async with staged(memory) as (stage, a, b, _):
 
@@ -255,7 +255,7 @@ async def test_a_handler_that_fails_ends_its_stream_with_one_error(memory: MakeS
         assert error["error"]["message"] == "boom"
 
 
-async def test_concurrent_requests_of_a_session_each_get_their_own_messages_only(make_store: MakeStore) -> None:
+async def test_concurrent_requests_keep_messages_apart(make_store: MakeStore) -> None:
     """P3: a message goes to exactly one stream; streams of one log, from three nodes, do not mix."""
     async with staged(make_store) as (stage, *members):
 
@@ -280,7 +280,7 @@ async def test_concurrent_requests_of_a_session_each_get_their_own_messages_only
 
 
 @pytest.mark.parametrize("written", [False, True], ids=["before it is written", "before it is acknowledged"])
-async def test_no_byte_leaves_before_the_store_has_acknowledged_it(make_store: MakeStore, written: bool) -> None:
+async def test_no_byte_precedes_its_acknowledgement(make_store: MakeStore, written: bool) -> None:
     """P3: append, wait for the acknowledgement, then write to the socket."""
     held: list[HeldStore] = []
 
@@ -313,7 +313,7 @@ async def test_no_byte_leaves_before_the_store_has_acknowledged_it(make_store: M
             assert texts_of(await stream.rest()) == ["1", "done"]
 
 
-async def test_not_even_the_headers_leave_before_the_stream_is_in_the_store(make_store: MakeStore) -> None:
+async def test_no_header_precedes_its_stream(make_store: MakeStore) -> None:
     """P3: a client that saw a stream open can resume it."""
     held: list[HeldStore] = []
 
@@ -338,7 +338,7 @@ async def test_not_even_the_headers_leave_before_the_stream_is_in_the_store(make
 
 @pytest.mark.parametrize("written", [False, True], ids=["not written", "written but not acknowledged"])
 @pytest.mark.parametrize("position", [-1, 0, 1, 2], ids=["opening", "first", "second", "answer"])
-async def test_what_is_in_doubt_while_the_store_is_away_is_written_once_and_in_order(
+async def test_doubtful_events_are_written_once(
     make_store: MakeStore, position: int, written: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """P3, P9: the store comes back after all patience is over; nothing is lost, doubled or out of order."""
@@ -376,9 +376,7 @@ async def test_what_is_in_doubt_while_the_store_is_away_is_written_once_and_in_o
         assert len(events) == len(messages)
 
 
-async def test_state_that_was_saved_in_doubt_is_not_saved_again_later(
-    make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_doubtful_state_is_not_saved_again(make_store: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """P2, P9: it would undo what another node saved since."""
     monkeypatch.setattr("nonstick.log.writer._PATIENCE", 0.05)
     monkeypatch.setattr("nonstick.session.stream._RETRY_PAUSE", 0.05)
@@ -419,7 +417,7 @@ async def test_state_that_was_saved_in_doubt_is_not_saved_again_later(
 # ---- a tool that makes its client poll
 
 
-async def test_close_sse_stream_makes_the_client_come_back_for_the_rest(make_store: MakeStore) -> None:
+async def test_closed_stream_makes_client_return(make_store: MakeStore) -> None:
     """P3: the connection ends, the request goes on, and the rest is had on another node."""
     async with staged(make_store) as (stage, a, b, c):
 
@@ -441,7 +439,7 @@ async def test_close_sse_stream_makes_the_client_come_back_for_the_rest(make_sto
             assert texts_of(await resumed.rest()) == ["done"]
 
 
-async def test_close_sse_stream_closes_a_resumed_connection_on_another_node(make_store: MakeStore) -> None:
+async def test_closing_reaches_resumed_connections_elsewhere(make_store: MakeStore) -> None:
     """P3: wherever it is; and does not close those that come afterwards."""
     async with staged(make_store) as (stage, a, b, c):
 
@@ -475,7 +473,7 @@ async def test_close_sse_stream_closes_a_resumed_connection_on_another_node(make
 # ---- resume
 
 
-async def test_a_finished_stream_is_resumed_at_any_event_with_exactly_the_rest(make_store: MakeStore) -> None:
+async def test_finished_stream_is_resumed_exactly(make_store: MakeStore) -> None:
     """P3: on every node, at every id; then it ends."""
     async with staged(make_store) as (stage, a, b, c):
         counting(stage)
@@ -491,7 +489,7 @@ async def test_a_finished_stream_is_resumed_at_any_event_with_exactly_the_rest(m
                     assert await resumed.events() == [primed(event.id), *events[number + 1 :]]
 
 
-async def test_a_running_stream_is_resumed_with_the_rest_then_live_then_ends(make_store: MakeStore) -> None:
+async def test_running_stream_is_resumed_then_live(make_store: MakeStore) -> None:
     """P3: while the request runs on another node."""
     async with staged(make_store) as (stage, a, b, c):
         counting(stage)
@@ -512,7 +510,7 @@ async def test_a_running_stream_is_resumed_with_the_rest_then_live_then_ends(mak
             assert texts_of(await resumed.rest()) == ["3", "done"]
 
 
-async def test_a_stream_is_resumed_while_its_first_connection_is_open(make_store: MakeStore) -> None:
+async def test_stream_is_resumed_beside_its_first(make_store: MakeStore) -> None:
     """P3: both carry all of it."""
     async with staged(make_store) as (stage, a, b, c):
         counting(stage)
@@ -527,7 +525,7 @@ async def test_a_stream_is_resumed_while_its_first_connection_is_open(make_store
             assert texts_of(await stream.rest()) == ["1", "2", "done"]
 
 
-async def test_a_silent_resumed_connection_gives_its_client_the_id_to_come_back_with(make_store: MakeStore) -> None:
+async def test_silent_resumed_connection_gives_its_id(make_store: MakeStore) -> None:
     """P3: some clients come back without an id from a connection that brought none."""
     async with staged(make_store) as (stage, a, b, c):
 
@@ -554,7 +552,7 @@ async def test_a_silent_resumed_connection_gives_its_client_the_id_to_come_back_
             assert texts_of(await again.rest()) == ["done"]
 
 
-async def test_a_resumed_connection_to_a_node_that_stops_is_primed_first(make_store: MakeStore) -> None:
+async def test_resumed_connection_is_primed_when_stopping(make_store: MakeStore) -> None:
     """P8: its client comes back with the id, not without one."""
     async with staged(make_store, grace=20.0) as (stage, a, b, c):
         counting(stage)
@@ -573,7 +571,7 @@ async def test_a_resumed_connection_to_a_node_that_stops_is_primed_first(make_st
 
 
 @pytest.mark.parametrize("version", OLD_VERSIONS)
-async def test_a_resumed_connection_of_an_older_client_is_not_primed(memory: MakeStore, version: str) -> None:
+async def test_older_clients_resumption_is_not_primed(memory: MakeStore, version: str) -> None:
     """P3: it cannot parse that."""
     async with staged(memory) as (stage, a, b, c):
         counting(stage)
@@ -624,7 +622,7 @@ async def test_a_long_backlog_is_resumed_whole(memory: MakeStore) -> None:
             assert texts_of(await resumed.rest()) == [*(f"{n}" for n in range(1500)), "done"]
 
 
-async def test_another_sessions_forged_and_malformed_ids_are_refused(make_store: MakeStore) -> None:
+async def test_foreign_and_forged_ids_are_refused(make_store: MakeStore) -> None:
     """P3: never an event of another session or stream."""
     async with staged(make_store) as (stage, a, b, c):
         counting(stage)
@@ -659,7 +657,7 @@ async def test_another_sessions_forged_and_malformed_ids_are_refused(make_store:
                 assert (await refused.response()).status_code == 404
 
 
-async def test_event_id_that_a_client_makes_up_of_what_it_knows_is_400_or_lost_and_never_500(
+async def test_invented_event_id_is_never_500(
     make_store: MakeStore,
 ) -> None:
     """P3: its session's id is the key of the hash, and events tell it their tags."""
@@ -704,7 +702,7 @@ def _stream_headers(session: Session) -> dict[bytes, bytes]:
 # ---- what the store lost
 
 
-async def test_a_trimmed_stream_is_answered_with_one_error_for_its_request(make_store: MakeStore) -> None:
+async def test_trimmed_stream_answers_one_error(make_store: MakeStore) -> None:
     """P9: its client does not wait for ever."""
     async with staged(make_store) as (stage, a, b, c):
         counting(stage)
@@ -721,7 +719,7 @@ async def test_a_trimmed_stream_is_answered_with_one_error_for_its_request(make_
             assert error["error"]["data"]["reason"] == "stream_lost"
 
 
-async def test_a_stream_that_is_trimmed_while_it_is_resumed_ends_with_one_error() -> None:
+async def test_stream_trimmed_mid_resume_ends() -> None:
     """P9, P10: its client does not wait for ever for the rest."""
     reading = MemoryStore()
     stores: list[HeldStore] = []
@@ -751,7 +749,7 @@ async def test_a_stream_that_is_trimmed_while_it_is_resumed_ends_with_one_error(
         assert error["error"]["data"]["reason"] == "stream_lost"
 
 
-async def test_a_backlog_is_resumed_from_a_store_that_reads_slowly() -> None:
+async def test_slowly_read_backlog_is_resumed() -> None:
     """P3, P9: a read that takes longer than it is silent between two looks is not begun anew for ever."""
     reads: list[int] = []
 
@@ -795,7 +793,7 @@ class Forgetful(MemoryStore):
 
 
 @pytest.mark.parametrize("refilled", [False, True], ids=["shorter", "with other entries"])
-async def test_a_stream_that_the_store_lost_is_answered_with_one_error(refilled: bool) -> None:
+async def test_lost_stream_answers_one_error(refilled: bool) -> None:
     """P9: a failover lost acknowledged writes; positions are given out again, and are not taken for the old ones."""
     store = Forgetful()
     async with staged(one(store)) as (stage, a, b, c):
@@ -816,7 +814,7 @@ async def test_a_stream_that_the_store_lost_is_answered_with_one_error(refilled:
             assert error["error"]["data"]["reason"] == "stream_lost"
 
 
-async def test_a_resumed_stream_that_is_lost_while_it_is_open_ends_with_one_error() -> None:
+async def test_open_lost_stream_ends_with_error() -> None:
     """P9."""
     store = Forgetful()
     async with staged(one(store)) as (stage, a, b, c):
@@ -853,7 +851,7 @@ async def test_any_request_id_can_be_resumed(memory: MakeStore, request_id: Any)
         assert events[-1].message["id"] == request_id
 
 
-async def test_a_client_that_uses_its_ids_again_resumes_the_stream_that_it_means(make_store: MakeStore) -> None:
+async def test_reused_request_id_resumes_right_stream(make_store: MakeStore) -> None:
     """P3: streams are named by position, never by the request's id."""
     async with staged(make_store) as (stage, a, b, c):
 
@@ -886,7 +884,7 @@ async def test_a_client_that_goes_stops_nothing(make_store: MakeStore) -> None:
             assert texts_of(await resumed.rest()) == ["1", "done"]
 
 
-async def test_stream_whose_beginning_is_missed_once_goes_on() -> None:
+async def test_stream_missed_once_goes_on() -> None:
     """P3, P9: what came before a trim, its end too, may still be on its way to the node that looks."""
     misses = 0
 

@@ -122,7 +122,7 @@ def shape(span: dict[str, Any]) -> dict[str, Any]:
     return {**{name: span[name] for name in ("name", "kind", "status", "events")}, "attributes": attributes}
 
 
-async def test_server_requests_are_traced_as_by_the_sdk(tmp_path: Path) -> None:
+async def test_server_requests_have_own_spans(tmp_path: Path) -> None:
     """P18, P4: each is a span of its own under that of its handler, and the client gets its context."""
     async with traces(tmp_path, "any") as (found, a, b):
         node = found.node("sdk", TRACED_SDK="1")

@@ -83,9 +83,7 @@ async def pod(make_store: MakeStore, user: str = "") -> AsyncIterator[Pod]:
 
 
 @pytest.mark.parametrize("route", ["hydrate", "existing"])
-async def test_node_that_did_not_see_initialize_serves_the_rest_of_the_session(
-    make_store: MakeStore, route: str
-) -> None:
+async def test_unseen_session_is_served_whole(make_store: MakeStore, route: str) -> None:
     """P1. `initialize` on one node, `notifications/initialized` and what follows on another, the end on the first."""
     async with pod(make_store) as first, pod(make_store) as second:
         session = await first.open()
@@ -137,7 +135,7 @@ async def test_transport_answers_only_for_its_own_session(make_store: MakeStore)
         assert (await node.post("/new", request("ping"), mine.headers)).status_code == 404
 
 
-async def test_request_without_a_session_is_not_served_as_another_sessions(memory: MakeStore) -> None:
+async def test_sessionless_request_stays_sessionless(memory: MakeStore) -> None:
     """P1. Its version says that it has none. To name this route's session is no matter, another one is 404."""
     async with pod(memory) as node:
         mine, other = await node.open(), await node.open()

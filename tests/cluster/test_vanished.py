@@ -140,7 +140,7 @@ async def idle_soon(
 
 
 @with_time_to_be_idle
-async def test_clients_that_vanished_give_all_their_places_back(make_store: MakeStore, idle: float) -> None:
+async def test_vanished_clients_give_places_back(make_store: MakeStore, idle: float) -> None:
     """P10: whatever the server waits for; and one that is there, at another node, keeps its session."""
     async with idle_soon(make_store, idle, max_streams_per_node=len(WAYS) + 1) as (stage, a, b, c):
         present = await c.open(capabilities={"elicitation": {"form": {}}})
@@ -163,7 +163,7 @@ async def test_clients_that_vanished_give_all_their_places_back(make_store: Make
 
 
 @with_time_to_be_idle
-async def test_pings_of_fastmcp_do_not_keep_a_session_whose_client_vanished(idle: float) -> None:
+async def test_pings_keep_no_vanished_clients_session(idle: float) -> None:
     """P10: its `PingMiddleware` asks for ever, and owes a clean-up meanwhile."""
     store, pinged = Renewing(), asyncio.Event()
 
@@ -186,7 +186,7 @@ async def test_pings_of_fastmcp_do_not_keep_a_session_whose_client_vanished(idle
 
 
 @with_time_to_be_idle
-async def test_only_the_node_where_a_client_is_seen_renews_its_session(idle: float) -> None:
+async def test_only_clients_node_renews_the_session(idle: float) -> None:
     """P10: not the one where its request runs; and nobody does once the client is gone."""
     store = Renewing()
     async with idle_soon(one(store), idle) as (stage, a, b, c):
@@ -228,7 +228,7 @@ async def test_client_that_waits_for_json_is_seen(idle: float) -> None:
 
 
 @with_time_to_be_idle
-async def test_client_that_polls_keeps_its_session_while_its_tool_works(idle: float) -> None:
+async def test_polling_client_keeps_its_session(idle: float) -> None:
     """P10: each time that it comes back is a sign, on whichever node."""
     async with idle_soon(one(MemoryStore()), idle) as (stage, a, b, c):
         session = await a.open()
@@ -244,7 +244,7 @@ async def test_client_that_polls_keeps_its_session_while_its_tool_works(idle: fl
 
 
 @with_time_to_be_idle
-async def test_owner_lets_a_session_expire_whose_client_vanished_elsewhere(memory: MakeStore, idle: float) -> None:
+async def test_owner_lets_vanished_clients_session_expire(memory: MakeStore, idle: float) -> None:
     """P10: with `placement="owner"`: a relayed request runs on the node that holds the session."""
     async with idle_soon(memory, idle, placement="owner") as (stage, a, b, _):
         session = await a.open()
@@ -257,7 +257,7 @@ async def test_owner_lets_a_session_expire_whose_client_vanished_elsewhere(memor
 
 
 @with_time_to_be_idle
-async def test_handler_may_work_on_for_as_long_as_it_is_set(idle: float) -> None:
+async def test_handler_works_within_its_timeout(idle: float) -> None:
     """P10: `unattended_timeout`, from the client's last sign; also in a session that is not confirmed yet."""
     store = Renewing()
     async with idle_soon(one(store), idle, unattended_timeout=60.0) as (stage, a, b, _):
@@ -270,7 +270,7 @@ async def test_handler_may_work_on_for_as_long_as_it_is_set(idle: float) -> None
 
 
 @unhurried("first", 0.3, 1.2, 4.8)
-async def test_handler_of_a_session_that_is_not_confirmed_works_on_for_as_long_as_any(first: float) -> None:
+async def test_unconfirmed_sessions_handler_works_as_long(first: float) -> None:
     """P10: its short first lifetime is for sessions that are not used."""
     store = Renewing()
     async with staged(one(store), window=0.02, unconfirmed_lifetime=first) as (stage, a, _, __):
@@ -287,7 +287,7 @@ async def test_handler_of_a_session_that_is_not_confirmed_works_on_for_as_long_a
 # ---- the deadline of a server request
 
 
-async def test_server_request_that_nobody_answers_ends_by_itself(memory: MakeStore) -> None:
+async def test_unanswered_server_request_ends_itself(memory: MakeStore) -> None:
     """P10: after `server_request_timeout`, though the client is there, who is told so. One's own time is kept."""
     async with staged(memory, server_request_timeout=0.5) as (stage, a, b, _):
 
@@ -314,7 +314,7 @@ async def test_server_request_that_nobody_answers_ends_by_itself(memory: MakeSto
 
 
 @with_time_to_be_idle
-async def test_connection_is_closed_after_its_lifetime_and_a_living_client_loses_nothing(idle: float) -> None:
+async def test_overlong_connection_is_closed_without_loss(idle: float) -> None:
     """P10, P3: who does not read never comes back, and is no sign of life any more."""
     store = Renewing()
     async with idle_soon(one(store), idle, connection_lifetime=0.6 * idle) as (stage, a, b, _):
@@ -333,7 +333,7 @@ async def test_connection_is_closed_after_its_lifetime_and_a_living_client_loses
 
 
 @with_time_to_be_idle
-async def test_connection_that_cannot_be_closed_is_no_sign_after_its_lifetime(idle: float) -> None:
+async def test_unclosable_connection_becomes_no_sign(idle: float) -> None:
     """P10: an old client without an event id could not come back: left alone, its session expires."""
     store = Renewing()
     async with idle_soon(one(store), idle, connection_lifetime=0.4 * idle) as (stage, a, b, _):
@@ -346,7 +346,7 @@ async def test_connection_that_cannot_be_closed_is_no_sign_after_its_lifetime(id
 
 
 @with_time_to_be_idle
-async def test_connection_without_an_event_id_is_not_closed(idle: float) -> None:
+async def test_idless_connection_is_not_closed(idle: float) -> None:
     """P3, P10: its client could not come back for the answer."""
     store = Renewing()
     async with idle_soon(one(store), idle, connection_lifetime=0.4 * idle, unattended_timeout=FOR_EVER) as (
@@ -364,7 +364,7 @@ async def test_connection_without_an_event_id_is_not_closed(idle: float) -> None
             assert text_of(await stream.outcome()) == "awake"
 
 
-async def test_stream_that_listens_without_a_session_ends_after_its_lifetime() -> None:
+async def test_sessionless_listening_ends_in_time() -> None:
     """P10: a client of 2026-07-28 asks anew."""
     store = MemoryStore()
     options: dict[str, Any] = {"connection_lifetime": 0.3}
@@ -397,9 +397,7 @@ class Hangs:
 
 @with_time_to_be_idle
 @pytest.mark.parametrize("leaves", [True, False])
-async def test_initialize_that_hangs_is_ended_when_its_client_leaves_or_after_an_idle_session_s_life(
-    memory: MakeStore, leaves: bool, idle: float
-) -> None:
+async def test_abandoned_initialize_is_ended(memory: MakeStore, leaves: bool, idle: float) -> None:
     """P10, P2: nobody else could use the session."""
     async with idle_soon(memory, FOR_EVER if leaves else idle) as (stage, a, _, __):
         server: Server[Any] = a.app.manager.app

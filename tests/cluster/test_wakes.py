@@ -168,7 +168,7 @@ async def test_reply_reaches_the_node_that_asked(mode: Any) -> None:
             assert texts_of(await stream.rest()) == ["Ada"]
 
 
-async def test_cancel_reaches_the_node_that_runs_the_request(mode: Any) -> None:
+async def test_cancel_reaches_its_node(mode: Any) -> None:
     """P5, P14."""
     async with misinformed() as (stage, store, _a, b, c):
         session = await b.open()
@@ -181,7 +181,7 @@ async def test_cancel_reaches_the_node_that_runs_the_request(mode: Any) -> None:
         await stage.reached("stopped")
 
 
-async def test_end_of_the_session_stops_what_runs_on_another_node(mode: Any) -> None:
+async def test_sessions_end_stops_handlers_elsewhere(mode: Any) -> None:
     """P6, P14."""
     async with misinformed() as (stage, store, _a, b, c):
         session = await b.open()
@@ -195,7 +195,7 @@ async def test_end_of_the_session_stops_what_runs_on_another_node(mode: Any) -> 
         await stage.reached("stopped")
 
 
-async def test_message_and_end_of_a_stream_reach_a_client_on_another_node(mode: Any) -> None:
+async def test_streams_rest_reaches_client_elsewhere(mode: Any) -> None:
     """P3, P14: whole, in order, once, and without an error: nothing of the stream was lost."""
     async with misinformed() as (stage, store, _a, b, c):
 
@@ -221,7 +221,7 @@ async def test_message_and_end_of_a_stream_reach_a_client_on_another_node(mode: 
                 assert texts_of(await resumed.rest()) == ["done"]
 
 
-async def test_message_of_the_standalone_stream_reaches_its_connection_on_another_node(mode: Any) -> None:
+async def test_standalone_message_reaches_connection_elsewhere(mode: Any) -> None:
     """P3, P14: once."""
     async with misinformed() as (stage, store, a, b, c):
 
@@ -241,7 +241,7 @@ async def test_message_of_the_standalone_stream_reaches_its_connection_on_anothe
                 assert text_of(await stream.message()) == text
 
 
-async def test_end_that_another_node_wrote_stops_the_request(mode: Any) -> None:
+async def test_foreign_end_stops_the_request(mode: Any) -> None:
     """P7, P14."""
     async with misinformed() as (stage, store, _a, b, _c):
         session = await b.open()
@@ -289,7 +289,7 @@ async def test_question_whether_a_request_runs_is_answered(mode: Any) -> None:
             assert texts_of(await stream.rest()) == ["done"]
 
 
-async def test_old_owner_hears_that_another_node_has_the_session(mode: Any) -> None:
+async def test_old_owner_hears_of_new_owner(mode: Any) -> None:
     """P7, P14: `placement="owner"`."""
     async with misinformed(placement="owner") as (stage, store, _a, b, c):
         session = await b.open()
@@ -328,7 +328,7 @@ async def test_broadcast_is_heard_on_another_node(mode: Any) -> None:
             assert (await stream.message())["method"] == TOOLS
 
 
-async def test_cancel_in_a_place_that_was_given_out_before_is_not_taken_for_an_old_one() -> None:
+async def test_cancel_in_reused_place_counts() -> None:
     """P5, P14: the request began behind entries that the store then lost; the cancel takes one of their places."""
     async with misinformed(answer="json") as (stage, store, _a, b, c):
 
@@ -357,7 +357,7 @@ async def test_cancel_in_a_place_that_was_given_out_before_is_not_taken_for_an_o
         assert text_of((await older).json()) == "done"
 
 
-async def test_reply_before_a_newer_head_reaches_the_handler_after_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_reply_before_newer_head_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """P4, P14: the log is gone through anew from its beginning, not from where the node last heard that it ends."""
     monkeypatch.setattr("nonstick.log.follow._FIRST_POLL", 1.0)
     async with misinformed() as (stage, store, _a, b, c):
@@ -382,7 +382,7 @@ async def test_reply_before_a_newer_head_reaches_the_handler_after_a_loss(monkey
             assert texts_of(await stream.rest()) == ["Ada"]
 
 
-async def test_cancel_before_a_newer_head_reaches_a_request_within_its_window() -> None:
+async def test_cancel_before_newer_head_counts() -> None:
     """P5: each request that runs is looked after from where its own record was loaded."""
     async with staged(one(MemoryStore()), window=1.0) as (stage, _a, b, c):
 
@@ -423,7 +423,7 @@ class Watched(MemoryStore):
         return stopped
 
 
-async def test_log_is_watched_no_longer_than_anything_of_its_session_runs() -> None:
+async def test_log_is_watched_while_needed() -> None:
     """P10: nor is it read then."""
     store = Watched()
     async with staged(one(store), window=0.05) as (stage, _a, b, c):
@@ -447,7 +447,7 @@ async def test_log_is_watched_no_longer_than_anything_of_its_session_runs() -> N
         await eventually(lambda: store.watches[key] == 0)
 
 
-async def test_log_is_not_followed_for_a_handler_that_has_ended() -> None:
+async def test_ended_handlers_log_is_not_followed() -> None:
     """P10: of a notification, say, though its window passes later."""
     store = Watched()
     async with staged(one(store), window=0.2) as (stage, _a, b, _c):
@@ -475,7 +475,7 @@ async def test_log_is_not_followed_for_a_handler_that_has_ended() -> None:
             assert texts_of(await stream.rest()) == ["done"]
 
 
-async def test_old_cancel_at_the_end_of_the_log_hits_no_new_request() -> None:
+async def test_old_cancel_hits_no_new_request() -> None:
     """P5: the log ends with it when the next request of that id begins, on a view that took note of it."""
     async with staged(one(MemoryStore()), window=0.05, answer="json") as (stage, _a, b, c):
 
@@ -507,7 +507,7 @@ async def test_old_cancel_at_the_end_of_the_log_hits_no_new_request() -> None:
             assert text_of((await b.post(call("quick", "same"), session)).json()) == "quick"
 
 
-async def test_second_reply_is_dropped_where_the_first_is_not_heard_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_late_second_reply_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     """P4, P14: the first that the store took counts, not the first that the handler's node hears of."""
     monkeypatch.setattr("nonstick.log.follow._FIRST_POLL", 1.0)
     async with misinformed() as (stage, store, _a, b, c):
@@ -527,7 +527,7 @@ async def test_second_reply_is_dropped_where_the_first_is_not_heard_yet(monkeypa
             assert texts_of(await stream.rest()) == ["Ada"]
 
 
-def test_every_mode_but_one_tells_of_a_phantom() -> None:
+def test_every_mode_but_one_misleads() -> None:
     """The counterpart: a node is misled indeed."""
     told: list[News | None] = []
     store = Misinformed()

@@ -146,8 +146,8 @@ async def spread(port: int) -> list[Connection]:
 
 
 @pytest.mark.slow
-async def test_ten_thousand_requests_of_a_hundred_sessions_over_four_workers_without_one_error(tmp_path: Path) -> None:
-    """P1: no affinity of any kind: each request goes to whichever worker has the connection."""
+async def test_many_requests_on_workers_never_fail(tmp_path: Path) -> None:
+    """P1: no affinity: 10,000 requests of 100 sessions go to whichever of four workers has the connection."""
     async with workers(tmp_path) as (port, process, log):
         connections = await spread(port)
         sessions: list[str] = []
@@ -195,7 +195,7 @@ def _text(response: Response) -> tuple[int, str]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the name is one of Linux")
-async def test_workers_that_share_no_memory_are_warned_of(tmp_path: Path) -> None:
+async def test_workers_without_shared_memory_are_warned(tmp_path: Path) -> None:
     """P1: a session that one of them opens is unknown to the others. One process alone is told nothing."""
     source = SERVER.replace("sqlite:///sessions.db", "memory:").replace(", node_header=True", "")
     async with workers(tmp_path, LOGGING + source, count=2) as (_, process, log):
@@ -212,7 +212,7 @@ LOGGING: Final = "import logging\n\nlogging.basicConfig(level=logging.INFO)\n"
 DEADLINE: Final = 90.0
 
 
-async def test_two_apps_in_one_process_are_company_to_nobody(caplog: pytest.LogCaptureFixture) -> None:
+async def test_apps_in_one_process_are_alone(caplog: pytest.LogCaptureFixture) -> None:
     """Each has a memory of its own, and says so in its URL; and one that serves anew is alone again."""
     for _ in range(2):
         one, other = (nonstick.app(MCPServer("x"), store="memory:") for _ in range(2))
