@@ -70,7 +70,9 @@ async def gathered(make_store: MakeStore, **options: Any) -> AsyncIterator[tuple
 async def subscribe(member: Member, session: Session, *uris: str, undo: bool = False) -> None:
     for uri in uris:
         method = "resources/unsubscribe" if undo else "resources/subscribe"
-        response = await member.post({"jsonrpc": "2.0", "id": uri, "method": method, "params": {"uri": uri}}, session)
+        response = await member.post(
+            {"jsonrpc": "2.0", "id": uri[:99], "method": method, "params": {"uri": uri}}, session
+        )
         assert response.json()["result"] == {}, response.text
 
 
@@ -345,6 +347,73 @@ async def test_subscription_behind_loaded_record_counts() -> None:
             await c.app.cluster.notify_tools_changed()
             await heard(connecting, "x://1", TOOLS)
             await connecting.close()
+
+
+async def test_subscription_made_while_a_connection_is_silent_counts(make_store: MakeStore) -> None:
+    """P11: it goes on behind what tells of the subscription, for another connection carried what came after that."""
+    async with gathered(make_store) as (stage, a, b, c):
+        session = await b.open()
+        await subscribe(b, session, "x://2")
+        async with getting(a, session) as first:
+            await first.event()
+            async with getting(b, session) as second:
+                await second.event()
+                await has_left(stage, session)
+                await subscribe(c, session, "x://1")
+                await subscribe(c, session, "x://2", undo=True)
+                await c.post(call("tell", text="fence"), session)
+                assert text_of(await second.message()) == "fence"
+            await has_left(stage, session, 2)
+            for uri in ("x://2", "x://1"):
+                await c.app.cluster.notify_resource_updated(uri)
+            await heard(first, "x://1")
+
+
+@pytest.mark.parametrize("uri", ["x://1", "x://" + "1" * 2000], ids=["short", "long"])
+async def test_subscription_made_while_a_connection_begins_counts(uri: str) -> None:
+    """P11: after the new connection loaded the record, and before an older one carried the last message."""
+    store = MemoryStore()
+    slow = HeldStore(store, "load", after=True, when=lambda key, *_: key != CLUSTER_KEY)
+    stores: Iterator[Any] = iter([store, slow, store, store])
+    async with gathered(lambda: next(stores)) as (stage, a, b, c):
+        session = await b.open()
+        async with getting(b, session) as older:
+            await older.event()
+            slow.holding = True
+            newer = Stream(a, "GET", session, None, {})
+            async with asyncio.timeout(DEADLINE):
+                await slow.held.wait()
+            slow.holding = False
+            await subscribe(c, session, uri)
+            await c.post(call("tell", text="fence"), session)
+            assert text_of(await older.message()) == "fence"
+            slow.released.set()
+            await newer.event()
+            await has_left(stage, session)
+            await c.app.cluster.notify_resource_updated(uri)
+            await c.app.cluster.notify_tools_changed()
+            await heard(newer, uri)
+            await newer.close()
+
+
+async def test_subscription_at_a_place_that_the_store_lost_counts() -> None:
+    """P9, P11: positions up to which the record was known are given out again."""
+    store = Forgetful()
+    async with gathered(one(store)) as (stage, a, b, c):
+        session = await b.open()
+        for number in range(8):
+            await c.post(call("tell", text=number), session)
+        async with getting(a, session) as stream:
+            while (await stream.event()).data:
+                pass
+            store.lose(session_key(session.id), 2)
+            await subscribe(c, session, "x://1")
+            await has_left(stage, session)
+            await c.app.cluster.notify_resource_updated("x://1")
+            await c.app.cluster.notify_tools_changed()
+            while (message := await stream.message())["method"] == "notifications/message":
+                pass
+            assert said(message) == "x://1"
 
 
 class _Deaf:

@@ -106,6 +106,8 @@ WHERE = {"before": 3, "there": 5, "after, known": 7, "after, new": 11}
 def meaning(phase: Phase, kind: Kind, where: str, stream: int) -> Means:
     if kind is Kind.ASKING and where == "after, new":
         return Means.ANSWER
+    if phase is not Phase.CARRYING and kind is Kind.CHANGED:
+        return Means.CHANGE
     if phase is not Phase.CARRYING or kind not in CARRIED:
         return Means.NOTHING
     if stream != STANDALONE and kind is not Kind.CHANGED:

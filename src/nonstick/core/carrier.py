@@ -167,7 +167,7 @@ class Means(IntEnum):
     PRIME = 3
     """Its turn begins here: a client that understands it is given the place."""
     CHANGE = 4
-    """Its client subscribed or unsubscribed."""
+    """Its client subscribed or unsubscribed. A connection takes note of that whoever carries the stream meanwhile."""
     GIVE_WAY = 5
     """A newer turn begins here."""
     HANG_UP = 6
@@ -184,7 +184,8 @@ CARRIED: Final[Mapping[Kind, tuple[Means, Means, Means]]] = {
 }
 """What an event is to the connection that carries the stream, by where it stands to the `listening` of its turn.
 
-A message, `listening` and `hang_up` count on the standalone stream alone. Any other event means nothing.
+A message, `listening` and `hang_up` count on the standalone stream alone. Any other event means nothing. To a
+connection that carries nothing, `changed` means the same, and all else nothing.
 """
 
 _WHAT_HAPPENED: Final = {Means.GIVE_WAY: Happening.NEWER_BEGAN, Means.HANG_UP: Happening.HUNG_UP}
@@ -310,7 +311,7 @@ class Carrier:
             if kind is Kind.ASKING and event.position > self.position:
                 return Means.ANSWER
         if self.phase is not Phase.CARRYING or kind is None:
-            return Means.NOTHING
+            return Means.CHANGE if kind is Kind.CHANGED else Means.NOTHING
         return self._carry(kind, event)
 
     def _fold(self, kind: Kind | None, event: Event) -> None:

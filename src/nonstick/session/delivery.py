@@ -118,9 +118,22 @@ class Delivery:
         """Its turn is over."""
         self._live_to = None
 
-    def lose(self, position: int) -> None:
-        """The store lost what was behind this position."""
-        self._subscriptions_as_of = min(self._subscriptions_as_of, position)
+    # ---- what its client subscribed to
+
+    def load(self, subscriptions: frozenset[str], as_of: int) -> None:
+        """The record says that its client has subscribed to these, as of this position in the session's log."""
+        self._subscriptions, self._subscriptions_as_of = subscriptions, as_of
+
+    def note_change(self, event: Event) -> None:
+        """The client subscribed or unsubscribed, on whichever node, and whoever carried the stream then."""
+        if event.position <= self._subscriptions_as_of:
+            return
+        self._subscriptions_as_of = event.position
+        body = decode(event.data)
+        if (uri := body.get("unsubscribed")) is not None:
+            self._subscriptions -= {uri}
+        if (uri := body.get("subscribed")) is not None:
+            self._subscriptions |= {uri}
 
     # ---- messages
 
@@ -195,21 +208,13 @@ class Delivery:
         self._told = ""
 
     async def take_change(self, event: Event) -> None:
-        """The client subscribed or unsubscribed, on whichever node.
-
-        A broadcast may have come here first, and been passed over.
-        """
+        """The client subscribed, and what it subscribed to may have been broadcast here first, and been passed over."""
         body = decode(event.data)
-        is_new = event.position > self._subscriptions_as_of
-        if (uri := body.get("unsubscribed")) is not None and is_new:
-            self._subscriptions -= {uri}
-        if (uri := body.get("subscribed")) is None:
+        if (uri := body.get("subscribed")) is None or uri not in self._subscriptions:
             return
-        if is_new:
-            self._subscriptions |= {uri}
         since = parse_cursor(body["heard"]) or Cursor(0)
         said = self._session.services.cluster_log.broadcasts.said_of(uri, since)
-        if said is not None and said.position <= self.broadcasts_queued_to.position and uri in self._subscriptions:
+        if said is not None and said.position <= self.broadcasts_queued_to.position:
             await self.outlet.room()
             notification = Broadcast.of(ResourceUpdated(uri), said).body
             self._put(notification, event.cursor, self.broadcasts_queued_to, self._told)

@@ -14,8 +14,9 @@ is said there; the order of those on different lines may be another.
     queued_to               this is in the outlet
     live_to                 `queued_to`, once that is not before the connection's own `listening`: from there on
                             broadcasts may be put in between
-    scanned_to              taken into account: whose turn it is, and which server requests are settled
-    subscriptions_as_of     the client's subscriptions are known up to here
+    scanned_to              taken into account: whose turn it is, which server requests are settled, and what the
+                            client subscribed to
+    subscriptions_as_of     what the client subscribed to is known up to here, from the record or from the log
 
 And in the cluster log, which has what is broadcast to everyone:
 
@@ -36,17 +37,18 @@ import pydantic_core
 
 from nonstick.core.carrier import ON_ENTERING, Action, Carrier, Happening, Means, Phase
 from nonstick.core.event_ids import EventId
-from nonstick.core.events import Kind, draft
+from nonstick.core.events import Kind, draft, kind_of
 from nonstick.core.names import new_name
 from nonstick.core.places import Search
+from nonstick.core.record import Record
 from nonstick.errors import Diverged, StoreError, StoreUnavailable
-from nonstick.log.follow import Slice
+from nonstick.log.follow import Slice, whole
 from nonstick.session import reader
 from nonstick.session.delivery import Delivery
 from nonstick.session.live import LiveSession
 from nonstick.session.outlet import Mark
 from nonstick.session.reader import Following, Reader
-from nonstick.store import MAX_READ, Appended, Batch, Cursor, Event
+from nonstick.store import MAX_READ, Appended, Batch, Cursor, Event, Skimmed
 
 __all__ = ["StandaloneConnection"]
 
@@ -114,7 +116,10 @@ class StandaloneConnection(Reader):
             own: The one among them that the client will name.
         """
         session, search = self.session, Search(places)
-        head = (await session.services.store.load(session.key)).head.position
+        loaded = await session.services.store.load(session.key)
+        head = loaded.head.position
+        # The positions behind what is lost are given out again: what is known as of one of them may be another's.
+        self._delivery.load(Record.from_fields(loaded.fields).subscriptions, head)
         await self._scan(Cursor(0), search)
         found = search.latest(head)
         if found is not None and not await self._goes_on_after(found):
@@ -140,7 +145,6 @@ class StandaloneConnection(Reader):
                 await asyncio.sleep(reader.LIVENESS_POLL)
         logger.info("session %s: its standalone stream goes on after %d", self.session.key[:12], found)
         carrier.found_again(self._delivery.delivered_to, found)
-        self._delivery.lose(found)
         await self._leave()
         self._place = None
         carrier.happen(Happening.FREE)
@@ -169,16 +173,28 @@ class StandaloneConnection(Reader):
         carrier = self._carrier
         carrier.scan(after)
         while entries := await self._slice.skim(self.session.services.store, self.session.key, carrier.scanned_to):
-            for event, _ in entries:
+            for entry in entries:
                 if search is not None:
-                    search.note(event)
-                self._note(event)
+                    search.note(entry.event)
+                is_cut = len(entry.event.data) < entry.size
+                self._note(await self._whole(entry) if is_cut else entry.event)
             # This connection's own turn is not begun yet.
             carrier.turns.forget()
 
+    async def _whole(self, entry: Skimmed) -> Event:
+        """The event of which this was cut off, if more than its beginning counts."""
+        if kind_of(entry.event.data) is not Kind.CHANGED:
+            return entry.event
+        event = await whole(self.session.services.store, self.session.key, entry)
+        if event is None:
+            raise Diverged
+        return event
+
     def _note(self, event: Event) -> Means:
         means = self._carrier.note(event)
-        if means is Means.ANSWER:
+        if means is Means.CHANGE:
+            self._delivery.note_change(event)
+        elif means is Means.ANSWER:
             self.session.spawn(self._answer(self._carrier.turn))
         return means
 

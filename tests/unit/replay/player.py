@@ -9,8 +9,11 @@ from collections import deque
 from types import SimpleNamespace
 from typing import Any
 
+from mcp_types import InitializeRequestParams
+
 from nonstick import errors
 from nonstick.core.event_ids import parse_event_id
+from nonstick.core.record import opening_fields, subscription_field
 from nonstick.session.outlet import Mark
 from nonstick.session.standalone import StandaloneConnection
 from nonstick.store import Appended, Cursor, Event, Skimmed
@@ -27,6 +30,12 @@ from tests.unit.replay.forms import (
 __all__ = ["Clock", "Player"]
 
 Entry = list[Any]
+
+_INTRODUCTION = {
+    "protocolVersion": "2025-11-25",
+    "capabilities": {},
+    "clientInfo": {"name": "of the tape", "version": "1"},
+}
 
 TURNS = 12
 """Of the loop, after which a connection has done all that it can."""
@@ -198,6 +207,10 @@ class Player:
             settings=settings,
         )
         place = None if facts["place"] is None else parse_event_id(facts["place"], facts["session"])
+        # No tape has a record that changed.
+        introduction = InitializeRequestParams.model_validate(_INTRODUCTION)
+        self.fields = opening_fields(facts["version"], introduction, b"")
+        self.fields |= {subscription_field(uri): uri.encode() for uri in facts["subscriptions"]}
         self.connection = _Played(_Session(self, facts, services), place, self)
 
     @contextlib.contextmanager
@@ -227,7 +240,8 @@ class _Store(_Part):
         return [Skimmed(self.player._event(form), size) for form, size in found]
 
     async def load(self, _key: str) -> Any:
-        return SimpleNamespace(head=cursor_of(await self.player.call("load", [])))
+        head = cursor_of(await self.player.call("load", []))
+        return SimpleNamespace(head=head, fields=self.player.fields)
 
     async def lapsed(self, nodes: list[str]) -> set[str]:
         return set(await self.player.call("lapsed", nodes))
@@ -258,10 +272,13 @@ class _Session(_Part):
         super().__init__(player)
         self.id = facts["session"]
         self.key = "key of the session"
-        self.protocol_version = facts["version"]
-        self.subscriptions = frozenset(facts["subscriptions"])
+        self.record = SimpleNamespace(
+            protocol_version=facts["version"],
+            subscriptions=frozenset(facts["subscriptions"]),
+            heard=cursor_of(facts["heard"]),
+        )
         self.loaded_at = facts["loaded_at"]
-        self.heard = cursor_of(facts["heard"])
+        self.log = self
         self.services = services
         self.runner = SimpleNamespace(answers=lambda name: name in facts["handlers"])
         self.spawn = player._spawn
