@@ -220,7 +220,7 @@ def entering(server: MCPServer[Any] | FastMCP[Any], inner: Starlette) -> Any:
 
 @pytest.mark.parametrize(("make", "prefix"), hosts())
 @pytest.mark.parametrize("whole", [True, False], ids=["adopt the host", "adopt the mounted app"])
-async def test_mounted_app_is_adopted_where_it_stands(kind: str, make: Make, prefix: str, *, whole: bool) -> None:
+async def test_mounted_app_is_adopted_in_place(kind: str, make: Make, prefix: str, *, whole: bool) -> None:
     made = Made()
     server = getattr(made, kind)()
     inner = app_of(server)
@@ -309,7 +309,7 @@ async def test_endpoints_of_one_app_stay_apart(tmp_path: Any) -> None:
 # ---- how it was set up
 
 
-async def test_what_the_endpoint_was_made_with_holds(kind: str) -> None:
+async def test_endpoints_own_settings_hold(kind: str) -> None:
     settings: dict[str, Any] = {"json_response": True, "session_idle_timeout": 77.0, "retry_interval": 300}
     inner = nonstick.adopt(app_of(getattr(Made(), kind)(), **settings), store="memory:", node_header=True)
     async with running(inner) as client:

@@ -80,7 +80,7 @@ async def test_form_is_filled_through_another_node(make_store: MakeStore) -> Non
             assert texts_of(await stream.rest()) == ["Grace"]
 
 
-async def test_a_url_is_visited_through_another_node(make_store: MakeStore) -> None:
+async def test_url_is_visited_through_another_node(make_store: MakeStore) -> None:
     """P4."""
     async with staged(make_store) as (stage, a, b, c):
 
@@ -98,7 +98,7 @@ async def test_a_url_is_visited_through_another_node(make_store: MakeStore) -> N
 
 
 @quiet
-async def test_a_model_is_sampled_through_another_node(make_store: MakeStore) -> None:
+async def test_model_is_sampled_through_another_node(make_store: MakeStore) -> None:
     """P4."""
     async with staged(make_store) as (stage, a, b, c):
 
@@ -181,7 +181,7 @@ async def test_notifications_handler_can_ask(make_store: MakeStore) -> None:
 # ---- what may come back
 
 
-async def test_an_error_reply_raises_in_the_handler(make_store: MakeStore) -> None:
+async def test_error_reply_raises_in_handler(make_store: MakeStore) -> None:
     """P4: with its code, message and data."""
     async with staged(make_store) as (stage, a, b, c):
         asking(stage)
@@ -275,7 +275,7 @@ async def test_unreadable_event_spoils_no_reply(memory: MakeStore, caplog: pytes
         assert session.id not in caplog.text
 
 
-async def test_concurrent_requests_get_each_their_own_reply(make_store: MakeStore) -> None:
+async def test_concurrent_requests_get_own_replies(make_store: MakeStore) -> None:
     """P4: in any order, through any node."""
     async with staged(make_store) as (stage, *members):
         asking(stage)
@@ -424,7 +424,7 @@ async def test_a_reply_counts_once(make_store: MakeStore) -> None:
         assert (await stage.kinds(session)).count(Kind.REPLY) == 1
 
 
-async def test_replies_that_nobody_waits_for_cost_nothing(make_store: MakeStore) -> None:
+async def test_unexpected_replies_cost_nothing(make_store: MakeStore) -> None:
     """P4, P10: forged, unsolicited, late: acknowledged, and not one byte of them is kept."""
     async with staged(make_store) as (stage, a, b, c):
         asking(stage)

@@ -183,7 +183,7 @@ async def test_large_chunked_body_is_cut_off(in_memory: Cluster) -> None:
     assert (await in_memory[1].post(call("echo"), session)).status_code == 200
 
 
-async def test_limit_of_the_body_can_be_set(shared: World) -> None:
+async def test_body_limit_can_be_set(shared: World) -> None:
     """P10."""
     options = {"max_request_body_size": 2000}
     async with Cluster(shared.server, one(MemoryStore()), nodes=1, app_options=options) as (a,):
@@ -207,7 +207,7 @@ async def test_depth_of_json_can_be_set(shared: World) -> None:
 # ---- handlers
 
 
-async def test_tool_that_raises_harms_no_other_request(cluster: Cluster) -> None:
+async def test_raising_tool_harms_no_other_request(cluster: Cluster) -> None:
     a, b, _c = cluster
     session, other = await a.open(), await a.open()
     failed = await b.post(call("boom"), session)
@@ -228,7 +228,7 @@ async def test_blocking_tool_breaks_no_session(cluster: Cluster) -> None:
     assert answer(await a.post(call("echo", x=2), session)) == {"x": 2}
 
 
-async def test_request_goes_on_when_its_client_disconnects(cluster: Cluster, shared: World) -> None:
+async def test_request_outlives_its_clients_connection(cluster: Cluster, shared: World) -> None:
     """P3: also what it saves is saved."""
     a, b, _c = cluster
     session = await a.open()

@@ -76,7 +76,7 @@ async def test_node_that_refuses_is_passed_over() -> None:
             assert [exchange.backend for exchange in balancer.exchanges] == served
 
 
-async def test_no_node_at_all_is_a_502() -> None:
+async def test_empty_cluster_is_a_502() -> None:
     reports = asyncio.Queue[Exchange]()
     closed = ReservedPort()
     dead = Backend("a", closed.port)

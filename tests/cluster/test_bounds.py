@@ -119,7 +119,7 @@ async def test_standalone_stream_counts_dropped_messages(make_store: MakeStore) 
         assert texts == [f"{number}" for number in range(100 - left, 100)]
 
 
-async def test_the_bytes_of_a_log_are_bounded(make_store: MakeStore) -> None:
+async def test_bytes_of_log_are_bounded(make_store: MakeStore) -> None:
     """P10."""
     async with staged(make_store, max_log_bytes=20_000) as (stage, a, b, c):
         talking(stage)
@@ -195,7 +195,7 @@ async def test_what_clients_send_is_trimmed_too(memory: MakeStore) -> None:
 # ---- requests
 
 
-async def test_too_many_requests_at_once_get_429(memory: MakeStore) -> None:
+async def test_too_many_requests_get_429(memory: MakeStore) -> None:
     """P10: with when to come back; and there is room again when one has ended."""
     async with staged(memory, max_streams=2, window=0.02) as (stage, a, b, _):
         talking(stage)
@@ -231,7 +231,7 @@ async def test_running_requests_id_is_refused_again(memory: MakeStore) -> None:
             assert text_of(await stream.outcome()) == "done"
 
 
-async def test_too_many_notifications_at_once_get_429(memory: MakeStore) -> None:
+async def test_too_many_notifications_get_429(memory: MakeStore) -> None:
     """P10: their handlers run in the background. A cancel takes effect all the same (P5)."""
     async with staged(memory, max_streams=2, window=0.02) as (stage, a, b, _):
         talking(stage)

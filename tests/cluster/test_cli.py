@@ -213,7 +213,7 @@ def app():
 
 
 @pytest.mark.slow
-def test_fastmcp_server_and_its_app_are_served(start: Start, home: Path) -> None:
+def test_fastmcp_server_and_app_are_served(start: Start, home: Path) -> None:
     """P1: one process has the server, the other an app that was made of it. Probes, logs and the end are as ever."""
     (home / "shop.py").write_text(SHOP)
     server, app = start("shop.py", "--path", "/shop"), start("shop.py:app")
@@ -234,7 +234,7 @@ def test_fastmcp_server_and_its_app_are_served(start: Start, home: Path) -> None
 
 
 @pytest.mark.slow
-def test_app_without_an_mcp_endpoint_is_refused(home: Path) -> None:
+def test_app_without_endpoint_is_refused(home: Path) -> None:
     (home / "web.py").write_text("from fastapi import FastAPI\napp = FastAPI()\n")
     ended = nonstick(home, "serve", "web.py:app", "--port", "0", "--log-level", "error")
     assert ended.returncode == 2
@@ -279,7 +279,7 @@ def test_two_workers_serve_one_session(start: Start) -> None:
 
 
 @pytest.mark.slow
-def test_workers_that_cannot_start_end_the_command(home: Path) -> None:
+def test_failing_workers_end_the_command(home: Path) -> None:
     ended = nonstick(home, "serve", "server.py:broken", "--workers", "2", "--port", "0")
     assert ended.returncode == 1
     assert 'raise RuntimeError("no database")' in ended.stderr
@@ -325,7 +325,7 @@ def test_loopback_refuses_foreign_host_header(start: Start) -> None:
     )
 
 
-def test_log_names_the_node_and_no_session(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_names_node_without_session(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """P13."""
     monkeypatch.setenv("NONSTICK_NODE", "node-x")
     served = start("server.py", "--log-level", "debug")
@@ -346,7 +346,7 @@ def test_log_names_the_node_and_no_session(start: Start, monkeypatch: pytest.Mon
     assert headers["mcp-session-id"] not in json.dumps(served.seen)
 
 
-def test_head_that_does_not_end_is_refused(start: Start) -> None:
+def test_endless_head_is_refused(start: Start) -> None:
     """P10: before it fills the memory, in the middle of one header or after many."""
     served = start("server.py")
     port = int(served.url().split(":")[2].split("/")[0])
@@ -396,7 +396,7 @@ def test_settings_are_given_by_their_names(start: Start, home: Path) -> None:
         ("auth=1", "only be given to nonstick.app()"),
     ],
 )
-def test_setting_that_cannot_be_given_is_refused(wrong: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unsettable_setting_is_refused(wrong: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["serve", "server.py", "--set", wrong])
     assert ended.value.code == 2
@@ -423,7 +423,7 @@ def test_unknown_option_is_refused(wrong: list[str], said: str, capsys: pytest.C
 
 
 @pytest.mark.slow
-def test_default_store_lies_in_the_working_directory(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_store_is_in_working_directory(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found by the ping before the server: the target's failure comes after."""
     monkeypatch.delenv("NONSTICK_STORE", raising=False)
     nonstick(home, "serve", "server.py:broken", "--port", "0")

@@ -111,7 +111,7 @@ async def test_handler_sees_its_own_requests_context(make_store: MakeStore) -> N
                 assert text_of((await second.rest())[-1]) == "two"
 
 
-async def test_relayed_handler_sees_no_other_requests_variables(make_store: MakeStore) -> None:
+async def test_relayed_handler_sees_its_own_variables(make_store: MakeStore) -> None:
     """P18: neither of who opened the session nor of who woke the follower; on the owner itself alike."""
     async with teams(make_store, placement="owner") as (_, a, b, c):
         session = await a.open(**of_team("opener"))

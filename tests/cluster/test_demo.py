@@ -116,7 +116,7 @@ def test_demo_passes_on_valkey() -> None:
 
 
 @pytest.mark.slow
-def test_two_nodes_are_enough_for_every_act() -> None:
+def test_two_nodes_are_enough() -> None:
     """P1, P3, P4, P7."""
     ended = demo("--nodes", "2")
     assert ended.returncode == 0, ended.stdout + ended.stderr
@@ -145,7 +145,8 @@ def test_failed_node_shows_its_last_lines(tmp_path: Path) -> None:
     assert "| nonstick: the store cannot be used:" in ended.stdout
 
 
-def test_unknown_store_is_refused_before_anything_starts() -> None:
+def test_unknown_store_is_refused_first() -> None:
+    """Before anything starts."""
     ended = demo("--store", "mysql://x")
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr.startswith("nonstick: the store URL")

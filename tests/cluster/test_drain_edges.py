@@ -68,7 +68,7 @@ async def test_request_during_lifespans_end_is_served() -> None:
         assert (await client.post(url, json=call("quick", 3), headers=headers)).status_code == 500
 
 
-async def test_node_that_stops_gives_its_lease_back(make_store: MakeStore) -> None:
+async def test_stopping_node_returns_its_lease(make_store: MakeStore) -> None:
     """P7, P8: nobody waits until it would have lapsed."""
     async with staged(make_store, lease=600.0) as (_, a, b, __):
         name = a.app.manager.node
@@ -81,7 +81,7 @@ async def test_node_that_stops_gives_its_lease_back(make_store: MakeStore) -> No
         assert await node_of(b).services.store.lapsed([name]) == {name}
 
 
-async def test_node_that_drains_takes_no_session_over(memory: MakeStore) -> None:
+async def test_draining_node_takes_no_session(memory: MakeStore) -> None:
     """P7, P8: what waits is run elsewhere, where it may stay."""
     async with desk(memory, movable=True, grace=DEADLINE) as (stage, a, b, c):
         session = await a.open()

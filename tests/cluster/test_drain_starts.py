@@ -185,7 +185,7 @@ IN_DOUBT: Final = (200, "store_unavailable")
 
 @pace.unhurried("patience", 2.0, 8.0, 16.0)
 @pytest.mark.parametrize("goes_on", [True, False])
-async def test_get_at_every_step_of_its_start(goes_on: bool, patience: float) -> None:
+async def test_get_is_answered_at_every_step(goes_on: bool, patience: float) -> None:
     """P8: it is handed over, or told to come back."""
     async with Rehearsal(patience, grace=LONG if goes_on else SHORT) as play, asyncio.timeout(2 * DEADLINE):
         session = await play.first.open()
@@ -196,7 +196,7 @@ async def test_get_at_every_step_of_its_start(goes_on: bool, patience: float) ->
 
 @pace.unhurried("patience", 2.0, 8.0, 16.0)
 @pytest.mark.parametrize("goes_on", [True, False])
-async def test_resumption_at_every_step_of_its_start(goes_on: bool, patience: float) -> None:
+async def test_resumption_is_answered_at_every_step(goes_on: bool, patience: float) -> None:
     """P8: it is handed over, or told to come back."""
     async with Rehearsal(patience, grace=LONG if goes_on else SHORT) as play, asyncio.timeout(2 * DEADLINE):
         session = await play.first.open()
@@ -210,7 +210,7 @@ async def test_resumption_at_every_step_of_its_start(goes_on: bool, patience: fl
 
 @pace.unhurried("patience", 2.0, 8.0, 16.0)
 @pytest.mark.parametrize("goes_on", [True, False])
-async def test_request_at_every_step_of_its_start(goes_on: bool, patience: float) -> None:
+async def test_request_is_answered_at_every_step(goes_on: bool, patience: float) -> None:
     """P8: it has its result; or its client is told that it did not run, or did not end, or comes back for its end."""
     async with Rehearsal(patience, grace=LONG if goes_on else SHORT) as play, asyncio.timeout(2 * DEADLINE):
         session = await play.first.open()
@@ -221,7 +221,7 @@ async def test_request_at_every_step_of_its_start(goes_on: bool, patience: float
 
 @pace.unhurried("patience", 2.0, 8.0, 16.0)
 @pytest.mark.parametrize("goes_on", [True, False])
-async def test_relay_at_every_step_of_its_start(goes_on: bool, patience: float) -> None:
+async def test_relay_is_answered_at_every_step(goes_on: bool, patience: float) -> None:
     """P8: with `placement="owner"`. Once it has an event id it is handed over, for it runs elsewhere."""
     async with (
         Rehearsal(patience, grace=LONG if goes_on else SHORT, placement="owner") as play,

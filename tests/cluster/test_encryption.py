@@ -83,7 +83,7 @@ async def a_life(make_store: MakeStore) -> str:
         return session.id
 
 
-async def test_a_dump_of_the_store_tells_nothing(backend: tuple[MakeStore, Dump]) -> None:
+async def test_dump_of_store_tells_nothing(backend: tuple[MakeStore, Dump]) -> None:
     """P13: no payload, no state, no session id; nor does it open a session."""
     make_store, dump = backend
     session_id = await a_life(sealed(make_store))

@@ -116,7 +116,7 @@ async def test_delete_stops_notification_handlers_everywhere(make_store: MakeSto
             await eventually(lambda member=member: not node_of(member).sessions)  # type: ignore[misc]
 
 
-async def test_delete_stops_a_handler_within_its_window(make_store: MakeStore) -> None:
+async def test_delete_stops_a_young_handler(make_store: MakeStore) -> None:
     """P6: one that has sent nothing yet; its request gets 404, as every later one."""
     async with staged(make_store, window=0.2) as (stage, a, b, c):
         playing(stage)
@@ -243,8 +243,8 @@ async def test_idle_session_expires_and_cleans_up() -> None:
         assert not node_of(c).sessions
 
 
-async def test_an_idle_session_expires_in_every_store(make_store: MakeStore) -> None:
-    """P6."""
+async def test_idle_session_expires_everywhere(make_store: MakeStore) -> None:
+    """P6: in every store."""
     async with staged(make_store, app_options={"session_idle_timeout": 0.5}) as (stage, a, b, _):
         cleaned = playing(stage)
         session = await a.open()

@@ -126,7 +126,7 @@ async def test_handler_cancelled_while_asking_reports_once(memory: MakeStore) ->
             assert await again.rest() == []
 
 
-async def test_progress_callback_may_end_in_any_way(memory: MakeStore, exits: list[Exit]) -> None:
+async def test_progress_callback_may_end_anyhow(memory: MakeStore, exits: list[Exit]) -> None:
     """P16, P4: what it does is its own; the request's end is told all the same."""
     async with ends(memory) as (_, a, b, c):
         session = await a.open(capabilities={"elicitation": {}})
@@ -141,7 +141,7 @@ async def test_progress_callback_may_end_in_any_way(memory: MakeStore, exits: li
     assert [type(told) for told in exits] == [SystemExit, KeyboardInterrupt]
 
 
-async def test_state_is_kept_however_the_handler_ended(memory: MakeStore) -> None:
+async def test_state_outlives_any_end(memory: MakeStore) -> None:
     """P16, P2: what it had changed before counts on every node."""
     async with ends(memory) as (stage, a, b, c):
 
@@ -320,7 +320,7 @@ async def test_cancel_swallowed_is_still_a_cancel(memory: MakeStore) -> None:
                     assert await resumed.rest() == [answer]
 
 
-async def test_clean_up_may_end_in_any_way(memory: MakeStore, exits: list[Exit]) -> None:
+async def test_clean_up_may_end_anyhow(memory: MakeStore, exits: list[Exit]) -> None:
     """P16, P6: the session is gone everywhere, and the node serves on."""
     async with ends(memory) as (stage, a, b, c):
 

@@ -35,7 +35,7 @@ PATH = f"{ROOT}{os.pathsep}{ROOT / 'src'}"
         ("examples.own_routing:app", "/mcp", "remember", {"key": "a", "value": "b"}, "remembered"),
     ],
 )
-async def test_example_serves_a_session_from_two_nodes(
+async def test_examples_serve_sessions_from_two_nodes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     target: str,
@@ -86,7 +86,7 @@ async def balanced(
         )
 
 
-async def test_wizard_gets_its_answers_through_other_nodes(tmp_path: Path) -> None:
+async def test_wizard_is_answered_through_other_nodes(tmp_path: Path) -> None:
     """P4."""
     pages: list[dict[str, Any]] = [{"to": "Rome", "nights": 3}, {"kind": "suite"}, {"book": True}]
     asked: list[str] = []

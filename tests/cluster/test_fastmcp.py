@@ -111,7 +111,7 @@ def value(response: Any) -> Any:
     return messages(response)[-1]["result"]["structuredContent"]["value"]
 
 
-async def test_session_id_is_not_in_the_store() -> None:
+async def test_store_holds_no_session_id() -> None:
     """P13: FastMCP puts it into the session state and into its keys."""
     store = MemoryStore()
     async with nodes(store) as (a, b, _):

@@ -115,7 +115,7 @@ async def head(stage: Stage, session: Any) -> Cursor:
     return (await stage.store.load(session_key(session.id))).head
 
 
-async def test_intruder_hears_nothing_of_what_is_said(make: MakeStore, postgres: PostgresServer, schema: str) -> None:
+async def test_intruder_hears_no_content(make: MakeStore, postgres: PostgresServer, schema: str) -> None:
     """P13, P14: that something happened, and to which log: no message, no tag, no id."""
     async with besieged(make, postgres, schema) as (stage, intruder, a, b, c):
         session = await a.open()
@@ -137,9 +137,7 @@ async def test_intruder_hears_nothing_of_what_is_said(make: MakeStore, postgres:
             assert all(key in (session_key(session.id), CLUSTER_KEY) or key.startswith("!") for key in keys), payload
 
 
-async def test_intruder_puts_nothing_on_a_clients_stream(
-    make: MakeStore, postgres: PostgresServer, schema: str
-) -> None:
+async def test_intruder_adds_nothing_to_streams(make: MakeStore, postgres: PostgresServer, schema: str) -> None:
     """P3, P14: and displaces nothing."""
     async with besieged(make, postgres, schema) as (stage, intruder, a, b, _c):
         session = await a.open()
@@ -207,7 +205,7 @@ FLOODS: dict[str, Callable[[str, int], list[str]]] = {
 
 
 @pytest.mark.parametrize("kind", FLOODS)
-async def test_flood_of_forged_news_costs_bounded_work(kind: str, postgres: PostgresServer, schema: str) -> None:
+async def test_forged_flood_costs_bounded_work(kind: str, postgres: PostgresServer, schema: str) -> None:
     """P10, P14: at most one read of a log is under way, and the more bring nothing, the fewer are made."""
     stores: list[Counted] = []
 

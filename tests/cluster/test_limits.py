@@ -311,7 +311,7 @@ async def confirmed(stage: Stage, session: Session) -> bool:
 
 
 @unhurried("first", 1.0, 4.0, 16.0)
-async def test_first_request_that_streams_confirms_its_session(make_store: MakeStore, first: float) -> None:
+async def test_first_stream_confirms_its_session(make_store: MakeStore, first: float) -> None:
     """P10: on every store; and while it runs the session does not expire."""
     async with staged(make_store, unconfirmed_lifetime=first, window=0.02) as (stage, a, b, c):
         waiting(stage)
@@ -327,7 +327,7 @@ async def test_first_request_that_streams_confirms_its_session(make_store: MakeS
         assert text_of((await c.post(call("quick", 2), session)).json()) == "done"
 
 
-async def test_short_first_lifetime_can_be_turned_off(memory: MakeStore) -> None:
+async def test_short_first_lifetime_is_optional(memory: MakeStore) -> None:
     """P12: while nodes of 0.1.0, which do not know it, serve the same sessions."""
     async with staged(memory, unconfirmed_lifetime=None) as (stage, a, _, __):
         session = await a.open(initialized=False)

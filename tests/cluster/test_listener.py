@@ -497,7 +497,7 @@ async def test_leaving_waiter_holds_up_nobody(make_store: MakeStore) -> None:
 # ---- server requests on it
 
 
-async def test_settled_server_requests_are_not_sent_again(make_store: MakeStore) -> None:
+async def test_settled_server_requests_stay_away(make_store: MakeStore) -> None:
     """P3, P4: answered or timed out meanwhile."""
     async with talking(make_store) as (stage, a, b, c):
 

@@ -43,7 +43,7 @@ async def use(member: Member, session: Session, request_id: int) -> None:
     assert text_of((await member.post(call("quick", request_id), session)).json()) == "quick"
 
 
-async def test_running_handler_hears_initialized_of_another_node(make_store: MakeStore) -> None:
+async def test_running_handler_hears_foreign_initialized(make_store: MakeStore) -> None:
     """P2: the view that a handler uses is brought up to date by the next request's record."""
     async with staged(make_store, window=FOR_EVER) as (stage, a, b, c):
         add_quick(stage)
@@ -62,7 +62,7 @@ async def test_running_handler_hears_initialized_of_another_node(make_store: Mak
             assert text_of(await stream.answer()) == "initialized"
 
 
-async def test_running_handler_sees_introduction_of_another_node(make_store: MakeStore) -> None:
+async def test_running_handler_sees_foreign_introduction(make_store: MakeStore) -> None:
     """P2: a client that introduces itself anew, at whichever node, is that client everywhere."""
     async with staged(make_store, window=FOR_EVER) as (stage, a, b, c):
         add_quick(stage)

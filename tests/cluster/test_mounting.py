@@ -203,7 +203,7 @@ def manager(**more: Any) -> nonstick.SessionManager:
     return nonstick.SessionManager(World().server(), **{"store": MemoryStore(), **more})
 
 
-async def test_manager_serves_behind_routes_of_ones_own() -> None:
+async def test_manager_serves_behind_own_routes() -> None:
     """It takes the place of the SDK's: `run`, `handle_request`, `asgi_app`."""
     own = manager()
 
@@ -272,7 +272,7 @@ async def test_manager_runs_once() -> None:
             pass
 
 
-async def test_manager_that_does_not_run_says_so() -> None:
+async def test_idle_manager_says_so() -> None:
     own = manager()
     with pytest.raises(NotRunning, match=r"async with app\.lifespan\(\): yield"):
         _ = own.node
@@ -408,17 +408,17 @@ async def test_misspelt_argument_is_recognised(door: Any, wrong: str, meant: str
     "argument",
     [{"auth": AUTH}, {"token_verifier": _Tokens()}, {"auth_server_provider": object()}],
 )
-async def test_authentication_that_would_protect_nothing_is_refused(argument: dict[str, Any]) -> None:
+async def test_useless_authentication_is_refused(argument: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match="needs both auth= and token_verifier="):
         nonstick.app(World().server(), store="memory:", **argument)
 
 
 @pytest.mark.parametrize("argument", [{"auth": AUTH}, {"custom_starlette_routes": [object()]}, {"debug": True}])
-async def test_what_an_mcpserver_has_itself_is_refused(argument: dict[str, Any]) -> None:
+async def test_settings_of_mcpserver_are_refused(argument: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match=f"give {next(iter(argument))} to the MCPServer"):
         nonstick.app(MCPServer("own"), store="memory:", **argument)
 
 
-async def test_app_wants_a_server_of_the_sdk() -> None:
+async def test_app_wants_an_sdk_server() -> None:
     with pytest.raises(ConfigurationError, match=r"needs an MCP server of the official SDK .* not builtins\.int"):
         nonstick.app(7, store="memory:")  # type: ignore[arg-type]

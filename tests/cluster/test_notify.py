@@ -605,7 +605,7 @@ async def test_last_releases_event_id_is_good(memory: MakeStore) -> None:
 # ---- who may call
 
 
-async def test_a_process_that_serves_nobody_tells_everyone(make_store: MakeStore) -> None:
+async def test_clientless_process_tells_everyone(make_store: MakeStore) -> None:
     """P11: a script that has the store's URL alone."""
     async with gathered(make_store) as (_, a, b, _c):
         session = await a.open()

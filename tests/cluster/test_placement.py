@@ -234,7 +234,7 @@ async def test_relayed_call_keeps_chosen_answer(memory: MakeStore, answer: str, 
             assert text_of(await stream.outcome()) == "done 1"
 
 
-async def test_old_client_gets_its_relayed_answer_too(memory: MakeStore) -> None:
+async def test_old_client_gets_relayed_answers(memory: MakeStore) -> None:
     """P3: one that cannot parse a priming event."""
     async with desk(memory, window=0.05) as (stage, a, b, _):
         session = await a.open(version="2025-03-26")
@@ -338,7 +338,7 @@ async def test_idle_session_stays_on_owner_alone(memory: MakeStore) -> None:
 # ---- drain
 
 
-async def test_idle_session_moves_when_its_owner_drains(make_store: MakeStore) -> None:
+async def test_idle_session_leaves_draining_owner(make_store: MakeStore) -> None:
     """P8: with `rehydrate`, at once; its clean-up ran on the node that goes, before."""
     async with desk(make_store, movable=True) as (stage, a, b, c):
         session = await a.open()

@@ -191,7 +191,7 @@ async def test_seemingly_lost_owner_stays(monkeypatch: pytest.MonkeyPatch) -> No
         assert await owner_of(stage, session) == store.node
 
 
-async def test_lost_session_is_gone_from_the_store(memory: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_store_forgets_a_lost_session(memory: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """P7, P10: once those that read its streams had time to read their end."""
     monkeypatch.setattr("nonstick.node.placement._LINGER", 0.05)
     async with desk(memory) as (stage, a, b, _):
@@ -209,7 +209,7 @@ async def test_lost_session_is_gone_from_the_store(memory: MakeStore, monkeypatc
         await eventually(gone)
 
 
-async def test_notification_is_handled_before_its_session_moves(memory: MakeStore) -> None:
+async def test_notification_finishes_before_its_session_moves(memory: MakeStore) -> None:
     """P8: a node that drains leaves a session to others when nothing of it runs."""
     async with desk(memory, movable=True) as (stage, a, b, _):
 

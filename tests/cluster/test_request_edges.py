@@ -104,7 +104,7 @@ async def test_initialize_may_speak_before_its_answer(make_store: MakeStore) -> 
             assert text_of(await stream.message()) == "welcome"
 
 
-async def test_state_kept_by_initialize_is_saved_once(memory: MakeStore) -> None:
+async def test_initializes_state_is_saved_once(memory: MakeStore) -> None:
     """P2: later requests of its view do not undo what another node saved."""
     async with Greets(memory) as stage:
 
@@ -129,7 +129,7 @@ async def test_state_kept_by_initialize_is_saved_once(memory: MakeStore) -> None
 # ---- while the store is away
 
 
-async def test_messages_wait_for_the_store_in_order(memory: MakeStore) -> None:
+async def test_messages_await_the_store_in_order(memory: MakeStore) -> None:
     """P3, P9: each comes once. A question that the store could not take is not asked later, when nobody waits."""
     downs = Downs(memory)
     async with staged(downs.make) as (stage, a, b, _):
@@ -180,7 +180,7 @@ async def test_silent_request_streams_after_outage(memory: MakeStore) -> None:
                 assert texts_of(await resumed.rest()) == texts_of(await stream.rest()) == ["done"]
 
 
-async def test_stream_that_lost_messages_ends_as_lost() -> None:
+async def test_stream_missing_messages_ends_as_lost() -> None:
     """P9: its result would hide that the store lost what was said before."""
     store = Forgetful()
     async with staged(one(store), window=FOR_EVER) as (stage, a, b, c):
@@ -378,7 +378,7 @@ async def _quick(member: Member, session: Session, number: int) -> None:
     assert text_of((await member.post(call("quick", f"q{number}"), session)).json()) == "quick"
 
 
-async def test_introduction_is_taken_up_to_its_limit(memory: MakeStore) -> None:
+async def test_introduction_may_fill_its_limit(memory: MakeStore) -> None:
     """P10: a client that says just as much of itself as it may is let in; one byte more is refused."""
     params = opening()["params"]
     size = len(types.InitializeRequestParams.model_validate(params).model_dump_json(by_alias=True, exclude_unset=True))
@@ -388,7 +388,7 @@ async def test_introduction_is_taken_up_to_its_limit(memory: MakeStore) -> None:
             assert response.status_code == status, response.text
 
 
-async def test_resource_is_named_up_to_a_length(memory: MakeStore) -> None:
+async def test_resource_name_has_a_limit(memory: MakeStore) -> None:
     """P10: the record keeps its URI."""
 
     class Offers(Stage):

@@ -97,7 +97,7 @@ async def test_cancelled_lost_request_never_runs_again(memory: MakeStore) -> Non
 
 
 @pytest.mark.parametrize("reexecute", ["idempotent", "never"])
-async def test_next_run_is_in_the_same_trace(memory: MakeStore, reexecute: Any) -> None:
+async def test_next_run_keeps_the_trace(memory: MakeStore, reexecute: Any) -> None:
     """P7, P18: the log keeps the trace of a request that may be run again, and of no other."""
     async with Safe(memory, reexecute=reexecute) as stage:
 
@@ -157,7 +157,7 @@ async def test_partly_kept_request_never_runs_again(memory: MakeStore) -> None:
         assert stage.runs == 0
 
 
-async def test_request_that_its_own_node_forgot_ends(memory: MakeStore) -> None:
+async def test_forgotten_request_of_living_node_ends(memory: MakeStore) -> None:
     """P9, P16: the node lives, and nothing there runs it any more."""
     async with Safe(memory) as stage:
         a, b, _ = stage.cluster

@@ -218,7 +218,7 @@ async def test_byte_stream_is_resumed_elsewhere(make_store: MakeStore) -> None:
         assert (await kinds(store, session)) == [Kind.OPENED, Kind.MESSAGE, Kind.TERMINAL]
 
 
-async def test_runner_asks_a_client_that_replies_elsewhere(make_store: MakeStore) -> None:
+async def test_runner_asks_through_another_node(make_store: MakeStore) -> None:
     """P4."""
     async with forwarding(make_store) as (_, a, b):
         session = await a.open()
@@ -240,7 +240,7 @@ async def test_cancel_elsewhere_stops_the_runner(make_store: MakeStore) -> None:
             assert (await stream.outcome())["error"]["message"] == "Request cancelled"
 
 
-async def test_refusal_reaches_the_client_as_its_status(make_store: MakeStore) -> None:
+async def test_refusal_reaches_client_as_status(make_store: MakeStore) -> None:
     """Nothing ran, nothing is in the log, and the session goes on."""
     async with forwarding(make_store) as (elsewhere, a, b), make_store() as store:
         session = await a.open()
@@ -255,7 +255,7 @@ async def test_refusal_reaches_the_client_as_its_status(make_store: MakeStore) -
         assert (await b.post(asked("say"), session)).json()["result"] == {"text": "said"}
 
 
-async def test_refusal_of_a_stream_is_an_error(make_store: MakeStore) -> None:
+async def test_refusal_inside_stream_is_error(make_store: MakeStore) -> None:
     """P16: its status is out by then."""
     async with forwarding(make_store, answer="sse") as (elsewhere, a, b):
         session = await a.open()

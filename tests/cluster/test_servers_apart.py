@@ -142,7 +142,7 @@ async def test_shared_store_tells_servers_apart(make_store: MakeStore) -> None:
         assert (await a.post(call("echo", text="x"), session)).status_code == 200
 
 
-async def test_namespace_takes_the_place_of_the_name(memory: MakeStore) -> None:
+async def test_namespace_replaces_the_name(memory: MakeStore) -> None:
     """P1: so a server can be renamed, or be named after its node, and keep its sessions."""
     names = {"first": None, "second": "first", "third": "first"}
     apps = [nonstick.app(server(name), store=memory(), namespace=space) for name, space in names.items()]
@@ -152,7 +152,7 @@ async def test_namespace_takes_the_place_of_the_name(memory: MakeStore) -> None:
 
 
 @pytest.mark.parametrize("namespace", ["", 7, ["a"]])
-def test_namespace_that_is_no_name_is_refused(namespace: Any) -> None:
+def test_impossible_namespace_is_refused(namespace: Any) -> None:
     with pytest.raises(ConfigurationError, match="namespace must be a text"):
         nonstick.app(server(), store="memory:", namespace=namespace)
 

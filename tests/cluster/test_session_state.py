@@ -57,7 +57,7 @@ async def says(member: Any, session: Any, message: dict[str, Any]) -> Any:
         return text_of(await stream.outcome())
 
 
-async def test_concurrent_increments_on_three_nodes_lose_none(make_store: MakeStore) -> None:
+async def test_concurrent_increments_lose_none(make_store: MakeStore) -> None:
     """Every sum is seen once; `Connection.state`, saved at the same time, disturbs none of it."""
     async with staged(make_store) as (stage, *nodes):
         add_tools(stage)
@@ -159,7 +159,7 @@ class Forgetful(MemoryStore):
         return done
 
 
-async def test_increment_whose_answer_was_lost_counts_once() -> None:
+async def test_repeated_increment_counts_once() -> None:
     """P9: the change is repeated as it was, and found to be there."""
     store = Forgetful()
     async with staged(one(store)) as (stage, a, b, c):

@@ -172,7 +172,7 @@ async def test_log_level_holds_on_every_node(make_store: MakeStore) -> None:
         assert _heard(await b.post(call("shout", levels=levels), session)) == levels
 
 
-async def test_invalid_log_level_leaves_the_old_one(memory: MakeStore) -> None:
+async def test_bad_log_level_changes_nothing(memory: MakeStore) -> None:
     """P2: only a request that succeeded changes the record."""
     async with world(memory) as (_, (a, b, _c), store):
         session = await a.open()
@@ -415,7 +415,7 @@ async def test_remote_delete_cleans_up_once(make_store: MakeStore) -> None:
     assert shared.happened.count("cleaned up") == 1
 
 
-async def test_clean_up_runs_when_the_session_expires() -> None:
+async def test_expiry_runs_the_clean_up() -> None:
     """P6: expiry looks like an end."""
     clock = ManualClock()
     async with world(one(MemoryStore(clock=clock)), app_options={"session_idle_timeout": 100.0}) as (

@@ -67,7 +67,7 @@ async def test_stream_is_not_its_requests_id(make_store: MakeStore) -> None:
                 assert (await refused.response()).status_code == 400
 
 
-async def test_resuming_a_finished_stream_does_not_hang(make_store: MakeStore) -> None:
+async def test_resuming_finished_stream_never_hangs(make_store: MakeStore) -> None:
     """P3: also from its very last event, where nothing is left to send."""
     async with staged(make_store) as (stage, a, b, c):
         echoing(stage)

@@ -207,7 +207,7 @@ async def test_process_is_always_gone_in_time(tmp_path: Path, command: tuple[str
 
 
 @pytest.mark.slow
-async def test_worker_processes_are_gone_in_time_too(tmp_path: Path) -> None:
+async def test_worker_processes_end_in_time(tmp_path: Path) -> None:
     """P8."""
     async with running(tmp_path, *SERVED, "--workers", "2", name="a") as a:
         session = await a.open()
@@ -275,7 +275,7 @@ async def open_streams_are_handed_over_and_requests_finish(
 
 
 @pytest.mark.parametrize("protocol", [Draining, DrainingH11])
-async def test_uvicorn_that_is_told_to_exit_drains(protocol: Any) -> None:
+async def test_uvicorn_told_to_exit_drains(protocol: Any) -> None:
     """P8: with a protocol of nonstick's, as under `nonstick serve`. Else it would wait for the open streams."""
     doors = Doors()
     server = uvicorn.Server(uvicorn.Config(doors.app, http=protocol, log_level="error"))

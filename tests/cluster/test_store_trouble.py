@@ -232,7 +232,7 @@ async def test_node_says_whether_it_is_ready(cluster: Cluster, proxy: FaultProxy
     await eventually(ready)
 
 
-async def test_node_starts_while_its_store_is_away(shared: World, valkey: ValkeyServer) -> None:
+async def test_node_starts_without_its_store(shared: World, valkey: ValkeyServer) -> None:
     """P9: a deploy does not fail because of it."""
     async with FaultProxy(valkey.url) as proxy:
         await proxy.cut()
@@ -287,7 +287,7 @@ async def node(failing: Failing, shared: World) -> AsyncIterator[Member]:
         yield a
 
 
-async def test_few_failures_are_repeated_and_not_noticed(node: Member, failing: Failing) -> None:
+async def test_few_failures_are_not_noticed(node: Member, failing: Failing) -> None:
     """P9."""
     failing.failures = {"create": 2, "load": 2, "update": 2, "append": 2, "delete": 2, "ping": 2}
     session = await node.open()

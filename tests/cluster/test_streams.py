@@ -582,7 +582,7 @@ async def test_older_clients_resumption_is_not_primed(memory: MakeStore, version
             assert await resumed.events() == events[1:]
 
 
-async def test_twenty_clients_resume_one_stream_at_once(make_store: MakeStore) -> None:
+async def test_twenty_clients_resume_one_stream(make_store: MakeStore) -> None:
     """P3."""
     async with staged(make_store) as (stage, a, b, c):
         counting(stage)

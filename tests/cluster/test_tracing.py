@@ -146,7 +146,7 @@ async def test_server_requests_have_own_spans(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("placement", [pytest.param("any", marks=pytest.mark.slow), "owner"])
-async def test_handler_runs_in_its_own_requests_trace(tmp_path: Path, placement: str) -> None:
+async def test_handler_runs_in_own_trace(tmp_path: Path, placement: str) -> None:
     """P18: and never in that of who opened the session, wherever it runs."""
     async with traces(tmp_path, placement) as (found, a, b):
         session = await a.open(traced(FIRST, "opener"))

@@ -117,7 +117,7 @@ async def test_hydrated_session_shows_its_record(make_store: MakeStore) -> None:
         assert session.record.initialized
 
 
-async def test_transport_answers_only_for_its_own_session(make_store: MakeStore) -> None:
+async def test_transport_serves_only_its_session(make_store: MakeStore) -> None:
     """P1. Another session's id gets 404, also where both live; no id gets 400; nothing is opened a second time."""
     async with pod(make_store) as node:
         mine, other = await node.open(), await node.open()
@@ -184,7 +184,7 @@ async def test_malformed_id_is_not_found(text: str) -> None:
             await nonstick.Session.hydrate(text, manager=manager)
 
 
-async def test_session_is_hydrated_only_for_its_principal(make_store: MakeStore) -> None:
+async def test_session_hydrates_only_for_principal(make_store: MakeStore) -> None:
     """P1. Somebody else's session is as unknown as none, to those without authentication as well."""
     async with pod(make_store, "ada") as ada, pod(make_store, "bob") as bob, pod(make_store) as anybody:
         session = await ada.open()

@@ -213,7 +213,7 @@ async def test_only_clients_node_renews_the_session(idle: float) -> None:
 
 
 @with_time_to_be_idle
-async def test_client_that_waits_for_json_is_seen(idle: float) -> None:
+async def test_client_awaiting_json_is_seen(idle: float) -> None:
     """P10: until its connection ends, though nothing is sent on it."""
     store = Renewing()
     async with idle_soon(one(store), idle, answer="json") as (stage, a, _, __):

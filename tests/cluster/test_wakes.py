@@ -255,7 +255,7 @@ async def test_foreign_end_stops_the_request(mode: Any) -> None:
             await stage.reached("stopped")
 
 
-async def test_takeover_by_another_node_stops_the_request(mode: Any) -> None:
+async def test_takeover_elsewhere_stops_the_request(mode: Any) -> None:
     """P7, P14."""
     async with misinformed() as (stage, store, _a, b, c):
         session = await b.open()
@@ -270,7 +270,7 @@ async def test_takeover_by_another_node_stops_the_request(mode: Any) -> None:
             await stage.reached("stopped")
 
 
-async def test_question_whether_a_request_runs_is_answered(mode: Any) -> None:
+async def test_question_about_request_is_answered(mode: Any) -> None:
     """P7, P14: else it would be taken for lost."""
     async with misinformed() as (stage, store, _a, b, _c):
         session = await b.open()

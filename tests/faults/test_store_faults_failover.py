@@ -44,9 +44,7 @@ async def fail_over(pair: Pair, door: FaultProxy) -> None:
     await door.heal()
 
 
-async def test_failover_that_lost_acknowledged_events_is_reported(
-    pair: Pair, door: FaultProxy, make: MakeStore
-) -> None:
+async def test_failover_reports_lost_acknowledged_events(pair: Pair, door: FaultProxy, make: MakeStore) -> None:
     """P9: whoever had a place in what is lost, and whoever had one before it, gets one error, and no gap."""
     handled: list[str] = []
     async with staged(make, window=0.1) as (stage, a, b, c):

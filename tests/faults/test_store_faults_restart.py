@@ -65,8 +65,8 @@ STEPS = 25
 
 
 @pytest.mark.parametrize("place", ["valkey", pytest.param("postgres", marks=pytest.mark.slow)], indirect=True)
-async def test_kill_during_appends_loses_and_doubles_nothing(place: Place) -> None:
-    """P3, P9: appends whose outcome nobody knows are repeated as they were, and written once."""
+async def test_kill_during_appends_loses_nothing(place: Place) -> None:
+    """P3, P9: nor doubles: appends whose outcome nobody knows are repeated as they were, and written once."""
     async with staged(place.make, window=0.1) as (stage, *members):
 
         @stage.tool

@@ -176,7 +176,7 @@ async def test_cancelled_callers_stream_goes_to_nobody() -> None:
 
 
 @pytest.mark.parametrize("resumes", [True, False])
-async def test_priming_is_for_clients_that_know_it(resumes: bool) -> None:
+async def test_only_knowing_clients_are_primed(resumes: bool) -> None:
     answer = made(resumes=resumes)
     answer.begin_stream()
     answer.prime("an id")

@@ -41,7 +41,7 @@ def test_each_thing_is_said_once() -> None:
     assert since(found, 5) == []
 
 
-def test_the_notification_is_what_a_client_expects() -> None:
+def test_notification_is_as_clients_expect() -> None:
     """P11."""
     tools, one = broadcasts(TOOLS, ONE).since(Cursor(0)) or []
     assert tools.body == b'{"jsonrpc":"2.0","method":"notifications/tools/list_changed"}'

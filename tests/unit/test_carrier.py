@@ -59,7 +59,7 @@ def expected(phase: Phase, happening: Happening) -> Phase | None:
 
 @pytest.mark.parametrize("happening", list(Happening), ids=lambda h: h.name)
 @pytest.mark.parametrize("phase", PHASES, ids=lambda p: p.name)
-def test_each_happening_leads_where_the_table_says(phase: Phase, happening: Happening) -> None:
+def test_happenings_lead_where_tables_say(phase: Phase, happening: Happening) -> None:
     """P3: what cannot happen in a phase is a defect, and changes nothing."""
     carrier = Carrier("n", named=False)
     carrier.phase = phase
@@ -74,7 +74,7 @@ def test_each_happening_leads_where_the_table_says(phase: Phase, happening: Happ
         assert next_phase(phase, happening) is after
 
 
-def test_the_tables_have_a_row_for_each() -> None:
+def test_tables_have_every_row() -> None:
     """Each phase is reached and left, each happening and each action belongs to a phase."""
     assert list(CONNECTION) == list(ON_ENTERING) == PHASES
     assert {Phase.FINDING} | {after for row in CONNECTION.values() for after in row.values()} == set(Phase)
@@ -119,7 +119,7 @@ def meaning(phase: Phase, kind: Kind, where: str, stream: int) -> Means:
 @pytest.mark.parametrize("where", list(WHERE))
 @pytest.mark.parametrize("kind", list(Kind), ids=lambda k: k.name)
 @pytest.mark.parametrize("phase", PHASES, ids=lambda p: p.name)
-def test_each_event_means_what_the_table_says(phase: Phase, kind: Kind, where: str, stream: int) -> None:
+def test_events_mean_what_tables_say(phase: Phase, kind: Kind, where: str, stream: int) -> None:
     """P3: in each phase, wherever it stands; a newer turn and a hang-up end the phase at once."""
     carrier = at(phase)
     body = {"listener": "other", "node": "m", "since": 0, "read": None, "id": 1, "params": {}}
@@ -139,7 +139,7 @@ def test_other_streams_entries_are_not_carried() -> None:
     assert set(after) == {Means.PUT, Means.CHANGE, Means.GIVE_WAY, Means.HANG_UP}
 
 
-def test_an_event_that_is_unknown_means_nothing() -> None:
+def test_unknown_event_means_nothing() -> None:
     """P12: of a newer version."""
     carrier = at(Phase.CARRYING)
     assert carrier.note(Event(11, b"12345678", STANDALONE, b"1Z{}")) is Means.NOTHING
@@ -180,7 +180,7 @@ def cancelled(position: int, request_id: str, stream: int = STANDALONE) -> Event
     ],
     ids=["answered", "given up", "given up on another stream", "another answered", "in progress"],
 )
-def test_a_settled_request_is_not_sent_again(settles: Event, means: Means) -> None:
+def test_settled_request_is_not_repeated(settles: Event, means: Means) -> None:
     """P4: if it was answered or given up before the connection came to it."""
     carrier, log = Carrier("n", named=False), [request(1, "srv-1"), entry(2, Kind.MESSAGE, id="srv-1"), settles]
     for event in [*log, listens(4, "mine")]:

@@ -18,7 +18,7 @@ async def test_what_is_late_is_a_timeout() -> None:
     await asyncio.sleep(0)
 
 
-async def test_what_is_in_time_is_left_alone() -> None:
+async def test_work_in_time_is_left_alone() -> None:
     async with asyncio.timeout(60):
         with Deadline(0.01):
             await asyncio.sleep(0)
@@ -46,7 +46,8 @@ async def test_cancellation_from_elsewhere_stays_one() -> None:
         await task
 
 
-async def test_cancellation_stays_one_when_both_come_together() -> None:
+async def test_simultaneous_cancellation_stays_one() -> None:
+    """Where the deadline and a cancellation come together."""
     begun = asyncio.Event()
 
     async def wait() -> None:
@@ -77,7 +78,7 @@ async def test_only_the_passed_deadline_says_so(inner: float, outer: float) -> N
     assert said == ("inner" if inner < outer else "outer")
 
 
-async def test_deadline_that_is_hastened_passes_at_once() -> None:
+async def test_hastened_deadline_passes_at_once() -> None:
     """Also one that has no time of its own; one that passed by itself was not hastened."""
     for seconds in (None, 60.0):
         deadline = Deadline(seconds)

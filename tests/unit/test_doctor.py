@@ -370,7 +370,7 @@ async def test_missing_shared_state_store_is_told() -> None:
 
 
 @pytest.mark.usefixtures("alone")
-async def test_server_that_needs_nothing_shared_is_well() -> None:
+async def test_server_sharing_nothing_is_well() -> None:
     """A low-level server without `subscriptions/listen` that seals no requestState."""
     assert [finding.level for finding in await check_shared(adopted(Server("x")))] == ["ok"]
 

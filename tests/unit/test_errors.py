@@ -11,7 +11,7 @@ import pytest
 from nonstick.errors import without_text
 
 
-def test_exception_is_shown_without_what_it_says() -> None:
+def test_exception_is_shown_without_text() -> None:
     """P13: its types, causes and places, and no text of it, which may quote a payload."""
 
     def fail() -> None:

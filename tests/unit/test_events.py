@@ -196,14 +196,14 @@ def test_beginning_of_large_event_is_enough() -> None:
 
 
 @given(event_ids, sessions, sessions)
-def test_event_id_of_another_session_is_refused(event_id: EventId, session: str, other: str) -> None:
+def test_foreign_event_id_is_refused(event_id: EventId, session: str, other: str) -> None:
     """Never an event of another session: the id is bound to the one that it was sent in (P3)."""
     if session != other:
         assert parse_event_id(event_id.seal(session), other) is None
 
 
 @given(st.data())
-def test_event_id_that_was_changed_is_refused(data: st.DataObject) -> None:
+def test_changed_event_id_is_refused(data: st.DataObject) -> None:
     """An id that somebody made up out of a true one is none that we sent (P3)."""
     text = data.draw(event_ids).seal(SESSION)
     at = data.draw(st.integers(0, len(text) - 1))

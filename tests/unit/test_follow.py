@@ -120,7 +120,7 @@ def between(first: int, last: int) -> list[int]:
 # ---- in order, once
 
 
-async def test_events_before_and_after_the_subscription_arrive(store: Careless, follower: Follower) -> None:
+async def test_events_around_subscribing_arrive(store: Careless, follower: Follower) -> None:
     before = await append(store, 3)
     whole, rest = follower.subscribe(Cursor(0)), follower.subscribe(before)
     assert await collect(whole, 3) == [1, 2, 3]
@@ -462,7 +462,7 @@ async def test_wake_without_exact_continuation_means_read(store: Careless, follo
     subscription.close()
 
 
-async def test_wake_without_the_entry_before_means_read(store: Careless, follower: Follower) -> None:
+async def test_wake_without_predecessor_means_read(store: Careless, follower: Follower) -> None:
     """P14: a store of a third party may say events alone, as to 0.1."""
     subscription, _ = await up_to_date(store, follower)
     store.loses_wakes = True
@@ -506,7 +506,7 @@ async def test_event_replacing_phantom_follows_the_loss(store: Careless, followe
     again.close()
 
 
-async def test_phantom_is_found_out_without_any_wake(store: Careless, follower: Follower) -> None:
+async def test_phantom_is_discovered_without_wakes(store: Careless, follower: Follower) -> None:
     """P14: wakes are trusted for a while only."""
     subscription, last = await up_to_date(store, follower)
     store.loses_wakes = True
@@ -607,9 +607,7 @@ async def test_flood_of_wakes_costs_few_reads(store: Careless, follower: Followe
 
 
 @pytest.mark.parametrize("loses_wakes", [False, True])
-async def test_end_of_the_session_reaches_every_subscription(
-    store: Careless, follower: Follower, loses_wakes: bool
-) -> None:
+async def test_sessions_end_reaches_every_subscription(store: Careless, follower: Follower, loses_wakes: bool) -> None:
     """P6: after what it was given before."""
     subscription, idle = follower.subscribe(Cursor(0)), follower.subscribe(Cursor(0))
     await append(store, 2)
@@ -641,7 +639,7 @@ async def test_follower_goes_on_after_an_outage(store: Careless) -> None:
     subscription.close()
 
 
-async def test_silent_log_is_followed_without_a_task(store: Careless, follower: Follower) -> None:
+async def test_silent_log_needs_no_task(store: Careless, follower: Follower) -> None:
     """P10: thousands of streams may be open on a node."""
     before = asyncio.all_tasks()
     subscription = follower.subscribe(Cursor(0))
@@ -744,7 +742,7 @@ async def test_follower_survives_an_unexpected_error(caplog: pytest.LogCaptureFi
     assert "its log could not be read" in caplog.text
 
 
-async def test_long_backlog_lets_others_have_their_turns() -> None:
+async def test_long_backlog_lets_others_run() -> None:
     """P10: on a store whose calls never wait, too."""
     turns = 0
     read: list[int] = []

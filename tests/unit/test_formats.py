@@ -97,13 +97,13 @@ def test_session_id_names_its_stored_session() -> None:
     assert session_key(SESSION) == "deb87fabd17715bb31ad4cf4ffb9494eeb15f8d3"
 
 
-def test_session_id_is_bound_to_its_server() -> None:
+def test_session_id_is_bound_to_server() -> None:
     shop = identity("shop", "/mcp")
     assert shop == "cca351bde1981ac90d4f06ed7c75ee4c"
     assert is_session_of(shop, "a" * 32 + "WyIVkvrC")
 
 
-def test_principal_and_its_group_have_one_form() -> None:
+def test_principal_and_group_have_one_form() -> None:
     token = AccessToken(token="t", client_id="c", scopes=[], subject="ada", claims={"iss": "one"})
     principal = principal_of({"user": AuthenticatedUser(token)})
     assert principal == b'{"client_id": "c", "issuer": "one", "subject": "ada"}'
@@ -119,7 +119,7 @@ def test_request_name_holds_id_or_hash() -> None:
 # ---- the log
 
 
-def test_every_kind_of_event_keeps_its_byte() -> None:
+def test_every_event_kind_keeps_its_byte() -> None:
     assert {kind.name: chr(kind) for kind in Kind} == KINDS
     assert draft(Kind.OPENED, b"{}").data == b"1o{}"
     assert body_of(b"1o{}") == b"{}"
@@ -218,7 +218,7 @@ ENDED: Final = (
 )
 
 
-async def test_what_was_encrypted_is_read_for_ever() -> None:
+async def test_encrypted_text_is_readable_for_ever() -> None:
     """P13: with the same key, for the same deployment, of the same session."""
     key = "a" * 40
     inner = MemoryStore()

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "guarantees.md").read_text()
 
 
-def test_every_test_that_the_page_names_exists() -> None:
+def test_every_named_test_exists() -> None:
     """A row whose test was renamed or removed says nothing."""
     named = set(re.findall(r"`(test_\w+)`", PAGE))
     sources = [path.read_text() for path in (ROOT / "tests").rglob("test_*.py")]

@@ -93,7 +93,7 @@ def calls(store: GuardedStore) -> list[Any]:
     ]
 
 
-async def test_failed_call_is_repeated_as_it_was() -> None:
+async def test_failed_call_is_repeated_unchanged() -> None:
     unsteady = Unsteady()
     for call in calls(GuardedStore(unsteady)):
         unsteady.script, unsteady.calls = ["fail", "fail"], 0
@@ -102,7 +102,7 @@ async def test_failed_call_is_repeated_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("step", ["fail", "hang"])
-async def test_call_that_keeps_failing_ends_in_time(step: str) -> None:
+async def test_failing_call_ends_in_time(step: str) -> None:
     unsteady = Unsteady(*[step] * 10_000)
     loop = asyncio.get_running_loop()
     for call in calls(GuardedStore(unsteady, patience=0.05)):
@@ -131,7 +131,7 @@ async def test_caller_may_grant_more_time() -> None:
         await guarded.load(KEY)
 
 
-async def test_what_a_store_answers_is_not_repeated() -> None:
+async def test_answered_refusal_is_not_repeated() -> None:
     unsteady = Unsteady()
     guarded = GuardedStore(unsteady)
     for call in (lambda: guarded.load(KEY), lambda: guarded.update(KEY, {}), lambda: guarded.append(KEY, Batch([]))):
@@ -141,7 +141,7 @@ async def test_what_a_store_answers_is_not_repeated() -> None:
         assert unsteady.calls == 1
 
 
-async def test_create_whose_answer_was_lost_has_succeeded() -> None:
+async def test_doubtful_create_has_succeeded() -> None:
     """Its repeat finds the session that it made itself."""
     unsteady = Unsteady("lose")
     guarded = GuardedStore(unsteady)
@@ -156,7 +156,7 @@ async def test_create_of_existing_key_is_refused() -> None:
         await guarded.create(KEY, {}, lifetime=9)
 
 
-async def test_delete_whose_answer_was_lost_has_succeeded() -> None:
+async def test_doubtful_delete_has_succeeded() -> None:
     guarded = GuardedStore(Unsteady())
     await guarded.create(KEY, {}, lifetime=9)
     guarded = GuardedStore(_after(guarded.store, "lose"))
@@ -191,7 +191,7 @@ async def test_callers_timeout_is_not_the_stores() -> None:
 # ---- when it is no use to wait
 
 
-async def test_no_call_lasts_longer_than_the_node() -> None:
+async def test_no_call_outlasts_its_node() -> None:
     """P8: whatever patience it was granted."""
     guarded = GuardedStore(Unsteady(*["hang"] * 10), patience=600)
     loop = asyncio.get_running_loop()
@@ -375,7 +375,7 @@ async def test_plain_calls_have_fewer_answers() -> None:
         await store.create(KEY, {}, lifetime=9)
 
 
-def test_a_watch_that_raises_is_no_watch(caplog: pytest.LogCaptureFixture) -> None:
+def test_failed_watch_is_no_watch(caplog: pytest.LogCaptureFixture) -> None:
     """P9: who follows the log looks for itself as well."""
 
     class Watchless(MemoryStore):
@@ -408,7 +408,7 @@ class Overtaxed(MemoryStore):
         return await super().skim(key, after, limit=limit, clip=clip)
 
 
-async def test_read_that_failed_is_repeated_for_less() -> None:
+async def test_failed_read_asks_for_less() -> None:
     """P9, P10: what was too much for the store once is not asked of it again."""
     async with GuardedStore(Overtaxed(20, 70_000)) as guarded:
         store = guarded.store

@@ -92,7 +92,7 @@ def test_services_of_a_node_stay_few() -> None:
     assert len(fields(Services)) <= SERVICES
 
 
-def test_sizes_are_counted_as_they_are_said() -> None:
+def test_sizes_are_counted_as_documented() -> None:
     """Fields, names on `self`, cached properties; no class constants, and no attribute of anything else."""
     text = """
 class Shelf:

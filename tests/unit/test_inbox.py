@@ -136,7 +136,7 @@ def stage() -> Stage:
     return Stage(MemoryStore())
 
 
-async def test_each_kind_goes_to_whom_it_concerns(stage: Stage) -> None:
+async def test_each_event_reaches_those_concerned(stage: Stage) -> None:
     """P4-P6: every kind there is, with a holder and without."""
     owner = Owner(stage.told)
     for holder in (None, owner):
@@ -151,9 +151,7 @@ async def test_each_kind_goes_to_whom_it_concerns(stage: Stage) -> None:
             assert {who for who, _ in stage.told} == heeds, kind
 
 
-async def test_event_that_nobody_understands_keeps_no_other_back(
-    stage: Stage, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_unreadable_event_keeps_no_other_back(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
     """P4, P5, P12: neither what a handler makes nothing of, nor a kind of a later release."""
 
     unknown = Event(2, b"tag", 0, bytes([1, 255]))
@@ -163,14 +161,14 @@ async def test_event_that_nobody_understands_keeps_no_other_back(
     assert SECRET not in caplog.text
 
 
-async def test_holder_gets_only_what_comes_after_its_place(stage: Stage) -> None:
+async def test_holder_gets_only_later_events(stage: Stage) -> None:
     """P7: what was there before, it has looked at."""
     stage.inbox.hold(Owner(stage.told), Cursor(2))
     await stage.comes(Kind.OPENED, Kind.REPLY, Kind.OPENED)
     assert stage.told == [("here", 2), ("owner", 3)]
 
 
-async def test_nothing_is_the_holders_once_another_holds_it(stage: Stage) -> None:
+async def test_former_holder_gets_nothing(stage: Stage) -> None:
     """P7: neither of the events that say so nor later; what waits here for the client is told all the same."""
     owner = Owner(stage.told)
     stage.inbox.hold(owner, Cursor(0))
@@ -196,7 +194,7 @@ async def test_log_is_followed_while_anybody_waits() -> None:
         await eventually(lambda: not stage.follows)
 
 
-async def test_inbox_that_is_to_stay_open_stays_so_until_it_is_stopped() -> None:
+async def test_inbox_stays_open_until_stopped() -> None:
     async with opened_store() as stage:
         stage.inbox.stay_open()
         stage.inbox.stay_open()
@@ -208,7 +206,7 @@ async def test_inbox_that_is_to_stay_open_stays_so_until_it_is_stopped() -> None
         await eventually(lambda: not stage.follows)
 
 
-async def test_inbox_is_opened_only_when_the_window_has_passed() -> None:
+async def test_inbox_opens_after_its_window() -> None:
     async with opened_store() as stage:
         with opened_later(lambda: stage.inbox, 3600.0):
             pass
@@ -218,7 +216,7 @@ async def test_inbox_is_opened_only_when_the_window_has_passed() -> None:
         await eventually(lambda: not stage.follows)
 
 
-async def test_after_a_loss_all_is_told_again_but_to_the_holder() -> None:
+async def test_loss_retells_everything_except_to_holder() -> None:
     """P4, P7, P9: a reply may be seen twice; a relayed request is run once."""
     async with opened_store() as stage:
         owner = Owner(stage.told)
@@ -237,7 +235,7 @@ async def test_after_a_loss_all_is_told_again_but_to_the_holder() -> None:
         assert [one for one in stage.told if one[0] == "owner"] == [("owner", 4)]
 
 
-async def test_holder_that_begins_earlier_is_told_from_there() -> None:
+async def test_earlier_holder_is_told_from_there() -> None:
     """P7: though somebody else has followed the log for longer."""
     async with opened_store() as stage:
         await send(stage, Kind.OPENED)
@@ -249,7 +247,7 @@ async def test_holder_that_begins_earlier_is_told_from_there() -> None:
             await eventually(lambda: ("owner", 1) in stage.told)
 
 
-async def test_end_of_the_session_is_told_once() -> None:
+async def test_sessions_end_is_told_once() -> None:
     """P6."""
     async with opened_store() as stage:
         stage.inbox.open()

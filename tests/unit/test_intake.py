@@ -38,13 +38,13 @@ async def body_of(client: Client, *, declared: int | None = None) -> bytes:
 
 
 @pytest.mark.parametrize("pieces", [(LIMIT,), (1, LIMIT - 1), (LIMIT - 1, 1), (LIMIT, 0)])
-async def test_body_of_exactly_the_limit_is_taken(pieces: tuple[int, ...]) -> None:
+async def test_body_at_the_limit_is_taken(pieces: tuple[int, ...]) -> None:
     assert len(await body_of(Client(*pieces))) == LIMIT
     assert len(await body_of(Client(*pieces), declared=LIMIT)) == LIMIT
 
 
 @pytest.mark.parametrize("pieces", [(LIMIT + 1,), (1, LIMIT), (LIMIT, 1)])
-async def test_body_of_one_byte_more_is_refused(pieces: tuple[int, ...]) -> None:
+async def test_body_above_the_limit_is_refused(pieces: tuple[int, ...]) -> None:
     with pytest.raises(Refusal) as refused:
         await body_of(Client(*pieces))
     assert refused.value.reason.status == 413

@@ -22,7 +22,7 @@ def said(name: str, size: int = 0) -> bytes:
     ).encode()
 
 
-def test_who_says_the_same_is_parsed_once() -> None:
+def test_same_introduction_is_parsed_once() -> None:
     kept = Introductions()
     first = kept.parse(said("ada"))
     assert first.client_info.name == "ada"

@@ -32,7 +32,7 @@ def test_bodies_are_json_rpc() -> None:
     assert "params" not in json.loads(notification_body("n", None))
 
 
-def test_result_that_is_no_json_is_refused() -> None:
+def test_unserialisable_result_is_refused() -> None:
     with pytest.raises(PydanticSerializationError):
         result_body(1, {"a": object()})
 
@@ -46,7 +46,7 @@ def depth(value: Any) -> int:
     st.recursive(st.none(), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=1), inner)),
     st.integers(0, 6),
 )
-def test_depth_is_levels_of_lists_and_objects(value: Any, limit: int) -> None:
+def test_depth_counts_lists_and_objects(value: Any, limit: int) -> None:
     """P10."""
     assert json_depth_exceeds(value, limit) == (depth(value) > limit)
 

@@ -87,7 +87,7 @@ def test_file_beats_installed_modules_name(write: Write) -> None:
     assert hasattr(sys.modules["mcp"], "Client")
 
 
-def test_only_server_is_found_without_a_name(write: Write) -> None:
+def test_only_server_needs_no_name(write: Write) -> None:
     write("only_e.py", "from mcp.server import Server\nwhatever = Server('only')\nalias = whatever\n")
     assert isinstance(loading.find("only_e.py"), Server)
 
@@ -125,7 +125,7 @@ async def test_raising_factory_shows_own_traceback(write: Write) -> None:
     assert "loading.py" not in caught.value.trace
 
 
-async def test_factory_that_returns_something_else_is_refused(write: Write) -> None:
+async def test_factory_of_something_else_is_refused(write: Write) -> None:
     write("factory_j.py", "def make():\n    return None\n")
     with pytest.raises(
         loading.TargetError, match=r"factory_j\.py:make returned is of type NoneType, not an MCP server"
@@ -186,7 +186,8 @@ def test_raising_package_shows_own_traceback(write: Write) -> None:
     assert "importlib" not in failure.trace
 
 
-def test_default_name_of_nothing_is_passed_over(write: Write) -> None:
+def test_default_name_of_none_is_skipped(write: Write) -> None:
+    """A conventional name that holds nothing is passed over."""
     write("nothing_p.py", f"{SERVER}mcp = None\ndef server():\n    return MCPServer('made')\n")
     assert callable(loading.find("nothing_p.py"))
 
@@ -232,7 +233,7 @@ def test_module_without_server_is_advised(write: Write) -> None:
         ("from starlette.routing import Router\nthing = Router()", "thing", "of type Router"),
     ],
 )
-def test_object_that_is_no_server_is_described(write: Write, source: str, name: str, said: str) -> None:
+def test_object_without_server_is_described(write: Write, source: str, name: str, said: str) -> None:
     write("things_v.py", source)
     message = str(error_of(f"things_v.py:{name}"))
     assert f"things_v.py:{name} is {said}, not an MCP server. Name an MCPServer" in message
@@ -270,7 +271,7 @@ def test_app_is_found(write: Write, source: str, target: str) -> None:
     assert loading.is_app(loading.find(target))
 
 
-def test_app_that_is_nonsticks_already_is_refused(write: Write) -> None:
+def test_nonsticks_own_app_is_refused(write: Write) -> None:
     write("own_w.py", f"import nonstick\n{SERVER}app = nonstick.app(MCPServer('shop'), store='memory:')\n")
     assert "This is what nonstick.app() made, with its own store" in str(error_of("own_w.py:app"))
 

@@ -60,7 +60,7 @@ def test_json_record_holds_its_traceback() -> None:
     assert "ValueError: boom" in json_line(stream)["exception"]
 
 
-def test_json_field_cannot_replace_a_standard_one() -> None:
+def test_extra_field_replaces_no_standard_field() -> None:
     stream = io.StringIO()
     log_format.configure(style="json", node="node-a", stream=stream)
     logging.getLogger("nonstick").info("hello", extra={"node": "impostor"})
@@ -92,7 +92,7 @@ def test_text_record_quotes_where_needed() -> None:
     assert stream.getvalue().endswith('node-a nonstick: ready store=sqlite:///x.db why="a \\"b\\"\\nc"\n')
 
 
-def test_access_record_becomes_fields_without_the_query() -> None:
+def test_access_record_drops_the_query() -> None:
     """P13: a query string can hold a credential."""
     stream = io.StringIO()
     log_format.configure(style="json", stream=stream)
@@ -144,7 +144,7 @@ def test_colour_is_for_terminals_only() -> None:
     assert not log_format.wants_colour(io.StringIO(), {})
 
 
-def test_text_record_is_coloured_on_request_only() -> None:
+def test_text_record_is_coloured_on_request() -> None:
     record = logging.LogRecord("nonstick", logging.INFO, __file__, 1, "hi", None, None)
     assert "\x1b[32mINFO" in log_format.TextFormatter("n", colour=True).format(record)
     assert "\x1b" not in log_format.TextFormatter("n").format(record)

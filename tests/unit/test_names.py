@@ -40,7 +40,7 @@ def test_names_and_tags_have_their_length() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no fork there")
-def test_forked_workers_draw_names_of_their_own() -> None:
+def test_forked_workers_draw_own_names() -> None:
     """A server that loads the app before it forks gives its workers one generator."""
     program = """
 import os

@@ -71,7 +71,7 @@ async def test_nothing_is_written_after_the_end() -> None:
     assert client.body == b"a"
 
 
-async def test_who_produces_waits_for_a_slow_reader() -> None:
+async def test_producer_waits_for_slow_reader() -> None:
     """P10."""
     outlet, client = Outlet(room=10), Client(slow=True)
     pumping = start(outlet, client)
@@ -152,7 +152,7 @@ async def test_broken_connection_frees_who_waits() -> None:
     assert outlet.gone
 
 
-async def test_silent_stream_is_kept_alive_with_comments() -> None:
+async def test_comments_keep_silent_stream_alive() -> None:
     outlet, client = Outlet(ping=0.01), Client()
     pumping = start(outlet, client)
     async with asyncio.timeout(60):

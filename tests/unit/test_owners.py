@@ -50,13 +50,13 @@ STEPS: dict[tuple[str | None, bool, bool], Step] = {
 
 
 @pytest.mark.parametrize(("owner", "held"), FOUND)
-def test_whoever_holds_the_session_runs_what_arrives(owner: str | None, held: str) -> None:
+def test_holder_runs_what_arrives(owner: str | None, held: str) -> None:
     """P7."""
     assert find(owner, here="me", ready=HELD[held]) == FOUND[owner, held]
 
 
 @given(owner=st.none() | st.text(), ready=st.none() | st.booleans())
-def test_nothing_runs_here_that_is_another_nodes(owner: str | None, ready: bool | None) -> None:
+def test_foreign_sessions_run_nothing_here(owner: str | None, ready: bool | None) -> None:
     """P7: whatever its name is. Only what is ready, and this node's by the record, runs here."""
     found = find(owner, here="me", ready=ready)
     assert (found.where is HERE) == (ready is True and owner == "me")
@@ -64,7 +64,7 @@ def test_nothing_runs_here_that_is_another_nodes(owner: str | None, ready: bool 
 
 
 @pytest.mark.parametrize(("owner", "lives", "rebuilds"), STEPS)
-def test_session_of_no_living_owner_is_taken_or_ended(owner: str | None, lives: bool, rebuilds: bool) -> None:
+def test_dead_owners_session_is_taken(owner: str | None, lives: bool, rebuilds: bool) -> None:
     """P7."""
     assert next_step(owner, lives=lives, rebuilds=rebuilds) is STEPS[owner, lives, rebuilds]
 
@@ -75,7 +75,7 @@ def test_owner_is_what_the_record_says() -> None:
     assert owner_in({OWNER: b"node-1"}) == "node-1"
 
 
-def test_node_is_suspected_since_it_was_first_seen_dead() -> None:
+def test_suspicion_begins_when_seen_dead() -> None:
     """P7: after an outage of the store the living need a moment to renew."""
     suspects = Suspects()
     assert suspects.seen("a", True, 100.0) == 0.0
@@ -84,14 +84,14 @@ def test_node_is_suspected_since_it_was_first_seen_dead() -> None:
     assert suspects.seen("a", True, 101.5) == pytest.approx(1.5)
 
 
-def test_node_that_is_seen_to_live_is_suspected_anew() -> None:
+def test_node_seen_alive_is_suspected_anew() -> None:
     suspects = Suspects()
     suspects.seen("a", True, 100.0)
     assert suspects.seen("a", False, 101.0) < 0.0
     assert suspects.seen("a", True, 102.0) == 0.0
 
 
-def test_suspicion_is_forgotten_that_nobody_follows_up() -> None:
+def test_abandoned_suspicion_is_forgotten() -> None:
     """P7: the outage that it came from is long over. P10: the names of dead nodes are not kept."""
     suspects = Suspects()
     suspects.seen("a", True, 100.0)

@@ -45,7 +45,7 @@ def test_client_continues_after_latest_surviving_message() -> None:
     assert latest(log("a", "new", "newer", "newest"), *had) == 1
 
 
-def test_a_part_of_the_tag_is_enough() -> None:
+def test_part_of_tag_is_enough() -> None:
     """P9: an event id has no room for more."""
     assert latest(log("a", "b", "new"), Cursor(1, b"a.."), Cursor(2, b"b.."), Cursor(3, b"c..")) == 2
 
@@ -96,7 +96,7 @@ def test_client_gets_exactly_what_is_new(kept: int, lost: int, new: int, data: s
 
 
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=40), st.integers(0, 200))
-def test_packed_places_are_the_latest_and_fit(distances: list[int], room: int) -> None:
+def test_packed_places_are_latest_and_fit(distances: list[int], room: int) -> None:
     """P9: the text has no more characters than there is room for."""
     positions = [sum(distances[: n + 1]) for n in range(len(distances))]
     places = [Cursor(position, position.to_bytes(8, "little")) for position in positions]
@@ -120,7 +120,7 @@ def test_distant_place_ends_the_list() -> None:
         assert len(unpack(pack(places, 2 + far, ROOM), 2 + far)) == named
 
 
-def test_only_places_before_the_client_are_named() -> None:
+def test_only_earlier_places_are_named() -> None:
     places = [place(1, "a"), place(2, "b"), place(3, "c")]
     assert [each.position for each in unpack(pack(places, 2, ROOM), 2)] == [1]
 

@@ -96,7 +96,7 @@ def test_foreign_attribute_needs_unknown_name(tmp_path: Path) -> None:
     assert [finding.path.name for finding in check(tmp_path, theirs={"_x"})] == ["c.py"]
 
 
-def test_private_names_of_the_sdk_are_known() -> None:
+def test_private_sdk_names_are_known() -> None:
     """Those of the installed version are read from its own text."""
     theirs = private_names_of()
     assert "_server_instances" in theirs

@@ -20,7 +20,8 @@ def test_each_session_has_its_own_slots() -> None:
             pass
 
 
-def test_slot_is_free_again_however_its_block_ended() -> None:
+def test_slot_is_always_free_again() -> None:
+    """However its block ended."""
     quota = QuotaOfEach(1, TOO_MANY_STREAMS)
     for _ in range(3):
         with pytest.raises(LookupError), quota.hold("a"):
@@ -29,7 +30,7 @@ def test_slot_is_free_again_however_its_block_ended() -> None:
         pass
 
 
-def test_nothing_is_kept_of_a_session_that_holds_no_slot() -> None:
+def test_idle_session_leaves_no_slots() -> None:
     """Sessions come and go for as long as the node lives."""
     quota = QuotaOfEach(2, TOO_MANY_STREAMS)
     with ExitStack() as stack:

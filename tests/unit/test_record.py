@@ -56,7 +56,7 @@ def test_record_of_other_format_is_unreadable(version: bytes | None) -> None:
         Record.from_fields(fields)
 
 
-def test_field_of_a_subscription_fits_any_uri() -> None:
+def test_subscriptions_field_fits_any_uri() -> None:
     """A field's name is visible ASCII, at most 512 characters."""
     for uri in ("memo://a", "memo://" + "x" * 10_000, "memo://ü\n"):
         name = subscription_field(uri)

@@ -64,7 +64,7 @@ def test_handler_goes_where_the_rules_say(state: HandlerState, event: HandlerEve
     assert after(HANDLER, state, event) is expected_handler(state, event)
 
 
-def test_tables_have_a_row_for_each_state() -> None:
+def test_tables_cover_each_state() -> None:
     assert HANDLER.keys() == set(HandlerState)
     assert ANSWER.keys() == set(AnswerState)
 
@@ -79,7 +79,7 @@ def test_second_reason_never_replaces_the_first(first: HandlerEvent, second: Han
 
 @pytest.mark.parametrize("reason", REASONS)
 @pytest.mark.parametrize("state", CLOSED)
-def test_no_reason_counts_once_the_handler_ended(state: HandlerState, reason: HandlerEvent) -> None:
+def test_no_reason_counts_after_end(state: HandlerState, reason: HandlerEvent) -> None:
     assert after(HANDLER, state, reason) is state
 
 

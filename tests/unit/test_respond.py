@@ -23,7 +23,7 @@ class Client:
         self.messages.append(message)
 
 
-async def test_refusal_says_what_is_wrong_in_json() -> None:
+async def test_refusal_explains_itself_in_json() -> None:
     client = Client()
     refusal = Refusal(Reason(405, "no", allow="GET", retry_after=3))
     await refuse(client.send, refusal, [(b"x", b"y")])

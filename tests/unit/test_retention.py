@@ -126,7 +126,7 @@ def test_only_messages_count_as_messages() -> None:
     assert waste.messages == 0
 
 
-def test_portions_lie_in_little_of_the_log() -> None:
+def test_portions_span_little_of_log() -> None:
     """A store may look at all that lies between the ends of what it drops: no call is to hold it up."""
     log = Log()
     for _ in range(40):

@@ -48,7 +48,7 @@ def test_promised_times_follow_the_machine() -> None:
         pytest.param(0.0, 10.0, [8.0], id="no excuse"),
     ],
 )
-async def test_failure_counts_unless_the_machine_was_busy(
+async def test_only_a_busy_machine_excuses_failure(
     late_by: float, least: float, tried: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What fails on a machine that is busy otherwise is tried again with more seconds; with the most it has to pass."""

@@ -12,7 +12,7 @@ from nonstick.core.sse import sse_frame, sse_priming, sse_retry
 
 
 @given(st.text())
-def test_frame_is_one_event_whatever_the_text(text: str) -> None:
+def test_any_text_makes_one_frame(text: str) -> None:
     """A line break in the data would end it."""
     body = notification_body("n", {"text": text})
     frame = sse_frame("id-1", body)

@@ -83,7 +83,7 @@ async def test_appless_state_works_within_process() -> None:
 
 
 @pytest.mark.parametrize("key", keys())
-async def test_value_is_there_until_it_is_deleted(kept: MemoryStore, state: StateStore, key: str) -> None:
+async def test_value_stays_until_deleted(kept: MemoryStore, state: StateStore, key: str) -> None:
     await opened(kept)
     assert await state.get(key) is None
     assert not await state.delete(key)
@@ -131,7 +131,7 @@ async def test_renewed_value_is_kept_longer(kept: MemoryStore, state: StateStore
     assert await state.get("a") == {"value": 2}
 
 
-async def test_value_of_a_session_ends_with_it(kept: MemoryStore, state: StateStore) -> None:
+async def test_sessions_value_ends_with_session(kept: MemoryStore, state: StateStore) -> None:
     """P6. Its id is nowhere in the store (P13)."""
     await opened(kept)
     await state.put(f"{SESSION}:cart", {"value": 1}, ttl=1000)
@@ -206,7 +206,7 @@ async def test_unbound_values_have_limited_room(kept: MemoryStore, state: StateS
     await state.put(f"{SESSION}:cart", {"value": "in the session's record"})
 
 
-async def test_each_principal_has_room_for_so_many(kept: MemoryStore, state: StateStore) -> None:
+async def test_each_principal_has_limited_room(kept: MemoryStore, state: StateStore) -> None:
     """P10."""
     state.use(GuardedStore(kept), Allowance(per_principal=1))
 
@@ -244,7 +244,7 @@ async def test_record_has_room_for_so_much(kept: MemoryStore, state: StateStore,
 
 
 @pytest.mark.parametrize("value", [{"a": object()}, {"a": float("nan")}, {"a": {1, 2}}])
-async def test_value_that_json_cannot_hold_is_refused(state: StateStore, value: dict[str, Any]) -> None:
+async def test_unserialisable_value_is_refused(state: StateStore, value: dict[str, Any]) -> None:
     with pytest.raises(StateNotJSON, match="has to be JSON"):
         await state.put("a", value)
     assert await state.get("a") is None

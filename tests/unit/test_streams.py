@@ -282,7 +282,7 @@ def test_any_place_has_exactly_the_rest(steps: list[tuple[str, int, str]], data:
     assert rest == [one for one in whole if one.position > place]
 
 
-def test_logs_that_lost_their_beginning_open_nothing() -> None:
+def test_headless_logs_open_no_stream() -> None:
     """P9: where a store lost a stream's first event, nothing is known of it but its end."""
     found = Unfinished()
     found.take(skimmed(event(Kind.MESSAGE, 4, method="x"), event(Kind.TAKEN, 5, node="b", attempt=2)))

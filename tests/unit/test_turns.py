@@ -136,7 +136,7 @@ def test_the_first_begins_at_the_beginning() -> None:
     assert turns.delivered_before(1) == 0
 
 
-def test_the_next_waits_for_the_one_before() -> None:
+def test_next_turn_waits_for_last() -> None:
     """P3: and begins where that got to, so that two never carry the same message."""
     assert open_before(noted(listens("one", 0), listens("two", 0)), 2) == "one"
     turns = noted(listens("one", 0), listens("two", 0), leaves("one", 2))
@@ -153,7 +153,7 @@ def test_empty_turn_passes_its_wait_on() -> None:
     assert turns.delivered_before(5) == 3
 
 
-def test_of_several_the_oldest_is_waited_for() -> None:
+def test_oldest_of_several_is_awaited() -> None:
     """P3: the others wait for it too, so that it would be wrong to give up one of them first."""
     turns = noted(listens("one", 4), listens("two", 4), listens("three", 4))
     turn = turns.open_before(3)
@@ -228,7 +228,7 @@ def test_lost_place_leads_everybody_alike() -> None:
     assert turns.found_again("9.00") == 4
 
 
-def test_lost_places_are_kept_within_a_bound() -> None:
+def test_lost_places_are_bounded() -> None:
     """P10: the latest ones."""
     turns = noted(*(listens(f"{n}", n, lost=f"{n:x}.00") for n in range(200)))
     assert turns.found_again("0.00") is None
@@ -236,7 +236,7 @@ def test_lost_places_are_kept_within_a_bound() -> None:
     assert len(turns._found) <= 64
 
 
-def test_a_turn_whose_beginning_was_trimmed_counts() -> None:
+def test_trimmed_turn_still_counts() -> None:
     """P10: it still tells how far it got."""
     turns = noted(leaves("gone", 1), listens("two", 0))
     assert open_before(turns, 2) is None

@@ -39,7 +39,7 @@ def test_every_json_value_survives_another_node(values: dict[str, Any]) -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from(["set", "drop", "save"]), st.integers())))
-def test_saved_changes_add_up_to_the_state(steps: list[tuple[str, str, int]]) -> None:
+def test_saved_changes_make_the_state(steps: list[tuple[str, str, int]]) -> None:
     """P2: whatever was changed, and saved, in whichever order."""
     state, stored = SessionState(), dict[str, bytes]()
     for key, step, value in [*steps, ("a", "save", 0)]:
@@ -138,7 +138,7 @@ def test_transient_bad_value_disturbs_no_refresh() -> None:
     assert state.changes() == {"state:cart": b'["tea"]'}
 
 
-def test_what_is_not_saved_can_be_forgotten() -> None:
+def test_unsaved_changes_can_be_forgotten() -> None:
     """P7."""
     state = on_another_node({"state:a": b"[1]", "state:b": b"2"})
     state["a"].append(object())

@@ -45,7 +45,7 @@ def test_a_connection_does_what_was_recorded(number: int, monkeypatch: pytest.Mo
     play(TAPES[number])
 
 
-def test_the_tapes_have_all_that_can_happen() -> None:
+def test_tapes_have_all_that_happens() -> None:
     """Losses, questions, hang-ups, broadcasts, silence and lapsed nodes are among what they tell."""
     appended: Counter[str] = Counter()
     happened: Counter[str] = Counter()
