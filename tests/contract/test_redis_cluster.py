@@ -11,7 +11,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
@@ -199,6 +199,25 @@ async def test_session_is_served_during_migration(cluster: ValkeyCluster, prefix
 def times_refused(server: ValkeyServer) -> int:
     """How many commands it has answered with TRYAGAIN."""
     return int(ask(server, "INFO", "errorstats").get("errorstat_TRYAGAIN", {"count": 0})["count"])
+
+
+async def test_delete_that_is_asked_again_leaves_groups(
+    cluster: ValkeyCluster, prefix: str, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P10: the server was not believed at first, and has forgotten the session's groups when it says so again."""
+    async with RedisStore(cluster.url, prefix=prefix, timeout=DEADLINE) as store:
+        await store.create(key, {}, lifetime=LONG, limits={"g": 1})
+        proof, doubts = store._opened.proof, iter([True])
+        for name in ("of_owner", "of_loss"):
+            believed = getattr(proof, name)
+
+            async def doubted(*args: Any, believed: Any = believed, **options: Any) -> bool:
+                return not next(doubts, False) and await believed(*args, **options)
+
+            monkeypatch.setattr(proof, name, doubted)
+        assert await store.delete(key)
+        assert next(doubts, None) is None
+        await store.create(f"{key}2", {}, lifetime=LONG, limits={"g": 1})
 
 
 # ---- servers that take over

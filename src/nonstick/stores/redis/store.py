@@ -318,18 +318,19 @@ class RedisStore:
             await self._groups.renew(key, groups_in(groups), lifetime)
 
     async def delete(self, key: str) -> bool:
-        ended = [False]
+        ended, groups = False, b""
 
         def says_no(reply: Any) -> bool:
-            # Always: whatever was there, it says that nothing is there now.
-            ended.append(bool(reply[0]))
+            # Always: whatever was there, it says that nothing is there now. Asked again, it tells no groups any more.
+            nonlocal ended, groups
+            ended, groups = ended or bool(reply[0]), groups or reply[1]
             return True
 
         args = (self._indexed_by_scripts, key, self._channel(key))
-        _, groups, *_ = await self._scripts.run(scripts.DELETE, key, *args, says_no=says_no)
+        await self._scripts.run(scripts.DELETE, key, *args, says_no=says_no)
         if self._groups is not None:
             await self._groups.leave(key, groups_in(groups))
-        return any(ended)
+        return ended
 
     # ---- the log
 
