@@ -349,7 +349,7 @@ async def test_subscription_behind_loaded_record_counts() -> None:
             await connecting.close()
 
 
-async def test_subscription_made_while_a_connection_is_silent_counts(make_store: MakeStore) -> None:
+async def test_subscription_during_silence_counts(make_store: MakeStore) -> None:
     """P11: it goes on behind what tells of the subscription, for another connection carried what came after that."""
     async with gathered(make_store) as (stage, a, b, c):
         session = await b.open()
@@ -370,7 +370,7 @@ async def test_subscription_made_while_a_connection_is_silent_counts(make_store:
 
 
 @pytest.mark.parametrize("uri", ["x://1", "x://" + "1" * 2000], ids=["short", "long"])
-async def test_subscription_made_while_a_connection_begins_counts(uri: str) -> None:
+async def test_subscription_during_a_beginning_counts(uri: str) -> None:
     """P11: after the new connection loaded the record, and before an older one carried the last message."""
     store = MemoryStore()
     slow = HeldStore(store, "load", after=True, when=lambda key, *_: key != CLUSTER_KEY)
@@ -396,7 +396,7 @@ async def test_subscription_made_while_a_connection_begins_counts(uri: str) -> N
             await newer.close()
 
 
-async def test_subscription_at_a_place_that_the_store_lost_counts() -> None:
+async def test_subscription_at_lost_place_counts() -> None:
     """P9, P11: positions up to which the record was known are given out again."""
     store = Forgetful()
     async with gathered(one(store)) as (stage, a, b, c):
