@@ -194,6 +194,9 @@ async def test_session_hydrates_only_for_principal(make_store: MakeStore) -> Non
             assert refused.status_code == 404
             with pytest.raises(SessionNotFound):
                 await other.post(f"/hydrate/{session.id}", request("ping"), session.headers)
+        for node in (ada, anybody):
+            with pytest.raises(SessionNotFound):
+                await nonstick.Session.hydrate(session.id, manager=node.manager)
 
 
 async def test_manager_takes_an_mcp_server() -> None:

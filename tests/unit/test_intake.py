@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from starlette.requests import ClientDisconnect
 
 from nonstick.core.refusals import Refusal
-from nonstick.http.intake import arrived
+from nonstick.http.intake import arrived, check_headers
 
 pytestmark = pytest.mark.anyio
 
@@ -64,3 +65,25 @@ async def test_endless_body_is_cut_at_limit() -> None:
         await body_of(client)
     assert refused.value.reason.status == 413
     assert client.asked == LIMIT // 100 + 1
+
+
+@pytest.mark.parametrize("pieces", [(), (b"x",), (b"x" * LIMIT,)], ids=["nothing", "some", "all that may be"])
+async def test_client_that_leaves_midway_is_gone(pieces: tuple[bytes, ...]) -> None:
+    """Nothing of its body is taken for the whole of it."""
+    messages = iter(
+        [*({"type": "http.request", "body": p, "more_body": True} for p in pieces), {"type": "http.disconnect"}]
+    )
+
+    async def receive() -> Any:
+        return next(messages)
+
+    with pytest.raises(ClientDisconnect):
+        await arrived({"type": "http", "headers": []}, receive, limit=LIMIT, seconds=5, until_closing={})
+
+
+def test_headers_of_exactly_the_limit_are_taken() -> None:
+    """Names and values count."""
+    check_headers({"headers": [(b"a" * 400, b"b" * 500), (b"c" * 99, b"d")]}, LIMIT)
+    with pytest.raises(Refusal) as refused:
+        check_headers({"headers": [(b"a" * 400, b"b" * 500), (b"c" * 99, b"dd")]}, LIMIT)
+    assert refused.value.reason.status == 431

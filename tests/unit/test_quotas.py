@@ -6,8 +6,8 @@ from contextlib import ExitStack
 
 import pytest
 
-from nonstick.core.refusals import TOO_MANY_STREAMS, Refusal
-from nonstick.session.quotas import QuotaOfEach
+from nonstick.core.refusals import TOO_MANY_REQUESTS, TOO_MANY_STREAMS, Refusal
+from nonstick.session.quotas import Quota, QuotaOfEach
 
 
 def test_each_session_has_its_own_slots() -> None:
@@ -38,3 +38,23 @@ def test_idle_session_leaves_no_slots() -> None:
             stack.enter_context(quota.hold(str(number)))
             stack.enter_context(quota.hold(str(number)))
     assert not quota._held
+
+
+@pytest.mark.parametrize(("slots", "share", "most"), [(10, 0.5, 5), (10, 0.19, 1), (10, 0.01, 1), (1, 0.5, 1)])
+def test_principal_has_its_share_at_least_one_slot(slots: int, share: float, most: int) -> None:
+    quota = Quota(slots, TOO_MANY_STREAMS, share=share, share_held=TOO_MANY_REQUESTS)
+    with ExitStack() as stack:
+        for holder in range(most):
+            quota.check(b"ada")
+            stack.enter_context(quota.hold(holder, b"ada"))
+        with pytest.raises(Refusal) as refused:
+            quota.check(b"ada")
+        assert refused.value.reason is TOO_MANY_REQUESTS
+        for holder in range(most, slots):
+            quota.check()
+            stack.enter_context(quota.hold(holder))
+        with pytest.raises(Refusal) as refused:
+            quota.check()
+        assert refused.value.reason is TOO_MANY_STREAMS
+    quota.check(b"ada")
+    assert not len(quota)
