@@ -16,7 +16,7 @@ from nonstick.testing.cluster import Cluster
 from nonstick.testing.oracle import Answered
 from tests.faults.client import Patience, Session, error_of
 from tests.faults.stage import Stage, gone_in
-from tests.pace import in_time
+from tests.pace import in_time, unhurried
 
 pytestmark = pytest.mark.anyio
 
@@ -43,40 +43,44 @@ async def load(stage: Stage, client: Session, over: asyncio.Event) -> Counter[st
 
 
 @pytest.mark.timeout(900)
-async def test_rolling_restart_under_load_loses_nothing(stage: Stage) -> None:
+@unhurried("grace", GRACE, 4 * GRACE, 16 * GRACE)
+async def test_rolling_restart_under_load_loses_nothing(store_url: str, tmp_path: Path, grace: float) -> None:
     """P8: no failed request, no lost or doubled event, every session lives on, every process is gone in time."""
-    await stage.start(3, lease=6.0, grace=GRACE)
+    home = tmp_path / f"{grace:g}"
+    home.mkdir()
+    async with Stage(store_url, home) as stage:
+        await stage.start(3, lease=6.0, grace=grace)
 
-    def not_taken(label: str) -> bool:
-        # A listening socket that closes resets what waits in its queue: a balancer repeats that elsewhere. That it was
-        # really not taken, and does not run twice, the tools' records show.
-        return not stage.runs(label)
+        def not_taken(label: str) -> bool:
+            # A listening socket that closes resets what waits in its queue: a balancer repeats that elsewhere. That it
+            # was really not taken, and does not run twice, the tools' records show.
+            return not stage.runs(label)
 
-    clients = [stage.client(seed=seed, cuts=0.1, retry_unsent=not_taken) for seed in range(4)]
-    for client in clients:
-        await client.open()
-        client.listen()
-    over = asyncio.Event()
-    loads = [asyncio.create_task(load(stage, client, over)) for client in clients]
-    for node in stage.nodes:
-        began = time.monotonic()
-        node.terminate()
-        assert await gone_in(node, GONE), node.written
-        print(f"{node.name} was gone {time.monotonic() - began:.2f} s after SIGTERM")
-        await node.start()
-    over.set()
-    ends = sum([await one for one in loads], Counter[str]())
-    for client in clients:
-        assert await client.catch_up()
+        clients = [stage.client(seed=seed, cuts=0.1, retry_unsent=not_taken) for seed in range(4)]
+        for client in clients:
+            await client.open()
+            client.listen()
+        over = asyncio.Event()
+        loads = [asyncio.create_task(load(stage, client, over)) for client in clients]
         for node in stage.nodes:
-            assert await client.ping(node) == 200
-    # Only what the client cut before it had an event id has no end.
-    lost = [record for record in stage.history.records if getattr(record, "why", "") == "lost"]
-    assert ends["none"] == len(lost)
-    assert ends["error"] == 0
-    assert ends["result"] > 20
-    assert any(client.retry for client in clients), "no stream was handed over with a hint"
-    assert stage.judge() == []
+            began = time.monotonic()
+            node.terminate()
+            assert await gone_in(node, grace + 2.0), node.written
+            print(f"{node.name} was gone {time.monotonic() - began:.2f} s after SIGTERM")
+            await node.start()
+        over.set()
+        ends = sum([await one for one in loads], Counter[str]())
+        for client in clients:
+            assert await client.catch_up()
+            for node in stage.nodes:
+                assert await client.ping(node) == 200
+        # Only what the client cut before it had an event id has no end.
+        lost = [record for record in stage.history.records if getattr(record, "why", "") == "lost"]
+        assert ends["none"] == len(lost)
+        assert ends["error"] == 0
+        assert ends["result"] > 20
+        assert any(client.retry for client in clients), "no stream was handed over with a hint"
+        assert stage.judge() == []
 
 
 async def test_slow_tool_ends_with_error_elsewhere(stage: Stage) -> None:
