@@ -13,7 +13,7 @@ import pytest
 from mcp.server.connection import Connection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from nonstick import current_connection
+from nonstick import current_attempt, current_connection
 from nonstick.core.names import session_key
 from nonstick.core.record import OWNER
 from nonstick.testing.cluster import Member
@@ -109,6 +109,26 @@ async def test_handler_sees_its_own_requests_context(make_store: MakeStore) -> N
                 stage.open("go on")
                 assert text_of((await first.rest())[-1]) == "one"
                 assert text_of((await second.rest())[-1]) == "two"
+
+
+async def test_handlers_own_requests_are_first_attempts(memory: MakeStore) -> None:
+    """P7: a handler that is run again and asks a server in its own process is not asked a second time."""
+    stage = Stage(memory)
+
+    @stage.tool
+    async def attempt(ctx: Context, arguments: dict[str, Any]) -> int:
+        return current_attempt()
+
+    @stage.tool
+    async def again(ctx: Context, arguments: dict[str, Any]) -> str:
+        variable = next(one for one in copy_context() if one.name == "nonstick_attempt")
+        variable.set(2)
+        return str(text_of((await member.post(call("attempt", 2), session)).json()))
+
+    async with stage:
+        member = next(iter(stage.cluster))
+        session = await member.open()
+        assert text_of((await member.post(call("again"), session)).json()) == "1"
 
 
 async def test_relayed_handler_sees_its_own_variables(make_store: MakeStore) -> None:

@@ -514,6 +514,16 @@ async def test_lost_session_is_logged_and_removed(memory: MakeStore, monkeypatch
     assert [decode(event.data)["error"]["data"]["reason"] for event in ends] == ["session_lost"]
 
 
+async def test_owner_passes_over_unreadable_owners(memory: MakeStore, caplog: pytest.LogCaptureFixture) -> None:
+    """P12: whatever wrote them, they keep no relayed request from being run."""
+    async with desk(memory) as (stage, a, b, _):
+        session = await a.open()
+        bad = [draft(Kind.OWNER, body) for body in (b"not JSON", b"[]", b"{}")]
+        await stage.store.append(session_key(session.id), Batch(bad))
+        assert await use(b, session) == 1
+    assert len([record for record in caplog.records if "passed over" in record.message]) == len(bad)
+
+
 async def test_old_owner_runs_nothing_relayed(make_store: MakeStore) -> None:
     """P7: not even what it takes before it hears that another node is the owner; it runs its clean-up then."""
     async with desk(make_store) as (stage, a, b, _):

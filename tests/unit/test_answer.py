@@ -175,6 +175,18 @@ async def test_cancelled_callers_stream_goes_to_nobody() -> None:
     assert answer.outlet.has_room
 
 
+@pytest.mark.parametrize("decide", [give, refuse])
+async def test_nobody_waits_beside_an_answer(decide: Callable[[Answer, Flags], None]) -> None:
+    """P16: what a handler still sends once its client has another answer finds no reader, and goes nowhere."""
+    answer = made()
+    decide(answer, Flags())
+    answer.begin_stream()
+    answer.put("an id", b"x" * 1_000_000)
+    assert answer.outlet.has_room
+    async with asyncio.timeout(60):
+        assert await answer.outlet.pump(lambda part: asyncio.sleep(0))
+
+
 @pytest.mark.parametrize("resumes", [True, False])
 async def test_only_knowing_clients_are_primed(resumes: bool) -> None:
     answer = made(resumes=resumes)

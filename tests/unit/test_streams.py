@@ -136,6 +136,12 @@ def test_bodies_of_no_release_are_told(missing: str) -> None:
         Life.begun(body)
 
 
+def test_requests_without_an_id_are_told() -> None:
+    """Nobody could end their stream: whoever looks through a log passes over it, and ends the others."""
+    with pytest.raises(LookupError):
+        Life.begun({"node": "a", "attempt": 1, "request": {"method": "tools/call"}})
+
+
 def test_history_knows_who_runs_it() -> None:
     """Of the stream alone: events of others are theirs."""
     history = History(opened(attempt=3, partial=True, trace={"traceparent": "x"}))

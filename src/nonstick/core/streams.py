@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Final
 
+from mcp_types import RequestId
+
 from nonstick.core.events import Kind, decode, glimpse, kind_of
 from nonstick.core.jsonrpc import request_key
 from nonstick.store import MAX_CLIP, Cursor, Event, Skimmed
@@ -129,12 +131,14 @@ class Life:
 
     Attributes:
         request: The JSON-RPC request, as `opened` has it.
+        request_id: The id under which its answer goes out.
         node: The node that runs it, or that received it if it was relayed.
         attempt: The latest attempt at it.
     """
 
     state: State
     request: Mapping[str, Any]
+    request_id: RequestId
     node: str
     attempt: int
 
@@ -146,7 +150,8 @@ class Life:
             LookupError, TypeError: No release writes such a body.
         """
         state = State.RELAYED if "relay" in opened else State.RUNNING
-        return cls(state, opened["request"], opened["node"], opened["attempt"])
+        request = opened["request"]
+        return cls(state, request, request["id"], opened["node"], opened["attempt"])
 
     @property
     def is_relayed(self) -> bool:
@@ -244,7 +249,7 @@ class History:
         kind = kind_of(event.data)
         if kind is Kind.CANCEL:
             key = request_key(decode(event.data)["requestId"])
-            self.is_cancelled |= key == request_key(self.life.request["id"])
+            self.is_cancelled |= key == request_key(self.life.request_id)
         elif kind is Kind.REPLY:
             if self.unanswered:
                 self.unanswered.discard(request_key(glimpse(event.data).get("id", "")))

@@ -42,7 +42,7 @@ async def end_open(write: Write, stream: OpenStream, failure: Failure) -> None:
         SessionNotFound, StoreUnavailable, Diverged: As `Store.append`; may be called again.
     """
     life = stream.life
-    body = error_body(life.request["id"], failure.error(retry_safe=life.is_relayed))
+    body = error_body(life.request_id, failure.error(retry_safe=life.is_relayed))
     await end_stream(write, stream.name, life.attempt, body)
 
 

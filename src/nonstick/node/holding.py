@@ -141,7 +141,12 @@ class Holding:
     def _names_another(self, event: Event) -> bool:
         if kind_of(event.data) is not Kind.OWNER:
             return False
-        return decode(event.data)["node"] not in (self._services.node_id, RELEASED)
+        try:
+            return decode(event.data)["node"] not in (self._services.node_id, RELEASED)
+        except (LookupError, TypeError, ValueError) as error:
+            # Not what any release writes: it keeps nobody from what else comes.
+            note_unreadable(self.session.key, event, error)
+            return False
 
     async def catch_up(self) -> Cursor:
         """The store lost entries, maybe also that the session has another owner."""

@@ -91,6 +91,9 @@ class Answer:
     def begin_stream(self) -> None:
         """The store has the stream's first event: the response is a stream."""
         self._decide(AnswerEvent.STREAMED, self.outlet)
+        if self.state in (AnswerState.BODY, AnswerState.REFUSED):
+            # The client has its answer: nobody is to wait until somebody reads what comes.
+            self.outlet.end()
 
     def give(self, body: bytes) -> None:
         """The answer is this. A stream has it already as its last event, and ends."""

@@ -156,8 +156,8 @@ class Exchange(Handler):
     async def prepare(self) -> bool:
         session, settings = self.session, self.session.services.settings
         self._timer = asyncio.get_running_loop().call_later(settings.window, self._window_passed)
-        if (stream := self._stream) is not None:
-            _attempt.set(stream.attempt - stream.first_attempt + 1)
+        # Also the first: the context may be that of another request's handler.
+        _attempt.set(1 if (stream := self._stream) is None else stream.attempt - stream.first_attempt + 1)
         session.make_current()
         if session.was_cancelled(self.key, self.head):
             self.cancel()

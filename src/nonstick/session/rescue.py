@@ -151,7 +151,7 @@ class Rescue:
     async def _end(self, error: ErrorData) -> None:
         """Writes the end of the stream, unless somebody else has, or has taken it over."""
         life = self._history.life
-        terminal = draft(Kind.TERMINAL, error_body(life.request["id"], error))
+        terminal = draft(Kind.TERMINAL, error_body(life.request_id, error))
         batch = once(terminal, stream=self._opened.position, attempt=life.attempt, terminal=True)
         try:
             await self._session.services.store.append(self._session.key, batch)
