@@ -47,7 +47,7 @@ def reply(channel: BackChannel, number: int) -> None:
     channel.deliver_reply(pydantic_core.to_json({"jsonrpc": "2.0", "id": "mine", "result": {"number": number}}))
 
 
-async def test_id_is_free_again_after_its_reply(channel: BackChannel) -> None:
+async def test_reply_frees_its_id(channel: BackChannel) -> None:
     for number in range(3):
         asking = await ask(channel)
         with pytest.raises(ValueError, match="already in flight"):

@@ -60,7 +60,7 @@ class Scene:
         await asyncio.gather(*self.tasks, return_exceptions=True)
 
 
-async def test_what_outlasts_the_grace_is_ended_step_by_step() -> None:
+async def test_grace_is_followed_by_ordered_ends() -> None:
     """A handler is told first; one that does not stop is given up; then the client goes, and what waits for a store."""
     scene = Scene(grace=0.0)
     hastened = Deadline(None)
@@ -75,7 +75,7 @@ async def test_what_outlasts_the_grace_is_ended_step_by_step() -> None:
         await scene.close()
 
 
-async def test_store_is_called_no_longer_than_its_node_lives() -> None:
+async def test_no_store_call_outlasts_its_node() -> None:
     scene = Scene(grace=30.0)
     before = asyncio.get_running_loop().time()
     scene.drain.begin()
@@ -88,7 +88,7 @@ async def test_store_is_called_no_longer_than_its_node_lives() -> None:
 
 
 @pytest.mark.parametrize("first", ["request", "reader"])
-async def test_drain_waits_for_requests_and_staying_readers(first: str) -> None:
+async def test_drain_awaits_requests_and_staying_readers(first: str) -> None:
     """In whichever order they end; a reader whose client can come back does not count."""
     scene = Scene(grace=60.0)
     scene.readers.append(SimpleNamespace(stays=False, hand_over=lambda: None))

@@ -81,7 +81,7 @@ async def test_client_that_leaves_midway_is_gone(pieces: tuple[bytes, ...]) -> N
         await arrived({"type": "http", "headers": []}, receive, limit=LIMIT, seconds=5, until_closing={})
 
 
-def test_headers_of_exactly_the_limit_are_taken() -> None:
+def test_headers_at_the_limit_are_taken() -> None:
     """Names and values count."""
     check_headers({"headers": [(b"a" * 400, b"b" * 500), (b"c" * 99, b"d")]}, LIMIT)
     with pytest.raises(Refusal) as refused:

@@ -41,7 +41,7 @@ def test_idle_session_leaves_no_slots() -> None:
 
 
 @pytest.mark.parametrize(("slots", "share", "most"), [(10, 0.5, 5), (10, 0.19, 1), (10, 0.01, 1), (1, 0.5, 1)])
-def test_principal_has_its_share_at_least_one_slot(slots: int, share: float, most: int) -> None:
+def test_every_principals_share_has_a_slot(slots: int, share: float, most: int) -> None:
     quota = Quota(slots, TOO_MANY_STREAMS, share=share, share_held=TOO_MANY_REQUESTS)
     with ExitStack() as stack:
         for holder in range(most):

@@ -37,7 +37,7 @@ def due(*, unconfirmed: bool = False, **sessions: Any) -> list[str]:
 
 
 @pytest.mark.parametrize(("timeout", "seconds"), [(None, 100.0), (10.0, 100.0), (100.0, 100.0), (1000.0, 1000.0)])
-def test_work_goes_on_for_a_lifetime_at_least(timeout: float | None, seconds: float) -> None:
+def test_work_lasts_at_least_one_lifetime(timeout: float | None, seconds: float) -> None:
     assert unattended_seconds(Settings(lifetime=100.0, unattended_timeout=timeout)) == seconds
 
 
@@ -48,7 +48,7 @@ async def test_short_lifetimes_are_renewed_by_themselves() -> None:
     assert due(unconfirmed=True, **sessions) == ["new"]
 
 
-async def test_unseen_session_is_renewed_while_it_works() -> None:
+async def test_working_session_is_renewed_unseen() -> None:
     """Its last renewal is so long before the end of its time that it expires then."""
     sessions = {
         "idle": view(),
@@ -61,7 +61,7 @@ async def test_unseen_session_is_renewed_while_it_works() -> None:
     assert due(**sessions) == ["works", "works still", "new, works still"]
 
 
-async def test_sight_of_a_client_begins_its_time_anew() -> None:
+async def test_seeing_a_client_restarts_its_time() -> None:
     seen = view(seen=True, users=1, heard=10_000.0)
     assert due(seen=seen) == ["seen"]
     seen.exchanges.clear()
