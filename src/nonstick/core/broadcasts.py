@@ -1,7 +1,7 @@
-"""What was broadcast, as every node has it in memory: the cluster log, read once for all who listen here (P11).
+"""What was broadcast, as every node has it in memory: the cluster log, read once for all connections there (P11).
 
-A broadcast says that something changed, and its client looks again: that it happened twice says no more than once. So
-of each thing only the last time is kept, and one who was away for long hears of it once.
+A broadcast says that something changed, and its client looks again: two broadcasts of one thing say no more than one.
+So of each thing only the latest is kept, and a client that was away for long hears of each thing once.
 """
 
 from __future__ import annotations

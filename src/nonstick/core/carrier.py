@@ -77,7 +77,7 @@ class Happening(IntEnum):
     """What takes a connection from one phase to another."""
 
     FREE = 0
-    """It is known where its client goes on, and nobody else is to carry the stream meanwhile."""
+    """It is known where its client goes on, and no other connection carries the stream."""
     NEWER_LIVES = 1
     """It is known where its client goes on, and another connection carries the stream."""
     SAID = 2
@@ -241,7 +241,7 @@ class Carrier:
         self._asked = 0
         """Position of its `asking`; 0 if it asked nothing since its last turn."""
         self._carried = False
-        """Its turn has come, and others do not know yet how far it got."""
+        """Its turn has come, and its `left`, which says how far it got, is not in the log yet."""
         self.scanned_to = Cursor(0)
         self.resume_after = 0
         self.queued_to = 0
@@ -282,8 +282,8 @@ class Carrier:
         return sorted({place.position: place for place in seen}.values())
 
     def miss(self, own: Cursor | None, found: int | None) -> int | None:
-        """The store lost entries. After which position a client went on that came with the same lost place; None if
-        none did, or no place of this one is lost.
+        """Notes what the store lost. Returns the position after which another connection went on that came with the
+        same lost place; None if none did, or if no place of this client's is lost.
 
         Args:
             own: The last place that its client names.
@@ -345,14 +345,14 @@ class Carrier:
         return means
 
     def _is_settled(self, event: Event) -> bool:
-        """Whether this is a server request that was answered or given up meanwhile."""
+        """Whether this is a server request that was answered, or given up, further on in the log."""
         if not self._settled or b'"id"' not in event.data:
             return False
         message = decode(event.data)
         return "method" in message and "id" in message and request_key(message["id"]) in self._settled
 
     def queued(self, event: Event, means: Means) -> None:
-        """The connection has done with this event what it means."""
+        """The connection has done what this event means to it."""
         if means in (Means.PUT, Means.SKIP):
             self.queued_to = event.position
         if means in (Means.PUT, Means.SKIP, Means.PRIME):
@@ -367,7 +367,7 @@ class Carrier:
         return None if turn is None or turn.left else turn
 
     def awaited(self) -> Turn | None:
-        """The turn that must be over, or known, before this connection goes on. None if it need not wait."""
+        """The turn that must be over, or seen in the log, before this connection goes on. None if it need not wait."""
         if self.phase is not Phase.WAITING:
             return self.newer()
         if self.scanned_to.position < self.position:

@@ -1,4 +1,4 @@
-"""What is kept of what a client says beside its requests, in cancels and progress: what the protocol needs. Pure.
+"""What the log keeps of a client's cancels and progress: what the protocol needs, and no more. Pure.
 
 A notification may be as long as a request. In the log it would be read by every connection of its session (P10).
 """
@@ -22,7 +22,7 @@ def cancel_params(request_id: RequestId, key: str, params: Mapping[str, Any]) ->
     """The params of `notifications/cancelled` as the log keeps them.
 
     Args:
-        key: What names the request (`session.request_key`): stands for an id that no request can have.
+        key: What names the request (`jsonrpc.request_key`): stands for an id that is too long for any request.
     """
     kept: dict[str, Any] = {"requestId": _named(request_id, key)}
     if isinstance(reason := params.get("reason"), str):

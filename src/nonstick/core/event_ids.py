@@ -70,7 +70,7 @@ MAX_REQUEST_ID: Final = 128
 """Characters of a request id, as JSON, that an event id carries."""
 
 _LARGEST_NUMBER: Final = 2**63
-"""No request's id is as large (`limits.check_names`)."""
+"""No request's id is as large (`jsonrpc.check_names`)."""
 
 _EVENT_ID: Final = re.compile(
     r"(1\.([0-9a-f]{1,15})\.([0-9a-f]{1,15})\.([0-9a-f]{16})\.([A-Za-z0-9_-]{0,700}))\.([0-9a-f]{16})"
@@ -97,10 +97,10 @@ def parse_event_id(text: str, session_id: str) -> EventId | None:
 
 
 def _standalone(cursor: Cursor, packed: object) -> EventId:
-    """The place on the standalone stream of which this is said beside.
+    """The event id of a place on the standalone stream, of which `packed` says all but the place.
 
     Raises:
-        ValueError: It cannot be.
+        ValueError: `packed` says what no event id says.
     """
     heard, _, before = packed.partition("~") if isinstance(packed, str) else ("", "", "")
     heard, _, told = heard.partition("!")

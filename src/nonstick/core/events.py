@@ -34,9 +34,9 @@ class Kind(IntEnum):
     TAKEN = ord("a")
     """Another node took the stream over. Body: `{"node", "attempt"}`."""
     PROBE = ord("q")
-    """Somebody who resumed this stream asks whether its request still runs. No body."""
+    """A node whose client resumed this stream asks whether its request still runs. No body."""
     ALIVE = ord("v")
-    """It does. No body."""
+    """The request still runs: the answer to `probe`. No body."""
     HANGUP = ord("h")
     """Connections that carry this stream are to be closed; the client comes back. No body."""
     REPLY = ord("r")
@@ -57,10 +57,10 @@ class Kind(IntEnum):
     """A connection asks whether another carries the standalone stream. Body: `{"listener", "node"}`: null, and where it
     is. A node of version 0.1.0 may name the turn that it will begin if none does."""
     CARRYING = ord("y")
-    """That turn is not over: the answer. Body: `{"listener"}`."""
+    """The answer to `asking`: this turn is not over. Body: `{"listener"}`."""
     LEFT = ord("x")
-    """That turn is over. Body: `{"listener", "read", "heard"}`: the last position that it had written out, null if
-    none, and the cursor in the cluster log up to which it had."""
+    """This turn is over. Body: `{"listener", "read", "heard"}`: the last position that its connection had written out,
+    null if none, and the cursor in the cluster log up to which it had written out broadcasts."""
     OWNER = ord("n")
     """The session has another owner now. Body: `{"node"}`, which is empty where an owner gave it up."""
     NOTICE = ord("i")

@@ -1,4 +1,4 @@
-"""What clients say of themselves, parsed once for those who say the same: most clients of a server do.
+"""What clients say of themselves, parsed once for all that say the same: most clients of a server do.
 
 Bounded by bytes, and forgotten when no session has used it for a while: parsed, JSON takes many times its size (P10).
 """
@@ -20,7 +20,7 @@ class Introductions:
 
     Args:
         longest: Bytes, at most, of those that are kept.
-        most: So many are kept, at most twice.
+        most: How many are kept of those used since the last `age`, and as many again of those used before.
 
     Attributes:
         recent: Those that were used since `age` was called last.
@@ -50,4 +50,4 @@ class Introductions:
 
 
 INTRODUCTIONS: Final = Introductions()
-"""Those of this process."""
+"""What the clients of this process said of themselves."""

@@ -44,7 +44,7 @@ def new_attempt() -> int:
 
 
 def new_name() -> str:
-    """16 hexadecimal digits: who writes to a log, or whose turn it is."""
+    """16 hexadecimal digits: the name of a writer, or of a turn."""
     return f"{_dice.getrandbits(64):016x}"
 
 
@@ -68,7 +68,7 @@ UNNAMED: Final = (
 
 
 def identity(*parts: str) -> str:
-    """A name, of 32 characters, for what these parts name together, and nothing else is named by."""
+    """A name, of 32 characters, for what these parts name together. Other parts give another name."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 

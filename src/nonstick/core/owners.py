@@ -47,9 +47,9 @@ class Found(NamedTuple):
     """What a node makes of an owner.
 
     Attributes:
-        where: Who is to run what arrived; None if the session is lost.
-        looks: What this node holds may be another's.
-        settles: Nobody holds the session: somebody is to see to it.
+        where: The node that is to run what arrived; None if the session is lost.
+        looks: This node holds the session, and the record names another owner: this node is to look again.
+        settles: No node holds the session: this one is to see to that.
     """
 
     where: Where | None
@@ -64,7 +64,7 @@ def owner_in(fields: Mapping[str, bytes]) -> str | None:
 
 
 def find(owner: str | None, *, here: str, ready: bool | None) -> Found:
-    """Who is to run what arrived at a node for a session that is to have an owner.
+    """Which node is to run what arrived here, for a session that is to have an owner.
 
     Args:
         owner: As the record names it.
@@ -94,7 +94,7 @@ def next_step(owner: str | None, *, lives: bool, rebuilds: bool) -> Step:
 
     Args:
         owner: As the record names it.
-        lives: That is a node, another one than this, and it is not known to be dead.
+        lives: The owner is another node than this, and is not known to be dead.
         rebuilds: What an owner held can be built anew.
     """
     if lives:
@@ -108,14 +108,14 @@ class Suspects:
     """Nodes that were seen dead, and for how long."""
 
     FORGET_AFTER: Final = 30.0
-    """Seconds without a look after which it counts as never seen."""
+    """Seconds without a look at a node after which it counts as never seen dead."""
 
     def __init__(self) -> None:
         self._seen: dict[str, tuple[float, float]] = {}
         """Of each node, when it was first seen dead, and when last."""
 
     def seen(self, node: str, lapsed: bool, now: float) -> float:
-        """The node's lease was looked at, and had `lapsed` or not. Seconds since it was first seen to; -1 if it lives.
+        """The node's lease was looked at, and had `lapsed` or not. Seconds since it was first seen to have; -1 if not.
 
         Args:
             now: In seconds, by any clock.

@@ -1,9 +1,9 @@
-"""Where a client of the standalone stream goes on after the store lost entries: the log and its event id say it (P9).
+"""Where a client of the standalone stream goes on after the store lost entries, by the log and its event id (P9).
 
 A store that lost the end of its log gives the same positions to other entries. What tells them apart is the tag. So an
 event id names, beside the client's own place, the messages before it, each by its position and a part of its tag: the
-latest of them that is still in the log is where the client goes on. It has that one and all before, and of what is
-behind, which came after the loss, nothing. Pure: no clock, no I/O.
+latest of them that is still in the log is where the client goes on. The client has that message and all before it. It
+has nothing of what stands behind it, which came after the loss. Pure: no clock, no I/O.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAX_PLACES: Final = 16
 """Earlier messages that an event id names, at most: so many may be lost at once, and still each is known."""
 
 _PLACE: Final = struct.Struct(">H3s")
-"""How far before the next one it is, and the beginning of its tag."""
+"""How many positions a place is before the next one, and the beginning of its tag."""
 
 
 def pack(places: Sequence[Cursor], before: int, room: int) -> str:
@@ -61,15 +61,15 @@ class Search:
     """Looks through a whole log, from its beginning, for the latest of some places.
 
     Args:
-        places: Each with its tag, or the beginning of it. Whoever has one of them has all that was before it.
+        places: Each with its tag, or the beginning of it. A client that has one of them has all that was before it.
     """
 
     def __init__(self, places: Iterable[Cursor]) -> None:
         self._tags: Mapping[int, bytes] = {place.position: place.tag for place in places}
         self._found: dict[int, bool] = {}
-        """Of the entries that are at these positions, whether it is the same."""
+        """By the position of a place: whether the entry that the log has there is the same."""
         self._oldest: int | None = None
-        """Of what is left of the standalone stream."""
+        """Position of the oldest entry that is left of the standalone stream."""
 
     def note(self, event: Event) -> None:
         """Takes the next entry of the log into account."""

@@ -1,4 +1,4 @@
-"""Who sends a request: sessions belong to principals."""
+"""Principals: who sends a request, and so whose session it opens or may use."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ OBSERVED: Final[Mapping[Kind, Meaning]] = {
 
 @dataclass(slots=True)
 class Life:
-    """A stream whose beginning was seen: its request, and who is to answer it.
+    """A stream whose beginning was seen: its request, and the node that is to answer it.
 
     Attributes:
         request: The JSON-RPC request, as `opened` has it.
@@ -218,10 +218,10 @@ _METHOD: Final = b'"method"'
 
 
 class History:
-    """What one has to know of a stream to end it for the node that ran its request.
+    """What a node has to know of a stream to end it for the lost node that ran its request.
 
     Attributes:
-        life: Who is to answer the request.
+        life: The request, and the node that is to answer it.
         first_attempt: The attempt that `opened` names.
         is_partial: `opened` holds the request without its arguments.
         trace: What the request's spans belong to (P18).
@@ -241,7 +241,7 @@ class History:
 
     @staticmethod
     def wants_whole(event: Event) -> bool:
-        """Whether the beginning of this event's data does not do."""
+        """Whether `note` needs all of this event's data, and not only its beginning."""
         return kind_of(event.data) in (Kind.TAKEN, Kind.CANCEL)
 
     def note(self, event: Event) -> None:

@@ -1,10 +1,11 @@
 """Who carries a session's standalone stream, as the log tells it. Pure: no clock, no I/O.
 
-Each connection that is to carry the stream says so with a `listening` event, which begins its *turn*; the next one's
-ends it. With `left` it says up to where its client has the stream. The one whose turn is next begins there (P3).
+Each connection that is to carry the stream says so with a `listening` event, which begins its *turn*. The next
+`listening` ends the turn. With `left` the connection says up to where its client has the stream, and the connection
+whose turn is next begins there (P3).
 
-A connection whose client names an event asks first, with `asking`, whether a newer one still carries the stream: which
-then says so. An `asking` begins no turn, also where one of version 0.1.0 names the turn that it may begin.
+A connection whose client names an event asks first, with `asking`, whether a newer one still carries the stream. The
+newer one then says so. An `asking` begins no turn, also where a node of version 0.1.0 names the turn that may begin.
 
 A client whose event id the store has lost is told so once, and goes on somewhere. The `listening` of that turn says
 both, so that the same id leads to the same place on every node from then on (P9).
@@ -24,10 +25,10 @@ from nonstick.store import Cursor, Event
 __all__ = ["Turn", "Turns"]
 
 _TRAIL: Final = 500
-"""Entries of the log that are known again after a failover."""
+"""How many of the latest entries of the log are remembered, to be found again after a failover."""
 
 _FOUND: Final = 64
-"""Lost places of which it is kept where to go on."""
+"""How many lost places are remembered, each with the position after which its client went on."""
 
 
 @dataclass(slots=True)
@@ -55,7 +56,7 @@ class Turn:
     heard: Cursor | None = None
 
     def give_up(self) -> None:
-        """It will not say any more how far it got: nothing is lost if what it may have carried comes again."""
+        """The turn is over without a `left`: what it may have carried comes again, so that nothing is lost."""
         self.left, self.delivered_to = True, self.since
 
 
