@@ -188,7 +188,7 @@ class Cluster:
         await self._bus.publish(ResourcesListChanged())
 
     async def notify_resource_updated(self, uri: str) -> None:
-        """As `notify_tools_changed`, for one resource: tells those who have subscribed to exactly this URI."""
+        """As `notify_tools_changed`, for one resource: tells clients that have subscribed to exactly this URI."""
         await self._bus.publish(ResourceUpdated(str(uri)))
 
     # ---- taking part
@@ -206,7 +206,7 @@ class Cluster:
 
     @asynccontextmanager
     async def taking_part(self, store: GuardedStore, room: Allowance | None = None) -> AsyncIterator[None]:
-        """Follows the cluster log meanwhile. `store` is open, and has this room for FastMCP's state."""
+        """Follows the cluster log while the block runs. `store` is open, and has this room for FastMCP's state."""
         if not self.log.nodes:
             self._received.room = room or Allowance()
         self._on = store.store
@@ -226,7 +226,7 @@ class Cluster:
             raise NotRunning("the cluster is not joined: enter the app's lifespan first")
         async with self._rotating:
             new = request_state.first_key()
-            # May be done twice: where an answer was lost, it has been done.
+            # Both changes may be made twice: where the store's answer was lost, the first try may have made them.
             await self.log.change_keys(lambda keys: request_state.accepting(keys, new))
             await asyncio.sleep(_SPREAD_SECONDS)
             await self.log.change_keys(lambda keys: request_state.sealing(keys, new))

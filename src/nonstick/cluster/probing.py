@@ -1,4 +1,4 @@
-"""What a server was built with, found out by having it used once: whoever is used in here notes it, and does nothing.
+"""Probes: find out what a server was built with, by having the server use it once while nothing is really done.
 
 Neither the SDK nor FastMCP shows which bus, keys and state store a server has.
 """
@@ -16,7 +16,7 @@ _used: ContextVar[list[object] | None] = ContextVar("nonstick_probed", default=N
 
 @contextmanager
 def probed() -> Iterator[list[object]]:
-    """Gives the list of what is used in here."""
+    """While the block runs, uses are only noted. Yields the list of what was used."""
     used: list[object] = []
     token = _used.set(used)
     try:
@@ -26,7 +26,7 @@ def probed() -> Iterator[list[object]]:
 
 
 def is_probe(thing: object) -> bool:
-    """Whether this use of the thing is only to see that it is there; notes it."""
+    """Whether this use of the thing is a probe, and so is to do nothing. Notes the use if so."""
     used = _used.get()
     if used is None:
         return False

@@ -54,7 +54,7 @@ MAX_STATE: Final = 1024 * 1024
 """Bytes of such values that one record holds (P10), where no session says otherwise by its `max_state_bytes`."""
 
 PROBE: Final = "nonstick-probe"
-"""A session that nobody has, by which a store is told that it is asked."""
+"""The id of no session: a key with it shows a store that it is being probed."""
 
 _LIFETIME: Final = 30 * 86_400.0
 """Seconds after its last use that a value in a record of its own is kept, if it was put there without a limit."""

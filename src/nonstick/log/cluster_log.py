@@ -3,8 +3,8 @@
 What is told to every client, and the keys of `requestState`, lie in one record and one log for the whole cluster, under
 a key that no session can have. Each node reads that log once, for all connections that listen there.
 
-Different servers on one store share that log, as long as nodes of version 0.1 do (P12). So an entry says whose it is,
-and others' are passed over.
+Different servers on one store share that log, as long as nodes of version 0.1 do (P12). So an entry says to which
+servers it belongs, and a node passes over the entries of other servers.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _TRIES: Final = 20
 """How often the keys are changed anew while others change them."""
 
 _AT_ONCE: Final = 100
-"""So many connections are told of a broadcast before others get their turn of the event loop."""
+"""How many connections are told of a broadcast before other tasks get their turn of the event loop."""
 
 
 class Hearer(Protocol):
@@ -146,7 +146,7 @@ class ClusterLog:
 
     @asynccontextmanager
     async def taking_part(self, store: GuardedStore) -> AsyncIterator[None]:
-        """Follows the cluster log meanwhile. `store` is open."""
+        """Follows the cluster log while the block runs. `store` is open."""
         if not self.nodes:
             # It belongs to one event loop.
             self._following, self._tried = asyncio.Lock(), asyncio.Event()
@@ -279,7 +279,7 @@ class ClusterLog:
     # ---- following
 
     async def _catch_up(self, store: GuardedStore) -> None:
-        """Takes what is in the log already, which nobody here waits for."""
+        """Takes what is in the log already, without telling anybody: no client here waits for it."""
         try:
             while events := await self._read(store):
                 for event in events:
@@ -333,7 +333,7 @@ class ClusterLog:
                 await asyncio.sleep(0)
 
     async def _tell_everything(self) -> None:
-        """Nobody knows what else was lost: whoever listens here is told of everything once (P9)."""
+        """Nobody knows what else was lost: every client that listens here is told of everything once (P9)."""
         for what in [*LISTS.values(), *self.broadcasts.resources()]:
             await self._receiver.publish(what)
         for hearer in list(self.hearers):

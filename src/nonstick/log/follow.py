@@ -2,8 +2,8 @@
 
 One follower per session and node reads the log, however many follow it. A wake is only a hint (P14): what it carries is
 taken when it continues, by position and tag, exactly the entry up to which the log is known here. Anything else means
-"read"; it is also read after some seconds of silence, because wakes may be lost. What was taken and is not in the log,
-such as what a primary still says that was replaced, the next read finds out: it names the entry, and its tag.
+"read". The log is also read after some seconds of silence, because wakes may be lost. A replaced primary may still
+announce what is not in the log: the next read finds that out, because the read names the entry and its tag.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _FREE_READS: Final = 4
 """Reads in a row that may bring nothing: a wake and a read often bring the same."""
 _FIRST_PAUSE: Final = 0.01
 _LONGEST_PAUSE: Final = 0.2
-_FORGIVEN: Final = 0.4
+_FORGIVEN_SECONDS: Final = 0.4
 """Seconds of silence after which wakes that brought nothing are forgotten. Between two polls there are more."""
 _BATCH: Final = 256
 _SLICE_BYTES: Final = 256 * 1024
-"""About so much is read at once (P10): a node may do it for thousands of slow clients."""
-_BUFFER: Final = 1024
+"""About how many bytes are read at once (P10): a node may read for thousands of slow clients."""
+_BUFFER_EVENTS: Final = 1024
 _BUFFER_BYTES: Final = 128 * 1024
-"""Events, and their bytes, that wait for one slow subscription before it has to read for itself."""
+"""How much waits for one slow subscription before the subscription has to read for itself."""
 
 
 class Slice:
@@ -104,7 +104,7 @@ async def whole(store: GuardedStore, key: str, entry: Skimmed) -> Event | None:
 class _Pace:
     """When to read again: at once, unless reads that wakes asked for bring nothing, again and again (P10).
 
-    Whoever can reach a store's channel can send wakes without end, and of any log that it has heard of.
+    Somebody who can reach a store's channel can send wakes without end, for any log whose key they have heard.
     """
 
     __slots__ = ("_in_vain", "read_at")
@@ -123,7 +123,7 @@ class _Pace:
 
     def took(self, now: float, *, brought: bool) -> None:
         """A read ended, and brought something or not."""
-        self._in_vain = 0 if brought or now - self.read_at > _FORGIVEN else self._in_vain + 1
+        self._in_vain = 0 if brought or now - self.read_at > _FORGIVEN_SECONDS else self._in_vain + 1
         self.read_at = now
 
 
@@ -139,7 +139,7 @@ def _continued(place: Cursor, before: Cursor, events: Sequence[Event]) -> Sequen
 
 
 class Subscription:
-    """One reader's place in a followed log. `next` gives what came after it; several do not disturb each other."""
+    """One reader's place in a followed log. `next` gives what came after. Subscriptions do not disturb each other."""
 
     def __init__(self, follower: Follower, after: Cursor) -> None:
         self.cursor = after
@@ -216,13 +216,13 @@ class Subscription:
     def offer(self, before: Cursor, events: Sequence[Event]) -> None:
         """Takes of these events, which follow `before`, those that are next and for which there is room.
 
-        What it does not take, `next` will read for itself.
+        `next` reads the others from the store.
         """
         if self._losses != self._follower.losses:
             # What follows a place that is lost is not its continuation.
             return
         for event in _continued(self._buffered_to, before, events):
-            if len(self._buffer) >= _BUFFER or self._buffered_bytes >= _BUFFER_BYTES:
+            if len(self._buffer) >= _BUFFER_EVENTS or self._buffered_bytes >= _BUFFER_BYTES:
                 break
             self._buffer.append(event)
             self._buffered_bytes += len(event.data)
@@ -230,6 +230,7 @@ class Subscription:
         self._wake.ring()
 
     def poke(self) -> None:
+        """The follower has ended, or lost its place: `next` is to say so."""
         self._wake.ring()
 
     def close(self) -> None:

@@ -56,16 +56,16 @@ PATIENCE: Final = 2.0
 """Seconds that a call may take, repeats included, unless the caller grants more."""
 
 LESS: Final = 4
-"""What could not be read is tried again for this part of it."""
+"""A read that failed is tried again for so many times less."""
 
 _CLOSING: Final = 0.2
-"""Seconds, at most, that a node which is to be gone waits for the store's connections to close."""
+"""Seconds, at most, for which a node that ends waits for the store's connections to close."""
 
 _FIRST_PAUSE: Final = 0.02
 _LONGEST_PAUSE: Final = 0.5
 
 _Answers = tuple[type[StoreError], ...]
-"""Errors that a method may answer with; that the store cannot be reached, each may say."""
+"""Errors that a method may answer with, beside `StoreUnavailable`, which each may raise."""
 
 _NONE: Final[_Answers] = ()
 _GONE: Final[_Answers] = (SessionNotFound,)
@@ -113,7 +113,7 @@ class GuardedStore:
         self._ends_at = time
 
     def end_pending(self) -> None:
-        """What is under way ends now."""
+        """Calls that are under way end now, with `StoreUnavailable`."""
         for deadline in list(self._pending):
             deadline.hasten()
 
@@ -207,7 +207,7 @@ class GuardedStore:
         try:
             return self.store.watch(key, wake)
         except StoreError as error:
-            # Those who follow the log look for themselves as well, if not as soon.
+            # Followers also read without a wake, if not as soon.
             _report(error)
             return _nothing
 
@@ -273,9 +273,9 @@ def _answers_to(batch: Batch) -> _Answers:
 
 
 def withheld(error: Exception, what: str, *args: object) -> StoreUnavailable:
-    """What handlers get of this error of the store, which is logged.
+    """What handlers get in place of this error of the store, which is logged.
 
-    They pass it on to their clients, and what the store said may name its host (P13).
+    Handlers pass on to their clients what they get, and the store's own words may name its host (P13).
     """
     logger.warning(f"{what}: %s", *args, error)
     return StoreUnavailable(STORE_AWAY)

@@ -26,7 +26,7 @@ class SessionLog:
 
     Attributes:
         head: The end of the log when it was loaded last.
-        loaded_at: The position of the log's end when the record was loaded that this node has of the session.
+        loaded_at: Position of the log's end when this node loaded the session's record last.
         heard_at: When, by the monotonic clock, the session's client was last heard or seen at this node.
     """
 
@@ -61,7 +61,7 @@ class SessionLog:
         return Sender(self.append)
 
     def refresh(self, loaded: Loaded) -> None:
-        """The record was loaded for something that its client sent. What was loaded before may come later."""
+        """The record was loaded for something that its client sent. A record that was loaded earlier may come later."""
         self.heard_at = time.monotonic()
         self.loaded_at = loaded.head.position
         if loaded.head >= self.head:

@@ -1,4 +1,4 @@
-"""Which streams of a log have not ended, whoever is to end them."""
+"""Surveys: a look through a whole log for the streams that have not ended. Others decide what becomes of them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ async def unfinished(store: GuardedStore, key: str) -> Unfinished:
         SessionNotFound, StoreUnavailable, Diverged: As `Store.skim`.
     """
     found, part = Unfinished(), Slice(MAX_READ)
-    # Without its tag: what was dropped meanwhile is no stream that is open.
+    # Without its tag: an entry that was trimmed since is of no open stream.
     while entries := await part.skim(store, key, Cursor(found.head.position)):
         found.take(entries)
     return found
@@ -83,13 +83,13 @@ async def _survey(store: GuardedStore, key: str, only: Callable[[Sketch], bool])
             if only(sketch) and (life := await _life(store, key, sketch)) is not None:
                 streams.append(OpenStream(sketch.opened, life))
         except (LookupError, TypeError, ValueError) as error:
-            # Not what any release writes: it keeps nobody from the others.
+            # No release writes this. The other streams are looked at nonetheless.
             note_unreadable(key, sketch.opened.event, error)
     return Survey(found.head, streams)
 
 
 async def _life(store: GuardedStore, key: str, sketch: Sketch) -> Life | None:
-    """What the log tells of this stream; None if it was dropped meanwhile."""
+    """What the log tells of this stream; None if the stream was trimmed since it was skimmed."""
     if (opened := await whole(store, key, sketch.opened)) is None:
         return None
     life = Life.begun(decode(opened.data))

@@ -1,6 +1,6 @@
 """Keeping a session's log within its bounds (P10), in the background.
 
-What of it goes is said in `outline.py`. A log that is over its bounds, and of which little can go, is not looked
+`core/retention.py` says what of a log goes. A log that is over its bounds, and of which little can go, is not looked
 through again before there is something to gain: the node remembers that for a while, also when nothing of the session
 is left here.
 """
@@ -37,7 +37,7 @@ _FULL: Final = 2.0
 _SOON: Final = 1.0
 """Seconds, at least, between two looks for a request that waits for room: other nodes may have ended streams."""
 
-_REMEMBERED: Final = 256
+_REMEMBERED_LOOKS: Final = 256
 _REMEMBERED_SECONDS: Final = 300.0
 
 _NOTHING: Final = Amount()
@@ -115,7 +115,7 @@ class Looks:
         ended = self._ended_meanwhile.get(key, set())
         while ended:
             look.note(left, ended.pop())
-        for old in [old for old in self.kept if self.get(old) is None] or list(self.kept)[:-_REMEMBERED]:
+        for old in [old for old in self.kept if self.get(old) is None] or list(self.kept)[:-_REMEMBERED_LOOKS]:
             del self.kept[old]
 
 
@@ -139,14 +139,14 @@ class Trimming:
 
 
 class Hold:
-    """Bytes of a log that are held for what is to be appended soon, until `release`, or meanwhile."""
+    """Bytes of a log that are held for what is to be appended soon: until `release`, or while the block runs."""
 
     def __init__(self, trimmer: Trimmer, size: int) -> None:
         self._trimmer = trimmer
         self._size = size
 
     def release(self) -> None:
-        """What they were held for is in the log, or will not be. May be called more than once."""
+        """What the bytes were held for is in the log, or will not be. May be called more than once."""
         self._trimmer.give_back(self._size)
         self._size = 0
 
@@ -253,7 +253,7 @@ class Trimmer:
             self._trimming.looks.begin(self._key, self._trimming.spawn(self._trim(self._bounds(room))))
 
     async def _trimmed(self) -> bool:
-        """Waits for the end of what is under way, whoever began it. Whether anything was."""
+        """Waits for the trim that is under way, whichever request began it. Whether there was one."""
         looks = self._trimming.looks
         task = looks.under_way.get(self._key)
         if task is None or task.done():
@@ -270,7 +270,7 @@ class Trimmer:
     async def _trim(self, bounds: Amount) -> None:
         try:
             while await self._is_over_when_trimmed(bounds) and self._is_due():
-                # Streams have ended meanwhile, and nothing may be appended after them.
+                # Streams ended while the log was trimmed, and maybe no append comes that would trim them.
                 pass
         except StoreError as error:
             logger.debug("session %s: could not trim its log: %s", self._key[:12], error)

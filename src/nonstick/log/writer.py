@@ -43,7 +43,7 @@ class Append(Protocol):
 class Writer:
     """Numbers the appends of one writer, so that the store writes a repeated one once.
 
-    One call at a time, none of which is cancelled: whoever shares a writer holds a lock meanwhile.
+    One call at a time, none of which is cancelled: tasks that share a writer hold a lock while they call it.
 
     Attributes:
         in_doubt: The last append, unless the store acknowledged it. While there is one, nothing but `repeat` and

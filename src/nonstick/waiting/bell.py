@@ -1,4 +1,4 @@
-"""What wakes those who wait: as `asyncio.Event`, which costs ten times the memory, and every open stream has some."""
+"""A bell: wakes tasks that wait. Every open stream has some, and an `asyncio.Event` costs ten times the memory."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ __all__ = ["Bell"]
 
 
 class Bell:
-    """Wakes all who wait when it is rung. It keeps nothing: whoever comes later waits for the next time.
+    """An edge-triggered event: `ring` wakes only the tasks that are waiting now, and is not remembered.
 
-    So look whether there is anything to wait for, and wait, with no other `await` in between.
+    Check your condition, and then await `rung` with no other `await` in between, or a ring may be missed.
     """
 
     __slots__ = ("_waiting",)
@@ -19,14 +19,14 @@ class Bell:
         self._waiting: list[asyncio.Future[None]] = []
 
     def ring(self) -> None:
-        """Wakes all who wait."""
+        """Wakes all tasks that wait."""
         waiting, self._waiting = self._waiting, []
         for one in waiting:
             if not one.done():
                 one.set_result(None)
 
     def rung(self) -> asyncio.Future[None]:
-        """To be awaited: done the next time it is rung. May be cancelled at any time."""
+        """To be awaited: done at the next `ring`. May be cancelled at any time."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting = [*(one for one in self._waiting if not one.done()), future]
         return future

@@ -1,4 +1,4 @@
-"""A deadline for what is awaited: as `asyncio.timeout`, which costs more, and every request has some."""
+"""A deadline for what is awaited. Every request has some, and an `asyncio.timeout` costs more."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["Deadline"]
 class Deadline:
     """Cancels what is awaited within it after so many seconds, and turns that into a `TimeoutError`.
 
-    A cancellation from elsewhere stays one, also when both come together. Entered once, in a task.
+    A cancellation that is not the deadline's stays one, also when both come together. Entered once, in a task.
 
     Args:
-        seconds: None for only when it is hastened.
+        seconds: None if it passes only when it is hastened.
     """
 
     __slots__ = ("_before", "_handle", "_passed", "_seconds", "_task", "was_hastened")
@@ -34,7 +34,7 @@ class Deadline:
         self._handle = None if self._seconds is None else loop.call_later(self._seconds, self._pass)
 
     def hasten(self) -> None:
-        """It is over now. Only while it is entered, and from elsewhere."""
+        """The deadline passes now. Called only while its block runs, and from another task."""
         if not self._passed:
             self.was_hastened = True
             self._pass()

@@ -1,4 +1,4 @@
-"""What goes on in the background on one node, until that stops."""
+"""The background tasks of one node, until the node stops."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ class Tasks:
         return task
 
     async def contained(self, work: Awaitable[T], what: str, *args: object) -> T | None:
-        """What somebody else's code gives that is run here in the background; None if it ended in any other way.
+        """Runs somebody else's code in the background. Returns what that gives; None if it ended in any other way.
 
-        For a task of its own: what that code leaves of it is fit for nothing else.
+        To be spawned as a task of its own: that code may leave its task unfit for anything else.
         """
         try:
             return await work
