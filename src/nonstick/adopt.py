@@ -188,7 +188,7 @@ def take_over(
         else:
             endpoints.append(SdkEndpoint(site, make))
     for endpoint in endpoints:
-        endpoint.take()
+        endpoint.put_ours()
     adopted = Adopted(endpoints)
     host = _host(app)
     if host is not None:
@@ -228,7 +228,8 @@ class SdkEndpoint:
         self.manager = make(site.asgi.session_manager)
         self.server: Server[Any] | None = self.manager.app
 
-    def take(self) -> None:
+    def put_ours(self) -> None:
+        """Puts our manager in the place of the one that the endpoint calls."""
         # The host of a mounted app enters `run()` of their manager, so this has to be the `run()` of ours, which enters
         # theirs in turn.
         self.site.asgi.session_manager.run = self.manager.run
@@ -244,7 +245,8 @@ class FastMcpEndpoint:
         self.manager = make(None)
         self.server: Server[Any] | None = None
 
-    def take(self) -> None:
+    def put_ours(self) -> None:
+        """Puts our manager in the place of the one that the endpoint calls."""
         # A request that comes before the lifespan, or without it, is told what is missing.
         self.site.asgi.session_manager = self.manager
 
@@ -291,7 +293,7 @@ def _run_with(host: Router, endpoints: list[FastMcpEndpoint]) -> None:
                 yield state
         finally:
             for endpoint in endpoints:
-                endpoint.take()
+                endpoint.put_ours()
 
     host.lifespan_context = lifespan
 

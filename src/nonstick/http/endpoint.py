@@ -1,4 +1,4 @@
-"""Whose sessions these are: of several servers on one store, each serves its own (P1)."""
+"""One MCP endpoint: of several servers on one store, each gives its own session ids and serves no others (P1)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Endpoint:
         """The name of this session in the store.
 
         Raises:
-            SessionNotFound: This can be no id of a session of this server. Nobody need ask the store.
+            SessionNotFound: This can be no id of a session of this server: the store need not be asked.
         """
         if not is_session_of(self._server, session_id):
             self._warn_of_stranger(session_id)

@@ -28,6 +28,12 @@ async def serve_stream(
     send: Send,
     headers: list[tuple[bytes, bytes]],
 ) -> None:
+    """Serves one GET: resumes the stream that its event id names, or else connects to the standalone stream.
+
+    Raises:
+        Refusal: The event id is none of this session's, or no slot is left.
+        SessionNotFound, StoreUnavailable: As `Store.read`, before the response has begun.
+    """
     with session:
         text = request.headers.get(LAST_EVENT_ID_HEADER)
         place = parse_event_id(text, session.id) if text else None

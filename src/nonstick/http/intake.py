@@ -43,7 +43,7 @@ _HEADERS: Final = "nonstick.headers"
 
 
 class Routed(Protocol):
-    """The session that a request was routed to, by routing that is not ours."""
+    """The session that a request was routed to, by an application that does its own routing. See `http/transport`."""
 
     def check(self, session_id: str | None) -> None:
         """Returns if a request with this id in its headers may be served there.
@@ -65,14 +65,14 @@ class Routed(Protocol):
 async def arrived(
     scope: Scope, receive: Receive, *, limit: int, seconds: float, until_closing: dict[Deadline, None]
 ) -> tuple[bytes, Receive]:
-    """The request's body, once it is here whole, and what gives it again to whoever receives it later.
+    """Waits for the request's whole body. Returns the body, and a `receive` that gives it once more to later readers.
 
     Args:
         until_closing: Where the node finds what would keep it from closing.
 
     Raises:
-        Refusal: It is longer than `limit` bytes, or not here after so many seconds.
-        ClientDisconnect: Nobody waits for an answer any more.
+        Refusal: The body is longer than `limit` bytes, or is not here after so many seconds.
+        ClientDisconnect: The client closed its connection.
     """
     declared = header(scope, "content-length")
     if declared is not None and declared.isdecimal() and int(declared) > limit:
@@ -100,7 +100,7 @@ async def arrived(
 
 
 class _Again:
-    """Gives a body that has arrived, once, and then what comes after it."""
+    """A `receive` that gives a body which has arrived, once, and then what comes after the body."""
 
     __slots__ = ("_body", "connection")
 
@@ -114,7 +114,7 @@ class _Again:
 
 
 def _after_body(receive: Receive) -> Receive:
-    """What gives only what comes after the body, which somebody else may still want."""
+    """A `receive` that gives only what comes after the body, and leaves the body to other readers."""
     return receive.connection if isinstance(receive, _Again) else receive
 
 
@@ -174,7 +174,7 @@ def parse(scope: Scope, body: bytes, *, json_alone: bool, max_depth: int) -> JSO
         max_depth: Levels of nesting.
 
     Raises:
-        Refusal: It is no such thing, or the headers are wrong.
+        Refusal: The body is no such message, or the headers do not fit one.
     """
     has_json, has_sse = _accepts(scope)
     if json_alone:
@@ -217,7 +217,7 @@ def _read_is_json(content_type: str) -> bool:
     return "application/json" in (part.strip() for part in content_type.split(";")[0].split(","))
 
 
-# Clients say few things. One may fill a head with them, which is not kept (P10).
+# Clients send few different values. A long one, with which a client may fill its head, is not kept (P10).
 _KEPT_HEADER: Final = 256
 _accepted: Final = lru_cache(maxsize=64)(_read_accept)
 _is_json: Final = lru_cache(maxsize=64)(_read_is_json)

@@ -1,7 +1,8 @@
 """`SessionManager`: takes the place of the SDK's `StreamableHTTPSessionManager`, with the sessions in a store.
 
-One request after the other comes in here, is checked in the SDK's order, and is routed by era, method and kind of
-message. All HTTP statuses that nonstick gives are decided here and in `Refusal`.
+Each request comes in here: head and body are admitted, and the request is routed by the era of its client, to
+`Sessions` or, for clients that have no session, to the SDK's own manager. Code that refuses a request raises a
+`Refusal` (`core/refusals`), which becomes the response here or in `Sessions`.
 """
 
 from __future__ import annotations
@@ -167,7 +168,7 @@ class SessionManager:
             max_request_body_size=max_request_body_size,
         )
         self.cluster = cluster or Cluster.only() or Cluster.private()
-        """What is told to every client goes through this: `await manager.cluster.notify_tools_changed()`."""
+        """Tells every client: `await manager.cluster.notify_tools_changed()`."""
         self.has_tasks = False
         """Whether requests begin tasks that other nodes run: FastMCP's."""
         self.endpoint = Endpoint(self.settings.namespace or self.app.name, endpoint)
@@ -300,7 +301,7 @@ class SessionManager:
             NotRunning: Outside of `run()`.
             NonstickError: It drains.
             StoreUnavailable: The store cannot be reached or written to.
-            StoreUnusable, Undecryptable: It can, and will not do like this.
+            StoreUnusable, Undecryptable: The store can be reached, and cannot be used until somebody changes something.
         """
         services = self._running().services
         if services.drain.begun:
@@ -364,8 +365,8 @@ class SessionManager:
         except SessionNotFound:
             await refuse(send, Refusal(NOT_FOUND), [])
         except Refusal as refusal:
-            # What is still to come of the request is not waited for; but who is in the middle of a large body would not
-            # read the answer of a connection that closes.
+            # The rest of the request is not waited for. But a client in the middle of a large body would not read the
+            # answer of a connection that closes.
             await refuse(send, refusal, [] if refusal.reason.status == 413 else [(b"connection", b"close")])
 
     async def _serve_sessionless(self, node: Node, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
@@ -374,19 +375,23 @@ class SessionManager:
         if routed is not None:
             routed.check(header(scope, MCP_SESSION_ID_HEADER))
         forget_session(scope)
-        room = node.listeners if listens(scope) else node.services.requests
+        quota = node.listeners if listens(scope) else node.services.requests
         principal = principal_of(scope)
-        room.check(principal)
+        quota.check(principal)
         try:
             server = node.services.served.identity
-            with room.hold(object(), principal), within_request(server=server, travels=self.has_tasks):
+            with quota.hold(object(), principal), within_request(server=server, travels=self.has_tasks):
                 await self._sessionless.serve(self._modern.handle_request, scope, body, receive, send)
         finally:
             node.services.drain.left()
 
 
 def _check_relayed(settings: Settings, store: Store) -> None:
-    """Whether what is asked to be written of requests is written encrypted (P13)."""
+    """Returns if the store encrypts, or if relayed requests are to keep nothing that may be a credential (P13).
+
+    Raises:
+        ConfigurationError: They are to, and the store does not.
+    """
     for name in ("relay_headers", "relay_query"):
         if getattr(settings, name) and not getattr(store, "encrypts", False):
             raise ConfigurationError(
@@ -396,10 +401,10 @@ def _check_relayed(settings: Settings, store: Store) -> None:
 
 
 def is_stateless(stateless: bool, placement: object) -> bool:
-    """Whether there are to be no sessions, of two ways to say so.
+    """Whether there are to be no sessions: `stateless` and `placement` both can say so.
 
     Raises:
-        ConfigurationError: They say different things.
+        ConfigurationError: They contradict each other.
     """
     if stateless and placement == "owner":
         raise ConfigurationError('placement="owner" holds sessions, of which there are none if stateless: give one')

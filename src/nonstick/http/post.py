@@ -54,10 +54,10 @@ from nonstick.store import Batch, Loaded
 __all__ = ["PATIENCE_FOR_WHAT_COMES_ONCE", "serve_initialize", "serve_message"]
 
 PATIENCE_FOR_WHAT_COMES_ONCE: Final = 5.0
-"""Seconds for what a client sends but once: it does not repeat a notification or a reply that got 503 (P9)."""
+"""Seconds of patience with the store for notifications and replies: no client repeats one that got 503 (P9)."""
 
 _OFTEN: Final = ("notifications/progress", "notifications/cancelled")
-"""Notifications that concern nobody but those who wait for them, unless the server says otherwise."""
+"""Notifications that concern only the request that they name, unless the server has a handler for them."""
 
 _LONGEST_URI: Final = 2048
 """Characters of a resource's URI that a record keeps."""
@@ -69,7 +69,7 @@ async def serve_initialize(
     """Serves a message without a session id, which `initialize` alone may be.
 
     Raises:
-        Refusal: It is another, or there is no room.
+        Refusal: The message is another one, or there is no room.
     """
     if not (isinstance(message, JSONRPCRequest) and message.method == "initialize"):
         raise Refusal(NO_ID)
@@ -106,6 +106,12 @@ async def serve_message(
     send: Send,
     headers: list[tuple[bytes, bytes]],
 ) -> None:
+    """Serves one message of a session: a request with its answer, a notification or a reply with 202.
+
+    Raises:
+        Refusal: The message is not admitted.
+        SessionNotFound, StoreUnavailable: As the store's methods.
+    """
     with session:
         if isinstance(message, JSONRPCRequest):
             await _serve_request(node, session, message, request, loaded, send, headers)
@@ -155,7 +161,7 @@ async def _serve_request(
     if len(session.exchanges) + len(relayed) >= settings.max_streams:
         raise Refusal(TOO_MANY_REQUESTS)
     if key in loaded.cancels:
-        # It was overtaken by its own cancel (P5), which has done its work with that.
+        # The request was overtaken by its own cancel (P5). The cancel is used up: a later request of that id may run.
         session.services.tasks.spawn(session.services.store.append(session.key, Batch([], uncancel=key)))
         error = CANCELLED_BY_CLIENT
         await send_body(send, 200, error_body(message.id, error), [*headers, JSON_TYPE])
@@ -254,7 +260,7 @@ async def _take_response(session: LiveSession, message: JSONRPCResponse | JSONRP
 
 
 def _as_relayed(session: LiveSession, request: Request) -> tuple[Request, Context]:
-    """The request and the context of its handler; where the session is held, as had it come to another node."""
+    """The request, and the context of its handler. Where this node holds the session, both are as if relayed here."""
     if session.pin is None:
         return request, copy_context()
     request = portable.unpack(packed(session, request), session.id)

@@ -80,13 +80,13 @@ class Sessionless:
         """Serves one request by this app.
 
         Raises:
-            Refusal: It would listen, on a node that drains.
+            Refusal: The request would listen, on a node that drains.
         """
         listening = listens(scope)
         if listening and self._closed:
             raise Refusal(SHUTTING_DOWN)
         response = _Response(send)
-        with _held(self._listening if listening else self._working) as until:
+        with _listed(self._listening if listening else self._working) as until:
             if listening:
                 until.deadline = anyio.current_time() + self._lifetime
             try:
@@ -99,13 +99,13 @@ class Sessionless:
             await response.finish(b"" if listening else error_body(_id_in(body), self._shut_down))
 
     def end_listening(self) -> None:
-        """The drain begins."""
+        """The drain begins: streams that listen end at once, and no further ones begin."""
         self._closed = True
         for until in list(self._listening):
             until.cancel()
 
     def end_all(self) -> None:
-        """The grace period is over."""
+        """The grace period is over: requests that still run are cancelled."""
         for until in list(self._working):
             until.cancel()
 
@@ -121,7 +121,7 @@ class Contained:
         self._tasks = tasks
 
     def __call__(self, ctx: ServerRequestContext[Any, Any], call_next: CallNext) -> Awaitable[HandlerResult]:
-        # Those of a session have an exchange, which sees to that; for them this is to cost nothing.
+        # For a request of a session its exchange does the same: this middleware is to cost nothing there.
         return call_next(ctx) if current_session() is not None else self._contain(ctx, call_next)
 
     async def _contain(self, ctx: ServerRequestContext[Any, Any], call_next: CallNext) -> HandlerResult:
@@ -146,7 +146,7 @@ class Contained:
 
 
 async def _take_cancellation(task: asyncio.Task[Any]) -> None:
-    """A handler cancelled its own task: what is still to strike strikes here."""
+    """A handler cancelled its own task: the cancellation that is still to strike strikes here."""
     while task.cancelling():
         task.uncancel()
     try:
@@ -156,7 +156,7 @@ async def _take_cancellation(task: asyncio.Task[Any]) -> None:
 
 
 @contextmanager
-def _held(scopes: set[anyio.CancelScope]) -> Iterator[anyio.CancelScope]:
+def _listed(scopes: set[anyio.CancelScope]) -> Iterator[anyio.CancelScope]:
     with anyio.CancelScope() as until:
         scopes.add(until)
         try:

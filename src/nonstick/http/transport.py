@@ -1,4 +1,4 @@
-"""One session's transport, for those who write their own routing: any node builds it from the session's id."""
+"""One session's transport, for applications that do their own routing: any node builds it from the session's id."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class Session:
                 has to be one that was opened without authentication.
 
         Raises:
-            SessionNotFound: Malformed, unknown, expired, ended, or somebody else's. Answer all of them with the
-                same 404.
+            SessionNotFound: The id is malformed, or the session is unknown, expired, ended, or another principal's.
+                Answer all of them with the same 404.
             StoreUnavailable: Answer 503 with Retry-After, never 404: that would end the session for the client (P9).
             NotRunning: The manager does not run in this process.
         """

@@ -1,8 +1,8 @@
-"""Says so where several workers of one server keep their sessions in memory, each its own.
+"""Warns where several workers of one server keep their sessions in memory, each its own.
 
 Workers have one parent, one command line and one directory, whichever server starts them. The first to serve takes a
-name made of these, which the kernel keeps while it serves; whoever finds the name taken is not alone. Linux has such
-names.
+name made of these, which the kernel keeps for that worker while it serves. A worker that finds the name taken is not
+alone. Linux has such names.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _NOT_SHARED: Final = (
 )
 
 _holders: list[socket.socket] = []
-"""What holds the name, once for each app in this process that serves from memory."""
+"""Sockets that hold the name: one for each app in this process that serves from memory."""
 
 
 @contextmanager

@@ -170,7 +170,7 @@ def read(pairs: Iterable[tuple[str, str]]) -> Options:
     for name, value in dict(pairs).items():
         if not value:
             raise ConfigurationError(f"{_shown(name)} in the store URL has no value: give it one, or leave it out")
-        _take(options, name, value)
+        _take_option(options, name, value)
     for name, value in options.own.items():
         if value is None:
             raise ConfigurationError(f"{name} in the store URL must be true or false")
@@ -178,7 +178,7 @@ def read(pairs: Iterable[tuple[str, str]]) -> Options:
     return options
 
 
-def _take(options: Options, name: str, value: str) -> None:
+def _take_option(options: Options, name: str, value: str) -> None:
     own, rest = options.own, options.rest
     match name:
         case "pgbouncer":

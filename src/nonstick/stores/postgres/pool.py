@@ -270,7 +270,7 @@ class Pool:
     async def _use(self, work: Callable[[Connection], Awaitable[T]], timeout: float) -> T:
         try:
             async with asyncio.timeout(timeout), self._slots:
-                connection = await self._take()
+                connection = await self._connection()
                 try:
                     result = await work(connection)
                 except BaseException as error:
@@ -281,7 +281,8 @@ class Pool:
         except TROUBLE as error:
             raise refusal(error) from None
 
-    async def _take(self) -> Connection:
+    async def _connection(self) -> Connection:
+        """An idle connection, or a new one. After a failure to connect, calls are refused for a while."""
         while self._idle:
             connection, _ = self._idle.pop()
             if not connection.is_closed():
