@@ -157,7 +157,7 @@ async def test_resume_after_lost_end_is_ended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """P7, P9: nobody works for the stream any more, and nobody answers when it is asked."""
-    monkeypatch.setattr(nonstick.session.rescue, "_PROBE_AFTER", 1.5)
+    monkeypatch.setattr(nonstick.session.rescue, "_PROBE_AFTER_SECONDS", 1.5)
     store = MemoryStore()
     async with staged(one(store), window=0.1, lease=1.0, max_stall=2.0) as (stage, a, b, _c):
 
@@ -181,7 +181,7 @@ async def test_resume_after_lost_end_is_ended(
 
 async def test_running_request_answers_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """P7: a tool may be silent for long; a resumed client waits for it."""
-    monkeypatch.setattr(nonstick.session.rescue, "_PROBE_AFTER", 1.2)
+    monkeypatch.setattr(nonstick.session.rescue, "_PROBE_AFTER_SECONDS", 1.2)
     store = MemoryStore()
     async with staged(one(store), window=0.1, lease=1.0, max_stall=2.0) as (stage, a, b, _c):
 

@@ -781,7 +781,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
         (inbox, "_RETRY_PAUSE", 0.05),
         (placement, "_CERTAIN_AFTER", 0.2),
         (rescue, "_BETWEEN_LOOKS", 0.1),
-        (rescue, "_PROBE_AFTER", 0.3),
+        (rescue, "_PROBE_AFTER_SECONDS", 0.3),
         (cluster_log, "_PAUSE", 0.05),
     ):
         assert hasattr(module, name)

@@ -95,7 +95,7 @@ async def test_stalled_reader_is_cut_off() -> None:
         assert outlet.gone
         await outlet.room()
     outlet.put(b"y", Mark(2))
-    outlet.pass_over(Mark(3))
+    outlet.skip_to(Mark(3))
     assert outlet.sent == Mark()
 
 
@@ -107,13 +107,13 @@ async def test_what_the_connection_took_is_known() -> None:
     await asyncio.sleep(0.01)
     outlet.put(b"b", Mark(2))
     # What is passed over comes after what waits.
-    outlet.pass_over(Mark(2, Cursor(7)))
+    outlet.skip_to(Mark(2, Cursor(7)))
     assert outlet.sent == Mark()
     client.taking.set()
     async with asyncio.timeout(60):
         await outlet.flushed()
     assert outlet.sent == Mark(2, Cursor(7))
-    outlet.pass_over(Mark(3))
+    outlet.skip_to(Mark(3))
     assert outlet.sent == Mark(3)
     outlet.end()
     await pumping

@@ -1,7 +1,7 @@
 """One session that this node holds: its live view is kept, and what other nodes relay is run here.
 
 The session's log is followed for as long. A relayed request is an `opened` event that is run once it was taken over, by
-the compare-and-set that fences every stream: once at most, whoever else believes to hold the session.
+the compare-and-set that fences every stream: once at most, even if another node believes to hold the session too.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ logger = logging.getLogger(__name__)
 class Holding:
     """This node's hold on a session, from when it was opened or taken to its end or to another owner's.
 
-    It keeps the session's live view. Of what the log brings it heeds relayed requests and notifications, and who else
-    says to be the owner.
+    It keeps the session's live view. Of what the log brings it heeds relayed requests and notifications, and `owner`
+    events of other nodes.
 
     Args:
         among: The holds of this node, by their sessions' keys. This one is among them until its session has ended, or
@@ -218,7 +218,7 @@ class Holding:
         except SessionNotFound:
             session.end_soon()
         except Diverged:
-            # The store lost the stream: whoever reads it finds out.
+            # The store lost the stream: the connection that reads it finds out.
             pass
         except Exception as error:
             # What another release wrote, maybe: its client shall not wait for ever (P16).
@@ -284,11 +284,11 @@ class Holding:
         else:
             await self.session.drop(error)
 
-    async def let_go(self) -> None:
+    async def hand_on(self) -> None:
         """Leaves the session to another node if it can be built anew there, else ends it.
 
         Raises:
-            StoreUnavailable: As the store's methods. Its lease's end then says the same.
+            StoreUnavailable: As the store's methods. Other nodes then see that this node's lease lapses.
         """
         with contextlib.suppress(SessionNotFound):
             if self._services.settings.rehydrate is None:
@@ -303,5 +303,5 @@ class Holding:
 
 
 async def announce(log: SessionLog, owner: str) -> None:
-    """Says in the log who holds the session now, for an owner of old, and for requests that wait for one."""
+    """Says in the log which node holds the session now: to a former owner, and to requests that wait for one."""
     await log.append(Batch([draft(Kind.OWNER, pydantic_core.to_json({"node": owner}))]))

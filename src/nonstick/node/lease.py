@@ -46,7 +46,7 @@ class LeaseKeeper:
         self._thread.start()
 
     async def stop(self, seconds: float) -> None:
-        """Ends the lease, if the store can be reached within so many seconds. Other work goes on meanwhile.
+        """Ends the lease, if the store can be reached within so many seconds. The event loop is not blocked.
 
         Else the lease lapses by itself; the thread does not keep the process.
         """
@@ -56,7 +56,7 @@ class LeaseKeeper:
                 await self._ended.wait()
 
     async def tick(self) -> None:
-        """Says, as long as it runs, that the event loop does."""
+        """Shows, again and again, that the event loop runs."""
         while True:
             self._ticked = time.monotonic()
             await asyncio.sleep(min(_TICK, self._settings.max_stall / 4))

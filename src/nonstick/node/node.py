@@ -45,8 +45,8 @@ __all__ = ["Node", "begin_drain_here", "exit_in"]
 logger = logging.getLogger(__name__)
 
 _TOUCHED_AT_ONCE: Final = 256
-_FOR_THE_LEASE: Final = 0.3
-"""Seconds at the end that are kept for giving the lease back."""
+_LEASE_SECONDS: Final = 0.3
+"""Seconds at the node's end that are kept for giving the lease back."""
 
 _running: weakref.WeakSet[Node] = weakref.WeakSet()
 
@@ -153,7 +153,7 @@ class Node:
             await self.drain()
             await self._in_time(self._clean_up())
             # Not for ever: the lease is to be given back.
-            await self.services.tasks.stop(min(STOP_SECONDS, self._drain.seconds_left(_FOR_THE_LEASE)))
+            await self.services.tasks.stop(min(STOP_SECONDS, self._drain.seconds_left(_LEASE_SECONDS)))
         finally:
             _running.discard(self)
             await self._lease.stop(self._drain.seconds_left())
@@ -172,7 +172,7 @@ class Node:
     async def _in_time(self, work: Coroutine[Any, Any, None]) -> None:
         """Waits for this while there is time. What it does not do until then, it may go on with."""
         task = asyncio.create_task(work)
-        await asyncio.wait([task], timeout=self._drain.seconds_left(_FOR_THE_LEASE + STOP_SECONDS / 2))
+        await asyncio.wait([task], timeout=self._drain.seconds_left(_LEASE_SECONDS + STOP_SECONDS / 2))
         if task.done():
             task.result()
         else:
@@ -193,7 +193,7 @@ class Node:
                     # Loaded, so that it comes under the encryption key of today, too.
                     await store.load(CLUSTER_KEY)
             except SessionNotFound:
-                pass  # whoever follows it makes it anew
+                pass  # the follower of the cluster log makes it anew
             except StoreUnavailable:
                 late = True
             for start in range(0, len(keys), _TOUCHED_AT_ONCE):

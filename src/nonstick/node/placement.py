@@ -31,7 +31,7 @@ _CERTAIN_AFTER: Final = 1.0
 """Seconds that a node must be seen dead for: after an outage of the store the living need a moment to renew."""
 
 _LINGER: Final = 5.0
-"""Seconds for which a lost session stays in the store, so that whoever reads its streams reads their end."""
+"""Seconds for which a lost session stays in the store, so that clients which read its streams read their end."""
 
 _PARTING: Final = 5.0
 """Seconds, at most, for telling the store at the end of a drain."""
@@ -92,7 +92,7 @@ class Placement:
 
     @contextlib.contextmanager
     def relaying(self, key: str, request: str) -> Iterator[None]:
-        """This request of the session is run by another node meanwhile."""
+        """While the block runs, another node runs this request of the session."""
         relayed = self.relayed.setdefault(key, set())
         relayed.add(request)
         try:
@@ -184,12 +184,12 @@ class Placement:
         """While the node drains: sessions in which nothing runs are left to other nodes at once (P8)."""
         while self._services.settings.rehydrate is not None:
             if not (idle := [held for held in self.held.values() if held.idle]):
-                # With no other `await` in between: another may leave meanwhile.
+                # With no other `await` between the look and the wait, or a request that leaves would be missed.
                 await self._services.drain.next_to_leave()
             for held in idle:
                 await held.clean_up()
                 with contextlib.suppress(StoreError):
-                    await held.let_go()
+                    await held.hand_on()
 
     async def give_up_all(self) -> None:
         """The node stops: its sessions are left to other nodes, or end, with their clean-up run (P6, P8)."""
@@ -200,4 +200,4 @@ class Placement:
             await one.clean_up()
         finally:
             async with asyncio.timeout(_PARTING):
-                await one.let_go()
+                await one.hand_on()

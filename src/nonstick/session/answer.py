@@ -32,7 +32,7 @@ class Answer:
         gone: Returns when the client has closed its connection. None if there is no connection to look at.
 
     Attributes:
-        outcome: How the response begins. Whoever awaits it may be cancelled.
+        outcome: How the response begins. A task that awaits this may be cancelled.
         began: When the request's window passed, in the loop's time; infinity until then.
         watching: Waits until the client goes, from when the window has passed.
     """
@@ -74,7 +74,7 @@ class Answer:
         self.is_awaited = False
         self._services.requests.release(self._request)
         if self.state not in (AnswerState.BODY, AnswerState.REFUSED):
-            # It streams, or will: to nobody.
+            # What it streams now, or will stream, goes to nobody.
             self.outlet.leave()
 
     def client_left(self) -> None:
@@ -104,7 +104,7 @@ class Answer:
         self._decide(AnswerEvent.REFUSE, refusal)
 
     def lose(self, request_id: RequestId) -> None:
-        """The stream is another node's, or lost. A client that has an id of it learns more by resuming; others here."""
+        """The stream is another node's, or lost. A client with an id of it learns more by resuming, others are told."""
         if not self._gave_id:
             self.outlet.put(sse_message(error_body(request_id, STREAM_LOST)))
         self._decide(AnswerEvent.LOSE, self.outlet)
@@ -146,7 +146,7 @@ class Answer:
             self.hang_up()
 
     def disconnect(self, body: bytes) -> None:
-        """Closes the response without the request's own end: whoever can resume it does, others get this error."""
+        """Closes the response without the request's own end. A client that can resume does, others get this error."""
         if self._gave_id:
             self.hand_over()
             return

@@ -52,6 +52,7 @@ class _Waiter:
     """The handler's own, in which it also hears of progress."""
 
     def fail(self, error: MCPError) -> None:
+        """The handler gets this error in place of a reply."""
         if not self.reply.done():
             self.reply.set_exception(error)
 
@@ -146,7 +147,7 @@ class BackChannel:
     # ---- what the client sends
 
     async def take_reply(self, request_id: RequestId, body: bytes, *, patience: float) -> None:
-        """The client replied, at this node. Counts once, whoever waits and wherever; anything else is dropped."""
+        """The client replied, at this node. A reply counts once, whichever node's handler waits; others are dropped."""
         batch = Batch([draft(Kind.REPLY, body)], settle=request_key(request_id))
         try:
             await self._log.append(batch, patience=patience)
@@ -191,12 +192,12 @@ class BackChannel:
     # ---- its end
 
     def end(self, error: MCPError) -> None:
-        """The session has ended: whoever waits gets this error."""
+        """The session has ended: every handler that waits gets this error."""
         self.is_over = True
         self.drop(error)
 
     def drop(self, error: MCPError) -> None:
-        """Whoever waits gets this error; what is asked from here on has nothing to do with them."""
+        """Every handler that waits gets this error. Server requests that are sent later are not concerned."""
         waiters, self._waiters = self._waiters, {}
         for waiter in waiters.values():
             waiter.fail(error)

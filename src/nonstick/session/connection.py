@@ -66,7 +66,7 @@ class _Standalone:
         try:
             await self._session.emit(draft(Kind.MESSAGE, notification_body(method, params)))
         except SessionNotFound:
-            # The end cancels whoever sent this, who has done nothing wrong (P6).
+            # The end cancels the handler that sent this, which has done nothing wrong (P6).
             self._session.end_soon()
             await anyio.lowlevel.checkpoint()
 
@@ -104,7 +104,7 @@ class _HoldingStack(AsyncExitStack):
 
 
 class ConnectionState(SessionState):
-    """`Connection.state`, and its turns."""
+    """`Connection.state`, and the lock that its changes take turns by."""
 
     @cached_property
     def changing(self) -> asyncio.Lock:

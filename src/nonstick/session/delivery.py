@@ -176,7 +176,7 @@ class Delivery:
                 if broadcast.uri is None or broadcast.uri in self._subscriptions:
                     self._put(broadcast.body, self._live_to, broadcast.cursor)
         self.broadcasts_queued_to = broadcasts.head
-        self.outlet.pass_over(self.mark(self._live_to.position))
+        self.outlet.skip_to(self.mark(self._live_to.position))
 
     async def _hear_later(self) -> None:
         await self.outlet.room()

@@ -276,7 +276,7 @@ class Exchange(Handler):
             self.fail(error)
 
     def disconnect_client(self) -> None:
-        """Closes the HTTP response without a terminal event. Whoever resumes the stream gets it from another node."""
+        """Closes the HTTP response without a terminal event. A client that resumes the stream gets it elsewhere."""
         # Not 503, which says "try again": it ran.
         self.answer.disconnect(error_body(self.message.id, SHUT_DOWN))
 
@@ -287,7 +287,7 @@ class Exchange(Handler):
         if self.is_closed or (kind is Kind.TAKEN and decode(event.data)["attempt"] <= self.own_stream().attempt):
             return
         if kind is Kind.PROBE:
-            # Somebody who resumed the stream asks.
+            # A node whose client resumed the stream asks.
             self.show_life()
         elif kind in (Kind.TERMINAL, Kind.TAKEN):
             logger.warning("session %s: another node ended a request of this node's", self.session.key[:12])
@@ -322,7 +322,7 @@ class Exchange(Handler):
             answer, failed = self._last_error(), True
         else:
             if self.result is None:
-                # Its task was cancelled, by nobody who said so here.
+                # Its task was cancelled, and no `stop` was called for it.
                 self.tell_raised(asyncio.CancelledError())
             answer, failed = self.result, self.raised
         if self._stream is None:

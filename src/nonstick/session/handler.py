@@ -27,7 +27,7 @@ _MOST_TRIES: Final = 3
 
 
 class Handler(ABC):
-    """One request's handler. What it handles, and how its end is told, is said by who derives from this.
+    """One request's handler. A subclass says what is handled, and how the request's end is told.
 
     Attributes:
         result: What the handler ended with, once it has: an answer, which is an error if it `raised`; or the refusal
@@ -76,7 +76,7 @@ class Handler(ABC):
 
     @abstractmethod
     async def tell(self) -> None:
-        """Tells the end, by `last_word`. Called again by another task if this one is cancelled meanwhile.
+        """Tells the end, by `last_word`. Called again by another task if this one is cancelled before it has.
 
         Raises:
             StoreError: The end could not be told.

@@ -1,6 +1,6 @@
-"""What a session's log brings to this node: the one loop that follows it, and who is told, by an event's kind.
+"""What a session's log brings to this node: the one loop that follows it, and what is told, by an event's kind.
 
-- Whoever waits for something opens the inbox, and closes it again. It follows the log while anybody does.
+- A task that waits for something opens the inbox, and closes it again. The log is followed while the inbox is open.
 - A session has a handler for each kind that it heeds. An event may come to it twice: once the store has lost entries,
   the whole log is read again. Seen again, a reply or a cancel does nothing; missed, somebody would wait for
   ever.
@@ -116,7 +116,7 @@ class Inbox(Generic[S]):
         """The position up to which it has delivered."""
         self._following: asyncio.Task[None] | None = None
 
-    # ---- who waits
+    # ---- what waits
 
     def open(self) -> None:
         """Follows the log while anything here needs it: until each `open` was undone by a `close`.
@@ -140,14 +140,14 @@ class Inbox(Generic[S]):
             self.open()
 
     def stop(self) -> None:
-        """Follows the log no more, whoever waits."""
+        """Follows the log no more, even if something waits."""
         if self._following is not None:
             self._following.cancel()
             self._following = None
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
-        """The inbox is open meanwhile."""
+        """The inbox is open while the block runs."""
         self.open()
         try:
             yield

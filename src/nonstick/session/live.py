@@ -157,7 +157,7 @@ class LiveSession:
         said = (params or {}).get("level")
         return said not in _LOG_LEVELS or _LOG_LEVELS.index(said) >= _LOG_LEVELS.index(level)
 
-    # ---- who uses this view
+    # ---- what uses this view
 
     def make_current(self) -> None:
         """What runs in this task and its children is part of this session."""
@@ -179,7 +179,7 @@ class LiveSession:
         self.evict()
 
     def spawn(self, work: Coroutine[Any, Any, T], context: Context | None = None) -> asyncio.Task[T]:
-        """Runs this in the background, for the session, whose view is kept meanwhile. `context` as in `Tasks.spawn`."""
+        """Runs this in the background, and keeps the session's view until it ends. `context` as in `Tasks.spawn`."""
         self.users += 1
         task = self.services.tasks.spawn(work, context)
         task.add_done_callback(lambda _: self.__exit__())
@@ -279,7 +279,7 @@ class LiveSession:
             self.opening.messages.append(event)
             return
         await self.log.sender.send(event, expect)
-        # A store may answer without a wait. Whoever tells without end would hold the event loop, and it all in memory.
+        # A store may answer without a wait: a handler that sends without end would hold the event loop.
         await asyncio.sleep(0)
 
     # ---- what the log brings

@@ -98,7 +98,7 @@ class Opening(Exchange):
         else:
             await self._send_held_back()
             if self._held_back or self._services.settings.answer == "sse":
-                # What a middleware sent meanwhile is on this request's stream, before its answer.
+                # What a middleware sent while the session was opened is on this request's stream, before the answer.
                 terminal = draft(Kind.TERMINAL, saving.body)
                 await self.own_stream().append([*self._held_back, terminal], terminal=True)
             self.answer.give(saving.body)

@@ -31,7 +31,7 @@ class Mark(NamedTuple):
 class Outlet:
     """Frames on their way to one client, which may be slow or gone.
 
-    Whoever produces waits when more than `room` bytes are waiting, so that a slow reader slows its own request down
+    A producer waits when more than `room` bytes are waiting, so that a slow reader slows its own request down
     and nobody else's. A reader that takes nothing for `patience` seconds is cut off: it can resume (P10).
 
     Args:
@@ -71,7 +71,7 @@ class Outlet:
         return self._waiting <= self._room
 
     async def room(self) -> None:
-        """Waits until there is room for more, or nobody who reads."""
+        """Waits until there is room for more, or until nobody reads any more."""
         while not self.has_room and not self._gone and not self._ended:
             await self._freed.rung()
 
@@ -89,8 +89,8 @@ class Outlet:
         self._waiting += len(frame)
         self._changed.ring()
 
-    def pass_over(self, mark: Mark) -> None:
-        """The client is this far: there was nothing for it on the way."""
+    def skip_to(self, mark: Mark) -> None:
+        """Advances the client's place without sending anything."""
         if self._gone or self._ended:
             return
         self._mark = mark

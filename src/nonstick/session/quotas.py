@@ -21,8 +21,8 @@ class Quota:
     Args:
         slots: How many there are.
         none_left: Why one is refused where none is left.
-        share: The share of the slots that may be one principal's. Clients without one, who cannot be told apart, are
-            not limited by it.
+        share: The share of the slots that may be one principal's. Clients without a principal cannot be told apart,
+            and so are not limited by it.
         share_held: Why one is refused to a principal that has its share; as `none_left` if nothing else is said.
     """
 

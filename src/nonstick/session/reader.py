@@ -130,7 +130,7 @@ class Reader(ABC):
         """Gives the client the id again that it came with.
 
         There are clients that come back with an id only if the connection that broke brought one. They shall not lose
-        their place because nothing happened meanwhile (P3).
+        their place because the connection brought nothing else (P3).
         """
         if self._primes and self._place is not None:
             self.put_priming(self._place)
@@ -153,7 +153,7 @@ class Reader(ABC):
         self.outlet.end()
 
     async def until_answered(self, call: Callable[[], Awaitable[T]]) -> T:
-        """What the store answers, as soon as it can be reached: a stream has nobody to tell that it cannot."""
+        """Repeats the call until the store answers: a stream that has begun cannot tell its client of an error."""
         return await retry_until_answered(call, pause=LIVENESS_POLL)
 
     def follow(self, after: Cursor) -> contextlib.closing[Following]:
@@ -194,7 +194,7 @@ class Following:
             if events := self._subscription.take():
                 return events
             self._next = background.spawn(self._subscription.next())
-        # A read of a slow store goes on meanwhile: begun anew each time, it would never come to its end.
+        # A read of a slow store goes on beyond this call: begun anew each time, it would never come to its end.
         await asyncio.wait([self._next], timeout=silence)
         if not self._next.done():
             return []

@@ -38,10 +38,10 @@ logger = logging.getLogger(__name__)
 _BETWEEN_LOOKS = 1.0
 """Seconds, at least, between two looks whether the node that should write still lives."""
 
-_MOVED = 5.0
-"""Seconds without a look after which the stream must have moved meanwhile."""
+_MOVED_SECONDS = 5.0
+"""Seconds without a look after which the stream must have moved: nobody looks while it does."""
 
-_PROBE_AFTER = 30.0
+_PROBE_AFTER_SECONDS = 30.0
 """Seconds of silence after which the request is asked whether it still runs."""
 
 _LIST_PAGES = 100
@@ -85,7 +85,7 @@ class Rescue:
         session, now = self._session, self._loop.time()
         if now - self._looked_at < _BETWEEN_LOOKS:
             return
-        if now - self._looked_at > _MOVED:
+        if now - self._looked_at > _MOVED_SECONDS:
             # Nobody looks beside a stream that moves.
             self._quiet_since, self._probe = now, None
         self._looked_at = now
@@ -106,7 +106,7 @@ class Rescue:
         """Whether the node lives and yet nobody there works for the stream: a failover may have lost its end (P9)."""
         settings = self._session.services.settings
         if self._probe is None:
-            if now - self._quiet_since < _PROBE_AFTER:
+            if now - self._quiet_since < _PROBE_AFTER_SECONDS:
                 return False
             batch = Batch([draft(Kind.PROBE)], stream=self._opened.position, attempt=self._history.life.attempt)
             try:
@@ -120,14 +120,14 @@ class Rescue:
                 self._session.key, Cursor(self._probe), limit=MAX_READ, clip=2
             )
         except Diverged:
-            # The store lost the question. Whoever follows the stream finds out whether it lost of that too.
+            # The store lost the question. The stream's own reader finds out whether parts of the stream are lost too.
             self._quiet_since, self._probe = now, None
             return False
         if any(event.stream == self._opened.position and kind_of(event.data) is not Kind.PROBE for event, _ in entries):
             self._quiet_since, self._probe = now, None
             return False
         # A node whose loop hangs answers late; one that hung for longer has lost its lease.
-        return now - self._quiet_since > _PROBE_AFTER + settings.max_stall + settings.lease
+        return now - self._quiet_since > _PROBE_AFTER_SECONDS + settings.max_stall + settings.lease
 
     async def _act(self, *, dead: bool) -> None:
         """Ends the request, or runs it again. `dead`: its node is, too, and not only the request."""
@@ -161,7 +161,7 @@ class Rescue:
         await self._withdraw()
 
     async def _catch_up(self) -> None:
-        """Finds out what came before the place where this client began to read: who took over, and cancels (P5)."""
+        """Finds out what came before the place where this client began to read: takeovers, and cancels (P5)."""
         store, log, after, part = self._session.services.store, self._session.key, self._opened.cursor, Slice(MAX_READ)
         history = History(self._opened)
         while entries := await part.skim(store, log, Cursor(after.position)):

@@ -14,7 +14,7 @@ __all__ = ["Call", "Runner"]
 
 
 class Call(Protocol):
-    """A client's request while it runs here, as its runner sees it: what was asked, and what may be sent meanwhile.
+    """A client's request while it runs here, as its runner sees it: what is asked, and what may be sent before the end.
 
     Everything that is sent before the answer goes to the request's own stream. The first of it makes the request a
     stream (P3).

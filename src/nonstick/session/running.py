@@ -77,5 +77,5 @@ class Running(Protocol):
         ...
 
     def disconnect_client(self) -> None:
-        """Closes the client's connection, whatever is still to be said: another node says it when this one is gone."""
+        """Closes the HTTP response without a terminal event. A client that resumes the stream gets it elsewhere."""
         ...

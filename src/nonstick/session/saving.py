@@ -69,13 +69,14 @@ class Saving:
             SessionNotFound, StreamClosed, Fenced: The request's end is another's to tell.
         """
         if not self.state():
-            await self._give({}, answer, stream)
+            await self._store_and_answer({}, answer, stream)
             return
         async with self._session.state.changing:
-            # Looked up once it is its turn: what was written meanwhile must not be undone.
-            await self._give(self.state(), answer, stream)
+            # Looked up under the lock: what another request wrote before must not be undone.
+            await self._store_and_answer(self.state(), answer, stream)
 
-    async def _give(self, state: Fields, answer: Answer, stream: Stream | None) -> None:
+    async def _store_and_answer(self, state: Fields, answer: Answer, stream: Stream | None) -> None:
+        """Stores this session state with all else that the request changed, and gives the answer."""
         session = self._session
         change = None
         if not self.failed and (change_of := _CHANGES.get(self._message.method)) is not None:
@@ -122,7 +123,7 @@ def _level(_session: LiveSession, params: Mapping[str, Any]) -> Change:
 
 def _subscribed(session: LiveSession, params: Mapping[str, Any]) -> Change:
     uri = str(params["uri"])
-    # What was broadcast after this, the client expects to hear, whoever learns of this however late.
+    # The client expects to hear what is broadcast from here on, however late a node learns of the subscription.
     heard = cursor_text(session.services.cluster_log.broadcasts.head)
     return _change({subscription_field(uri): uri.encode()}, {"subscribed": params["uri"], "heard": heard})
 

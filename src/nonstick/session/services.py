@@ -139,4 +139,4 @@ class Services:
     trimming: Trimming
     cluster_log: ClusterLog
     owners: Owners = field(init=False)
-    """Set once, by the node: whoever holds sessions needs these services."""
+    """Set once, by the node, after the services are made: what holds sessions needs them itself."""

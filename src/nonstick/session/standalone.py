@@ -252,7 +252,7 @@ class StandaloneConnection(Reader):
         carrier.turns.forget()
         self._place = None
         body = carrier.claim(new_name(), self._delivery.heard_it_all_to())
-        # Its outcome must be known when this connection goes meanwhile: others wait for it to leave.
+        # Its outcome must be known even if this connection goes before it is: others wait for the connection to leave.
         self._claiming = self.session.services.tasks.spawn(self._say(Kind.LISTENING, body))
         appended = await asyncio.shield(self._claiming)
         self._claiming = None

@@ -211,7 +211,7 @@ async def save(session: LiveSession) -> None:
 async def change_fields(
     store: GuardedStore, key: str, decide: Callable[[Mapping[str, bytes]], Mapping[str, bytes | None]]
 ) -> None:
-    """Changes fields of a record by compare-and-set: anew for as long as others change the same fields meanwhile.
+    """Changes fields of a record by compare-and-set: again, for as long as others change the same fields in between.
 
     Args:
         decide: Makes of the record's fields the changes, with None for a field that is to go; nothing if there is

@@ -43,7 +43,7 @@ class Stream:
         answer: Is given what the store acknowledged.
 
     Attributes:
-        lock: Held by whoever appends, which is then not to be cancelled.
+        lock: Held by the task that appends, which is not to be cancelled while it does.
         position: Of the stream's first event, which names the stream; 0 until the store acknowledged it.
         attempt: The attempt at the stream whose appends the store takes from here.
         first_attempt: The attempt at which the request was run first.
@@ -134,7 +134,7 @@ class Stream:
                 )
                 self._give(events, appended)
         except Diverged:
-            # Whoever reads on would not know what is missing: the request ends here, under a new name (P9).
+            # A client that read on would not know what is missing. The request ends here, by a new writer (P9).
             logger.warning("session %s: the store lost events of a request's stream", self._session.key[:12])
             self.is_lost = True
             writer.forget()

@@ -314,7 +314,7 @@ class _Outlet(_Part):
         frame = self.player._as_recorded(frame.decode("latin-1")).encode("latin-1")
         self.player.did.append(["put", digest(frame), mark_form(mark)])
 
-    def pass_over(self, mark: Mark) -> None:
+    def skip_to(self, mark: Mark) -> None:
         self.player.did.append(["skip", "", mark_form(mark)])
 
 

@@ -179,9 +179,9 @@ class Outlet(Recorded):
             self.tape.write("put", digest(frame), mark_form(mark))
         self.real.put(frame, mark)
 
-    def pass_over(self, mark: Mark) -> None:
+    def skip_to(self, mark: Mark) -> None:
         self.tape.write("skip", "", mark_form(mark))
-        self.real.pass_over(mark)
+        self.real.skip_to(mark)
 
 
 class Following(Recorded):
