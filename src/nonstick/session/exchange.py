@@ -37,6 +37,7 @@ from nonstick.core.refusals import (
     Refusal,
 )
 from nonstick.core.requests import AnswerState, HandlerEvent, HandlerState, LastWord
+from nonstick.core.streams import OBSERVED, Meaning
 from nonstick.errors import (
     Diverged,
     Fenced,
@@ -283,13 +284,13 @@ class Exchange(Handler):
     def observe(self, event: Event) -> None:
         """The log brought something on this request's stream that may not be of our own making."""
         kind = kind_of(event.data)
+        meaning = Meaning.NOTHING if kind is None else OBSERVED.get(kind, Meaning.NOTHING)
         # What is followed may begin before this attempt.
         if self.is_closed or (kind is Kind.TAKEN and decode(event.data)["attempt"] <= self.own_stream().attempt):
             return
-        if kind is Kind.PROBE:
-            # A node whose client resumed the stream asks.
+        if meaning is Meaning.IS_ASKED:
             self.show_life()
-        elif kind in (Kind.TERMINAL, Kind.TAKEN):
+        elif meaning is Meaning.IS_OVER:
             logger.warning("session %s: another node ended a request of this node's", self.session.key[:12])
             self.stop(HandlerEvent.FENCE)
             self.answer.lose(self.message.id)

@@ -13,6 +13,7 @@ from nonstick.core.events import Kind, kind_of
 from nonstick.core.jsonrpc import error_body
 from nonstick.core.refusals import STREAM_LOST, UNKNOWN_EVENT_ID, Refusal
 from nonstick.core.sse import sse_message
+from nonstick.core.streams import Reading, reading
 from nonstick.errors import Diverged, StoreUnavailable
 from nonstick.log.follow import Slice
 from nonstick.session.live import LiveSession
@@ -140,24 +141,16 @@ class Resumption(Reader):
 
     async def _carry(self, events: Iterable[Event], rescue: Rescue) -> bool:
         """Puts the stream's own messages. Whether that was its end."""
-        place = self._place
         for event in events:
-            if event.stream != place.stream:
+            if event.stream != self._place.stream:
                 continue
-            kind = kind_of(event.data)
-            if kind is Kind.TAKEN:
+            what = reading(event, place=self._place.cursor.position, came=self._since)
+            if what is Reading.NOTE:
                 rescue.taken(event)
-            if event.position <= place.cursor.position:
-                if kind is Kind.TERMINAL:
-                    return True
-                continue
-            if kind in (Kind.MESSAGE, Kind.TERMINAL):
-                self._place = place = EventId(place.stream, event.cursor, place.request)
-                await self.put(event, place)
-            if kind is Kind.TERMINAL:
-                return True
-            # An older hang-up was meant for the connections of then.
-            if kind is Kind.HANGUP and event.position > self._since:
+            if what in (Reading.PUT, Reading.PUT_AND_END):
+                self._place = EventId(event.stream, event.cursor, self._place.request)
+                await self.put(event, self._place)
+            if what in (Reading.END, Reading.PUT_AND_END):
                 return True
         return False
 
