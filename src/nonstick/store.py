@@ -3,7 +3,7 @@
 Words (docs/glossary.md): an *event* is one immutable entry of a session's log; its *position* is an int from 1,
 without gaps, assigned by the append; its *tag* is 8 random bytes, chosen by the writer. A *stream* is named by the
 position of its `opened` event; 0 is the session's standalone stream, to which everything belongs that is not one
-POST's. A *writer* is whoever appends, with at most one append outstanding, numbered by its own sequence from 1.
+POST's. A *writer* is one that appends, with at most one append outstanding, numbered by its own sequence from 1.
 
 Rules for every method:
 

@@ -167,7 +167,7 @@ class Means(IntEnum):
     PRIME = 3
     """Its turn begins here: a client that understands it is given the place."""
     CHANGE = 4
-    """Its client subscribed or unsubscribed. A connection takes note of that whoever carries the stream meanwhile."""
+    """Its client subscribed or unsubscribed. A connection takes note of that even while another carries the stream."""
     GIVE_WAY = 5
     """A newer turn begins here."""
     HANG_UP = 6

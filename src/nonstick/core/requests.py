@@ -14,7 +14,7 @@ The rules of the answer:
 - It becomes a stream with the first append that the store acknowledged, never before.
 - A stream ends once: with the result, or without one. What is refused or lost while it streams ends the stream.
 
-Here is no clock, no loop and no store. This file does not know what asks, what waits, or who writes.
+Here is no clock, no loop and no store. This file does not know what asks, what waits, or what writes.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ class Looks:
         self._clock = clock
         self.kept: dict[str, Look] = {}
         self.under_way: dict[str, asyncio.Task[None]] = {}
-        self._ended_meanwhile: dict[str, set[int]] = {}
+        self._ended_unseen: dict[str, set[int]] = {}
         """Of the logs that are being looked through, by key: the streams that ended, maybe unseen by the look."""
 
     def get(self, key: str, seconds: float = _REMEMBERED_SECONDS) -> Look | None:
@@ -95,16 +95,16 @@ class Looks:
 
     def begin(self, key: str, task: asyncio.Task[None]) -> None:
         """This task looks through the log now."""
-        self.under_way[key], self._ended_meanwhile[key] = task, set()
+        self.under_way[key], self._ended_unseen[key] = task, set()
         task.add_done_callback(lambda _: self._end(key))
 
     def _end(self, key: str) -> None:
-        del self.under_way[key], self._ended_meanwhile[key]
+        del self.under_way[key], self._ended_unseen[key]
 
     def note(self, key: str, amount: Amount, ended: int | None) -> None:
         """The log is this large now; a stream of it `ended`."""
-        if ended is not None and key in self._ended_meanwhile:
-            self._ended_meanwhile[key].add(ended)
+        if ended is not None and key in self._ended_unseen:
+            self._ended_unseen[key].add(ended)
         if (look := self.kept.get(key)) is not None:
             look.note(amount, ended)
 
@@ -112,7 +112,7 @@ class Looks:
         """This node has just looked."""
         self.kept.pop(key, None)
         look = self.kept[key] = Look(self._clock(), left, unfinished)
-        ended = self._ended_meanwhile.get(key, set())
+        ended = self._ended_unseen.get(key, set())
         while ended:
             look.note(left, ended.pop())
         for old in [old for old in self.kept if self.get(old) is None] or list(self.kept)[:-_REMEMBERED_LOOKS]:

@@ -1,8 +1,8 @@
 """One POST with a request of a session that another node holds: through the log to its owner, and the answer back.
 
-The request is the `opened` event of its stream, which its owner takes over to run it; so it runs once at most,
-whichever node the session moves to meanwhile. This node reads the stream for its client as it would for one that
-resumes it.
+The request is the `opened` event of its stream. The owner takes the stream over to run the request, so that the request
+runs once at most, even if the session moves to another node. This node reads the stream for its client as it would for
+a client that resumes it.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ class Delivery:
         self._subscriptions, self._subscriptions_as_of = subscriptions, as_of
 
     def note_change(self, event: Event) -> None:
-        """The client subscribed or unsubscribed, on whichever node, and whoever carried the stream then."""
+        """The client subscribed or unsubscribed, on any node, and while any connection carried the stream."""
         if event.position <= self._subscriptions_as_of:
             return
         self._subscriptions_as_of = event.position

@@ -1,6 +1,6 @@
 """Ending, or running again, a request whose node was lost (P7).
 
-Leases give liveness only. What makes it safe is the store's compare-and-set: of all who try, and of the lost node
+Leases give liveness only. Safety comes from the store's compare-and-set: of all nodes that try, and of the lost node
 itself should it wake up, one writes the terminal event.
 """
 
