@@ -22,25 +22,26 @@ from bench import __main__ as main
 from bench import arrivals, many
 
 
-def test_a_slow_round_does_not_touch_a_ratio() -> None:
+def test_slow_round_leaves_ratio_untouched() -> None:
     """The medians, 30 and 10, would make 3."""
     ours, theirs = [20.0, 60.0, 30.0, 200.0, 18.0], [10.0, 30.0, 15.0, 100.0, 9.0]
     assert paired(ours, theirs) == 2.0
     assert paired([1.0, 30.0, 40.0], [10.0, 10.0, 10.0]) == 3.0
 
 
-def test_lines_of_other_rounds_have_no_ratio() -> None:
+def test_lines_of_other_rounds_lack_ratios() -> None:
     with pytest.raises(ValueError, match="longer"):
         paired([1.0], [1.0, 2.0])
 
 
-def test_a_percentile_is_one_of_the_values() -> None:
+def test_percentile_is_one_of_the_values() -> None:
     values = [float(number) for number in range(100, 0, -1)]
     assert [share_of(values, share) for share in (0.0, 0.5, 0.99, 1.0)] == [1.0, 50.0, 99.0, 100.0]
     assert share_of([7.0], 0.5) == 7.0
 
 
-def test_everybody_has_one_turn_in_a_round_and_changing_neighbours() -> None:
+def test_rounds_give_everybody_one_shuffled_turn() -> None:
+    """Neighbours change from round to round."""
     rounds = [order(6, number) for number in range(40)]
     assert all(sorted(one) == list(range(6)) for one in rounds)
     assert rounds == [order(6, number) for number in range(40)], "a run can be made again"
@@ -94,7 +95,7 @@ async def _slow_server() -> AsyncIterator[int]:
 
 
 @pytest.mark.anyio
-async def test_the_time_of_an_arrival_runs_from_when_it_was_due(tmp_path: Path) -> None:
+async def test_arrivals_are_timed_from_due_time(tmp_path: Path) -> None:
     """A server that is slower than the arrivals makes those wait that come later, for a connection, and that counts."""
     stage = Stage(OPPONENTS["mcp, in memory"], "", tmp_path, "")
     async with _slow_server() as port:
@@ -120,7 +121,7 @@ def _results(*lines: dict[str, Any]) -> dict[str, Any]:
     return {"environment": environment, "parts": {"requests": about}, "requests": list(lines)}
 
 
-def test_a_run_of_one_part_has_its_tables_and_budgets() -> None:
+def test_one_part_yields_tables_and_budgets() -> None:
     results = _results(
         _line("bare ASGI, one read", 10, 20),
         _line("bare ASGI, one read, 3 nodes", 20, 40),
@@ -139,7 +140,7 @@ def test_a_run_of_one_part_has_its_tables_and_budgets() -> None:
     assert "Idle sessions" not in text
 
 
-def test_a_part_that_is_run_again_replaces_only_itself(tmp_path: Path) -> None:
+def test_rerun_part_replaces_only_itself(tmp_path: Path) -> None:
     file, results = tmp_path / "results.json", _results(_line("bare ASGI", 10))
     environment = results["environment"]
     assert main.kept(file, environment, ["latency"]) == {"environment": environment, "parts": {}}

@@ -51,7 +51,7 @@ async def figures_of_a_process_of_its_own() -> dict[str, guard.Figures]:
     return {name: guard.Figures(**figure) for name, figure in json.loads(told).items()}
 
 
-async def test_requests_cost_no_more_than_what_was_committed() -> None:
+async def test_requests_cost_no_more_than_committed() -> None:
     """Store round trips exactly; functions called up to a tenth more; nothing for the garbage collector."""
     committed, found = guard.committed(), await figures_of_a_process_of_its_own()
     assert found.keys() == committed.keys(), f"other requests are counted than were committed. {HOW}"
@@ -70,7 +70,7 @@ async def test_requests_cost_no_more_than_what_was_committed() -> None:
     assert not worse, "\n".join([*worse, HOW])
 
 
-def test_what_is_committed_keeps_the_budgets_of_round_trips() -> None:
+def test_committed_round_trips_keep_their_budgets() -> None:
     """One for an ordinary request, which writes nothing; none for a malformed id; one append for each message."""
     trips = {name: kept["trips"] for name, kept in guard.committed().items()}
     assert trips["echo"] == {"load": 1}
@@ -81,7 +81,7 @@ def test_what_is_committed_keeps_the_budgets_of_round_trips() -> None:
 
 
 @pytest.mark.parametrize("sessions", [3000, pytest.param(100_000, marks=pytest.mark.slow)])
-async def test_a_request_costs_the_same_among_many_sessions(sessions: int) -> None:
+async def test_many_sessions_add_no_request_cost(sessions: int) -> None:
     """An idle session costs a node nothing (P10)."""
     store = MemoryStore()
     async with guard.nodes(store=store) as [node]:
@@ -91,7 +91,7 @@ async def test_a_request_costs_the_same_among_many_sessions(sessions: int) -> No
         _is_flat(alone, await node.count(guard.ECHO, session))
 
 
-async def test_a_request_costs_the_same_among_many_nodes() -> None:
+async def test_many_nodes_add_no_request_cost() -> None:
     async with guard.nodes() as [node]:
         alone = await node.count(guard.ECHO, await node.open())
     async with guard.nodes(8) as callers:
@@ -106,9 +106,8 @@ def _is_flat(alone: guard.Figures, among_many: guard.Figures) -> None:
     assert among_many.instructions <= alone.instructions * (1 + FLAT)
 
 
-async def test_an_ordinary_request_is_one_command_that_writes_nothing_on_valkey(
-    valkey: ValkeyServer, client: redis.asyncio.client.Redis
-) -> None:
+async def test_ordinary_request_is_one_valkey_read(valkey: ValkeyServer, client: redis.asyncio.client.Redis) -> None:
+    """One command, which writes nothing."""
     requests = 20
     seen: set[tuple[int, int]] = set()
     async with guard.nodes(store=RedisStore(valkey.url, prefix="ordinary"), lease=600.0) as [node]:
@@ -123,9 +122,8 @@ async def test_an_ordinary_request_is_one_command_that_writes_nothing_on_valkey(
     assert min(seen) == (requests, 0), seen
 
 
-async def test_a_session_in_use_is_touched_once_in_a_tenth_of_its_expiry_on_valkey(
-    valkey: ValkeyServer, client: redis.asyncio.client.Redis
-) -> None:
+async def test_used_session_is_seldom_touched(valkey: ValkeyServer, client: redis.asyncio.client.Redis) -> None:
+    """Once in a tenth of its expiry, on Valkey."""
     lifetime, rounds = 2.0, 3
     async with guard.nodes(
         store=RedisStore(valkey.url, prefix="touched"), lease=600.0, unconfirmed_lifetime=None, lifetime=lifetime

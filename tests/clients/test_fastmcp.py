@@ -28,19 +28,19 @@ from tests.clients import fastmcp_server
 from tests.clients.conftest import NODES
 from tests.clients.test_python import (  # noqa: F401 - found here too, they run on this module's nodes
     mode,
-    test_a_session_is_used_on_every_node_and_ends_everywhere,
-    test_a_subscriber_hears_of_changes_on_every_node,
     test_calls_run_on_every_node,
-    test_each_of_many_calls_at_once_gets_its_own_answer,
+    test_client_answers_what_the_server_asks,
+    test_client_comes_back_for_an_answer,
+    test_concurrent_calls_get_their_own_answers,
+    test_every_node_accepts_the_request_state,
     test_lists_reads_and_calls_work,
     test_log_messages_arrive_in_order,
-    test_no_session_is_opened_where_the_protocol_has_none,
     test_notifications_arrive_on_the_standalone_stream,
     test_progress_arrives_in_order,
-    test_replies_find_the_handler_that_waits_for_them,
-    test_the_client_answers_what_the_server_asks,
-    test_the_client_comes_back_for_an_answer,
-    test_whichever_node_gets_it_accepts_the_request_state,
+    test_replies_find_the_waiting_handler,
+    test_session_lives_and_ends_everywhere,
+    test_sessionless_protocol_opens_no_session,
+    test_subscriber_hears_changes_from_every_node,
 )
 from tests.clients.test_typescript import drive, node  # noqa: F401 - a fixture
 
@@ -157,7 +157,7 @@ async def test_fastmcps_client_works_on_every_node(nodes: Balancer, mode: Connec
         assert seen == [0, 50, 100]
 
 
-async def test_session_state_is_there_on_every_node(nodes: Balancer) -> None:
+async def test_session_state_is_on_every_node(nodes: Balancer) -> None:
     """P2: `ctx.session_id` is one, and what `ctx.set_state` kept is what `ctx.get_state` finds."""
     async with connected(nodes, "legacy") as client, connected(nodes, "legacy") as other:
         session = await call(client, "remember", key="cart", value={"apples": [1, 2], "né": None})
@@ -173,7 +173,7 @@ async def test_session_state_is_there_on_every_node(nodes: Balancer) -> None:
             assert (await call(client, "recall", key="cart"))["value"] is None
 
 
-async def test_components_that_are_hidden_for_a_session_are_hidden_on_every_node(nodes: Balancer) -> None:
+async def test_session_hides_components_on_every_node(nodes: Balancer) -> None:
     """P2. The client is told that its tools changed, and no other's tools have."""
     peer = Peer()
     async with connected(nodes, "legacy", peer) as client, connected(nodes, "legacy") as other:
@@ -185,7 +185,7 @@ async def test_components_that_are_hidden_for_a_session_are_hidden_on_every_node
         assert any(isinstance(message, types.ToolListChangedNotification) for message in peer.messages)
 
 
-async def test_explicit_sessions_are_there_on_every_node_and_in_both_eras(
+async def test_explicit_sessions_work_on_every_node(
     nodes: Balancer,
     mode: ConnectMode,  # noqa: F811
 ) -> None:
@@ -210,7 +210,7 @@ async def test_replies_reach_fastmcps_tools(nodes: Balancer) -> None:
             assert await call(client, "test_list_roots") == "file:///home"
 
 
-async def test_log_level_is_the_sessions_on_every_node(nodes: Balancer) -> None:
+async def test_log_level_of_session_holds_everywhere(nodes: Balancer) -> None:
     """P2: set on one node, heeded by all; changed on another, that holds everywhere too."""
     peer = Peer()
     async with connected(nodes, "legacy", peer) as client:
@@ -226,7 +226,7 @@ async def test_log_level_is_the_sessions_on_every_node(nodes: Balancer) -> None:
                 assert peer.logs == wanted
 
 
-async def test_fastmcps_client_answers_what_a_result_asks_for(nodes: Balancer) -> None:
+async def test_fastmcps_client_answers_what_results_ask(nodes: Balancer) -> None:
     """Any node takes the next round of a multi-round-trip tool that another one began."""
     async with connected(nodes, "auto") as client:
         for _ in range(NODES):
@@ -238,7 +238,7 @@ async def test_fastmcps_client_answers_what_a_result_asks_for(nodes: Balancer) -
 
 
 @pytest.mark.parametrize("version", ["2025-11-25", "auto"])
-async def test_the_typescript_client_works_with_a_fastmcp_server(node: str, nodes: Balancer, version: str) -> None:  # noqa: F811
+async def test_typescript_client_works_with_fastmcp_server(node: str, nodes: Balancer, version: str) -> None:  # noqa: F811
     """P1, P3, P4, P6; what it checks is in `typescript.mjs`."""
     status, said = await drive(node, nodes.url, version, NODES)
     assert status == 0, said

@@ -86,7 +86,7 @@ async def answer(message: str, kind: Any, params: Any, context: Any) -> Any:
     return ElicitResult(action="accept", content={"name": "Ada"})
 
 
-async def test_a_background_task_is_known_on_every_node() -> None:
+async def test_background_task_is_known_everywhere() -> None:
     """Begun at one node, run by the worker of any, asked for and answered at others; with what its request kept."""
     with ValkeyServer() as valkey, anyio.fail_after(2 * SECONDS):
         async with (
@@ -105,7 +105,7 @@ async def test_a_background_task_is_known_on_every_node() -> None:
             assert {one.status for one in asked} == {200}
 
 
-async def test_tasks_that_other_nodes_cannot_know_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+async def test_process_local_tasks_cause_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     """Docket's default is the memory of one process."""
     with caplog.at_level(logging.WARNING, "nonstick"):
         async with nodes("memory:", "memory://", count=1):

@@ -178,7 +178,7 @@ async def test_log_messages_arrive_in_order(nodes: Balancer, mode: ConnectMode) 
     assert peer.logs == ["Tool execution started", "Tool processing data", "Tool execution completed"]
 
 
-async def test_each_of_many_calls_at_once_gets_its_own_answer(nodes: Balancer, mode: ConnectMode) -> None:
+async def test_concurrent_calls_get_their_own_answers(nodes: Balancer, mode: ConnectMode) -> None:
     """P3: a message goes to exactly one stream."""
     async with connected(nodes, Peer(), mode) as client:
 
@@ -197,7 +197,7 @@ async def test_each_of_many_calls_at_once_gets_its_own_answer(nodes: Balancer, m
 # ---- the handshake era
 
 
-async def test_a_session_is_used_on_every_node_and_ends_everywhere(nodes: Balancer) -> None:
+async def test_session_lives_and_ends_everywhere(nodes: Balancer) -> None:
     """P1, P6: one id for all requests, and 404 from all nodes once the client has closed it."""
     before = len(nodes.exchanges)
     async with connected(nodes, Peer(), "legacy") as client:
@@ -219,7 +219,7 @@ async def test_a_session_is_used_on_every_node_and_ends_everywhere(nodes: Balanc
             assert (await http.get(f"{nodes.url}/mcp", headers=headers)).status_code == 404
 
 
-async def test_the_client_answers_what_the_server_asks(nodes: Balancer) -> None:
+async def test_client_answers_what_the_server_asks(nodes: Balancer) -> None:
     """P4: on the call's own stream and on the standalone one."""
     async with connected(nodes, Peer(), "legacy") as client:
         for turn in range(NODES):
@@ -231,7 +231,7 @@ async def test_the_client_answers_what_the_server_asks(nodes: Balancer) -> None:
             assert await call(client, "test_ping_client") == "pong"
 
 
-async def test_replies_find_the_handler_that_waits_for_them(nodes: Balancer) -> None:
+async def test_replies_find_the_waiting_handler(nodes: Balancer) -> None:
     """P4: many handlers wait at once, each on some node, and every reply comes to some other."""
     async with connected(nodes, Peer(), "legacy") as client:
 
@@ -259,7 +259,7 @@ async def test_notifications_arrive_on_the_standalone_stream(nodes: Balancer) ->
         await client.unsubscribe_resource(WATCHED)
 
 
-async def test_the_client_comes_back_for_an_answer(nodes: Balancer) -> None:
+async def test_client_comes_back_for_an_answer(nodes: Balancer) -> None:
     """P3: the stream was closed before the answer, and is resumed on another node."""
     before = len(nodes.exchanges)
     async with connected(nodes, Peer(), "legacy") as client:
@@ -270,7 +270,7 @@ async def test_the_client_comes_back_for_an_answer(nodes: Balancer) -> None:
 # ---- 2026-07-28
 
 
-async def test_no_session_is_opened_where_the_protocol_has_none(nodes: Balancer) -> None:
+async def test_sessionless_protocol_opens_no_session(nodes: Balancer) -> None:
     """P1: the two eras do not meet."""
     before = len(nodes.exchanges)
     async with connected(nodes, Peer(), "auto") as client:
@@ -280,7 +280,7 @@ async def test_no_session_is_opened_where_the_protocol_has_none(nodes: Balancer)
     assert not any("mcp-session-id" in one.response_headers for one in mine)
 
 
-async def test_whichever_node_gets_it_accepts_the_request_state(nodes: Balancer) -> None:
+async def test_every_node_accepts_the_request_state(nodes: Balancer) -> None:
     """The nodes share the keys that seal `requestState`."""
     async with connected(nodes, Peer(), "auto") as client:
         for _ in range(NODES):
@@ -289,7 +289,7 @@ async def test_whichever_node_gets_it_accepts_the_request_state(nodes: Balancer)
             assert await call(client, "test_input_required_result_multi_round") == "my name likes my color"
 
 
-async def test_clients_of_both_eras_hear_of_what_either_publishes(nodes: Balancer) -> None:
+async def test_clients_of_both_eras_hear_events(nodes: Balancer) -> None:
     """P11: one event in the store for all."""
     peer = Peer()
     async with (
@@ -308,7 +308,7 @@ async def test_clients_of_both_eras_hear_of_what_either_publishes(nodes: Balance
             await peer.until(lambda: peer.heard(types.ToolListChangedNotification))
 
 
-async def test_a_subscriber_hears_of_changes_on_every_node(nodes: Balancer) -> None:
+async def test_subscriber_hears_changes_from_every_node(nodes: Balancer) -> None:
     """P11: the subscription bus is shared."""
     async with (
         connected(nodes, Peer(), "auto") as client,

@@ -53,14 +53,14 @@ async def test_a_session_works_on_three_nodes(node: str, nodes: Balancer, versio
     assert status == 0, said
 
 
-async def test_a_client_without_a_session_works_on_three_nodes(node: str, nodes: Balancer) -> None:
+async def test_sessionless_client_works_on_three_nodes(node: str, nodes: Balancer) -> None:
     """P11, and the shared request state: the client finds out by itself that the server speaks 2026-07-28."""
     status, said = await drive(node, nodes.url, "auto", NODES)
     assert status == 0, said
 
 
 @pytest.mark.slow
-async def test_the_checks_hold_on_one_node_of_the_sdk(node: str) -> None:
+async def test_checks_hold_on_one_sdk_node(node: str) -> None:
     """What is checked is what the protocol promises, not something of ours."""
     async with serving(SDK) as port:
         for mode in (*VERSIONS, "auto"):
@@ -69,7 +69,7 @@ async def test_the_checks_hold_on_one_node_of_the_sdk(node: str) -> None:
 
 
 @pytest.mark.slow
-async def test_the_checks_fail_on_three_nodes_that_share_nothing(node: str) -> None:
+async def test_checks_fail_on_nodes_sharing_nothing(node: str) -> None:
     """The balancer does scatter a session's requests, and the program does notice."""
     async with balanced(NODES, SDK) as balancer:
         for mode in (VERSIONS[-1], "auto"):

@@ -75,7 +75,7 @@ async def test_no_kill_takes_a_post_along() -> None:
     assert (kills.count, kills.streams) == (1, 0)
 
 
-async def test_an_open_get_does_not_hold_a_kill_up() -> None:
+async def test_open_get_delays_no_kill() -> None:
     """It is resumed on another node, so its node may go; what was broken is counted."""
     node, kills = Node(), Kills(0.01)
     async with asyncio.timeout(60), requested("GET", node, kills) as balancer, kills.happening(balancer, {NAME: node}):

@@ -24,20 +24,20 @@ def test_the_same_results_make_no_difference() -> None:
     assert found(same, same) == []
 
 
-def test_a_check_that_no_longer_passes_is_a_difference() -> None:
+def test_lost_pass_is_a_difference() -> None:
     """A warning counts: the suite's exit status would pass over it."""
     before = checks(a="SUCCESS", b="SUCCESS")
     assert found(before, checks(a="FAILURE", b="WARNING")) == [("a", "FAILURE"), ("b", "WARNING")]
 
 
-def test_a_check_that_is_no_longer_made_is_a_difference() -> None:
+def test_missing_check_is_a_difference() -> None:
     """A scenario that gives up early must not look better than one that goes on."""
     before = checks(a="SUCCESS", b="SUCCESS", c="SUCCESS")
     assert found(before, checks(a="SUCCESS", b="SKIPPED")) == [("b", "SKIPPED"), ("c", "ABSENT")]
     assert found(before, None) == [("a", "ABSENT"), ("b", "ABSENT"), ("c", "ABSENT")]
 
 
-def test_a_failure_of_a_new_check_is_a_difference() -> None:
+def test_failing_new_check_is_a_difference() -> None:
     """Some checks exist only to report that something went wrong."""
     assert found(checks(a="SUCCESS"), checks(a="SUCCESS", error="FAILURE")) == [("error", "FAILURE")]
 
@@ -48,7 +48,7 @@ def test_the_worst_of_several_occurrences_counts() -> None:
     assert [check.status for check in outcome(raw).bad] == ["FAILURE"]
 
 
-def test_a_known_difference_is_known_only_where_it_says_so() -> None:
+def test_known_difference_excuses_one_check_only() -> None:
     """An entry excuses one check of one scenario, in the columns and versions that it names."""
     known = Known("ping", "a", ("2025-11-25",), ("three",), "because")
     (difference,) = compare({SCENARIO: checks(a="SUCCESS")}, {SCENARIO: checks(a="FAILURE")})

@@ -201,7 +201,7 @@ def times_refused(server: ValkeyServer) -> int:
     return int(ask(server, "INFO", "errorstats").get("errorstat_TRYAGAIN", {"count": 0})["count"])
 
 
-async def test_delete_that_is_asked_again_leaves_groups(
+async def test_repeated_delete_leaves_the_sessions_groups(
     cluster: ValkeyCluster, prefix: str, key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """P10: the server was not believed at first, and has forgotten the session's groups when it says so again."""

@@ -8,5 +8,5 @@ import pytest
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Nodes are replaced behind one proxy; to the other it is the same."""
     for item in items:
-        if item.name == "test_session_goes_on_while_its_nodes_are_replaced_one_by_one[nginx]":
+        if item.name == "test_session_survives_replacing_every_node[nginx]":
             item.add_marker(pytest.mark.slow)

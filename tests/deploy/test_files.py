@@ -21,7 +21,7 @@ def documents(name: str) -> dict[str, Any]:
     return {document["kind"]: document for document in found}
 
 
-def test_nothing_sticks() -> None:
+def test_proxies_stick_sessions_to_no_node() -> None:
     """P1. Neither to an address nor to a cookie nor to a hash of the session id."""
     assert documents("kubernetes/nonstick.yaml")["Service"]["spec"]["sessionAffinity"] == "None"
     for path in DEPLOY.rglob("*"):
@@ -45,14 +45,15 @@ def test_platform_waits_longer_than_the_drain() -> None:
     assert float(services["node-1"]["stop_grace_period"].removesuffix("s")) > GRACE + 5
 
 
-def test_probes_are_the_routes_that_serve_has() -> None:
+def test_probes_name_routes_that_serve_has() -> None:
     """A liveness probe that asked for the store would restart every pod when the store is away (P9)."""
     container = documents("kubernetes/nonstick.yaml")["Deployment"]["spec"]["template"]["spec"]["containers"][0]
     assert container["readinessProbe"]["httpGet"]["path"] == "/readyz"
     assert container["livenessProbe"]["httpGet"]["path"] == "/healthz"
 
 
-def test_budget_selects_the_pods_and_lets_one_go() -> None:
+def test_disruption_budget_lets_one_pod_go() -> None:
+    """The budget selects the pods of the deployment."""
     found = documents("kubernetes/nonstick.yaml")
     deployment, budget = found["Deployment"]["spec"], found["PodDisruptionBudget"]["spec"]
     assert budget["selector"] == deployment["selector"] == {"matchLabels": found["Service"]["spec"]["selector"]}
@@ -70,7 +71,7 @@ def test_envoy_ends_no_stream() -> None:
 
 
 @pytest.mark.parametrize("name", ["haproxy.cfg", "nginx.conf", "envoy.yaml"])
-def test_proxies_and_compose_name_the_same_nodes(name: str) -> None:
+def test_proxies_and_compose_name_same_nodes(name: str) -> None:
     services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
     text = (DEPLOY / name).read_text()
     for node in ("node-1", "node-2", "node-3"):

@@ -136,7 +136,7 @@ async def where(client: Client) -> str:
     return str(result.structured_content["result"])
 
 
-async def test_requests_of_one_session_go_to_all_nodes(site: Site) -> None:
+async def test_one_sessions_requests_reach_all_nodes(site: Site) -> None:
     """P1. Without stickiness, in both modes of the official client."""
     for mode in ("legacy", "2026-07-28"):
         async with Client(site.url, mode=mode, read_timeout_seconds=DEADLINE) as client:
@@ -162,7 +162,7 @@ async def test_question_passes_while_the_call_runs(site: Site) -> None:
         assert asked == 6
 
 
-async def test_events_of_all_nodes_pass_on_one_open_stream(site: Site) -> None:
+async def test_open_stream_carries_all_nodes_events(site: Site) -> None:
     """P3. The standalone stream is open, and silent, before the first event."""
     async with httpx2.AsyncClient(timeout=DEADLINE, headers=HEADERS) as http:
         session = await opened(http, site.url)
@@ -198,7 +198,7 @@ async def opened(http: httpx2.AsyncClient, url: str) -> dict[str, str]:
     return session
 
 
-async def test_session_goes_on_while_its_nodes_are_replaced_one_by_one(site: Site) -> None:
+async def test_session_survives_replacing_every_node(site: Site) -> None:
     """P8. No call fails, although every node is stopped once."""
     seen: list[float] = []
 

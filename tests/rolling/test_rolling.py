@@ -32,7 +32,7 @@ def number(version: str) -> list[int]:
     return [int(part) for part in version.split(".")[:3]]
 
 
-def test_the_wheel_is_that_of_the_last_release() -> None:
+def test_wheel_is_of_the_last_release() -> None:
     """The newest version in the changelog that is older than this code."""
     before = [version for version in released() if number(version) < number(nonstick.__version__)]
     assert wheel_version() == before[0]
@@ -85,7 +85,7 @@ async def across(stage: Stage, one: NodeProcess, other: NodeProcess) -> None:
 
 
 @pytest.mark.parametrize("store_url", [slow("sqlite"), "valkey", slow("postgres")], indirect=True)
-async def test_what_one_release_does_the_other_goes_on_with(
+async def test_each_release_continues_the_others_sessions(
     store_url: str, tmp_path: Path, last_release: dict[str, str]
 ) -> None:
     """P12: opened, called, asked, resumed, replayed, cancelled and ended, each way."""
@@ -178,9 +178,7 @@ async def roll(stage: Stage, last_release: dict[str, str], *, nodes: int, client
 
 
 @pytest.mark.parametrize("store_url", ["sqlite", slow("valkey"), slow("postgres")], indirect=True)
-async def test_nodes_are_replaced_one_by_one_under_load(
-    store_url: str, tmp_path: Path, last_release: dict[str, str]
-) -> None:
+async def test_nodes_are_replaced_under_load(store_url: str, tmp_path: Path, last_release: dict[str, str]) -> None:
     """P12, P8: sessions of the last release go on in this one; no failed request, no lost or doubled event."""
     async with Stage(store_url, tmp_path) as stage:
         await roll(stage, last_release, nodes=2, clients=2, back=False)
@@ -188,9 +186,7 @@ async def test_nodes_are_replaced_one_by_one_under_load(
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-async def test_update_is_rolled_out_and_back_under_load(
-    store_url: str, tmp_path: Path, last_release: dict[str, str]
-) -> None:
+async def test_update_rolls_back_under_load(store_url: str, tmp_path: Path, last_release: dict[str, str]) -> None:
     """P12: what this code wrote the last release can read, also when the update is taken back."""
     async with Stage(store_url, tmp_path) as stage:
         await roll(stage, last_release, nodes=3, clients=6, back=True)
