@@ -1,4 +1,4 @@
-"""Modules and classes are small enough to hold in mind. The lists of exceptions only shrink."""
+"""Modules, classes and names of tests are small enough to hold in mind. The lists of exceptions only shrink."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ import nonstick
 from nonstick.session.services import Services
 
 HOME: Final = Path(nonstick.__file__).parent
+TESTS: Final = Path(__file__).parents[1]
 
 MODULE_LINES: Final = 450
 CLASS_METHODS: Final = 28
 CLASS_ATTRIBUTES: Final = 16
 SERVICES: Final = 12
+TEST_NAME_WORDS: Final = 6
 
 LARGE_MODULES: Final[dict[str, int]] = {}
 """Lines that the modules which are larger may have."""
@@ -64,6 +66,17 @@ def sources() -> Iterator[tuple[str, str]]:
         yield path.relative_to(HOME).as_posix(), path.read_text(encoding="utf-8")
 
 
+def long_names(text: str) -> list[str]:
+    """The tests of a module, those of classes included, whose names have too many words after `test`."""
+    return [
+        node.name
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.name.startswith("test_")
+        and len(node.name.split("_")) - 1 > TEST_NAME_WORDS
+    ]
+
+
 def test_modules_stay_below_their_bound() -> None:
     """A larger one is on the list, with what it may have. One that is no longer larger leaves the list."""
     lines = {name: text.count("\n") for name, text in sources()}
@@ -90,6 +103,38 @@ def test_classes_stay_below_their_bounds() -> None:
 def test_services_of_a_node_stay_few() -> None:
     """What runs on a node has these, and is to find nothing else by them."""
     assert len(fields(Services)) <= SERVICES
+
+
+def test_names_of_tests_stay_short() -> None:
+    """The suite that `nonstick.testing` has for stores of others included. What is longer goes into the docstring."""
+    paths = [
+        path
+        for folder in (TESTS, HOME / "testing")
+        for path in sorted(folder.rglob("*.py"))
+        if "node_modules" not in path.parts
+    ]
+    assert Path(__file__) in paths
+    assert HOME / "testing" / "contract" / "suite.py" in paths
+    long = {path.as_posix(): long_names(path.read_text(encoding="utf-8")) for path in paths}
+    assert {path: names for path, names in long.items() if names} == {}
+
+
+def test_long_names_of_tests_are_found() -> None:
+    """In a class and in another function too, with `async` and without; six words are not too many."""
+    text = """
+def test_one_two_three_four_five_six(): ...
+def one_two_three_four_five_six_seven(): ...
+
+class TestShelf:
+    async def test_one_two_three_four_five_six_seven(self): ...
+
+def suite():
+    def test_seven_words_are_one_word_too_many(): ...
+"""
+    assert sorted(long_names(text)) == [
+        "test_one_two_three_four_five_six_seven",
+        "test_seven_words_are_one_word_too_many",
+    ]
 
 
 def test_sizes_are_counted_as_documented() -> None:
