@@ -20,7 +20,7 @@ from nonstick.errors import ConfigurationError
 from nonstick.log.cluster_log import CLUSTER_KEY
 from nonstick.log.guard import GuardedStore
 from nonstick.session.standalone import StandaloneConnection
-from nonstick.store import Store
+from nonstick.store import MAX_READ, MAX_READ_BYTES, Cursor, Event, Store
 from nonstick.stores.memory import MemoryStore
 from nonstick.testing.cluster import Cluster, Member, Session
 from tests.cluster.conftest import MakeStore, one
@@ -367,6 +367,34 @@ async def test_subscription_during_silence_counts(make_store: MakeStore) -> None
             for uri in ("x://2", "x://1"):
                 await c.app.cluster.notify_resource_updated(uri)
             await heard(first, "x://1")
+
+
+class _Counting(MemoryStore):
+    """Counts the calls that read one entry."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.single = 0
+
+    async def read(
+        self, key: str, after: Cursor, *, limit: int = MAX_READ, max_bytes: int = MAX_READ_BYTES
+    ) -> list[Event]:
+        self.single += limit == 1
+        return await super().read(key, after, limit=limit, max_bytes=max_bytes)
+
+
+async def test_known_subscriptions_are_not_read_again() -> None:
+    """P10: however many long ones a client has added, no connection reads each of them."""
+    store = _Counting()
+    async with gathered(one(store)) as (_, a, b, c):
+        session = await b.open()
+        await subscribe(b, session, *("x://" + f"{number}" * 2000 for number in range(8)))
+        store.single = 0
+        async with getting(a, session) as stream:
+            await stream.event()
+            await c.app.cluster.notify_resource_updated("x://" + "7" * 2000)
+            await heard(stream, "x://" + "7" * 2000)
+        assert store.single == 0
 
 
 @pytest.mark.parametrize("uri", ["x://1", "x://" + "1" * 2000], ids=["short", "long"])

@@ -31,6 +31,7 @@ class Delivery:
     Attributes:
         outlet: On the way to the client.
         broadcasts_queued_to: The entry of the cluster log up to which broadcasts were put.
+        subscriptions_as_of: Position up to which what the client subscribed to is known, from the record or the log.
     """
 
     __slots__ = (
@@ -40,10 +41,10 @@ class Delivery:
         "_puts_later",
         "_session",
         "_subscriptions",
-        "_subscriptions_as_of",
         "_told",
         "broadcasts_queued_to",
         "outlet",
+        "subscriptions_as_of",
     )
 
     def __init__(self, session: LiveSession, outlet: Outlet, carrier: Carrier, place: EventId | None) -> None:
@@ -58,8 +59,7 @@ class Delivery:
         self._live_to: Cursor | None = None
         """The entry up to which its turn has come; None while it carries nothing new."""
         self._subscriptions = session.record.subscriptions
-        self._subscriptions_as_of = session.log.loaded_at
-        """Position up to which the session's log is in the subscriptions."""
+        self.subscriptions_as_of = session.log.loaded_at
         self._puts_later: asyncio.Task[None] | None = None
         """Waits for room for broadcasts."""
 
@@ -122,13 +122,13 @@ class Delivery:
 
     def load(self, subscriptions: frozenset[str], as_of: int) -> None:
         """The record says that its client has subscribed to these, as of this position in the session's log."""
-        self._subscriptions, self._subscriptions_as_of = subscriptions, as_of
+        self._subscriptions, self.subscriptions_as_of = subscriptions, as_of
 
     def note_change(self, event: Event) -> None:
         """The client subscribed or unsubscribed, on any node, and while any connection carried the stream."""
-        if event.position <= self._subscriptions_as_of:
+        if event.position <= self.subscriptions_as_of:
             return
-        self._subscriptions_as_of = event.position
+        self.subscriptions_as_of = event.position
         body = decode(event.data)
         if (uri := body.get("unsubscribed")) is not None:
             self._subscriptions -= {uri}

@@ -177,14 +177,19 @@ class StandaloneConnection(Reader):
                 if search is not None:
                     search.note(entry.event)
                 is_cut = len(entry.event.data) < entry.size
-                self._note(await self._whole(entry) if is_cut else entry.event)
+                self._note(await self._whole(entry) if is_cut and self._is_news(entry.event) else entry.event)
             # This connection's own turn is not begun yet.
             carrier.turns.forget()
 
+    def _is_news(self, event: Event) -> bool:
+        """Whether more than the beginning of this event counts: not of what the record says already.
+
+        There may be thousands of those, and each is a call to read (P10).
+        """
+        return kind_of(event.data) is Kind.CHANGED and event.position > self._delivery.subscriptions_as_of
+
     async def _whole(self, entry: Skimmed) -> Event:
-        """The event of which this was cut off, if more than its beginning counts."""
-        if kind_of(entry.event.data) is not Kind.CHANGED:
-            return entry.event
+        """The event of which this was cut off."""
         event = await whole(self.session.services.store, self.session.key, entry)
         if event is None:
             raise Diverged
