@@ -389,6 +389,18 @@ def test_claims_shrink_after_a_loss() -> None:
     carrier.found_again(9, 3)
     assert (carrier.resume_after, carrier.queued_to, carrier.losses) == (3, 3, 2)
     assert list(carrier.given) == [Cursor(2)]
+    carrier.found_again(2, 50)
+    assert (carrier.resume_after, carrier.queued_to, carrier.losses) == (2, 3, 3)
+
+
+@pytest.mark.parametrize("means", list(Means), ids=lambda m: m.name)
+def test_what_is_done_moves_on(means: Means) -> None:
+    """P3: messages do, also those that need not be sent; its own `listening` is a place to come back with."""
+    carrier = Carrier("n", named=False)
+    event = entry(6, Kind.MESSAGE)
+    carrier.queued(event, means)
+    assert carrier.queued_to == (6 if means in (Means.PUT, Means.SKIP) else 0)
+    assert list(carrier.given) == ([event.cursor] if means in (Means.PUT, Means.SKIP, Means.PRIME) else [])
 
 
 def test_reread_log_counts_anew() -> None:
@@ -512,13 +524,21 @@ class World:
         self.connections.append(Connection(self, len(self.connections)))
 
     def settle(self, dice: random.Random) -> None:
-        """Until nobody has anything to do."""
-        while able := [one for one in self.connections if not one.gone]:
+        """Until nobody has anything to do, which must come."""
+        for _ in range(ROUNDS):
+            able = [one for one in self.connections if not one.gone]
             dice.shuffle(able)
             did = [one.step() for one in able]
             if not any(did):
                 return
+        raise AssertionError("connections take the stream from each other for ever")
 
+
+ROUNDS = 500
+"""More than any of these worlds needs to come to rest."""
+
+SEEDS = st.integers(0, 2**32)
+"""Of who does something when: what is drawn for that must not be part of an example, or one without end would pass."""
 
 DEEDS = st.lists(
     st.tuples(st.sampled_from(["open", "send", "step", "step", "step", "close", "die"]), st.integers(0, 9))
@@ -540,20 +560,20 @@ def play(deeds: list[tuple[str, int]], dice: random.Random, *, deaths: bool) -> 
     return world
 
 
-@given(DEEDS, st.randoms(use_true_random=False))
-def test_connections_carry_each_message_exactly_once(deeds: list[tuple[str, int]], dice: random.Random) -> None:
+@given(DEEDS, SEEDS)
+def test_connections_carry_each_message_exactly_once(deeds: list[tuple[str, int]], seed: int) -> None:
     """P3: whichever come and go, in order on each, and one of those that are left carries what comes."""
-    world = play(deeds, dice, deaths=False)
+    world = play(deeds, random.Random(seed), deaths=False)
     assert sorted(number for one in world.connections for number in one.got) == list(range(world.sent))
     for one in world.connections:
         assert one.got == sorted(one.got)
     assert [one.carrier.phase for one in world.connections if not one.gone].count(Phase.CARRYING) == 1
 
 
-@given(DEEDS, st.randoms(use_true_random=False))
-def test_dead_nodes_have_nothing_lost(deeds: list[tuple[str, int]], dice: random.Random) -> None:
+@given(DEEDS, SEEDS)
+def test_dead_nodes_have_nothing_lost(deeds: list[tuple[str, int]], seed: int) -> None:
     """P3, P7: nobody knows how far they got, so that what they carried may come again; nothing is left out."""
-    world = play(deeds, dice, deaths=True)
+    world = play(deeds, random.Random(seed), deaths=True)
     assert {number for one in world.connections for number in one.got} == set(range(world.sent))
     for one in world.connections:
         assert one.got == sorted(set(one.got))

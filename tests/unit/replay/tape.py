@@ -145,20 +145,23 @@ class Services(Recorded):
         self.cluster_log = ClusterLog(real.cluster_log, tape)
 
 
+class Log(Recorded):
+    async def append(self, batch: Any) -> Any:
+        data = [event.data.decode("latin-1") for event in batch.events]
+        return await self.tape.call("append", data, lambda: self.real.append(batch), lambda found: found.first)
+
+
 class Session(Recorded):
     def __init__(self, real: Any, tape: Tape) -> None:
         super().__init__(real, tape)
         self.services = Services(real.services, tape)
+        self.log = Log(real.log, tape)
 
     def __enter__(self) -> Any:
         return self.real.__enter__()
 
     def __exit__(self, *failure: object) -> Any:
         return self.real.__exit__(*failure)
-
-    async def append(self, batch: Any) -> Any:
-        data = [event.data.decode("latin-1") for event in batch.events]
-        return await self.tape.call("append", data, lambda: self.real.append(batch), lambda found: found.first)
 
 
 class Outlet(Recorded):
@@ -205,14 +208,14 @@ class RecordedConnection(StandaloneConnection):
         facts = {
             "place": None if place is None else place.seal(session.id),
             "session": session.id,
-            "version": session.protocol_version,
+            "version": session.record.protocol_version,
             "node": services.node_id,
             "handlers": handlers,
             "patience": services.settings.send_timeout,
             "retry": services.settings.retry_interval,
-            "subscriptions": sorted(session.subscriptions),
-            "loaded_at": session.loaded_at,
-            "heard": cursor_form(session.heard),
+            "subscriptions": sorted(session.record.subscriptions),
+            "loaded_at": session.log.loaded_at,
+            "heard": cursor_form(session.record.heard),
         }
         tape.write("init", facts, asyncio.get_running_loop().time())
         tape.around = lambda: {
