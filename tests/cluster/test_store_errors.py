@@ -44,6 +44,7 @@ from nonstick.stores.memory import MemoryStore
 from tests.cluster.asgi import DEADLINE, Call
 from tests.cluster.commanded import EVERYWHERE, WRITES, CommandedStore, Commands, Fault, every_error
 from tests.cluster.stage import Context, announce, ask, call, cancel, eventually, notification, say
+from tests.pace import unhurried
 
 pytestmark = pytest.mark.anyio
 
@@ -795,7 +796,7 @@ async def leaving_nothing(**options: Any) -> AsyncIterator[World]:
     errors = _Errors()
     logging.getLogger("nonstick").addHandler(errors)
     try:
-        async with World(max_stall=1.0, lease=1.0, **options) as world:
+        async with World(**{"max_stall": 1.0, "lease": 1.0, **options}) as world:
             at_rest = {node: len(node.services.tasks._running) for node in map(node_of, (world.a, world.b))}
             yield world
             for node, tasks in at_rest.items():
@@ -835,20 +836,20 @@ def chosen(cases: list[Case], seed: int) -> list[Case]:
 
 
 @some_or_every
-async def test_every_store_error_is_answered(every: bool) -> None:
+@unhurried("lease", 1.0, 4.0, 16.0)
+async def test_every_store_error_is_answered(every: bool, lease: float) -> None:
     """P9: no 500, nothing hangs, no end is lost, nothing is left behind, and then the session works."""
-    async with leaving_nothing() as world:
+    async with leaving_nothing(lease=lease) as world:
         cases = await cases_of(world, KINDS)
         print(f"seed {SEED}, of {len(cases)} cases")
         await play_all(world, cases if every else chosen(cases, SEED), KINDS)
 
 
 @some_or_every
-async def test_store_errors_beside_owner_are_answered(
-    every: bool,
-) -> None:
+@unhurried("lease", 1.0, 4.0, 16.0)
+async def test_store_errors_beside_owner_are_answered(every: bool, lease: float) -> None:
     """P7, P9: the same, with `placement="owner"`, from the other node."""
-    async with leaving_nothing(placement="owner") as world:
+    async with leaving_nothing(placement="owner", lease=lease) as world:
         cases = await cases_of(world, OWNED)
         print(f"seed {SEED}, of {len(cases)} cases")
         await play_all(world, cases if every else chosen(cases, SEED), OWNED)
@@ -1023,7 +1024,8 @@ async def test_every_drain_error_leaves_one_end(every: bool) -> None:
 
 
 @some_or_every
-async def test_every_node_error_is_an_outage(every: bool) -> None:
+@unhurried("idle", 3.0, 12.0, 48.0)
+async def test_every_node_error_is_an_outage(every: bool, idle: float) -> None:
     """P9: readiness says so; what is renewed is renewed the next time."""
 
     async def play(world: World, case: Case) -> None:
@@ -1047,4 +1049,4 @@ async def test_every_node_error_is_an_outage(every: bool) -> None:
         await hears.close()
 
     cases = cases_for("none", "ping", "touch")
-    await play_apart(cases if every else one_of_each(cases), play, session_idle_timeout=3.0)
+    await play_apart(cases if every else one_of_each(cases), play, session_idle_timeout=idle)
