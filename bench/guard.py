@@ -36,6 +36,9 @@ LIFETIME: Final = 1800.0
 REPEATS: Final = 5
 """Of what is counted inside the interpreter: the least is what the request alone costs."""
 
+ROUNDS: Final = 3
+"""Of so many requests each, for what they leave for the garbage collector: the least counts here too."""
+
 INITIALIZE: Final = {
     "jsonrpc": "2.0",
     "id": 0,
@@ -172,6 +175,10 @@ class Caller:
         )
 
     async def _garbage(self, message: dict[str, Any], session: str) -> int:
+        """The least of several rounds, as for what else is counted: what a node does in the background leaves some."""
+        return min([await self._garbage_of_one_round(message, session) for _ in range(ROUNDS)])
+
+    async def _garbage_of_one_round(self, message: dict[str, Any], session: str) -> int:
         gc.collect()
         gc.disable()
         try:
