@@ -20,16 +20,17 @@ from starlette.types import Receive
 from nonstick.core.event_ids import EventId
 from nonstick.core.events import Kind, body_of, draft, kind_of
 from nonstick.core.jsonrpc import error_body
-from nonstick.core.names import new_attempt, new_name
+from nonstick.core.names import new_attempt
 from nonstick.core.owners import Elsewhere, Where
 from nonstick.core.refusals import ANSWER_UNREAD, IN_DOUBT, NOT_FOUND, SESSION_ENDED, SHUT_DOWN, Refusal
 from nonstick.core.sse import sse_message
 from nonstick.errors import SessionNotFound, StoreUnavailable
+from nonstick.log.writer import once
 from nonstick.session import portable, tracing
 from nonstick.session.answer import Outcome
 from nonstick.session.live import LiveSession
 from nonstick.session.resumption import Resumption
-from nonstick.store import NEW_STREAM, Batch, Cursor, Draft, Event
+from nonstick.store import NEW_STREAM, Cursor, Draft, Event
 
 __all__ = ["Relay", "packed", "relay_notice"]
 
@@ -60,7 +61,7 @@ async def relay_notice(
     body = {"notification": notification, "http": packed(session, request), **_trace()}
     event = draft(Kind.NOTICE, pydantic_core.to_json(body))
     with await session.log.trimmer.hold(len(event.data)):
-        await session.log.append(Batch([event], writer=new_name(), sequence=1), patience=patience)
+        await session.log.append(once(event), patience=patience)
 
 
 def _trace() -> dict[str, Any]:
@@ -133,7 +134,7 @@ class Relay(Resumption):
             return await self._write(event)
 
     async def _write(self, event: Draft) -> bool:
-        batch = Batch([event], writer=new_name(), sequence=1, stream=NEW_STREAM, attempt=self._attempt)
+        batch = once(event, stream=NEW_STREAM, attempt=self._attempt)
         try:
             stream = (await self.session.log.append(batch, patience=_PATIENCE)).first
         except StoreUnavailable:

@@ -43,12 +43,13 @@ from nonstick.core.places import Search
 from nonstick.core.record import Record
 from nonstick.errors import Diverged, StoreError, StoreUnavailable
 from nonstick.log.follow import Slice, whole
+from nonstick.log.writer import once
 from nonstick.session import reader
 from nonstick.session.delivery import Delivery
 from nonstick.session.live import LiveSession
 from nonstick.session.outlet import Mark
 from nonstick.session.reader import Following, Reader
-from nonstick.store import MAX_READ, Appended, Batch, Cursor, Event, Skimmed
+from nonstick.store import MAX_READ, Appended, Cursor, Event, Skimmed
 
 __all__ = ["StandaloneConnection"]
 
@@ -350,7 +351,7 @@ class StandaloneConnection(Reader):
 
     async def _say(self, kind: Kind, body: dict[str, Any]) -> Appended:
         """Appends this to the session's log, as soon as the store can be reached."""
-        batch = Batch([draft(kind, pydantic_core.to_json(body))], writer=new_name(), sequence=1)
+        batch = once(draft(kind, pydantic_core.to_json(body)))
         return await self.until_answered(lambda: self.session.log.append(batch))
 
     async def _leave(self) -> None:
