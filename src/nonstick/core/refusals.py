@@ -207,54 +207,10 @@ NOT_RUNNING: Final = Reason(
 
 # ---- errors under a request's id
 
-CANCELLED_BY_CLIENT: Final = ErrorData(code=REQUEST_CANCELLED, message="Request cancelled")
-
-STREAM_LOST: Final = ErrorData(
-    code=INTERNAL_ERROR,
-    message="The stream of this request is no longer in the session store; its outcome is not known",
-    data={"reason": "stream_lost", "retrySafe": False},
-)
-
-SHUT_DOWN: Final = ErrorData(
-    code=INTERNAL_ERROR,
-    message="The server node that ran this request was shut down before it finished",
-    data={"reason": "node_shut_down", "retrySafe": False},
-)
-
-STATE_UNSAVED: Final = ErrorData(
-    code=INTERNAL_ERROR,
-    message="The request ran, but the session store could not be reached to save what it changed in the session",
-    data={"reason": "state_not_saved", "retrySafe": False},
-)
-
-NOT_RUN: Final = ErrorData(
-    code=INTERNAL_ERROR,
-    message="The request was not run: the session store could not be reached",
-    data={"reason": "store_unavailable", "retrySafe": True},
-)
-
-NEVER_OPENED: Final = ErrorData(code=INTERNAL_ERROR, message="The session took too long to open")
-
-FILLED_LOG: Final = ErrorData(code=INTERNAL_ERROR, message="The session's log is full; the request was ended")
-
-SESSION_ENDED: Final = ErrorData(code=INTERNAL_ERROR, message="The session ended before the request did")
-
-IN_DOUBT: Final = ErrorData(
-    code=INTERNAL_ERROR,
-    message="It is not known whether the request was run: the session store could not be reached",
-    data={"reason": "store_unavailable", "retrySafe": False},
-)
-
-ANSWER_UNREAD: Final = ErrorData(
-    code=INTERNAL_ERROR,
-    message="The answer of the node that runs this request could not be read",
-    data={"reason": "answer_unread", "retrySafe": False},
-)
-
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why streams end that no node runs any more."""
+    """Why a request ends without its answer."""
 
     message: str
     reason: str
@@ -263,6 +219,40 @@ class Failure:
         """What the client is told; `retry_safe`: it may make the request again."""
         data = {"reason": self.reason, "retrySafe": retry_safe}
         return ErrorData(code=INTERNAL_ERROR, message=self.message, data=data)
+
+
+CANCELLED_BY_CLIENT: Final = ErrorData(code=REQUEST_CANCELLED, message="Request cancelled")
+
+STREAM_LOST: Final = Failure(
+    "The stream of this request is no longer in the session store; its outcome is not known", "stream_lost"
+).error(retry_safe=False)
+
+SHUT_DOWN: Final = Failure(
+    "The server node that ran this request was shut down before it finished", "node_shut_down"
+).error(retry_safe=False)
+
+STATE_UNSAVED: Final = Failure(
+    "The request ran, but the session store could not be reached to save what it changed in the session",
+    "state_not_saved",
+).error(retry_safe=False)
+
+NOT_RUN: Final = Failure("The request was not run: the session store could not be reached", "store_unavailable").error(
+    retry_safe=True
+)
+
+NEVER_OPENED: Final = ErrorData(code=INTERNAL_ERROR, message="The session took too long to open")
+
+FILLED_LOG: Final = ErrorData(code=INTERNAL_ERROR, message="The session's log is full; the request was ended")
+
+SESSION_ENDED: Final = ErrorData(code=INTERNAL_ERROR, message="The session ended before the request did")
+
+IN_DOUBT: Final = Failure(
+    "It is not known whether the request was run: the session store could not be reached", "store_unavailable"
+).error(retry_safe=False)
+
+ANSWER_UNREAD: Final = Failure(
+    "The answer of the node that runs this request could not be read", "answer_unread"
+).error(retry_safe=False)
 
 
 NODE_LOST: Final = Failure("The server node that ran this request was lost before it finished", "node_lost")

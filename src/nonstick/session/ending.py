@@ -9,20 +9,26 @@ from mcp.shared.jsonrpc_dispatcher import handler_exception_to_error_data
 from mcp_types import INTERNAL_ERROR, ErrorData
 from pydantic_core import PydanticSerializationError
 
+from nonstick.core.refusals import Failure
+
 __all__ = ["CANCELLED", "EXITING", "INTERRUPTED", "INVALID_RESULT", "UNTOLD", "error_of"]
 
 _AS_THE_SDK: Final = 0
 """The code that the SDK gives, on this wire, to an exception that is not made for it."""
 
 
-def _ended(message: str, reason: str) -> ErrorData:
-    return ErrorData(code=INTERNAL_ERROR, message=message, data={"reason": reason, "retrySafe": False})
-
-
-CANCELLED: Final = _ended("The handler of this request was cancelled on the server", "handler_cancelled")
-EXITING: Final = _ended("The server node stops: the handler of this request told it to", "server_exit")
-INTERRUPTED: Final = _ended("The handler of this request was interrupted on the server", "handler_interrupted")
-UNTOLD: Final = _ended("The request ran, but its outcome could not be told", "outcome_not_told")
+CANCELLED: Final = Failure("The handler of this request was cancelled on the server", "handler_cancelled").error(
+    retry_safe=False
+)
+EXITING: Final = Failure("The server node stops: the handler of this request told it to", "server_exit").error(
+    retry_safe=False
+)
+INTERRUPTED: Final = Failure("The handler of this request was interrupted on the server", "handler_interrupted").error(
+    retry_safe=False
+)
+UNTOLD: Final = Failure("The request ran, but its outcome could not be told", "outcome_not_told").error(
+    retry_safe=False
+)
 INVALID_RESULT: Final = ErrorData(code=INTERNAL_ERROR, message="Handler returned an invalid result")
 _NO_TEXT: Final = ErrorData(code=_AS_THE_SDK, message="The handler raised an exception that cannot be shown")
 
