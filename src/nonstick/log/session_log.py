@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from functools import cached_property
 
+from nonstick.core.lazy import lazy
 from nonstick.core.retention import Amount
 from nonstick.errors import StoreUnavailable
 from nonstick.log.follow import Follower
@@ -30,7 +30,7 @@ class SessionLog:
         heard_at: When, by the monotonic clock, the session's client was last heard or seen at this node.
     """
 
-    # What the cached properties keep goes into a dictionary, which most never need.
+    # What the lazy attributes keep goes into a dictionary, which most never need.
     __slots__ = ("__dict__", "_events", "_here", "_size", "_store", "_trimming", "head", "heard_at", "key", "loaded_at")
 
     def __init__(self, store: GuardedStore, trimming: Trimming, key: str, here: str) -> None:
@@ -45,17 +45,17 @@ class SessionLog:
 
     # Most requests end before they need these.
 
-    @cached_property
+    @lazy
     def follower(self) -> Follower:
         """The one reader of the log on this node."""
         return Follower(self._store, self.key)
 
-    @cached_property
+    @lazy
     def trimmer(self) -> Trimmer:
         """Keeps the log within its bounds (P10)."""
         return Trimmer(self._trimming, self.key, Amount(self._size, self._events), end_lost=self._end_lost)
 
-    @cached_property
+    @lazy
     def sender(self) -> Sender:
         """This node's writer of the standalone stream."""
         return Sender(self.append)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable
-from functools import cached_property
 from typing import Self
 
 from mcp_types import RequestId
 from starlette.requests import Request
 
 from nonstick.core.jsonrpc import error_body
+from nonstick.core.lazy import lazy
 from nonstick.core.refusals import STREAM_LOST, Refusal
 from nonstick.core.requests import ANSWER, AnswerEvent, AnswerState
 from nonstick.core.sse import sse_frame, sse_message, sse_priming, sse_retry
@@ -52,7 +52,7 @@ class Answer:
         self._gave_id = False
         """The client has an event id of the stream, with which it can come back for the rest."""
 
-    @cached_property
+    @lazy
     def outlet(self) -> Outlet:
         """The stream's frames on their way to the client."""
         settings = self._services.settings

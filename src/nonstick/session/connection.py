@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack
-from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
 import anyio
@@ -16,6 +15,7 @@ from mcp_types.version import LATEST_HANDSHAKE_VERSION
 
 from nonstick.core.events import Kind, draft
 from nonstick.core.jsonrpc import notification_body
+from nonstick.core.lazy import lazy
 from nonstick.core.record import UNKNOWN, Record
 from nonstick.core.values import SessionState
 from nonstick.errors import SessionNotFound
@@ -106,7 +106,7 @@ class _HoldingStack(AsyncExitStack):
 class ConnectionState(SessionState):
     """`Connection.state`, and the lock that its changes take turns by."""
 
-    @cached_property
+    @lazy
     def changing(self) -> asyncio.Lock:
         """Held while state is saved or changed in a step of its own: what is being saved must not undo that."""
         return asyncio.Lock()

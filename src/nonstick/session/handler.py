@@ -8,13 +8,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from abc import ABC, abstractmethod
-from functools import cached_property
 from typing import Final
 
 import anyio
 import anyio.lowlevel
 from mcp_types import ErrorData
 
+from nonstick.core.lazy import lazy
 from nonstick.core.refusals import Refusal
 from nonstick.core.requests import HANDLER, LAST_WORD, HandlerEvent, HandlerState, LastWord
 from nonstick.errors import Fenced, SessionNotFound, StoreError, StreamClosed
@@ -46,7 +46,7 @@ class Handler(ABC):
     _services: Services
     _scope: anyio.CancelScope
 
-    @cached_property
+    @lazy
     def cancel_requested(self) -> anyio.Event:
         """Set when the client cancels the request."""
         return anyio.Event()

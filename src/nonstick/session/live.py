@@ -9,7 +9,6 @@ import asyncio
 from collections.abc import Coroutine, Mapping, Sequence
 from contextvars import Context, ContextVar
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Final, Protocol, TypeVar
 
 from mcp.server.connection import Connection
@@ -18,6 +17,7 @@ from mcp_types import CONNECTION_CLOSED, ErrorData
 from starlette.requests import Request
 
 from nonstick.core.events import Kind, body_of, decode
+from nonstick.core.lazy import lazy
 from nonstick.core.record import UNKNOWN, Record
 from nonstick.log.session_log import SessionLog
 from nonstick.session.backchannel import BackChannel
@@ -112,23 +112,23 @@ class LiveSession:
 
     # Most requests end before they need these.
 
-    @cached_property
+    @lazy
     def connection(self) -> Connection:
         """What the SDK's kernel, and handlers, know of the client."""
         return connect(self, self.id, self.state, self.record)
 
-    @cached_property
+    @lazy
     def runner(self) -> Runner:
         """What runs its requests and notifications."""
         return self.services.served.new_runner(self)
 
-    @cached_property
+    @lazy
     def inbox(self) -> Inbox[LiveSession]:
         """What the log brings."""
         services, spawn = self.services, self.services.tasks.spawn
         return Inbox(self, _HEEDED, Cancels(self.exchanges, services.store, self.log, spawn), spawn)
 
-    @cached_property
+    @lazy
     def backchannel(self) -> BackChannel:
         """Server requests and their replies."""
         timeout = self.services.settings.server_request_timeout
