@@ -13,13 +13,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import nonstick
 from bench.event_store import InMemoryEventStore
+from bench.opponents import MANY
 from bench.servers import lowlevel, mcpserver
 
 __all__ = ["app"]
 
 STORE = os.environ.get("BENCH_STORE", "")
-MANY = 1_000_000
-"""Sessions: no run comes to a limit."""
 
 
 def bare(client: redis.asyncio.Redis | None) -> ASGIApp:

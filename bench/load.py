@@ -68,6 +68,10 @@ class Wire(asyncio.Protocol):
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_exception(error or ConnectionError("the server closed the connection"))
 
+    @property
+    def is_open(self) -> bool:
+        return self._transport is not None and not self._transport.is_closing()
+
     def ask(self, request: bytes) -> asyncio.Future[Answer]:
         """Sends it; the answer is whole when the future is done."""
         assert self._transport is not None
@@ -114,6 +118,12 @@ class Worker:
     async def open(self) -> None:
         """Connects; does not open a session yet."""
         self._wires = [await Wire.open(port) for port in self._ports]
+
+    async def reconnect(self) -> None:
+        """Opens the connections again that the server has closed meanwhile: some servers wait for seconds only."""
+        self._wires = [
+            wire if wire.is_open else await Wire.open(port) for wire, port in zip(self._wires, self._ports, strict=True)
+        ]
 
     async def initialize(self) -> None:
         """Opens a session, if this era has them."""
@@ -205,6 +215,8 @@ class Load:
                     await worker.call(tool, arguments)
                 took.append(time.perf_counter() - begun)
 
+        for worker in self._workers:
+            await worker.reconnect()
         await asyncio.gather(*map(work, self._workers))
         return took
 

@@ -1,7 +1,7 @@
 """Who is measured: each opponent is a command, and what its clients have to speak.
 
 The Python ones are all served by the same uvicorn, with uvloop and httptools, one process a node, and import
-`bench.apps`, which builds the one that `BENCH_APP` names.
+`bench.apps`, which builds the one that `BENCH_APP` names. One is served by `nonstick serve` as it comes instead.
 """
 
 from __future__ import annotations
@@ -12,12 +12,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
-__all__ = ["OPPONENTS", "Opponent", "Speaks"]
+__all__ = ["MANY", "OPPONENTS", "SERVE", "Opponent", "Speaks"]
 
 Speaks = Literal["sessions", "none", "modern"]
 """`sessions`: the handshake era. `none`: the same without a session. `modern`: 2026-07-28."""
 
 StoreKind = Literal["", "memory", "sqlite", "valkey", "postgres"]
+
+SERVE: Final = "serve"
+"""As app: `nonstick serve` with its defaults, the access log and all."""
+
+MANY: Final = 1_000_000
+"""Sessions: no run comes to a limit."""
 
 TYPESCRIPT: Final = Path(__file__).parent / "typescript"
 
@@ -27,7 +33,8 @@ class Opponent:
     """One line of the tables.
 
     Attributes:
-        app: What `bench.apps` builds; "" for the TypeScript SDK.
+        app: What `bench.apps` builds; `SERVE` for what `nonstick serve` makes of the same server; "" for the
+            TypeScript SDK.
         store: What it needs a store for, if any.
         nodes: Processes that its requests are spread over.
         options: Environment of the app.
@@ -44,13 +51,19 @@ class Opponent:
         """Starts one of its processes."""
         if not self.app:
             return [node, str(TYPESCRIPT / "server.mjs")]
+        if self.app == SERVE:
+            serve = ["serve", "bench.servers:mcpserver", "--port", str(port), "--set", f"max_sessions={MANY}"]
+            return [sys.executable, "-m", "nonstick", *serve]
         # A short keep-alive would cut connections of a slow opponent's clients.
         options = ["--port", str(port), "--log-level", "warning", "--loop", "uvloop", "--http", "httptools"]
         options += ["--no-access-log", "--timeout-keep-alive", "600", "--timeout-graceful-shutdown", "1"]
         return [sys.executable, "-m", "uvicorn", "bench.apps:app", *options]
 
     def environment(self, port: int, url: str) -> dict[str, str]:
-        return {**os.environ, **self.options, "BENCH_APP": self.app, "BENCH_STORE": url, "BENCH_PORT": str(port)}
+        named = {"BENCH_APP": self.app, "BENCH_STORE": url, "BENCH_PORT": str(port)}
+        if self.app == SERVE:
+            named["NONSTICK_STORE"] = url
+        return {**os.environ, **self.options, **named}
 
 
 def _nonstick(store: StoreKind, nodes: int, kind: str = "mcpserver", **options: str) -> Opponent:
@@ -78,6 +91,7 @@ OPPONENTS: Final = {
         _nonstick("valkey", 1, "lowlevel"),
         _nonstick("valkey", 3, "lowlevel"),
         _nonstick("valkey", 3, answer="sse"),
+        Opponent("nonstick serve valkey, 1 node", SERVE, store="valkey"),
         Opponent("mcp, in memory", "mcp"),
         Opponent("mcp, in memory, JSON", "mcp-json"),
         Opponent("mcp, event store", "mcp-events"),
