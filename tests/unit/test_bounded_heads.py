@@ -65,3 +65,34 @@ async def test_slow_head_and_silence_are_abandoned(port: int, monkeypatch: pytes
         async with asyncio.timeout(60):
             assert await reader.read() == b""
         writer.close()
+
+
+async def test_head_behind_another_request_is_bounded(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """P10: it begins in the bytes that the request before it ends with. In time, and in size, which begins anew."""
+    whole = REQUEST + b"\r\n"
+    for more, answer in ((b"", b""), (b"x: " + b"y" * HEAD_BYTES, b"HTTP/1.1 431")):
+        monkeypatch.setattr("nonstick.protocols.bounded_heads.HEAD_SECONDS", 60.0 if more else 0.2)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(whole + REQUEST)
+        async with asyncio.timeout(60):
+            assert b"200 OK" in await reader.readuntil(b"ok")
+            writer.write(more)
+            assert await reader.read(12) == answer
+        writer.close()
+
+
+async def test_whole_heads_start_no_timer(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[BoundedHeads] = []
+    expect = BoundedHeads._expect
+
+    def counted(self: BoundedHeads) -> None:
+        begun.append(self)
+        expect(self)
+
+    monkeypatch.setattr(BoundedHeads, "_expect", counted)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    for _ in range(3):
+        writer.write(REQUEST + b"\r\n")
+        assert b"200 OK" in await reader.readuntil(b"ok")
+    assert len(begun) == 1  # of the connection, which was silent at first
+    writer.close()

@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Awaitable
 from typing import Any, Final
 
 from starlette.applications import Starlette
@@ -68,11 +69,14 @@ class DeferredApp:
                     raise
                 raise ConfigurationError(f"a setting given with --set cannot work: {error}") from error
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "lifespan":
-            assert self._app is not None
-            await self._app(scope, receive, send)
-            return
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        if scope["type"] == "lifespan":
+            return self._live(scope, receive, send)
+        assert self._app is not None
+        return self._app(scope, receive, send)
+
+    async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves the lifespan."""
         try:
             await self.prepare()
         except NonstickError as error:

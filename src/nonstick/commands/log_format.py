@@ -15,7 +15,17 @@ from typing import Any, Final, Literal, TextIO
 
 from nonstick.errors import without_text
 
-__all__ = ["LEVELS", "Format", "JSONFormatter", "TextFormatter", "configure", "gather", "set_node", "wants_colour"]
+__all__ = [
+    "LEVELS",
+    "Format",
+    "JSONFormatter",
+    "Lines",
+    "TextFormatter",
+    "configure",
+    "gather",
+    "set_node",
+    "wants_colour",
+]
 
 Format = Literal["text", "json"]
 
@@ -35,6 +45,8 @@ _OTHERS: Final = ("mcp", "fastmcp", "uvicorn", "asyncio")
 
 Of the first two a record's template is shown, and not what was to be put into it; of all, exceptions without text.
 """
+
+_quoted: Final = json.JSONEncoder(ensure_ascii=False).encode
 
 _STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 """Attributes that every record has, or that uvicorn adds for its own colours: not fields."""
@@ -56,11 +68,25 @@ class _Formatter(logging.Formatter):
     def __init__(self, node: str = "-") -> None:
         super().__init__()
         self.node = node
+        self._second = (-1, "")
+        """The last second that a record was of, and how it is written."""
 
-    def time(self, record: logging.LogRecord) -> str:
+    def time(self, created: float) -> str:
         """UTC, ISO 8601, milliseconds."""
-        whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        return f"{whole}.{int(record.created * 1000) % 1000:03d}Z"
+        second, whole = self._second
+        if second != int(created):
+            whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(created))
+            self._second = (int(created), whole)
+        return f"{whole}.{int(created * 1000) % 1000:03d}Z"
+
+    def access(self, created: float, level: str, client: str, method: str, path: str, status: int) -> str:
+        """What `format` makes of uvicorn's record of a request that has no fields but its own.
+
+        Args:
+            level: The record's `levelname`.
+            path: With its query.
+        """
+        raise NotImplementedError
 
     def fields(self, record: logging.LogRecord) -> dict[str, Any]:
         """What the caller passed as `extra=`, and the parts of an access line."""
@@ -109,7 +135,7 @@ class JSONFormatter(_Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
-            "time": self.time(record),
+            "time": self.time(record.created),
             "level": record.levelname.lower(),
             "node": self.node,
             "logger": record.name,
@@ -120,6 +146,13 @@ class JSONFormatter(_Formatter):
         for name, value in self.fields(record).items():
             line[f"{name}_" if name in line else name] = value
         return json.dumps(line, default=str, ensure_ascii=False)
+
+    def access(self, created: float, level: str, client: str, method: str, path: str, status: int) -> str:
+        return (
+            f'{{"time": "{self.time(created)}", "level": {_quoted(level.lower())}, "node": {_quoted(self.node)}, '
+            f'"logger": "uvicorn.access", "message": "request", "client": {_quoted(client)}, '
+            f'"method": {_quoted(method)}, "path": {_quoted(_without_query(path))}, "status": {status}}}'
+        )
 
 
 class TextFormatter(_Formatter):
@@ -133,22 +166,52 @@ class TextFormatter(_Formatter):
         self.colour = colour
 
     def format(self, record: logging.LogRecord) -> str:
-        level = f"{record.levelname:<7}"
-        if self.colour:
-            level = f"\x1b[{_COLOURS.get(record.levelname, '0')}m{level}\x1b[0m"
         fields = "".join(f" {name}={_value(value)}" for name, value in self.fields(record).items())
         # A message may quote what a client sent: it must not be able to begin a line.
         text, *rest = [row.translate(_ESCAPED) for row in self.text(record).rstrip("\n").split("\n")]
         rest += self.trace(record).splitlines()
-        line = f"{self.time(record)} {level} {self.node} {record.name}: {text}{fields}"
+        line = f"{self.time(record.created)} {self.level(record.levelname)} {self.node} {record.name}: {text}{fields}"
         return line + "".join(f"\n    {row}" for row in rest)
+
+    def access(self, created: float, level: str, client: str, method: str, path: str, status: int) -> str:
+        return (
+            f"{self.time(created)} {self.level(level)} {self.node} uvicorn.access: request client={_value(client)} "
+            f"method={_value(method)} path={_value(_without_query(path))} status={status}"
+        )
+
+    def level(self, name: str) -> str:
+        """A level's name as lines show it."""
+        shown = f"{name:<7}"
+        return f"\x1b[{_COLOURS.get(name, '0')}m{shown}\x1b[0m" if self.colour else shown
 
 
 def _value(value: object) -> str:
     text = str(value)
-    if text and text.isprintable() and not any(mark in text for mark in ' "='):
+    if text and text.isprintable() and " " not in text and '"' not in text and "=" not in text:
         return text
     return json.dumps(text, ensure_ascii=False).translate(_ESCAPED)
+
+
+class Lines(logging.StreamHandler[TextIO]):
+    """Our handler: each record is one write of one line, or of one with more below it."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it shows every record from INFO on, in one of our formats."""
+        return not self.filters and self.level <= logging.INFO and isinstance(self.formatter, _Formatter)
+
+    def write_access(self, client: str, method: str, path: str, status: int) -> None:
+        """Writes the line of a request, as for uvicorn's record of it; only while this `is_plain`."""
+        formatter = self.formatter
+        assert isinstance(formatter, _Formatter)
+        level = logging.getLevelName(logging.INFO)
+        line = formatter.access(time.time(), level, client, method, path, status) + self.terminator
+        self.acquire()
+        try:
+            self.stream.write(line)
+            self.stream.flush()
+        finally:
+            self.release()
 
 
 def wants_colour(stream: TextIO, environ: Mapping[str, str]) -> bool:
@@ -163,7 +226,7 @@ def configure(
 
     uvicorn's own loggers are included, so give uvicorn `log_config=None`.
     """
-    handler = logging.StreamHandler(stream if stream is not None else sys.stderr)
+    handler = Lines(stream if stream is not None else sys.stderr)
     handler.setFormatter(JSONFormatter(node) if style == "json" else TextFormatter(node, colour=colour))
     root = logging.getLogger()
     root.handlers[:] = [handler]

@@ -23,12 +23,12 @@ import uvicorn
 from uvicorn.supervisors import ChangeReload, Multiprocess
 
 from nonstick.commands import loading, log_format
+from nonstick.commands.access_log import Logged
 from nonstick.commands.application import PING_SECONDS, DeferredApp, complain
 from nonstick.commands.serve_options import DEFAULT_STORE, ServeOptions
 from nonstick.core.settings import Settings
 from nonstick.errors import ConfigurationError, StoreUnavailable, StoreUnusable
 from nonstick.node.drain import GONE_AFTER
-from nonstick.protocols import Draining
 from nonstick.store import Store
 from nonstick.stores import open_store
 from nonstick.stores.encrypted.keys import keys_from
@@ -95,7 +95,8 @@ def _uvicorn_options(options: ServeOptions) -> dict[str, Any]:
         "log_config": None,  # `log_format.configure` has been there
         "log_level": options.log_level,
         "lifespan": "on",
-        "http": Draining,
+        "http": Logged,
+        "interface": "asgi3",
         "loop": "nonstick.protocols:Loop",
         "timeout_graceful_shutdown": options.grace + _AFTER_GRACE,
     }

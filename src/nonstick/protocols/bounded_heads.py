@@ -7,7 +7,8 @@ fast protocol (httptools) does not.
 from __future__ import annotations
 
 import asyncio
-from typing import Final
+from collections.abc import Mapping
+from typing import Final, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -27,11 +28,15 @@ _ANSWER: Final = (
 
 
 class BoundedHeads(HttpToolsProtocol):
-    """uvicorn's protocol, which gives up on a head that is longer than `HEAD_BYTES` or takes `HEAD_SECONDS`."""
+    """uvicorn's protocol, which gives up on a head that is longer than `HEAD_BYTES` or takes `HEAD_SECONDS`.
+
+    Nothing is counted, and no timer runs, for a head that comes in one piece.
+    """
 
     _size = 0
-    _reading = False
     _timer: asyncio.TimerHandle | None = None
+    _begun: object = None
+    """The request whose head is not whole yet."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -43,28 +48,35 @@ class BoundedHeads(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self._reading:
-            self._size += len(data)
-            if self._size > HEAD_BYTES and not self.transport.is_closing():
-                if self.cycle is None or self.cycle.response_complete:
-                    self.transport.write(_ANSWER)
-                self.transport.close()
+        # A request has a scope from its first byte on, and a method in it once its head is whole.
+        scope = cast("Mapping[str, object] | None", self.scope)
+        if scope is None:
+            return
+        if "method" not in scope:
+            self._count(scope, len(data))
+        elif self._timer is not None:
+            self._arrived()
 
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._reading, self._size = True, 0
-        self._expect()
-
-    def on_headers_complete(self) -> None:
-        self._arrived()
-        super().on_headers_complete()
+    def _count(self, scope: object, size: int) -> None:
+        """A part of a head came, and not its end."""
+        if scope is not self._begun:
+            if self._begun is not None:
+                self._arrived()
+            self._begun, self._size = scope, 0
+        self._size += size
+        if self._size <= HEAD_BYTES or self.transport.is_closing():
+            self._expect()
+            return
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.write(_ANSWER)
+        self.transport.close()
 
     def _expect(self) -> None:
         if self._timer is None:
             self._timer = self.loop.call_later(HEAD_SECONDS, self._give_up)
 
     def _arrived(self) -> None:
-        self._reading = False
+        self._begun = None
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
