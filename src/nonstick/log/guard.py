@@ -46,7 +46,7 @@ from nonstick.store import (
     Store,
     Wake,
 )
-from nonstick.waiting.deadline import Deadline
+from nonstick.waiting.ends import End, Ends
 
 __all__ = ["LESS", "PATIENCE", "GuardedStore", "withheld"]
 
@@ -88,8 +88,7 @@ class GuardedStore:
         self.store = store
         self.patience = patience
         self._stack = AsyncExitStack()
-        self._pending: dict[Deadline, None] = {}
-        self._ends_at = math.inf
+        self._calls = Ends()
 
     @property
     def url(self) -> str:
@@ -103,19 +102,20 @@ class GuardedStore:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
     ) -> None:
         try:
-            async with asyncio.timeout(None if math.isinf(self._ends_at) else _CLOSING):
+            async with asyncio.timeout(None if math.isinf(self._calls.latest) else _CLOSING):
                 await self._stack.aclose()
         except TimeoutError:
             logger.warning("the connections to the store could not be closed in time")
+        finally:
+            self._calls.close()
 
     def end_at(self, time: float) -> None:
         """No call lasts longer, in the loop's time: the node is gone soon after."""
-        self._ends_at = time
+        self._calls.latest = time
 
     def end_pending(self) -> None:
         """Calls that are under way end now, with `StoreUnavailable`."""
-        for deadline in list(self._pending):
-            deadline.hasten()
+        self._calls.hasten()
 
     async def create(
         self, key: str, fields: Mapping[str, bytes], *, lifetime: float, limits: Mapping[str, int] | None = None
@@ -137,8 +137,18 @@ class GuardedStore:
         await self._until(create, self.patience, (AlreadyExists, TooManySessions) if limits else (AlreadyExists,))
 
     async def load(self, key: str, *, patience: float | None = None, renew: bool = True) -> Loaded:
+        # As `_until`, without its frames: every request loads.
         patience = self.patience if patience is None else patience
-        return await self._until(lambda: self.store.load(key, renew=renew), patience, _GONE)
+        call = End(self._calls, patience)
+        try:
+            loaded = await self.store.load(key, renew=renew)
+        except BaseException as error:
+            if not self._is_to_be_repeated(error, call, patience, _GONE):
+                raise
+        else:
+            call.leave()
+            return loaded
+        return await self._until(lambda: self.store.load(key, renew=renew), patience, _GONE, failed=call)
 
     async def update(
         self,
@@ -162,8 +172,18 @@ class GuardedStore:
         return await self._until(lambda: self.store.delete(key), self.patience, _NONE)
 
     async def append(self, key: str, batch: Batch, *, patience: float | None = None) -> Appended:
+        # As `_until`, without its frames: every message is appended.
         patience = self.patience if patience is None else patience
-        return await self._until(lambda: self.store.append(key, batch), patience, batch)
+        call = End(self._calls, patience)
+        try:
+            appended = await self.store.append(key, batch)
+        except BaseException as error:
+            if not self._is_to_be_repeated(error, call, patience, batch):
+                raise
+        else:
+            call.leave()
+            return appended
+        return await self._until(lambda: self.store.append(key, batch), patience, batch, failed=call)
 
     async def read(self, key: str, after: Cursor, *, limit: int = 256, max_bytes: int = MAX_READ_BYTES) -> list[Event]:
         """As `Store.read`. What failed is repeated for less: it may have been too much to be answered in time (P10)."""
@@ -220,37 +240,58 @@ class GuardedStore:
     async def ping(self) -> None:
         await self._until(self.store.ping, self.patience, _NONE)
 
-    async def _until(self, call: Callable[[], Awaitable[T]], patience: float, answers: _Answers | Batch) -> T:
-        loop = asyncio.get_running_loop()
-        end = loop.time() + patience
-        if end > self._ends_at:
-            end = self._ends_at
+    async def _until(
+        self, call: Callable[[], Awaitable[T]], patience: float, answers: _Answers | Batch, *, failed: End | None = None
+    ) -> T:
+        """What the call answers, which is repeated until then.
+
+        Args:
+            answers: Errors that it may raise.
+            failed: The end of a first try, which was made already and is to be repeated.
+        """
         pause = _FIRST_PAUSE
+        end = failed
         while True:
-            deadline = Deadline(end - loop.time())
+            if end is not None:
+                await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311
+                pause = min(pause * 2, _LONGEST_PAUSE)
+                end = end.again()
+            else:
+                end = End(self._calls, patience)
             try:
-                with deadline:
-                    self._pending[deadline] = None
-                    try:
-                        return await call()
-                    finally:
-                        del self._pending[deadline]
-            except TimeoutError:
-                raise StoreUnavailable(f"the store did not answer within {patience:g} s") from None
-            except (StoreUnusable, Undecryptable):
-                raise  # it would be so again
-            except ConfigurationError as error:
-                raise StoreUnusable(str(error)) from error
-            except StoreUnavailable:
-                if loop.time() + pause >= end:
+                answer = await call()
+            except BaseException as error:
+                if not self._is_to_be_repeated(error, end, patience, answers, pause):
                     raise
-            except StoreError as error:
-                if isinstance(error, _answers_to(answers) if isinstance(answers, Batch) else answers):
-                    raise
-                _report(error)
-                raise StoreUnavailable(f"the store raised {type(error).__name__}, which it may not here") from None
-            await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311
-            pause = min(pause * 2, _LONGEST_PAUSE)
+            else:
+                end.leave()
+                return answer
+
+    def _is_to_be_repeated(
+        self,
+        error: BaseException,
+        call: End,
+        patience: float,
+        answers: _Answers | Batch,
+        pause: float = _FIRST_PAUSE,
+    ) -> bool:
+        """Whether a call that failed is to be repeated after a pause; if not, the caller gets this error.
+
+        Raises:
+            StoreUnavailable: The caller gets that in place of the error.
+        """
+        if call.passed(error) or isinstance(error, TimeoutError):
+            raise StoreUnavailable(f"the store did not answer within {patience:g} s") from None
+        if isinstance(error, ConfigurationError):
+            raise StoreUnusable(str(error)) from error
+        if not isinstance(error, StoreError) or isinstance(error, StoreUnusable | Undecryptable):
+            return False  # of the latter: it would be so again
+        if isinstance(error, StoreUnavailable):
+            return call.has_time(pause)
+        if isinstance(error, _answers_to(answers) if isinstance(answers, Batch) else answers):
+            return False
+        _report(error)
+        raise StoreUnavailable(f"the store raised {type(error).__name__}, which it may not here") from None
 
 
 def _less(most: int) -> Iterator[int]:

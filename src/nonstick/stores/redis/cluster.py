@@ -78,6 +78,8 @@ class ClusterServers:
     The table of owners is only a guess: a member that does not own a slot any more says so, and is believed.
     """
 
+    only: Server | None = None
+
     def __init__(self, deployment: Deployment, limits: Limits) -> None:
         self.on_switch: Callable[[], None] = lambda: None
         self._deployment = deployment

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from nonstick.store import Batch, Cursor, Event, Loaded, News
 from nonstick.stores.redis.sockets import Arg
 
 __all__ = ["batch_arguments", "flat", "groups_in", "loaded_from", "milliseconds", "news_in", "position_of", "split"]
+
+_NO_HEAD: Final = Cursor(0)
+_NO_CANCELS: Final[frozenset[str]] = frozenset()
 
 
 def milliseconds(seconds: float) -> int:
@@ -61,21 +64,42 @@ def position_of(entry: bytes) -> int:
     return int(entry[2:])
 
 
+_FIELDS: Final[Mapping[bytes, str]] = {
+    b"f" + name.encode(): name
+    for name in (
+        "v",
+        "protocol",
+        "client",
+        "principal",
+        "heard",
+        "initialized",
+        "unconfirmed",
+        "owner",
+        "level",
+        "changed",
+    )
+}
+"""Fields that many records have, by their names in the store: they need not be decoded each time."""
+
+
 def loaded_from(now: int, pairs: list[bytes]) -> Loaded:
     """The record as shared.lua describes it. What a newer version may have added is passed over (P12)."""
     fields: dict[str, bytes] = {}
-    head, size, count = Cursor(0), 0, 0
-    cancels: list[str] = []
-    for name, value in zip(pairs[::2], pairs[1::2], strict=True):
-        if name[:1] == b"f":
-            fields[name[1:].decode()] = value
+    head, size, count = _NO_HEAD, 0, 0
+    cancels = _NO_CANCELS
+    parts = iter(pairs)
+    for name, value in zip(parts, parts, strict=True):
+        if (known := _FIELDS.get(name)) is not None:
+            fields[known] = value
         elif name == b"#h":
             position, *books, tag = value.split(b" ", 3)
             head = Cursor(int(position), tag)
             size, count = map(int, books)
+        elif name[:1] == b"f":
+            fields[name[1:].decode()] = value
         elif name[:2] == b"#c" and int(value) > now:
-            cancels.append(name[2:].decode())
-    return Loaded(fields, head, frozenset(cancels), size, count)
+            cancels |= {name[2:].decode()}
+    return Loaded(fields, head, cancels, size, count)
 
 
 def news_in(message: bytes) -> News | None:

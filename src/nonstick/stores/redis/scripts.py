@@ -132,7 +132,17 @@ class Scripts:
         stem = f"{self._prefix}:{{{key}}}:"
         names = (stem + "r", stem + "w", stem + "l")
         confirmed = replicated and self._replicated
-        answer = await self._evaluate(script, names, args, replicated=confirmed)
+        server = None if confirmed else self._servers.only
+        if server is None:
+            answer = await self._evaluate(script, names, args, replicated=confirmed)
+        else:
+            # As `_evaluate`, without its frames: every request comes by here.
+            openings = server.openings
+            try:
+                reply = await server.call(("EVALSHA", script[self._on_cluster].sha, 3, *names, *args))
+                answer = reply, server, openings
+            except ScriptMissing:
+                answer = await self._evaluate(script, names, args)
         reply = answer[0]
         if (
             (type(reply) is bytes and reply in _REFUSALS)

@@ -95,18 +95,18 @@ class SentinelServers:
         self._named: Address | None = None
         self._current: Address | None = None
         # The address is for messages only.
-        self._server = Server(deployment.seeds[0], limits, open=self._open)
+        self.only = Server(deployment.seeds[0], limits, open=self._open)
         self._warned = False
         self._looking: asyncio.Task[None] | None = None
         self._look_again = False
         self._listeners = [self._listener(seed) for seed in deployment.seeds] if listen else []
 
     async def ask(self, key: str, *args: Arg, replicated: bool = False) -> Answer:
-        server, openings = self._server, self._server.openings
+        server, openings = self.only, self.only.openings
         return await server.call(args, replicated=replicated), server, openings
 
     async def call(self, key: str, *args: Arg, replicated: bool = False) -> Any:
-        return await self._server.call(args, replicated=replicated)
+        return await self.only.call(args, replicated=replicated)
 
     async def is_owner(self, key: str, server: Server) -> bool:
         """Asks the Sentinels. Most have to answer: a few may have been cut off, and not know of a failover."""
@@ -129,15 +129,15 @@ class SentinelServers:
         return (stem,)
 
     async def each(self) -> list[tuple[Address, Callable[..., Awaitable[Any]]]]:
-        await self._server.call(("PING",))
-        return [(self._current or self._server.address, lambda *args: self._server.call(args))]
+        await self.only.call(("PING",))
+        return [(self._current or self.only.address, lambda *args: self.only.call(args))]
 
     async def close(self) -> None:
         await asyncio.gather(*(listener.close() for listener in self._listeners))
         if self._looking is not None:
             self._looking.cancel()
             await asyncio.wait([self._looking])
-        await self._server.close()
+        await self.only.close()
 
     # ---- finding it
 
@@ -150,7 +150,7 @@ class SentinelServers:
             timeout=self._limits.connect_timeout,
             check=lambda socket: self._check(socket, address),
         )
-        self._current, self._server.place = address, address.place
+        self._current, self.only.place = address, address.place
         return socket
 
     async def _check(self, socket: Socket, address: Address) -> None:
@@ -170,7 +170,7 @@ class SentinelServers:
         if self._current is not None and self._current != address:
             logger.warning("%s: the primary is now %s", self._deployment.url, address.place)
             self._current = None
-            self._server.reopen("another server is the primary now")
+            self.only.reopen("another server is the primary now")
             self.on_switch()
         return address
 

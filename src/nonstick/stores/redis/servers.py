@@ -58,6 +58,11 @@ class Servers(Protocol):
     on_switch: Callable[[], None]
     """Called when another server has become the primary, where that is told."""
 
+    @property
+    def only(self) -> Server | None:
+        """The one that has every key; None where it depends on the key."""
+        ...
+
     async def ask(self, key: str, *args: Arg, replicated: bool = False) -> Answer:
         """The reply to a command about this key, and which server has given it.
 
@@ -195,17 +200,17 @@ class SingleServer:
 
     def __init__(self, address: Address, limits: Limits) -> None:
         self.on_switch: Callable[[], None] = lambda: None
+        self.only = Server(address, limits)
         self._address = address
         self._limits = limits
-        self._server = Server(address, limits)
 
     async def ask(self, key: str, *args: Arg, replicated: bool = False) -> Answer:
-        server, openings = self._server, self._server.openings
+        server, openings = self.only, self.only.openings
         return await server.call(args, replicated=replicated), server, openings
 
     async def call(self, key: str, *args: Arg, replicated: bool = False) -> Any:
         try:
-            return await self._server.call(args, replicated=replicated)
+            return await self.only.call(args, replicated=replicated)
         except Redirected as error:
             raise StoreUnusable(str(error)) from None
 
@@ -226,10 +231,10 @@ class SingleServer:
         return (stem,)
 
     async def each(self) -> list[tuple[Address, Callable[..., Awaitable[Any]]]]:
-        return [(self._address, lambda *args: self._server.call(args))]
+        return [(self._address, lambda *args: self.only.call(args))]
 
     async def close(self) -> None:
-        await self._server.close()
+        await self.only.close()
 
 
 async def write_anywhere(servers: Servers, stem: str) -> None:
