@@ -28,8 +28,9 @@ from nonstick.stores.memory import MemoryStore
 from nonstick.testing.cluster import HEADERS, Cluster, Member, Session
 from tests.cluster.conftest import MakeStore, one
 from tests.cluster.raw import Raw, send
-from tests.cluster.servers import call, error, messages, opening, request
+from tests.cluster.servers import call, error, eventually, messages, opening, request
 from tests.cluster.sse import getting, posting
+from tests.cluster.stage import node_of
 
 pytestmark = [
     pytest.mark.anyio,
@@ -245,6 +246,19 @@ async def test_another_principal_gets_ordinary_404(cluster: Cluster, bearer: Bea
                 raw = Raw("", method=method, session="none", headers={**HEADERS, **intruder.headers, **more})
                 assert _same(await send(member.client, member.url, raw, {}), unknown)
         assert (await member.post(call("echo", text="x"), session)).status_code == 200
+
+
+@pytest.mark.parametrize("provider", ["sdk"], indirect=True)  # FastMCP puts something into each session's state
+async def test_parked_view_is_principals_alone(cluster: Cluster, bearer: Bearer) -> None:
+    """P1: what the node kept of a session for its next request is for nobody else's."""
+    session = await cluster[0].open(authorization=bearer("ada-1"))
+    intruder, key = as_(session, bearer(others()[0])), session_key(session.id)
+    node = node_of(cluster[1])
+    for _ in range(2):
+        assert (await cluster[1].post(call("echo", text="x"), session)).status_code == 200
+        await eventually(lambda: key in node.sessions.parked)
+        assert (await cluster[1].post(call("echo", text="x"), intruder)).status_code == 404
+        assert key not in node.sessions
 
 
 def _same(one_response: httpx2.Response, other: httpx2.Response) -> bool:

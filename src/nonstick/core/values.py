@@ -58,6 +58,11 @@ class SessionState(dict[str, Any]):
         # A copy, and a pickle of a user's own, is a plain dict: it is nobody's session state any more.
         return dict, (dict(self),)
 
+    @property
+    def is_new(self) -> bool:
+        """Nothing is in it, and nothing of it was ever loaded, saved or kept."""
+        return not (self or self._saved or self._version) and len(vars(self)) == _OWN_ATTRIBUTES
+
     def refresh(self, stored: Mapping[str, bytes], version: int = 0) -> None:
         """Takes over what another node saved since; what was changed here and is not saved yet stays.
 
@@ -148,6 +153,9 @@ class SessionState(dict[str, Any]):
             return self._saved.get(key) != to_json(key, value)
         except StateNotJSON:
             return True
+
+
+_OWN_ATTRIBUTES: Final = len(vars(SessionState()))
 
 
 def check_size(fields: Mapping[str, bytes], changes: Mapping[str, bytes | None], limit: float) -> None:

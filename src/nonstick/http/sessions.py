@@ -11,7 +11,6 @@ from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from nonstick.core.principals import principal_of
-from nonstick.core.record import Record
 from nonstick.core.refusals import NO_ID, NO_SUCH_METHOD, NOT_FOUND, STORE_UNAVAILABLE, Refusal
 from nonstick.errors import SessionNotFound, StoreUnavailable
 from nonstick.http.endpoint import Endpoint
@@ -104,8 +103,14 @@ class Sessions:
         elif request.method == "GET":
             self._node.listeners.check(principal)
         sent_once = isinstance(message, JSONRPCNotification | JSONRPCResponse | JSONRPCError)
-        loaded = await self._node.services.store.load(key, patience=PATIENCE_FOR_WHAT_COMES_ONCE if sent_once else None)
-        record = Record.from_fields(loaded.fields)
+        try:
+            loaded = await self._node.services.store.load(
+                key, patience=PATIENCE_FOR_WHAT_COMES_ONCE if sent_once else None
+            )
+        except SessionNotFound:
+            self._node.sessions.forget_parked(key)
+            raise
+        record = self._node.sessions.decode(key, loaded.fields)
         if record.principal != principal:
             logger.warning("session %s: refused a request of another principal", key[:12])
             raise SessionNotFound
@@ -118,6 +123,7 @@ class Sessions:
         elif request.method == "GET":
             check_accepts_stream(request.scope)
             session = self._node.hydrate(session_id, key, loaded, record)
+            session.loaded = None
             # A stream may be open for hours, and there are thousands.
             del loaded, record
             await serve_stream(session, self._node, request, receive, send, headers)
@@ -128,6 +134,7 @@ class Sessions:
 
     async def _delete(self, key: str, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
         await self._node.services.store.delete(key)
+        self._node.sessions.forget_parked(key)
         if (session := self._node.sessions.get(key)) is not None:
             session.end_soon()
         await send_body(send, 200, b"", [*headers, JSON_TYPE])

@@ -37,6 +37,7 @@ from nonstick.session.live import LiveSession
 from nonstick.session.quotas import Quota, QuotaOfEach
 from nonstick.session.renewal import Renewal
 from nonstick.session.services import Reading, Served, Services
+from nonstick.session.views import SessionViews
 from nonstick.store import Loaded
 from nonstick.waiting.tasks import Exit, Tasks
 
@@ -91,7 +92,7 @@ class Node:
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.name = settings.node_name or os.environ.get("NONSTICK_NODE") or f"{socket.gethostname()}-{os.getpid()}"
-        self.sessions: dict[str, LiveSession] = {}
+        self.sessions = SessionViews()
         readers: set[Reading] = set()
         tasks = Tasks(self.exit)
         self._drain = Drain(store, settings, tasks, self.sessions, readers, guests)
@@ -130,10 +131,10 @@ class Node:
 
     def hydrate(self, session_id: str, key: str, loaded: Loaded, record: Record) -> LiveSession:
         """This node's view of a stored session: the one that is there, brought up to date, or a new one (P2)."""
-        session = self.sessions.get(key)
+        session = self.sessions.take(key, loaded, record)
         if session is None:
             session = self.sessions[key] = LiveSession(self.services, session_id, key)
-        session.refresh(loaded, record)
+            session.refresh(loaded, record)
         return session
 
     async def __aenter__(self) -> Self:
@@ -186,6 +187,7 @@ class Node:
             await asyncio.sleep(period)
             if not unconfirmed:
                 INTRODUCTIONS.age()
+                self.sessions.age()
             keys = self._renewal.due(unconfirmed=unconfirmed)
             late = False
             try:

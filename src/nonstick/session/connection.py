@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, AsyncExitStack
-from typing import Any, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import anyio
 from mcp.server.connection import Connection
@@ -23,7 +23,7 @@ from nonstick.session.backchannel import BackChannel
 from nonstick.store import Draft
 from nonstick.waiting.tasks import Tasks
 
-__all__ = ["ConnectionState", "Speaker", "clean_up", "connect", "introduce"]
+__all__ = ["ConnectionState", "Speaker", "clean_up", "connect", "introduce", "is_introduced"]
 
 T = TypeVar("T")
 
@@ -129,6 +129,29 @@ def introduce(connection: Connection, record: Record) -> None:
         connection.client_params = record.client_params
     if record.initialized and not connection.initialized.is_set():
         connection.initialized.set()
+
+
+_ATTRIBUTES: Final = vars(Connection.from_envelope(LATEST_HANDSHAKE_VERSION, None, None)).keys()
+"""That the SDK gives to every connection."""
+
+
+def is_introduced(connection: Connection, record: Record, session_id: str, state: SessionState) -> bool:
+    """Whether the connection is as `connect` makes it for this record: nobody has put anything else there.
+
+    But for `initialized`, of which the record may not have heard yet.
+    """
+    stack, client = connection.exit_stack, record.client_params
+    return (
+        vars(connection).keys() == _ATTRIBUTES
+        and connection.client_params is client
+        and connection.client_capabilities is client.capabilities
+        and connection.protocol_version == record.protocol_version
+        and connection.state is state
+        and type(stack) is _HoldingStack
+        and not stack.holds
+        and type(connection.outbound) is _Standalone
+        and connection.session_id is session_id
+    )
 
 
 async def clean_up(connection: Connection, tasks: Tasks) -> None:

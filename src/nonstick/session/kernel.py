@@ -37,6 +37,8 @@ class KernelRunner:
         lifespan_state: What the server's lifespan yielded.
     """
 
+    keeps_nothing = True
+
     def __init__(self, server: Server[Any], lifespan_state: Any, session: LiveSession) -> None:
         self._session = session
         self._kernel: ServerRunner[Any] = ServerRunner(server, session.connection, lifespan_state)

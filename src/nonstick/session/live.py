@@ -22,7 +22,7 @@ from nonstick.core.record import UNKNOWN, Record
 from nonstick.log.session_log import SessionLog
 from nonstick.session.backchannel import BackChannel
 from nonstick.session.cancels import Cancels
-from nonstick.session.connection import ConnectionState, clean_up, connect, introduce
+from nonstick.session.connection import ConnectionState, clean_up, connect, introduce, is_introduced
 from nonstick.session.inbox import Handlers, Inbox
 from nonstick.session.runner import Runner
 from nonstick.session.running import Running
@@ -32,6 +32,9 @@ from nonstick.store import Cursor, Draft, Event, Loaded
 __all__ = ["BeforeOpen", "LiveSession", "Pin", "current_connection", "current_session"]
 
 T = TypeVar("T")
+
+_LONGEST_KEPT: Final = 1536
+"""Bytes of a record's values that are kept beside what they say."""
 
 _LOG_LEVELS: Final = ("debug", "info", "notice", "warning", "error", "critical", "alert", "emergency")
 
@@ -85,6 +88,8 @@ class LiveSession:
 
     Attributes:
         record: What the store last said of it, and what became of that here.
+        loaded: The fields of its record as they were loaded last, and what they say; None if they are many, or it was
+            not loaded.
         state: The values of `Connection.state` that are stored.
         exchanges: The requests that run here, by the keys of their ids.
         notices: The handlers of notifications that run here.
@@ -96,6 +101,7 @@ class LiveSession:
     # Defaults are class attributes, not set in `__init__`: most sessions never change them, and thousands may be open.
 
     record: Record = UNKNOWN
+    loaded: tuple[dict[str, bytes], Record] | None = None
     opening: BeforeOpen | None = None
     ended = False
     users = 0
@@ -140,11 +146,23 @@ class LiveSession:
 
     def refresh(self, loaded: Loaded, record: Record) -> None:
         """Takes over what the store knows: other nodes may have changed it since."""
-        self.record = record
+        self._keep(loaded.fields, record)
         if "connection" in vars(self):
             introduce(self.connection, record)
         self.state.refresh(record.state, record.changes)
         self.log.refresh(loaded)
+
+    def begin(self, fields: dict[str, bytes]) -> None:
+        """It is in the store now, with these fields, and lives here."""
+        record = Record.from_fields(fields)
+        self._keep(fields, record)
+        introduce(self.connection, record)
+        self.services.views[self.key] = self
+
+    def _keep(self, fields: dict[str, bytes], record: Record) -> None:
+        self.record = record
+        if self.loaded is None or self.loaded[1] is not record:
+            self.loaded = (fields, record) if sum(map(len, fields.values())) <= _LONGEST_KEPT else None
 
     def note(self, **changes: Any) -> None:
         """The record has these values now. What runs here goes by them."""
@@ -176,7 +194,8 @@ class LiveSession:
             # Its clean-up is owed, here, when the session ends anywhere.
             self.inbox.stay_open()
             return
-        self.evict()
+        if not self.services.views.park(self):
+            self.evict()
 
     def spawn(self, work: Coroutine[Any, Any, T], context: Context | None = None) -> asyncio.Task[T]:
         """Runs this in the background, and keeps the session's view until it ends. `context` as in `Tasks.spawn`."""
@@ -195,15 +214,41 @@ class LiveSession:
 
     def evict(self) -> None:
         """Forgets this view; the session lives on in the store."""
-        views, own = self.services.views, vars(self)
-        if views.get(self.key) is self:
-            del views[self.key]
-        if (inbox := own.get("inbox")) is not None:
+        self.services.views.forget(self)
+        if (inbox := vars(self).get("inbox")) is not None:
             inbox.stop()
         if not self.users:  # else the end came while handlers run, and the last of them does it
-            # Parts what refers to each other: each request would leave it to the garbage collector.
-            for name in ("runner", "connection", "backchannel", "inbox"):
-                own.pop(name, None)
+            self.part()
+
+    def part(self) -> None:
+        """Parts what refers to each other: each request would leave it to the garbage collector."""
+        own = vars(self)
+        for name in ("runner", "connection", "backchannel", "inbox"):
+            own.pop(name, None)
+
+    def is_as_recorded(self) -> bool:
+        """Whether a view that is made from the record alone would be the same: nothing is kept here, or waits.
+
+        Then nobody can tell whether a request gets this view or another one.
+        """
+        own, state = vars(self), self.state
+        runner: Runner | None = own.get("runner")
+        connection: Connection | None = own.get("connection")
+        return (
+            connection is not None
+            and self.loaded is not None
+            and not (self.users or self.ended or self.exchanges)
+            and self.pin is None
+            and self.opening is None
+            and self.record.owner is None
+            and "inbox" not in own
+            and "backchannel" not in own
+            and self.log.is_at_rest
+            and state.is_new
+            and not self.record.state
+            and (runner is None or getattr(runner, "keeps_nothing", False))
+            and is_introduced(connection, self.record, self.id, state)
+        )
 
     # ---- its end
 
@@ -212,9 +257,7 @@ class LiveSession:
         if self.ended:
             return
         self.ended = True
-        views = self.services.views
-        if views.get(self.key) is self:
-            del views[self.key]
+        self.services.views.forget(self)
         self.log.follower.end()
         self._unpin()
         for exchange in list(self.exchanges.values()):

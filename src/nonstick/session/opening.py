@@ -10,7 +10,7 @@ from starlette.requests import Request
 
 from nonstick.core.event_ids import cursor_text
 from nonstick.core.events import Kind, draft
-from nonstick.core.record import UNCONFIRMED, Record, opening_fields
+from nonstick.core.record import UNCONFIRMED, opening_fields
 from nonstick.core.refusals import (
     NEVER_OPENED,
     NOT_FOUND,
@@ -133,8 +133,7 @@ class Opening(Exchange):
                 return Refusal(NOT_OPENED)
             # The task before this one made it, and was cancelled before it heard so.
         self.is_visible = True
-        session.record = Record.from_fields(fields)
-        session.services.views[session.key] = session
+        session.begin(fields)
         session.state.saved(state)
         session.services.owners.opened(session.key)
         return None

@@ -72,8 +72,9 @@ class Runner(Protocol):
     """Runs one session's requests and notifications, on the node that they came to.
 
     There is one for each live view of a session, so that what it must not forget between two requests belongs into the
-    session state. It is called for `initialize` like for any request; the version, the capabilities and all else that
-    the client is told there are its to say.
+    session state. One whose attribute `keeps_nothing` is true may also run a later request, after nothing of the
+    session ran here for a while. A runner is called for `initialize` like for any request; the version, the
+    capabilities and all else that the client is told there are its to say.
     """
 
     def on_request(self, call: Call, /) -> Awaitable[Mapping[str, Any] | bytes]:

@@ -38,7 +38,13 @@ class Views(Protocol):
 
     def __setitem__(self, key: str, view: Any, /) -> None: ...
 
-    def __delitem__(self, key: str, /) -> None: ...
+    def forget(self, view: Any, /) -> None:
+        """This view is none of a session that lives here any more."""
+        ...
+
+    def park(self, view: Any, /) -> bool:
+        """Keeps this view, in which nothing runs, for the session's next request, if it may be kept. Whether it was."""
+        ...
 
 
 class Reading(Protocol):
