@@ -77,9 +77,9 @@ class Placement:
         Raises:
             Refusal: The node that held it is gone, and the session with it.
         """
-        owner = owner_in(loaded.fields)
-        if owner is None and not self._owns:
+        if not self._owns and OWNER not in loaded.fields:
             return HERE
+        owner = owner_in(loaded.fields)
         held = self.held.get(session.key)
         found = find(owner, here=self._services.node_id, ready=None if held is None else held.ready)
         if found.looks and held is not None:

@@ -55,7 +55,7 @@ class SessionViews(dict[str, LiveSession]):
                 return None
             # Something that began in it may have gone on, and the record may be an older one than it was.
             is_as_recorded = view.is_as_recorded() and loaded.head >= view.log.head
-            if not is_as_recorded or (view.connection.initialized.is_set() and not record.initialized):
+            if not is_as_recorded or (not record.initialized and view.connection.initialized.is_set()):
                 _drop(view)
                 return None
             self[key] = view

@@ -21,15 +21,17 @@ class Ends:
 
     Attributes:
         latest: No end that is set from now on is later, in the loop's time.
+        under_way: Ends that have been set, and not left.
+        look_at: When somebody looks next for ends that have come.
     """
 
-    __slots__ = ("_look_at", "_timer", "latest", "under_way")
+    __slots__ = ("_timer", "latest", "look_at", "under_way")
 
     def __init__(self) -> None:
         self.latest = math.inf
         self.under_way: dict[End, None] = {}
         self._timer: asyncio.TimerHandle | None = None
-        self._look_at = math.inf
+        self.look_at = math.inf
 
     def hasten(self) -> None:
         """What is under way ends now. Called from a task in which nothing of it is."""
@@ -40,22 +42,16 @@ class Ends:
         """Nothing is under way any more."""
         if self._timer is not None:
             self._timer.cancel()
-            self._timer, self._look_at = None, math.inf
+            self._timer, self.look_at = None, math.inf
 
-    def begun(self, end: End, now: float) -> None:
-        """This is under way from now on."""
-        self.under_way[end] = None
-        if end.at < self._look_at:
-            self._look(now, at=end.at)
-
-    def _look(self, now: float, *, at: float) -> None:
+    def look(self, now: float, *, at: float) -> None:
         """Sees to it that somebody looks at that time, and not before."""
         self.close()
-        self._look_at = at
+        self.look_at = at
         self._timer = background.later(at - now, self._end_late)
 
     def _end_late(self) -> None:
-        self._timer, self._look_at = None, math.inf
+        self._timer, self.look_at = None, math.inf
         now, nearest = asyncio.get_running_loop().time(), math.inf
         for end in self.under_way:
             if end.at - now <= _RESOLUTION:
@@ -63,7 +59,7 @@ class Ends:
             elif end.at < nearest:
                 nearest = end.at
         if nearest < math.inf:
-            self._look(now, at=max(nearest, now + _APART))
+            self.look(now, at=max(nearest, now + _APART))
 
 
 class End:
@@ -83,13 +79,18 @@ class End:
         task: asyncio.Task[Any] | None = asyncio.current_task(loop)
         assert task is not None
         now = loop.time()
-        end = now + seconds if at is None else at
-        self.at = end if end < ends.latest or at is not None else ends.latest
+        if at is None:
+            at = now + seconds
+            if at > ends.latest:
+                at = ends.latest
+        self.at = at
         self._ends = ends
         self._task = task
         self._before = task.cancelling()
         self._come = False
-        ends.begun(self, now)
+        ends.under_way[self] = None
+        if at < ends.look_at:
+            ends.look(now, at=at)
 
     def come(self) -> None:
         """The end has come."""

@@ -82,7 +82,7 @@ class Connection:
     @property
     def is_idle(self) -> bool:
         """Nothing waits for a reply."""
-        return not self._unanswered
+        return not self._unanswered.waiting
 
     async def call(self, *args: Arg, timeout: float | None = None) -> Any:
         """The server's reply to this command: bytes, int, list or None.
@@ -103,14 +103,14 @@ class Connection:
             StoreUnavailable: At once, if too much is waiting already, or after `close`.
         """
         packed = _ASKING + pack(args) if asking else pack(args)
-        unanswered = self._unanswered
-        if self._closed or not unanswered.has_room(len(packed)):
-            self._refuse()
-        now = self._loop.time()
-        if not unanswered:
+        unanswered, loop = self._unanswered, self._loop
+        now = loop.time()
+        if not unanswered.waiting:
             self._asked_at = now
-        future: asyncio.Future[Any] = self._loop.create_future()
-        unanswered.add(future, now + (self._timeout if timeout is None else timeout), len(packed), replies=1 + asking)
+        future: asyncio.Future[Any] = loop.create_future()
+        deadline = now + (self._timeout if timeout is None else timeout)
+        if self._closed or not unanswered.add(future, deadline, len(packed), replies=1 + asking):
+            self._refuse()
         if self._socket is not None:
             self._socket.write(packed)
         else:
@@ -162,10 +162,10 @@ class Connection:
         not fail for a fault that may have been over when it was asked.
         """
         socket: Socket | None = None
-        while socket is None and self._unanswered:
+        while socket is None and self._unanswered.waiting:
             if self._attempts.failures:
                 await asyncio.sleep(self._attempts.next_at - self._loop.time())
-            known = len(self._unanswered)
+            known = len(self._unanswered.waiting)
             try:
                 socket = await self._open()
             except StoreUnavailable as error:
@@ -187,7 +187,7 @@ class Connection:
             self._on_lost("the store closed the connection")
 
     def _on_reply(self, reply: Any) -> None:
-        if not self._unanswered:
+        if not self._unanswered.waiting:
             assert self._socket is not None
             self._socket.abort("the store sent a reply that nobody had asked for")
             return
@@ -216,7 +216,7 @@ class Connection:
     def _sweep(self) -> None:
         """Fails what is past its deadline, and tears a black hole down. One timer for all, only while some wait."""
         self._timer = None
-        if not self._unanswered:
+        if not self._unanswered.waiting:
             return
         now = self._loop.time()
         socket = self._socket

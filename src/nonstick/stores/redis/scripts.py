@@ -139,7 +139,7 @@ class Scripts:
             # As `_evaluate`, without its frames: every request comes by here.
             openings = server.openings
             try:
-                reply = await server.call(("EVALSHA", script[self._on_cluster].sha, 3, *names, *args))
+                reply = await server.plain.send(("EVALSHA", script[self._on_cluster].sha, 3, *names, *args))
                 answer = reply, server, openings
             except ScriptMissing:
                 answer = await self._evaluate(script, names, args)

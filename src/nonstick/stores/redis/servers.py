@@ -116,6 +116,7 @@ class Server:
 
     Attributes:
         place: Host and port, or path, of what is connected to: for logs.
+        plain: Has the replies to commands that no replica is to confirm.
         openings: How often a connection to it was opened. While that is the same, it is the same process that answers.
         owned, proven: Openings, and a time of the loop up to which they count. With so many openings the server is
             known to have its keys (owned), and to be right about what it does not have (proven): see proof.py.
@@ -135,7 +136,7 @@ class Server:
         self._limits = limits
         self._open = open or self._open_itself
         self._examined = not limits.examine
-        self._plain = self._connection()
+        self.plain = self._connection()
         self._confirmed: _Confirmed | None = None
 
     def call(
@@ -143,7 +144,7 @@ class Server:
     ) -> Awaitable[Any]:
         """The reply to this command: see `Servers.call`, and `Connection.send` for `asking`."""
         if not replicated:
-            return self._plain.send(args, timeout, asking=asking)
+            return self.plain.send(args, timeout, asking=asking)
         if self._confirmed is None:
             self._confirmed = _Confirmed(self._connection(), self._limits.replica_seconds)
         return self._confirmed.call(args, timeout, asking=asking)
@@ -151,17 +152,17 @@ class Server:
     @property
     def is_idle(self) -> bool:
         """Nothing waits for a reply."""
-        return self._plain.is_idle and (self._confirmed is None or self._confirmed.connection.is_idle)
+        return self.plain.is_idle and (self._confirmed is None or self._confirmed.connection.is_idle)
 
     def reopen(self, reason: str) -> None:
         """Gives the connections up; the next call opens others."""
-        self._plain.reopen(reason)
+        self.plain.reopen(reason)
         if self._confirmed is not None:
             self._confirmed.connection.reopen(reason)
 
     async def close(self) -> None:
         """Closes the connections; nothing is left running."""
-        await self._plain.close()
+        await self.plain.close()
         if self._confirmed is not None:
             await self._confirmed.close()
 

@@ -261,11 +261,12 @@ class RedisStore:
         return bool(await self._opened.servers.call(name, "EXISTS", name))
 
     async def load(self, key: str, *, renew: bool = True) -> Loaded:
+        opened = self._entered or self._opened
         share = FRESH_SHARE if renew else 1
-        now, pairs, renewed = await self._scripts.run(scripts.LOAD, key, self._indexed_by_scripts, key, share)
-        if renewed and self._groups is not None:
+        now, pairs, renewed = await opened.scripts.run(scripts.LOAD, key, self._indexed_by_scripts, key, share)
+        if renewed and opened.groups is not None:
             groups = dict(zip(pairs[::2], pairs[1::2], strict=True)).get(b"#g", b"")
-            await self._groups.renew(key, groups_in(groups), renewed)
+            await opened.groups.renew(key, groups_in(groups), renewed)
         return loaded_from(now, pairs)
 
     async def update(
@@ -339,7 +340,9 @@ class RedisStore:
             raise ValueError(NOT_OPENED)
         matters = batch.terminal or bool(batch.expect)
         args = (self._channel(key), *batch_arguments(batch))
-        first, duplicate, size, count = await self._scripts.run(scripts.APPEND, key, *args, replicated=matters)
+        first, duplicate, size, count = await (self._entered or self._opened).scripts.run(
+            scripts.APPEND, key, *args, replicated=matters
+        )
         return Appended(first, bool(duplicate), size, count)
 
     async def read(self, key: str, after: Cursor, *, limit: int = 256, max_bytes: int = MAX_READ_BYTES) -> list[Event]:

@@ -16,6 +16,7 @@ class Unanswered:
     """A queue that is bounded by number and by bytes (P10). A caller that gave up keeps its place until its reply came.
 
     Attributes:
+        waiting: The commands, the oldest first: future, deadline, size, number of replies to come.
         unwritten: The bytes of the commands, all of them, while there is no socket to write them to; else empty.
     """
 
@@ -24,44 +25,39 @@ class Unanswered:
         self._max_waiting = max_waiting
         self._max_bytes = max_bytes
         self._bytes = 0
-        # Future, deadline, size, number of replies to come.
-        self._commands: deque[tuple[asyncio.Future[Any], float, int, int]] = deque()
+        self.waiting: deque[tuple[asyncio.Future[Any], float, int, int]] = deque()
 
-    def __len__(self) -> int:
-        return len(self._commands)
-
-    def has_room(self, size: int) -> bool:
-        """Whether a command of so many bytes may be added."""
-        return len(self._commands) < self._max_waiting and self._bytes + size <= self._max_bytes
-
-    def add(self, future: asyncio.Future[Any], deadline: float, size: int, *, replies: int) -> None:
-        """Adds a command at the end.
+    def add(self, future: asyncio.Future[Any], deadline: float, size: int, *, replies: int) -> bool:
+        """Adds a command at the end. Whether there was room.
 
         Args:
             deadline: Loop time.
             size: Bytes.
             replies: How many come. The last one is the command's own.
         """
-        self._commands.append((future, deadline, size, replies))
+        if self._bytes + size > self._max_bytes or len(self.waiting) >= self._max_waiting:
+            return False
+        self.waiting.append((future, deadline, size, replies))
         self._bytes += size
+        return True
 
     def answered(self) -> asyncio.Future[Any] | None:
         """A reply came: the future of its command, which is taken out. None for a reply that is not the last one."""
-        future, deadline, size, replies = self._commands.popleft()
+        future, deadline, size, replies = self.waiting.popleft()
         if replies > 1:
-            self._commands.appendleft((future, deadline, size, replies - 1))
+            self.waiting.appendleft((future, deadline, size, replies - 1))
             return None
         self._bytes -= size
         return future
 
     def to_write(self) -> list[bytes]:
         """The bytes of what still waits, to be written now. Drops what nobody waits for any more: it never was sent."""
-        unwritten, commands = self.unwritten, self._commands
-        self.unwritten, self._commands, self._bytes = [], deque(), 0
+        unwritten, commands = self.unwritten, self.waiting
+        self.unwritten, self.waiting, self._bytes = [], deque(), 0
         wanted: list[bytes] = []
         for packed, command in zip(unwritten, commands, strict=True):
             if not command[0].done():
-                self._commands.append(command)
+                self.waiting.append(command)
                 self._bytes += command[2]
                 wanted.append(packed)
         return wanted
@@ -69,14 +65,14 @@ class Unanswered:
     def fail(self, reason: str, count: int | None = None, *, kind: type[StoreUnavailable] = StoreUnavailable) -> None:
         """Ends the wait of the oldest `count` commands, or of all."""
         del self.unwritten[:count]
-        for _ in range(len(self._commands) if count is None else count):
-            future, _, size, _ = self._commands.popleft()
+        for _ in range(len(self.waiting) if count is None else count):
+            future, _, size, _ = self.waiting.popleft()
             self._bytes -= size
             if not future.done():
                 future.set_exception(kind(reason))
 
     def expire(self, now: float, error: Callable[[], StoreUnavailable]) -> None:
         """Ends the wait of all commands whose deadline has passed. They keep their places."""
-        for future, deadline, _, _ in self._commands:
+        for future, deadline, _, _ in self.waiting:
             if now >= deadline and not future.done():
                 future.set_exception(error())
