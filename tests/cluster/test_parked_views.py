@@ -152,7 +152,7 @@ def replace_version(connection: Connection) -> None:
 
 def replace_client(connection: Connection) -> None:
     assert connection.client_params is not None
-    connection.client_params = connection.client_params.model_copy()
+    connection.client_params = connection.client_params.model_copy(update={"protocol_version": "mine"})
 
 
 def replace_capabilities(connection: Connection) -> None:
@@ -184,6 +184,7 @@ def as_made(connection: Connection) -> bool:
         and type(connection.exit_stack) is not AsyncExitStack
         and type(connection.outbound).__name__ != "Mine"
         and connection.protocol_version == "2025-11-25"
+        and connection.client_params.protocol_version != "mine"
         and connection.client_capabilities is connection.client_params.capabilities
     )
 

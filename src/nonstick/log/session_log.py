@@ -60,11 +60,6 @@ class SessionLog:
         """This node's writer of the standalone stream."""
         return Sender(self.append)
 
-    @property
-    def is_at_rest(self) -> bool:
-        """Nobody follows it here, or ever did."""
-        return "follower" not in vars(self)
-
     def rest(self) -> None:
         """Nothing here writes to it until it is loaded again: what that needs is made anew then."""
         vars(self).clear()

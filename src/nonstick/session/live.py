@@ -22,7 +22,7 @@ from nonstick.core.record import UNKNOWN, Record
 from nonstick.log.session_log import SessionLog
 from nonstick.session.backchannel import BackChannel
 from nonstick.session.cancels import Cancels
-from nonstick.session.connection import ConnectionState, clean_up, connect, introduce, is_introduced
+from nonstick.session.connection import ConnectionState, clean_up, connect, introduce
 from nonstick.session.inbox import Handlers, Inbox
 from nonstick.session.runner import Runner
 from nonstick.session.running import Running
@@ -88,14 +88,15 @@ class LiveSession:
 
     Attributes:
         record: What the store last said of it, and what became of that here.
-        loaded: The fields of its record as they were loaded last, and what they say; None if they are many, or it was
-            not loaded.
+        loaded: The fields of its record as they were loaded last, and what they say. None where these are not to be
+            kept: they are long, or have session state or an owner.
         state: The values of `Connection.state` that are stored.
         exchanges: The requests that run here, by the keys of their ids.
         notices: The handlers of notifications that run here.
         opening: Not None until it is in the store.
         users: How much runs for it here.
         pin: Keeps this view, beside what runs.
+        as_made: The attributes of its connection, when they were last seen to be as they are made.
     """
 
     # Defaults are class attributes, not set in `__init__`: most sessions never change them, and thousands may be open.
@@ -106,6 +107,7 @@ class LiveSession:
     ended = False
     users = 0
     pin: Pin | None = None
+    as_made: dict[str, Any] | None = None
 
     def __init__(self, services: Services, session_id: str, key: str) -> None:
         self.services = services
@@ -162,7 +164,8 @@ class LiveSession:
     def _keep(self, fields: dict[str, bytes], record: Record) -> None:
         self.record = record
         if self.loaded is None or self.loaded[1] is not record:
-            self.loaded = (fields, record) if sum(map(len, fields.values())) <= _LONGEST_KEPT else None
+            is_small = sum(map(len, fields.values())) <= _LONGEST_KEPT
+            self.loaded = (fields, record) if is_small and not record.state and record.owner is None else None
 
     def note(self, **changes: Any) -> None:
         """The record has these values now. What runs here goes by them."""
@@ -223,32 +226,8 @@ class LiveSession:
     def part(self) -> None:
         """Parts what refers to each other: each request would leave it to the garbage collector."""
         own = vars(self)
-        for name in ("runner", "connection", "backchannel", "inbox"):
+        for name in ("runner", "connection", "backchannel", "inbox", "as_made"):
             own.pop(name, None)
-
-    def is_as_recorded(self) -> bool:
-        """Whether a view that is made from the record alone would be the same: nothing is kept here, or waits.
-
-        Then nobody can tell whether a request gets this view or another one.
-        """
-        own, state = vars(self), self.state
-        runner: Runner | None = own.get("runner")
-        connection: Connection | None = own.get("connection")
-        return (
-            connection is not None
-            and self.loaded is not None
-            and not (self.users or self.ended or self.exchanges)
-            and self.pin is None
-            and self.opening is None
-            and self.record.owner is None
-            and "inbox" not in own
-            and "backchannel" not in own
-            and self.log.is_at_rest
-            and state.is_new
-            and not self.record.state
-            and (runner is None or getattr(runner, "keeps_nothing", False))
-            and is_introduced(connection, self.record, self.id, state)
-        )
 
     # ---- its end
 

@@ -11,8 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+from mcp.server.connection import Connection
+
 from nonstick.core.record import Record
+from nonstick.session.connection import is_introduced
 from nonstick.session.live import LiveSession
+from nonstick.session.runner import Runner
 from nonstick.store import Loaded
 
 __all__ = ["SessionViews"]
@@ -54,8 +58,8 @@ class SessionViews(dict[str, LiveSession]):
             if view is None:
                 return None
             # Something that began in it may have gone on, and the record may be an older one than it was.
-            is_as_recorded = view.is_as_recorded() and loaded.head >= view.log.head
-            if not is_as_recorded or (not record.initialized and view.connection.initialized.is_set()):
+            as_recorded = _is_as_recorded(view) and loaded.head >= view.log.head
+            if not as_recorded or (not record.initialized and view.connection.initialized.is_set()):
                 _drop(view)
                 return None
             self[key] = view
@@ -68,7 +72,7 @@ class SessionViews(dict[str, LiveSession]):
     def park(self, view: LiveSession) -> bool:
         """Keeps this view, in which nothing runs, for the session's next request, if it may be kept. Whether it was."""
         key = view.key
-        if self.get(key) is not view or not view.is_as_recorded():
+        if self.get(key) is not view or not _is_as_recorded(view):
             return False
         del self[key]
         view.log.rest()
@@ -96,6 +100,40 @@ class SessionViews(dict[str, LiveSession]):
         old, self._parked_before, self._parked = self._parked_before, self._parked, {}
         for view in old.values():
             _drop(view)
+
+
+def _is_as_recorded(view: LiveSession) -> bool:
+    """Whether a view that is made from the record alone would be the same: nothing is kept here, or waits.
+
+    Then nobody can tell whether a request gets this view or another one.
+    """
+    own, state = vars(view), view.state
+    connection: Connection | None = own.get("connection")
+    return (
+        view.loaded is not None
+        and connection is not None
+        and connection.state is state
+        and not (view.users or view.ended or view.exchanges)
+        and view.pin is None
+        and view.opening is None
+        and "inbox" not in own
+        and "backchannel" not in own
+        and "follower" not in vars(view.log)
+        and state.is_new
+        and (vars(connection) == view.as_made or _is_made(view, connection))
+        and not connection.exit_stack.holds  # type: ignore[attr-defined]
+    )
+
+
+def _is_made(view: LiveSession, connection: Connection) -> bool:
+    """Whether connection and runner are as they are made; remembers it, for as long as they are."""
+    runner: Runner | None = vars(view).get("runner")
+    if runner is None or not getattr(runner, "keeps_nothing", False):
+        return False
+    if not is_introduced(connection, view.record, view.id, view.state):
+        return False
+    view.as_made = dict(vars(connection))
+    return True
 
 
 def _drop(view: LiveSession) -> None:
