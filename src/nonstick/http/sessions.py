@@ -123,7 +123,7 @@ class Sessions:
         elif request.method == "GET":
             check_accepts_stream(request.scope)
             session = self._node.hydrate(session_id, key, loaded, record)
-            session.loaded = None
+            session.loaded = session.as_made = None
             # A stream may be open for hours, and there are thousands.
             del loaded, record
             await serve_stream(session, self._node, request, receive, send, headers)
