@@ -28,7 +28,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol, Self, runtime_checkable
 
 __all__ = [
     "CANCEL_SECONDS",
@@ -36,6 +36,7 @@ __all__ = [
     "FRESH_SHARE",
     "MAX_CANCELS",
     "MAX_CLIP",
+    "MAX_PLACES",
     "MAX_READ",
     "MAX_READ_BYTES",
     "NEW_STREAM",
@@ -51,6 +52,7 @@ __all__ = [
     "News",
     "Skimmed",
     "Store",
+    "TellsStale",
     "Wake",
 ]
 
@@ -78,6 +80,9 @@ everybody up, in the store as in the node (P10)."""
 
 MAX_CLIP = 1024
 """The largest `clip` that `skim` takes: with `MAX_READ` events about as much as one `read` gives."""
+
+MAX_PLACES = 128
+"""The most places that one `stale` is asked about."""
 
 EMPTY_GRACE_SECONDS = 15.0
 """How long a store that seems to have lost all of its data is not believed, unless it is told otherwise (P15)."""
@@ -427,5 +432,34 @@ class Store(Protocol):
 
         Raises:
             StoreUnavailable: The store cannot be reached or cannot be written to.
+        """
+        ...
+
+
+@runtime_checkable
+class TellsStale(Protocol):
+    """What a store may have beside the methods of `Store`: it tells for many logs at once where nothing has happened.
+
+    A node may follow thousands of logs in which nothing happens, and looks at each every few seconds, because wakes may
+    be lost. A store that has this method is asked one question about many logs; any other has each of them read.
+    """
+
+    async def stale(self, places: Mapping[str, Cursor]) -> set[str]:
+        """The keys of those logs that have to be read, because the place given may not be their end any more.
+
+        A key is left out only if its session is live, and the last entry that was ever appended to its log, whether
+        `trim` has dropped it since or not, stands at that position and carries that tag (an empty tag is not compared,
+        and position 0 is the end of a log without any entry). Then `read` from there would bring nothing, and would not
+        raise `Diverged`. In doubt a key is named: it costs one `read`, which tells what is true. So this needs no proof
+        that something is gone (P15).
+
+        One round trip, or one to each server that has some of these logs. Writes nothing and renews no expiry. The
+        answers about different logs may be of different moments.
+
+        Args:
+            places: By key, at most `MAX_PLACES`.
+
+        Raises:
+            StoreUnavailable: There is no answer about any of them. A log about which alone there is none is named.
         """
         ...

@@ -43,7 +43,7 @@ from nonstick.store import (
     Skimmed,
     Wake,
 )
-from nonstick.stores.common.bounds import NOT_OPENED, check_bounds, fitting
+from nonstick.stores.common.bounds import NOT_OPENED, check_bounds, check_places, fitting
 from nonstick.stores.common.watches import Watches
 
 __all__ = ["MemoryStore"]
@@ -244,6 +244,15 @@ class MemoryStore:
                 session.size -= len(event.data)
         for name in ended:
             del session.streams[name]
+
+    async def stale(self, places: Mapping[str, Cursor]) -> set[str]:
+        """See `nonstick.store.TellsStale`."""
+        check_places(places)
+        return {key for key, place in places.items() if not self._ends_at(key, place)}
+
+    def _ends_at(self, key: str, place: Cursor) -> bool:
+        session = self._find(key)
+        return session is not None and session.head in (place, Cursor(place.position, place.tag or session.head.tag))
 
     def watch(self, key: str, wake: Wake) -> Callable[[], None]:
         watch, stop = self._watches.add(key, wake)

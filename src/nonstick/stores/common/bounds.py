@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import Final
 
-from nonstick.store import MAX_CLIP, MAX_READ, MAX_READ_BYTES, Event
+from nonstick.store import MAX_CLIP, MAX_PLACES, MAX_READ, MAX_READ_BYTES, Event
 
-__all__ = ["NOT_OPENED", "check_bounds", "fitting"]
+__all__ = ["NOT_OPENED", "check_bounds", "check_places", "fitting"]
 
 NOT_OPENED: Final = "a stream opens with an event"
 """Of the ValueError for a batch that opens a stream and has no event."""
@@ -25,6 +25,16 @@ def check_bounds(*, limit: int, max_bytes: int = 1, clip: int = 0) -> None:
         raise ValueError(f"max_bytes must be 1 to {MAX_READ_BYTES}")
     if not 0 <= clip <= MAX_CLIP:
         raise ValueError(f"clip must be 0 to {MAX_CLIP}")
+
+
+def check_places(places: Sized) -> None:
+    """Returns if these are no more than `TellsStale.stale` takes.
+
+    Raises:
+        ValueError: They are more.
+    """
+    if len(places) > MAX_PLACES:
+        raise ValueError(f"places must be at most {MAX_PLACES}")
 
 
 def fitting(events: Iterable[Event], max_bytes: int) -> Iterator[Event]:

@@ -27,6 +27,7 @@ from nonstick.store import (
     Loaded,
     Skimmed,
     Store,
+    TellsStale,
     Wake,
 )
 from nonstick.stores.common.bounds import check_bounds
@@ -164,6 +165,10 @@ class EncryptedStore:
 
     async def trim(self, key: str, *, streams: Collection[int] = (), standalone_before: int = 0) -> None:
         await self.store.trim(key, streams=streams, standalone_before=standalone_before)
+
+    async def stale(self, places: Mapping[str, Cursor]) -> set[str]:
+        """See `nonstick.store.TellsStale`: all of them, where the store below cannot tell."""
+        return await self.store.stale(places) if isinstance(self.store, TellsStale) else set(places)
 
     def watch(self, key: str, wake: Wake) -> Callable[[], None]:
         # An event is bound to its stream and its tag, but not to its place in the log, which its writer did not know:

@@ -1,4 +1,4 @@
-"""Calls of the functions in store.sql: each is one statement, and so one transaction."""
+"""Calls of the functions in store.sql, and one query: each is one statement, and so one transaction."""
 
 from __future__ import annotations
 
@@ -47,6 +47,14 @@ _SAYS_GONE: Final = {
 }
 """When an answer says that something is gone. It then has the database's mark in its last column, "" for none."""
 
+_STALE: Final = """(
+    SELECT coalesce(array_agg(p.key), '{}') AS keys
+    FROM unnest($1::text[], $2::bigint[], $3::bytea[]) AS p (key, head, tag)
+    LEFT JOIN nonstick.session s ON s.key = p.key AND s.expires_at > extract(epoch FROM clock_timestamp())
+    WHERE s.head IS DISTINCT FROM p.head OR (p.tag <> '' AND s.tag <> p.tag)
+)"""
+"""No function: it came after the schema's last version, and needs nothing that version 1 does not have."""
+
 
 class Functions:
     """Calls the functions, once there are any. What is gone counts only if the database can know that (P15).
@@ -60,7 +68,12 @@ class Functions:
         self._address = address
         self._timeout = timeout
         self._max_waiting = max_waiting
-        self._statements = {name: _statement(address.schema, name, count) for name, count in _ARGUMENTS.items()}
+        schema = f'"{address.schema}"'
+        self._statements = {
+            name: _statement(schema, f"{schema}.{name}({', '.join(f'${n}' for n in range(1, count + 1))})", name)
+            for name, count in _ARGUMENTS.items()
+        }
+        self._statements["stale"] = _statement(schema, _STALE.replace("nonstick", schema), "stale")
         self._pool: Pool | None = None
         self._preparing: asyncio.Task[None] | None = None
         self._history = History(
@@ -154,12 +167,12 @@ class Functions:
         return await make_mark(connection, self._address.schema)
 
 
-def _statement(schema: str, name: str, count: int) -> str:
-    """The call of this function with so many arguments. It also tells, for `Pool.fetch`, whether a standby answers."""
+def _statement(schema: str, source: str, name: str) -> str:
+    """What this gives: a call or a query. It also tells, for `Pool.fetch`, whether a standby answers."""
     # In the same statement, so in the same server.
     return (
         f"SELECT f.*, pg_is_in_recovery() AS {STANDBY}, "  # noqa: S608 - checked name
         f"CASE WHEN {_SAYS_GONE.get(name, 'false')} THEN "
-        f"coalesce((SELECT m.mark FROM \"{schema}\".mark m), '') END AS mark "
-        f'FROM "{schema}".{name}({", ".join(f"${n}" for n in range(1, count + 1))}) AS f'
+        f"coalesce((SELECT m.mark FROM {schema}.mark m), '') END AS mark "
+        f"FROM {source} AS f"
     )

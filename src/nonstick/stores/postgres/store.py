@@ -43,7 +43,7 @@ from nonstick.store import (
     Skimmed,
     Wake,
 )
-from nonstick.stores.common.bounds import NOT_OPENED, check_bounds
+from nonstick.stores.common.bounds import NOT_OPENED, check_bounds, check_places
 from nonstick.stores.common.upkeep import Finding, Plan, Step
 from nonstick.stores.postgres import examine as postgres_examine
 from nonstick.stores.postgres.functions import MIGRATE_SECONDS, Functions
@@ -297,6 +297,13 @@ class PostgresStore:
 
     async def trim(self, key: str, *, streams: Collection[int] = (), standalone_before: int = 0) -> None:
         await self._functions.call("trim", key, list(streams), standalone_before)
+
+    async def stale(self, places: Mapping[str, Cursor]) -> set[str]:
+        """See `nonstick.store.TellsStale`."""
+        check_places(places)
+        positions = [min(place.position, _MOST) for place in places.values()]
+        tags = [place.tag for place in places.values()]
+        return set((await self._functions.call("stale", list(places), positions, tags))[0][0])
 
     def watch(self, key: str, wake: Wake) -> Callable[[], None]:
         return self._wakes.watch(key, wake)

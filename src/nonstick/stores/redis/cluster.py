@@ -7,7 +7,7 @@ import binascii
 import logging
 import math
 import random
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Final
@@ -133,6 +133,36 @@ class ClusterServers:
             attempts += 1
             if attempts > _REDIRECTS_AT_ONCE:
                 await asyncio.sleep(min(backoff(attempts - _REDIRECTS_AT_ONCE), max(limit - loop.time(), 0)))
+
+    async def call_each(self, commands: Sequence[tuple[Arg, ...]]) -> list[Any]:
+        replies: list[Any] = [None] * len(commands)
+        numbers: dict[Address, list[int]] = {}
+        for number, command in enumerate(commands):
+            try:
+                owner = await self._owner(key_slot(str(command[1])))
+            except StoreUnavailable as error:
+                replies[number] = error
+            else:
+                numbers.setdefault(owner, []).append(number)
+        told = await asyncio.gather(
+            *(self._call_each_at(owner, [commands[n] for n in some]) for owner, some in numbers.items())
+        )
+        for some, answers in zip(numbers.values(), told, strict=True):
+            for number, answer in zip(some, answers, strict=True):
+                replies[number] = answer
+        return replies
+
+    async def _call_each_at(self, address: Address, commands: Sequence[tuple[Arg, ...]]) -> list[Any]:
+        try:
+            replies = await self._server(address).call_each(commands)
+        except StoreUnavailable as error:  # closed meanwhile
+            return [error] * len(commands)
+        for command, reply in zip(commands, replies, strict=True):
+            if isinstance(reply, Redirected):
+                self._followed(key_slot(str(command[1])), address, reply)
+            elif isinstance(reply, StoreUnavailable) and not isinstance(reply, TryAgain):
+                self._refresh()
+        return replies
 
     async def open_subscription(self) -> Socket:
         """At any member: all of them get every message. Another one each time, for this one may be cut off."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, NoReturn
 
 from nonstick.errors import StoreUnavailable, StoreUnusable
@@ -93,23 +93,57 @@ class Connection:
         """
         return await self.send(args, timeout)
 
-    def send(self, args: tuple[Arg, ...], timeout: float | None = None, *, asking: bool = False) -> asyncio.Future[Any]:
+    async def send_each(self, commands: Sequence[tuple[Arg, ...]], timeout: float | None = None) -> list[Any]:
+        """The replies to these commands, one at least, which go together and cost little more than one call.
+
+        In place of a reply that is an error there is what `call` would raise.
+
+        Raises:
+            StoreUnavailable: The connection was lost, or the time is over, before all of them were answered.
+        """
+        *before, last = commands
+        told: list[Any] = []
+        try:
+            told.append(await self.send(last, timeout, before=before, told=told))
+        except StoreUnavailable as error:
+            if len(told) < len(before):
+                raise
+            told.append(error)
+        return [refusal(str(reply)) if isinstance(reply, ServerError) else reply for reply in told]
+
+    def send(
+        self,
+        args: tuple[Arg, ...],
+        timeout: float | None = None,
+        *,
+        asking: bool = False,
+        before: Sequence[tuple[Arg, ...]] = (),
+        told: list[Any] | None = None,
+    ) -> asyncio.Future[Any]:
         """Like `call`, but returns the future of the reply. Commands are executed in the order of the sends.
 
         With `asking` ASKING goes before it, so that a server which is only just receiving the slot executes it. The
         two are never parted: an ASKING alone would have somebody else's command see half of a session.
 
+        Args:
+            before: Commands that go before it. They wait with it, as one.
+            told: Takes the replies to these as they come, errors too; without it they are dropped.
+
         Raises:
             StoreUnavailable: At once, if too much is waiting already, or after `close`.
         """
         packed = _ASKING + pack(args) if asking else pack(args)
+        replies = 1 + asking
+        if before:
+            packed = b"".join((*map(pack, before), packed))
+            replies += len(before)
         unanswered, loop = self._unanswered, self._loop
         now = loop.time()
         if not unanswered.waiting:
             self._asked_at = now
         future: asyncio.Future[Any] = loop.create_future()
         deadline = now + (self._timeout if timeout is None else timeout)
-        if self._closed or not unanswered.add(future, deadline, len(packed), replies=1 + asking):
+        if self._closed or not unanswered.add(future, deadline, len(packed), replies, told):
             self._refuse()
         if self._socket is not None:
             self._socket.write(packed)
@@ -191,7 +225,7 @@ class Connection:
             assert self._socket is not None
             self._socket.abort("the store sent a reply that nobody had asked for")
             return
-        future = self._unanswered.answered()
+        future = self._unanswered.answered(reply)
         if future is None:
             return
         if isinstance(reply, ServerError):

@@ -6,10 +6,21 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final
 
+from nonstick.errors import StoreUnavailable
 from nonstick.store import Batch, Cursor, Event, Loaded, News
 from nonstick.stores.redis.sockets import Arg
 
-__all__ = ["batch_arguments", "flat", "groups_in", "loaded_from", "milliseconds", "news_in", "position_of", "split"]
+__all__ = [
+    "batch_arguments",
+    "ends_at",
+    "flat",
+    "groups_in",
+    "loaded_from",
+    "milliseconds",
+    "news_in",
+    "position_of",
+    "split",
+]
 
 _NO_HEAD: Final = Cursor(0)
 _NO_CANCELS: Final[frozenset[str]] = frozenset()
@@ -100,6 +111,25 @@ def loaded_from(now: int, pairs: list[bytes]) -> Loaded:
         elif name[:2] == b"#c" and int(value) > now:
             cancels |= {name[2:].decode()}
     return Loaded(fields, head, cancels, size, count)
+
+
+def ends_at(place: Cursor, record: list[bytes | None] | StoreUnavailable, books: int | StoreUnavailable) -> bool:
+    """Whether a log certainly ends at this place.
+
+    Args:
+        record: The values of #x, #h and #b in the session's record, as shared.lua describes them.
+        books: Whether the books are there, 0 or 1.
+    """
+    if isinstance(record, StoreUnavailable) or isinstance(books, StoreUnavailable):
+        return False
+    span, head, kept = record
+    if span is None or (kept is not None and not books):
+        # The session is gone; or its books were evicted, which the next read finds out.
+        return False
+    if head is None:
+        return place.position == 0
+    position, _, _, tag = head.split(b" ", 3)
+    return int(position) == place.position and (not place.tag or tag == place.tag)
 
 
 def news_in(message: bytes) -> News | None:

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Final, NamedTuple
 
@@ -107,6 +107,9 @@ class SentinelServers:
 
     async def call(self, key: str, *args: Arg, replicated: bool = False) -> Any:
         return await self.only.call(args, replicated=replicated)
+
+    async def call_each(self, commands: Sequence[tuple[Arg, ...]]) -> list[Any]:
+        return await self._server.call_each(commands)
 
     async def is_owner(self, key: str, server: Server) -> bool:
         """Asks the Sentinels. Most have to answer: a few may have been cut off, and not know of a failover."""

@@ -46,7 +46,7 @@ from nonstick.store import (
     Skimmed,
     Wake,
 )
-from nonstick.stores.common.bounds import NOT_OPENED, check_bounds
+from nonstick.stores.common.bounds import NOT_OPENED, check_bounds, check_places
 from nonstick.stores.common.options import checked_grace
 from nonstick.stores.common.upkeep import Finding
 from nonstick.stores.redis import scripts
@@ -55,6 +55,7 @@ from nonstick.stores.redis.groups import Groups
 from nonstick.stores.redis.lease import lease_key, lease_on
 from nonstick.stores.redis.messages import (
     batch_arguments,
+    ends_at,
     flat,
     groups_in,
     loaded_from,
@@ -370,6 +371,21 @@ class RedisStore:
             await self._scripts.run(scripts.TRIM, key, standalone_before, *streams)
         except SessionNotFound:
             pass
+
+    async def stale(self, places: Mapping[str, Cursor]) -> set[str]:
+        """See `nonstick.store.TellsStale`. Plain commands: no script may be about sessions in several slots."""
+        check_places(places)
+        commands: list[tuple[Arg, ...]] = []
+        for key in places:
+            stem = f"{self._prefix}:{{{key}}}:"
+            commands += (("HMGET", stem + "r", "#x", "#h", "#b"), ("EXISTS", stem + "w"))
+        if not commands:
+            return set()
+        replies = await self._opened.servers.call_each(commands)
+        if all(isinstance(reply, StoreUnavailable) for reply in replies):
+            raise replies[0]
+        told = zip(places.items(), replies[::2], replies[1::2], strict=True)
+        return {key for (key, place), record, books in told if not ends_at(place, record, books)}
 
     def watch(self, key: str, wake: Wake) -> Callable[[], None]:
         return self._opened.subscriber.watch(self._channel(key), wake)

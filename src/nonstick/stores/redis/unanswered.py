@@ -16,7 +16,8 @@ class Unanswered:
     """A queue that is bounded by number and by bytes (P10). A caller that gave up keeps its place until its reply came.
 
     Attributes:
-        waiting: The commands, the oldest first: future, deadline, size, number of replies to come.
+        waiting: The commands, the oldest first: future, deadline, size, number of replies to come, and what takes those
+            before the last one.
         unwritten: The bytes of the commands, all of them, while there is no socket to write them to; else empty.
     """
 
@@ -25,27 +26,32 @@ class Unanswered:
         self._max_waiting = max_waiting
         self._max_bytes = max_bytes
         self._bytes = 0
-        self.waiting: deque[tuple[asyncio.Future[Any], float, int, int]] = deque()
+        self.waiting: deque[tuple[asyncio.Future[Any], float, int, int, list[Any] | None]] = deque()
 
-    def add(self, future: asyncio.Future[Any], deadline: float, size: int, *, replies: int) -> bool:
+    def add(
+        self, future: asyncio.Future[Any], deadline: float, size: int, replies: int, told: list[Any] | None = None
+    ) -> bool:
         """Adds a command at the end. Whether there was room.
 
         Args:
             deadline: Loop time.
             size: Bytes.
             replies: How many come. The last one is the command's own.
+            told: Takes those before it, which else are dropped.
         """
         if self._bytes + size > self._max_bytes or len(self.waiting) >= self._max_waiting:
             return False
-        self.waiting.append((future, deadline, size, replies))
+        self.waiting.append((future, deadline, size, replies, told))
         self._bytes += size
         return True
 
-    def answered(self) -> asyncio.Future[Any] | None:
+    def answered(self, reply: Any) -> asyncio.Future[Any] | None:
         """A reply came: the future of its command, which is taken out. None for a reply that is not the last one."""
-        future, deadline, size, replies = self.waiting.popleft()
+        future, deadline, size, replies, told = self.waiting.popleft()
         if replies > 1:
-            self.waiting.appendleft((future, deadline, size, replies - 1))
+            self.waiting.appendleft((future, deadline, size, replies - 1, told))
+            if told is not None:
+                told.append(reply)
             return None
         self._bytes -= size
         return future
@@ -66,13 +72,13 @@ class Unanswered:
         """Ends the wait of the oldest `count` commands, or of all."""
         del self.unwritten[:count]
         for _ in range(len(self.waiting) if count is None else count):
-            future, _, size, _ = self.waiting.popleft()
+            future, _, size, _, _ = self.waiting.popleft()
             self._bytes -= size
             if not future.done():
                 future.set_exception(kind(reason))
 
     def expire(self, now: float, error: Callable[[], StoreUnavailable]) -> None:
         """Ends the wait of all commands whose deadline has passed. They keep their places."""
-        for future, deadline, _, _ in self.waiting:
+        for future, deadline, _, _, _ in self.waiting:
             if now >= deadline and not future.done():
                 future.set_exception(error())

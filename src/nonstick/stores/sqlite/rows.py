@@ -38,7 +38,19 @@ from nonstick.store import (
 from nonstick.stores.common.bounds import NOT_OPENED, fitting
 from nonstick.stores.sqlite.file import SQL
 
-__all__ = ["ENDED_SECONDS", "Written", "append", "bury_expired", "create", "delete", "load", "read", "renew", "skim"]
+__all__ = [
+    "ENDED_SECONDS",
+    "Written",
+    "append",
+    "bury_expired",
+    "create",
+    "delete",
+    "load",
+    "read",
+    "renew",
+    "skim",
+    "stale",
+]
 
 ENDED_SECONDS: Final = 60.0
 """How long watchers have to notice that a session ended."""
@@ -221,6 +233,15 @@ def _rows_after(
             yield first[1:]
         for row in rows:
             yield row[1:]
+
+
+def stale(db: sqlite3.Connection, now: float, places: Mapping[str, Cursor]) -> set[str]:
+    return {key for key, place in places.items() if not _ends_at(db, now, key, place)}
+
+
+def _ends_at(db: sqlite3.Connection, now: float, key: str, place: Cursor) -> bool:
+    row = db.execute(SQL["place"], (key, now)).fetchone()
+    return row is not None and row[0] == place.position and (not place.tag or row[1] == place.tag)
 
 
 def trim(db: sqlite3.Connection, now: float, key: str, streams: Collection[int], standalone_before: int) -> None:

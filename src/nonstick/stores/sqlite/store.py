@@ -28,7 +28,7 @@ from nonstick.store import (
     Skimmed,
     Wake,
 )
-from nonstick.stores.common.bounds import check_bounds
+from nonstick.stores.common.bounds import check_bounds, check_places
 from nonstick.stores.common.options import checked_grace
 from nonstick.stores.common.upkeep import Finding, Plan, Step
 from nonstick.stores.sqlite import examine as sqlite_examine
@@ -154,6 +154,11 @@ class SQLiteStore:
 
     async def trim(self, key: str, *, streams: Collection[int] = (), standalone_before: int = 0) -> None:
         await self._engine.write(lambda db, now: rows.trim(db, now, key, streams, standalone_before))
+
+    async def stale(self, places: Mapping[str, Cursor]) -> set[str]:
+        """See `nonstick.store.TellsStale`."""
+        check_places(places)
+        return await self._engine.run(lambda db: rows.stale(db, self._file.now(), places))
 
     def watch(self, key: str, wake: Wake) -> Callable[[], None]:
         return self._feed.watch(key, wake)

@@ -169,6 +169,9 @@ FROM session s LEFT JOIN event e ON e.session = s.id AND e.position >= ?
 WHERE s.key = ? AND s.expires_at > ?
 ORDER BY e.position LIMIT ?;
 
+-- name: place
+SELECT head, tag FROM session WHERE key = ? AND expires_at > ?;
+
 -- name: measure_range
 SELECT count(*), coalesce(sum(length(data)), 0) FROM event
 WHERE session = ? AND position BETWEEN ? AND ? AND stream = ?;

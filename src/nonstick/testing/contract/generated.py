@@ -17,6 +17,7 @@ from nonstick.testing.contract.programs import (
     Create,
     Delete,
     Load,
+    Look,
     Program,
     Read,
     Repeat,
@@ -99,6 +100,10 @@ _actions: st.SearchStrategy[Action] = _weighted(
         "update": (4, st.builds(Update, _values, _values, st.sampled_from([None, 600.0]))),
         "create": (4, st.builds(Create, st.dictionaries(st.sampled_from(NAMES), _bytes))),
         "load": (3, st.just(Load())),
+        "look": (
+            4,
+            st.builds(Look, st.sampled_from([0, 0, 0, 1, 2]), st.sampled_from(["true", "true", "none", "other"])),
+        ),
         "touch": (1, st.just(Touch())),
         "delete": (2, st.builds(Delete, st.booleans())),
     }

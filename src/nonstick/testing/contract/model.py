@@ -144,6 +144,15 @@ class ModelStore:
     def skim(self, key: str, after: Cursor, clip: int) -> list[Skimmed]:
         return [Skimmed(event._replace(data=event.data[:clip]), len(event.data)) for event in self.read(key, after)]
 
+    def stale(self, places: dict[str, Cursor]) -> set[str]:
+        return {key for key, place in places.items() if not self._ends_at(key, place)}
+
+    def _ends_at(self, key: str, place: Cursor) -> bool:
+        session = self.sessions.get(key)
+        if session is None or session.end != place.position:
+            return False
+        return not place.tag or session.written[-1].tag == place.tag
+
     def trim(self, key: str, streams: list[int], standalone_before: int) -> None:
         session = self.sessions.get(key)
         for event in session.log if session else []:

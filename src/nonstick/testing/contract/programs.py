@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from nonstick.errors import Trimmed
 from nonstick.store import MAX_READ_BYTES, NEW_STREAM, STANDALONE, Batch, Cursor, Draft, Event, Loaded, Skimmed, Store
 from nonstick.testing.contract.model import ModelSession, ModelStore, Refused
+from nonstick.testing.contract.staleness import assert_stale
 from nonstick.testing.contract.tools import read_all, skim_all
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Create",
     "Delete",
     "Load",
+    "Look",
     "Program",
     "Read",
     "Repeat",
@@ -165,9 +167,7 @@ class Read(Action):
     async def run(self, world: World, store: Store, key: str) -> None:
         session = world.model.sessions.get(key, ModelSession({}))
         position = self.place % (session.end + 2)
-        true = session.written[position - 1].tag if 0 < position <= session.end else b""
-        tag = {"true": true, "none": b"", "other": b"no event" if position else b""}[self.tag]
-        cursor = Cursor(position, tag)
+        cursor = Cursor(position, _tag(session, position, self.tag))
 
         async def read() -> list[Event]:
             part = await store.read(key, cursor, limit=self.limit, max_bytes=self.max_bytes)
@@ -188,6 +188,25 @@ class Read(Action):
 
 
 @dataclass(frozen=True)
+class Look(Action):
+    """Which logs are stale: `place` and `tag` as of `Read`, in all sessions, counted from the end of each."""
+
+    place: int
+    tag: str
+
+    async def run(self, world: World, store: Store, key: str) -> None:
+        places: dict[str, Cursor] = {}
+        in_doubt: set[str] = set()
+        for name in world.keys:
+            session = world.model.sessions.get(name, ModelSession({}))
+            position = max(0, session.end - self.place % (session.end + 2)) if self.place else session.end
+            places[name] = Cursor(position, _tag(session, position, self.tag))
+            if session.end in session.dropped:
+                in_doubt.add(name)
+        await assert_stale(store, places, world.model.stale(places), in_doubt=in_doubt)
+
+
+@dataclass(frozen=True)
 class Trim(Action):
     """`streams`: which of those that were opened; `before`: None for all."""
 
@@ -200,6 +219,12 @@ class Trim(Action):
         before = session.end + 1 if self.before is None else 1 + self.before % (session.end + 1)
         world.model.trim(key, streams, before)
         await store.trim(key, streams=streams, standalone_before=before)
+
+
+def _tag(session: ModelSession, position: int, which: str) -> bytes:
+    """The tag of the event there, none, or another one."""
+    true = session.written[position - 1].tag if 0 < position <= session.end else b""
+    return {"true": true, "none": b"", "other": b"no event" if position else b""}[which]
 
 
 def _stream(session: ModelSession, which: int | None, attempt: int) -> tuple[int, int]:

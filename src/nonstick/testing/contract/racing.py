@@ -9,9 +9,10 @@ from itertools import chain
 from typing import Any
 
 from nonstick.errors import AlreadyExists, Fenced, NotPending, StoreError, StreamClosed
-from nonstick.store import Appended, Batch, Store
+from nonstick.store import Appended, Batch, Cursor, Store, TellsStale
 from nonstick.testing.contract.base import ContractFixtures
 from nonstick.testing.contract.checks import LONG
+from nonstick.testing.contract.staleness import assert_stale
 from nonstick.testing.contract.tools import drafts, open_stream, read_all, texts
 
 ROUNDS = 15
@@ -162,6 +163,22 @@ class RaceContract(ContractFixtures):
                     assert n % 3 != spared % 3
                 else:
                     assert answer.fields == {"n": b"%d" % (n % 8)}
+
+    async def test_acknowledged_append_makes_logs_stale(self, a: Store, b: Store, key: str) -> None:
+        """`stale`: whichever looks raced with an append, each that begins after its answer sees it (P3)."""
+        await a.create(key, {}, lifetime=LONG)
+        place = Cursor(0)
+        for n in range(ROUNDS):
+            batch = Batch(drafts(b"%d" % n))
+            looks = [store.stale({key: place}) for store in (a, b) if isinstance(store, TellsStale)]
+            appended, *seen = await asyncio.gather(a.append(key, batch), *looks)
+            assert isinstance(appended, Appended)
+            assert all(answer in (set(), {key}) for answer in seen)
+            for store in (a, b):
+                await assert_stale(store, {key: place}, [key])
+            place = Cursor(appended.first, batch.events[0].tag)
+            for store in (a, b):
+                await assert_stale(store, {key: place}, ())
 
     async def only_one(self, error: type[StoreError], calls: Sequence[Coroutine[Any, Any, Appended | None]]) -> int:
         """Runs the calls at once; one succeeds, the others get the error. Which one it was."""

@@ -19,6 +19,7 @@ from nonstick.testing.contract.lease import LeaseContract
 from nonstick.testing.contract.racing import RaceContract
 from nonstick.testing.contract.reading import ReadContract
 from nonstick.testing.contract.record import RecordContract
+from nonstick.testing.contract.staleness import StaleContract
 from nonstick.testing.contract.streams import StreamContract
 from nonstick.testing.contract.waking import WatchContract
 from nonstick.testing.contract.writers import WriterContract
@@ -34,6 +35,7 @@ class StoreContract(
     WriterContract,
     StreamContract,
     ReadContract,
+    StaleContract,
     WatchContract,
     RaceContract,
     StoreModelContract,
