@@ -28,7 +28,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import NamedTuple, Protocol, Self, runtime_checkable
+from typing import NamedTuple, Protocol, Self
 
 __all__ = [
     "CANCEL_SECONDS",
@@ -436,30 +436,15 @@ class Store(Protocol):
         ...
 
 
-@runtime_checkable
 class TellsStale(Protocol):
-    """What a store may have beside the methods of `Store`: it tells for many logs at once where nothing has happened.
-
-    A node may follow thousands of logs in which nothing happens, and looks at each every few seconds, because wakes may
-    be lost. A store that has this method is asked one question about many logs; any other has each of them read.
-    """
+    """What a store may have beside `Store`, so that a node need not read each of the logs in which nothing happens."""
 
     async def stale(self, places: Mapping[str, Cursor]) -> set[str]:
-        """The keys of those logs that have to be read, because the place given may not be their end any more.
+        """The keys of those of these logs, at most `MAX_PLACES`, whose end may not be at the place given: to be read.
 
-        A key is left out only if its session is live, and the last entry that was ever appended to its log, whether
-        `trim` has dropped it since or not, stands at that position and carries that tag (an empty tag is not compared,
-        and position 0 is the end of a log without any entry). Then `read` from there would bring nothing, and would not
-        raise `Diverged`. In doubt a key is named: it costs one `read`, which tells what is true. So this needs no proof
-        that something is gone (P15).
-
-        One round trip, or one to each server that has some of these logs. Writes nothing and renews no expiry. The
-        answers about different logs may be of different moments.
-
-        Args:
-            places: By key, at most `MAX_PLACES`.
-
-        Raises:
-            StoreUnavailable: There is no answer about any of them. A log about which alone there is none is named.
+        A key is left out only if its session is live and the log's last entry, dropped by `trim` or not, stands at that
+        position with that tag, if one is given; at position 0, if there was no entry. In doubt it is named, and `read`
+        tells what is true: so "gone" needs no proof here (P15). Renews no expiry. Each log is looked at for itself;
+        `StoreUnavailable` is raised only where nothing is known of any of them.
         """
         ...

@@ -63,7 +63,7 @@ def talking(stage: Stage) -> None:
 
 
 def dropped(stage: Stage) -> int:
-    return sum(node_of(member).services.trimming.dropped for member in stage.cluster)
+    return sum(node_of(member).services.logs.trimming.dropped for member in stage.cluster)
 
 
 # ---- the log

@@ -397,7 +397,7 @@ async def test_untrimmable_log_is_rarely_read(make_store: MakeStore) -> None:
                     stage.open("go on small")
                     assert texts_of(await small.rest()) == ["done"]
                 await eventually(lambda: not node_of(c).sessions)
-            await eventually(lambda: not node_of(c).services.trimming.looks.under_way)
+            await eventually(lambda: not node_of(c).services.logs.trimming.looks.under_way)
             looks = [call_ for call_ in brought if call_.method == "skim"]
             # Once for what may go, and once for whose it is that may not.
             assert [call_.after for call_ in looks].count(0) == 2

@@ -104,8 +104,7 @@ async def test_message_reaches_connection_elsewhere(make_store: MakeStore) -> No
 
 async def test_message_does_not_await_a_poll(make_store: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """P3: twenty messages arrive, one after the other, though nobody looks for them."""
-    monkeypatch.setattr("nonstick.log.follow._FIRST_POLL", 1000.0)
-    monkeypatch.setattr("nonstick.log.follow._SLOWEST_POLL", 1000.0)
+    monkeypatch.setattr("nonstick.log.lookout._TURN_SECONDS", 100.0)
     async with talking(make_store) as (_, a, b, c):
         session = await a.open()
         async with getting(c, session) as stream:

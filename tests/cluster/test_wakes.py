@@ -103,7 +103,7 @@ class _Ear:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """What no wake told is found soon."""
-    monkeypatch.setattr("nonstick.log.follow._FIRST_POLL", 0.2)
+    monkeypatch.setattr("nonstick.log.lookout._TURN_SECONDS", 0.02)
 
 
 @pytest.fixture(params=["lost", "phantom", pytest.param("phantom, then lost", marks=pytest.mark.slow)])
@@ -359,7 +359,7 @@ async def test_cancel_in_reused_place_counts() -> None:
 
 async def test_reply_before_newer_head_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """P4, P14: the log is gone through anew from its beginning, not from where the node last heard that it ends."""
-    monkeypatch.setattr("nonstick.log.follow._FIRST_POLL", 1.0)
+    monkeypatch.setattr("nonstick.log.lookout._TURN_SECONDS", 0.1)
     async with misinformed() as (stage, store, _a, b, c):
 
         @stage.tool
@@ -509,7 +509,7 @@ async def test_old_cancel_hits_no_new_request() -> None:
 
 async def test_late_second_reply_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     """P4, P14: the first that the store took counts, not the first that the handler's node hears of."""
-    monkeypatch.setattr("nonstick.log.follow._FIRST_POLL", 1.0)
+    monkeypatch.setattr("nonstick.log.lookout._TURN_SECONDS", 0.1)
     async with misinformed() as (stage, store, _a, b, c):
 
         @stage.tool

@@ -18,6 +18,7 @@ import pytest
 from nonstick.errors import AlreadyExists, ConfigurationError, Diverged, SessionNotFound, StoreUnavailable
 from nonstick.log.follow import Follower
 from nonstick.log.guard import GuardedStore
+from nonstick.log.lookout import Lookout
 from nonstick.store import NEW_STREAM, Batch, Cursor, Event, Store
 from nonstick.stores import open_store
 from nonstick.stores.redis.scripts import APPEND
@@ -367,7 +368,8 @@ class Followed:
     """A node's place in a log: what it was given since it was last told of a loss."""
 
     def __init__(self, store: Store, key: str) -> None:
-        self._follower = Follower(GuardedStore(store), key)
+        guarded = GuardedStore(store)
+        self._follower = Follower(guarded, Lookout(guarded), key)
         self.seen: list[Event] = []
         self.losses = 0
 

@@ -6,15 +6,16 @@ import asyncio
 import contextlib
 import random
 import secrets
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any, cast
 
 import pytest
 
 from nonstick.errors import Diverged, SessionNotFound, StoreUnavailable, Trimmed
 from nonstick.log.follow import Follower, Subscription, _Pace, whole
-from nonstick.log.guard import GuardedStore
-from nonstick.store import MAX_READ_BYTES, Batch, Cursor, Draft, Event, News, Wake
+from nonstick.log.guard import PATIENCE, GuardedStore
+from nonstick.log.lookout import Lookout
+from nonstick.store import MAX_READ_BYTES, Batch, Cursor, Draft, Event, News, Store, Wake
 from nonstick.stores.memory import MemoryStore
 
 pytestmark = pytest.mark.anyio
@@ -33,6 +34,7 @@ class Careless(MemoryStore):
         self.loses_wakes = False
         self.unavailable = False
         self.reads = 0
+        self.looks = 0
         self.lost: set[bytes] = set()
         """Tags of entries that the store has lost, with others in their places."""
         self.wakes: list[Wake] = []
@@ -70,6 +72,33 @@ class Careless(MemoryStore):
             await asyncio.sleep(self.random.choice([0, 0.001, 0.002]))
         return events
 
+    async def stale(self, places: Mapping[str, Cursor]) -> set[str]:
+        self.looks += 1
+        if self.unavailable:
+            raise StoreUnavailable("down")
+        lost = {key for key, place in places.items() if place.tag in self.lost}
+        found = {
+            key: place._replace(tag=place.tag[::-1]) for key, place in places.items() if place.tag[::-1] in self.lost
+        }
+        return lost | await super().stale({**places, **found})
+
+
+class Reticent:
+    """A store that has not got `stale`: a third party's, of before there was one."""
+
+    def __init__(self, store: MemoryStore) -> None:
+        self.store = store
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "stale":
+            raise AttributeError(name)
+        return getattr(self.store, name)
+
+
+def following(store: Store, *, patience: float = PATIENCE) -> Follower:
+    guarded = GuardedStore(store, patience=patience)
+    return Follower(guarded, Lookout(guarded), KEY)
+
 
 @pytest.fixture
 async def store() -> AsyncIterator[Careless]:
@@ -78,16 +107,16 @@ async def store() -> AsyncIterator[Careless]:
         yield store
 
 
-@pytest.fixture
-def follower(store: Careless) -> Follower:
-    return Follower(GuardedStore(store), KEY)
+@pytest.fixture(params=["tells", "is read"])
+def follower(store: Careless, request: pytest.FixtureRequest) -> Follower:
+    """Of a store that tells whether a log has to be read, or of one that has to be read to know."""
+    return following(store if request.param == "tells" else cast("Store", Reticent(store)))
 
 
 @pytest.fixture
 def unpolled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only a wake can have the log read, however slow the machine is."""
-    monkeypatch.setattr("nonstick.log.follow._FIRST_POLL", 1000.0)
-    monkeypatch.setattr("nonstick.log.follow._SLOWEST_POLL", 1000.0)
+    monkeypatch.setattr("nonstick.log.lookout._TURN_SECONDS", 100.0)
 
 
 async def append(store: MemoryStore, count: int = 1) -> Cursor:
@@ -522,7 +551,7 @@ async def test_phantoms_without_end_are_found_out(
     store: Careless, follower: Follower, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """P14: as long as wakes seem to tell everything, the log is read all the same from time to time."""
-    monkeypatch.setattr("nonstick.log.follow._FIRST_POLL", 0.05)
+    monkeypatch.setattr("nonstick.log.lookout._TURN_SECONDS", 0.005)
     monkeypatch.setattr("nonstick.log.follow._LONGEST_TRUST", 0.3)
     subscription, _ = await up_to_date(store, follower)
     store.loses_wakes = True
@@ -625,7 +654,7 @@ async def test_sessions_end_reaches_every_subscription(store: Careless, follower
 
 async def test_follower_goes_on_after_an_outage(store: Careless) -> None:
     """P9."""
-    follower = Follower(GuardedStore(store, patience=0.01), KEY)
+    follower = following(store, patience=0.01)
     subscription = follower.subscribe(Cursor(0))
     await append(store)
     await collect(subscription, 1)
@@ -677,7 +706,7 @@ async def test_unneeded_follower_does_nothing(store: Careless, follower: Followe
             await asyncio.Event().wait()
             return []
 
-    subscription = Follower(GuardedStore(Hanging(), patience=2 * DEADLINE), KEY).subscribe(Cursor(0))
+    subscription = following(Hanging(), patience=2 * DEADLINE).subscribe(Cursor(0))
     await begun.wait()
     subscription.close()
     await ended(asyncio.all_tasks() - before)
@@ -698,23 +727,22 @@ async def test_silent_log_is_polled_until_left(
     store: Careless, follower: Follower, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """P9: at the slowest pace that there is, and no slower; P10: a timer that is left behind would go on."""
-    monkeypatch.setattr("nonstick.log.follow._FIRST_POLL", 0.001)
-    monkeypatch.setattr("nonstick.log.follow._SLOWEST_POLL", 0.01)
+    monkeypatch.setattr("nonstick.log.lookout._TURN_SECONDS", 0.0002)
     store.loses_wakes = True
     subscription = follower.subscribe(Cursor(0))
     async with asyncio.timeout(DEADLINE):
-        while store.reads < 40:  # noqa: ASYNC110 - nothing tells of a read
+        while store.reads + store.looks < 40:  # noqa: ASYNC110 - nothing tells of a look
             await asyncio.sleep(0.001)
     subscription.close()
-    reads = store.reads
+    before = store.reads, store.looks
     other = Careless()
     await other.create(KEY, {}, lifetime=600)
-    fence = Follower(GuardedStore(other), KEY).subscribe(Cursor(0))
+    fence = following(other).subscribe(Cursor(0))
     async with asyncio.timeout(DEADLINE):
-        while other.reads < 20:  # noqa: ASYNC110
+        while other.looks < 20:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
     fence.close()
-    assert store.reads == reads
+    assert (store.reads, store.looks) == before
 
 
 class Defective(MemoryStore):
@@ -733,7 +761,7 @@ async def test_follower_survives_an_unexpected_error(caplog: pytest.LogCaptureFi
     """P9: one read that fails must not make a node deaf for the session."""
     async with Defective() as store:
         await store.create(KEY, {}, lifetime=600)
-        follower = Follower(GuardedStore(store), KEY)
+        follower = following(store)
         await append(store)
         subscription = follower.subscribe(Cursor(0))
         assert await collect(subscription, 1) == [1]
@@ -765,7 +793,7 @@ async def test_long_backlog_lets_others_run() -> None:
         for _ in range(40):
             await append(store, 100)
         turning = asyncio.create_task(turn())
-        follower = Follower(GuardedStore(store), KEY)
+        follower = following(store)
         subscription = follower.subscribe(Cursor(0))
         assert await collect(subscription, 4000) == between(1, 4000)
         subscription.close()

@@ -13,7 +13,8 @@ from nonstick.core.events import Kind, draft, kind_of
 from nonstick.core.names import new_tag
 from nonstick.core.settings import Settings
 from nonstick.log.guard import GuardedStore
-from nonstick.log.session_log import SessionLog
+from nonstick.log.lookout import Lookout
+from nonstick.log.session_log import Logs, SessionLog
 from nonstick.log.trim import Trimming
 from nonstick.session.cancels import Cancels
 from nonstick.session.inbox import Handlers, Inbox, opened_later
@@ -56,7 +57,9 @@ class Stage:
         self.store = GuardedStore(store)
         self.tasks = Tasks(lambda error: None)
         settings = Settings()
-        self.log = SessionLog(self.store, Trimming(self.store, settings, self.tasks.spawn), KEY, "node")
+        self.log = SessionLog(
+            Logs(self.store, Trimming(self.store, settings, self.tasks.spawn), Lookout(self.store), "node"), KEY
+        )
         self.told: list[tuple[str, int]] = []
         self.ended = asyncio.Event()
         self.lost = 0

@@ -32,6 +32,7 @@ from nonstick.errors import (
 )
 from nonstick.log.follow import Follower
 from nonstick.log.guard import GuardedStore, withheld
+from nonstick.log.lookout import Lookout
 from nonstick.log.writer import Sender
 from nonstick.store import MAX_READ, Appended, Batch, Cursor, Event, Loaded
 from nonstick.waiting import background
@@ -299,7 +300,7 @@ class ClusterLog:
             return await store.read(CLUSTER_KEY, Cursor(head.position), limit=MAX_READ)
 
     async def _follow(self, store: GuardedStore) -> None:
-        subscription = Follower(store, CLUSTER_KEY).subscribe(self.broadcasts.head)
+        subscription = Follower(store, Lookout(store), CLUSTER_KEY).subscribe(self.broadcasts.head)
         try:
             while True:
                 for event in await subscription.next():

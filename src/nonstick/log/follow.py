@@ -2,8 +2,9 @@
 
 One follower per session and node reads the log, however many follow it. A wake is only a hint (P14): what it carries is
 taken when it continues, by position and tag, exactly the entry up to which the log is known here. Anything else means
-"read". The log is also read after some seconds of silence, because wakes may be lost. A replaced primary may still
-announce what is not in the log: the next read finds that out, because the read names the entry and its tag.
+"read". While a log is quiet the node's lookout looks at it, because wakes may be lost, and has it read where its end is
+not what is known here. A replaced primary may still announce what is not in the log: the next look or read finds that
+out, because both name the entry and its tag.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Final
 
 from nonstick.errors import Diverged, SessionNotFound, StoreUnavailable, Trimmed, without_text
 from nonstick.log.guard import LESS, GuardedStore
+from nonstick.log.lookout import Lookout
 from nonstick.store import MAX_CLIP, Cursor, Event, News, Skimmed
 from nonstick.waiting import background
 from nonstick.waiting.bell import Bell
@@ -26,16 +28,16 @@ __all__ = ["Follower", "Slice", "Subscription", "whole"]
 
 logger = logging.getLogger(__name__)
 
-_FIRST_POLL: Final = 1.0
-_SLOWEST_POLL: Final = 5.0
+_REPEAT_SECONDS: Final = 1.0
+"""At most so long after a read that failed, the log is read again."""
 _LONGEST_TRUST: Final = 10.0
-"""Seconds for which wakes alone may say what is in the log. Then it is read, though they seem to tell everything."""
+"""Seconds for which wakes alone may say what is in the log. Then it is looked at, though they seem to tell all."""
 _FREE_READS: Final = 4
 """Reads in a row that may bring nothing: a wake and a read often bring the same."""
 _FIRST_PAUSE: Final = 0.01
 _LONGEST_PAUSE: Final = 0.2
 _FORGIVEN_SECONDS: Final = 0.4
-"""Seconds of silence after which wakes that brought nothing are forgotten. Between two polls there are more."""
+"""Seconds of silence after which wakes that brought nothing are forgotten. Between two looks there are more."""
 _BATCH: Final = 256
 _SLICE_BYTES: Final = 256 * 1024
 """About how many bytes are read at once (P10): a node may read for thousands of slow clients."""
@@ -240,27 +242,44 @@ class Subscription:
 class Follower:
     """The one reader of a session's log on this node. Works while it has subscriptions.
 
-    It has a task only while it has to read: most logs are silent, and there may be thousands.
+    It has a task only while it has to read: most logs are quiet, and there may be thousands. The lookout looks at them.
     """
 
-    def __init__(self, store: GuardedStore, key: str) -> None:
+    __slots__ = (
+        "_heard",
+        "_lookout",
+        "_must_read",
+        "_pace",
+        "_reading",
+        "_slice",
+        "_subscriptions",
+        "_unwatch",
+        "cursor",
+        "ended",
+        "key",
+        "looks",
+        "losses",
+        "store",
+        "turn",
+    )
+
+    def __init__(self, store: GuardedStore, lookout: Lookout, key: str) -> None:
         self.store = store
         self.key = key
         self.cursor = Cursor(0)
         self.ended = False
         self.losses = 0
-        self._subscriptions: set[Subscription] = set()
+        self.looks = self.turn = 0
+        self._lookout = lookout
+        self._subscriptions: list[Subscription] = []
         self._unwatch: Callable[[], None] | None = None
         """Stops the wakes, while it follows."""
         self._reading: asyncio.Task[None] | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        """Looks for what a lost wake did not say, while it does not read."""
         self._slice = Slice()
         self._pace = _Pace()
         self._must_read = False
-        self._poll = _FIRST_POLL
         self._heard = False
-        """Whether a wake brought events since the timer was set."""
+        """Whether a wake brought events since the lookout was told to expect it."""
 
     @property
     def subscriptions(self) -> int:
@@ -269,16 +288,17 @@ class Follower:
     def subscribe(self, after: Cursor) -> Subscription:
         """A place just after this cursor, which the caller knows to be good."""
         subscription = Subscription(self, after)
-        self._subscriptions.add(subscription)
+        self._subscriptions.append(subscription)
         if self._unwatch is None and not self.ended:
             self.cursor = after
-            self._poll = _FIRST_POLL
+            self.looks = 0
             self._unwatch = self.store.watch(self.key, self._on_wake)
-            self._read_soon()
+            self.read_soon()
         return subscription
 
     def leave(self, subscription: Subscription) -> None:
-        self._subscriptions.discard(subscription)
+        if subscription in self._subscriptions:
+            self._subscriptions.remove(subscription)
         if not self._subscriptions:
             self._stop()
 
@@ -293,21 +313,18 @@ class Follower:
         if self._unwatch is not None:
             self._unwatch()
             self._unwatch = None
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._lookout.forget(self)
         if self._reading is not None:
             self._reading.cancel()
             self._reading = None
 
     # ---- when to read
 
-    def _read_soon(self) -> None:
+    def read_soon(self) -> None:
         """There may be something in the log that no wake brought here."""
         self._must_read = True
         if self._reading is None:
-            if self._timer is not None:
-                self._timer.cancel()
+            self._lookout.forget(self)
             self._reading = background.spawn(self._keep_reading(), name=f"follow {self.key[:12]}")
 
     async def _keep_reading(self) -> None:
@@ -325,26 +342,21 @@ class Follower:
                 done = False
             self._pace.took(clock(), brought=self.cursor != before)
             if not done:
-                await asyncio.sleep(_FIRST_POLL * random.uniform(0.3, 1.0))  # noqa: S311
+                await asyncio.sleep(_REPEAT_SECONDS * random.uniform(0.3, 1.0))  # noqa: S311
                 self._must_read = True
         if not self.ended:
             self._reading = None
-            self._look_later()
+            self._fall_quiet()
 
-    def _look_later(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
+    def _fall_quiet(self) -> None:
         self._heard = False
-        delay = self._poll * random.uniform(0.5, 1.0)  # noqa: S311
-        self._timer = background.later(delay, self._look)
+        self._lookout.expect(self)
 
-    def _look(self) -> None:
-        trusted = self._heard and asyncio.get_running_loop().time() - self._pace.read_at < _LONGEST_TRUST
-        if trusted:
-            self._look_later()
-        else:
-            self._poll = min(self._poll * 1.5, _SLOWEST_POLL)
-            self._read_soon()
+    def needs_look(self, now: float) -> bool:
+        """Whether wakes have not told of it, or have for so long that they are not trusted any more."""
+        trusted = self._heard and now - self._pace.read_at < _LONGEST_TRUST
+        self._heard = False
+        return not trusted
 
     def _on_wake(self, news: News | None) -> None:
         if self._unwatch is None:
@@ -353,14 +365,14 @@ class Follower:
         fresh = news.since(self.cursor) if isinstance(news, News) else None
         if fresh is not None and not fresh:
             return
-        slow, self._poll = self._poll > _FIRST_POLL, _FIRST_POLL
+        slow, self.looks = self.looks > 0, 0
         if fresh is None or self._must_read:
-            self._read_soon()
+            self.read_soon()
             return
         self._advance(fresh)
         self._heard = True
         if slow and self._reading is None:
-            self._look_later()
+            self._lookout.expect(self)
 
     async def _read(self) -> bool:
         """Reads to the end of the log. Whether the store could be reached, and knew the place."""

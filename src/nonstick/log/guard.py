@@ -223,6 +223,14 @@ class GuardedStore:
             _NONE,
         )
 
+    async def stale(self, places: Mapping[str, Cursor]) -> set[str]:
+        """As `TellsStale.stale`; all of them, without a call, where the store does not have it."""
+        # Asked of the object: the store may be one that passes on whatever another one has.
+        stale: Callable[[Mapping[str, Cursor]], Awaitable[set[str]]] | None = getattr(self.store, "stale", None)
+        if stale is None:
+            return set(places)
+        return await self._until(lambda: stale(places), self.patience, _NONE)
+
     def watch(self, key: str, wake: Wake) -> Callable[[], None]:
         try:
             return self.store.watch(key, wake)

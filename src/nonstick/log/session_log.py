@@ -3,26 +3,42 @@
 from __future__ import annotations
 
 import time
+from typing import NamedTuple
 
 from nonstick.core.lazy import lazy
 from nonstick.core.retention import Amount
 from nonstick.errors import StoreUnavailable
 from nonstick.log.follow import Follower
 from nonstick.log.guard import GuardedStore, withheld
+from nonstick.log.lookout import Lookout
 from nonstick.log.lost import end_lost
 from nonstick.log.trim import Trimmer, Trimming
 from nonstick.log.writer import Sender
 from nonstick.store import NEW_STREAM, Appended, Batch, Cursor, Loaded
 
-__all__ = ["SessionLog"]
+__all__ = ["Logs", "SessionLog"]
+
+
+class Logs(NamedTuple):
+    """What a node has for the logs of all sessions.
+
+    Attributes:
+        lookout: Looks after those that are quiet here.
+        here: The node's id.
+    """
+
+    store: GuardedStore
+    trimming: Trimming
+    lookout: Lookout
+    here: str
 
 
 class SessionLog:
     """One session's log.
 
     Args:
+        logs: What the node has for all of them.
         key: The session's.
-        here: The node's id.
 
     Attributes:
         head: The end of the log when it was loaded last.
@@ -31,16 +47,14 @@ class SessionLog:
     """
 
     # What the lazy attributes keep goes into a dictionary, which most never need.
-    __slots__ = ("__dict__", "_events", "_here", "_size", "_store", "_trimming", "head", "heard_at", "key", "loaded_at")
+    __slots__ = ("__dict__", "_events", "_logs", "_size", "head", "heard_at", "key", "loaded_at")
 
-    def __init__(self, store: GuardedStore, trimming: Trimming, key: str, here: str) -> None:
+    def __init__(self, logs: Logs, key: str) -> None:
         self.key = key
         self.head = Cursor(0)
         self.loaded_at = 0
         self.heard_at = 0.0
-        self._store = store
-        self._trimming = trimming
-        self._here = here
+        self._logs = logs
         self._size = self._events = 0
 
     # Most requests end before they need these.
@@ -48,12 +62,12 @@ class SessionLog:
     @lazy
     def follower(self) -> Follower:
         """The one reader of the log on this node."""
-        return Follower(self._store, self.key)
+        return Follower(self._logs.store, self._logs.lookout, self.key)
 
     @lazy
     def trimmer(self) -> Trimmer:
         """Keeps the log within its bounds (P10)."""
-        return Trimmer(self._trimming, self.key, Amount(self._size, self._events), end_lost=self._end_lost)
+        return Trimmer(self._logs.trimming, self.key, Amount(self._size, self._events), end_lost=self._end_lost)
 
     @lazy
     def sender(self) -> Sender:
@@ -76,7 +90,7 @@ class SessionLog:
     async def append(self, batch: Batch, *, patience: float | None = None) -> Appended:
         """As `Store.append`, and sees to the log's size afterwards (P10)."""
         try:
-            appended = await self._store.append(self.key, batch, patience=patience)
+            appended = await self._logs.store.append(self.key, batch, patience=patience)
         except StoreUnavailable as error:
             raise withheld(error, "session %s", self.key[:12]) from None
         ended = None
@@ -86,4 +100,4 @@ class SessionLog:
         return appended
 
     async def _end_lost(self) -> bool:
-        return await end_lost(self._store, self.key, self.append, here=self._here)
+        return await end_lost(self._logs.store, self.key, self.append, here=self._logs.here)

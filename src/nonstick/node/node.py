@@ -28,6 +28,8 @@ from nonstick.core.settings import Settings
 from nonstick.errors import SessionNotFound, StoreUnavailable, without_text
 from nonstick.log.cluster_log import CLUSTER_KEY, ClusterLog
 from nonstick.log.guard import GuardedStore
+from nonstick.log.lookout import Lookout
+from nonstick.log.session_log import Logs
 from nonstick.log.trim import Trimming
 from nonstick.node.drain import STOP_SECONDS, Drain, Guest
 from nonstick.node.exits import draining_on_signals, end_loop, note_exit, stop_host
@@ -96,8 +98,9 @@ class Node:
         readers: set[Reading] = set()
         tasks = Tasks(self.exit)
         self._drain = Drain(store, settings, tasks, self.sessions, readers, guests)
+        node_id = f"{self.name}-{secrets.token_hex(4)}"
         self.services = Services(
-            node_id=f"{self.name}-{secrets.token_hex(4)}",
+            node_id=node_id,
             served=served,
             store=store,
             settings=settings,
@@ -111,7 +114,7 @@ class Node:
                 share=settings.max_principal_share,
                 share_held=PRINCIPAL_RUNS_TOO_MANY,
             ),
-            trimming=Trimming(store, settings, tasks.spawn),
+            logs=Logs(store, Trimming(store, settings, tasks.spawn), Lookout(store), node_id),
             cluster_log=cluster_log,
         )
         self.placement = self.services.owners = Placement(self.services, self.sessions)

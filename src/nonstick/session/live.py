@@ -113,7 +113,7 @@ class LiveSession:
         self.services = services
         self.id = session_id
         self.key = key
-        self.log = SessionLog(services.store, services.trimming, key, services.node_id)
+        self.log = SessionLog(services.logs, key)
         self.state = ConnectionState(secret=session_id, limit=services.settings.max_state_bytes)
         self.exchanges: dict[str, Running] = {}
         self.notices: set[asyncio.Task[Any]] = set()

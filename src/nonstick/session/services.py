@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from nonstick.core.settings import Settings
 from nonstick.log.cluster_log import ClusterLog
 from nonstick.log.guard import GuardedStore
-from nonstick.log.trim import Trimming
+from nonstick.log.session_log import Logs
 from nonstick.session.quotas import Quota
 from nonstick.session.runner import Runner
 from nonstick.waiting.deadline import Deadline
@@ -142,7 +142,7 @@ class Services:
     readers: set[Reading] = field(default_factory=set[Reading])
     requests: Quota
     """Requests, of all sessions, that run on this node or whose answers are on their way out."""
-    trimming: Trimming
+    logs: Logs
     cluster_log: ClusterLog
     owners: Owners = field(init=False)
     """Set once, by the node, after the services are made: what holds sessions needs them itself."""

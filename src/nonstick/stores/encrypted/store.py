@@ -9,7 +9,7 @@ they are: the store works with them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from types import TracebackType
@@ -27,7 +27,6 @@ from nonstick.store import (
     Loaded,
     Skimmed,
     Store,
-    TellsStale,
     Wake,
 )
 from nonstick.stores.common.bounds import check_bounds
@@ -168,7 +167,8 @@ class EncryptedStore:
 
     async def stale(self, places: Mapping[str, Cursor]) -> set[str]:
         """See `nonstick.store.TellsStale`: all of them, where the store below cannot tell."""
-        return await self.store.stale(places) if isinstance(self.store, TellsStale) else set(places)
+        stale: Callable[[Mapping[str, Cursor]], Awaitable[set[str]]] | None = getattr(self.store, "stale", None)
+        return set(places) if stale is None else await stale(places)
 
     def watch(self, key: str, wake: Wake) -> Callable[[], None]:
         # An event is bound to its stream and its tag, but not to its place in the log, which its writer did not know:

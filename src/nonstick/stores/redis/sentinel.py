@@ -109,7 +109,7 @@ class SentinelServers:
         return await self.only.call(args, replicated=replicated)
 
     async def call_each(self, commands: Sequence[tuple[Arg, ...]]) -> list[Any]:
-        return await self._server.call_each(commands)
+        return await self.only.call_each(commands)
 
     async def is_owner(self, key: str, server: Server) -> bool:
         """Asks the Sentinels. Most have to answer: a few may have been cut off, and not know of a failover."""

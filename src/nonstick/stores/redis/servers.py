@@ -232,7 +232,7 @@ class SingleServer:
             raise StoreUnusable(str(error)) from None
 
     async def call_each(self, commands: Sequence[tuple[Arg, ...]]) -> list[Any]:
-        return await self._server.call_each(commands)
+        return await self.only.call_each(commands)
 
     async def is_owner(self, key: str, server: Server) -> bool:
         """There is no other."""

@@ -237,7 +237,8 @@ class RedisStore:
     ) -> None:
         groups = limits or {}
         if self._groups is not None and (full := await self._groups.admit(key, groups, lifetime)) is not None:
-            if await self._is_live(key):
+            name = f"{self._prefix}:{{{key}}}:r"
+            if await self._opened.servers.call(name, "EXISTS", name):
                 raise AlreadyExists
             raise TooManySessions(full)
         reply = await self._scripts.run(
@@ -256,10 +257,6 @@ class RedisStore:
             raise TooManySessions(reply[1].decode())
         if self._groups is not None:
             await self._groups.renew(key, groups, milliseconds(lifetime))
-
-    async def _is_live(self, key: str) -> bool:
-        name = f"{self._prefix}:{{{key}}}:r"
-        return bool(await self._opened.servers.call(name, "EXISTS", name))
 
     async def load(self, key: str, *, renew: bool = True) -> Loaded:
         opened = self._entered or self._opened

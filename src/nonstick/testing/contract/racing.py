@@ -9,10 +9,10 @@ from itertools import chain
 from typing import Any
 
 from nonstick.errors import AlreadyExists, Fenced, NotPending, StoreError, StreamClosed
-from nonstick.store import Appended, Batch, Cursor, Store, TellsStale
+from nonstick.store import Appended, Batch, Cursor, Store
 from nonstick.testing.contract.base import ContractFixtures
 from nonstick.testing.contract.checks import LONG
-from nonstick.testing.contract.staleness import assert_stale
+from nonstick.testing.contract.staleness import assert_stale, tells_stale
 from nonstick.testing.contract.tools import drafts, open_stream, read_all, texts
 
 ROUNDS = 15
@@ -170,7 +170,7 @@ class RaceContract(ContractFixtures):
         place = Cursor(0)
         for n in range(ROUNDS):
             batch = Batch(drafts(b"%d" % n))
-            looks = [store.stale({key: place}) for store in (a, b) if isinstance(store, TellsStale)]
+            looks = [store.stale({key: place}) for store in (a, b) if tells_stale(store)]
             appended, *seen = await asyncio.gather(a.append(key, batch), *looks)
             assert isinstance(appended, Appended)
             assert all(answer in (set(), {key}) for answer in seen)
