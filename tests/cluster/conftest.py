@@ -35,6 +35,9 @@ ON_POSTGRES_TOO = {
     "test_one_call_is_heard_everywhere",
     "test_background_work_keeps_no_requests_variables",
     "test_absent_client_hears_broadcasts_on_return",
+    "test_clients_hear_without_any_wake",
+    "test_lost_place_is_found_without_wakes",
+    "test_sessions_end_is_found_without_wakes",
 }
 """One test of each kind: what PostgreSQL does differently from Valkey, the stores' own tests look at."""
 

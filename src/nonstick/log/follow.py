@@ -143,6 +143,8 @@ def _continued(place: Cursor, before: Cursor, events: Sequence[Event]) -> Sequen
 class Subscription:
     """One reader's place in a followed log. `next` gives what came after. Subscriptions do not disturb each other."""
 
+    __slots__ = ("_buffer", "_buffered_bytes", "_buffered_to", "_follower", "_losses", "_slice", "_wake", "cursor")
+
     def __init__(self, follower: Follower, after: Cursor) -> None:
         self.cursor = after
         self._follower = follower

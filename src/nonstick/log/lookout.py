@@ -74,6 +74,8 @@ class Lookout:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_turn = 0
         self._looks: set[asyncio.Task[None]] = set()
+        self._has_complained = False
+        """Of what no store may raise, since a look that did not end so."""
 
     def expect(self, log: Quiet) -> None:
         """Looks at this log when it is time, or when it is time from now on if it is expected already."""
@@ -176,12 +178,16 @@ class Lookout:
     async def _stale(self, places: dict[str, Cursor]) -> set[str] | None:
         """What of this has to be read; None if the store does not answer."""
         try:
-            return await self._store.stale(places)
+            stale = await self._store.stale(places)
+            self._has_complained = False
+            return stale
         except StoreUnavailable as error:
             logger.debug("%d quiet logs could not be looked at: %s", len(places), error)
         except Exception as error:
-            # Of a store, a defect. Nobody else looks at these logs.
-            logger.error("%d quiet logs could not be looked at", len(places), exc_info=without_text(error))
+            # Of a store, a defect, which there may be in each turn. Nobody else looks at these logs.
+            if not self._has_complained:
+                logger.error("%d quiet logs could not be looked at", len(places), exc_info=without_text(error))
+            self._has_complained = True
         try:
             await self._store.ping()
         except Exception as error:

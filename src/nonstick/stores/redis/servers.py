@@ -161,7 +161,7 @@ class Server:
         """The replies to these commands, or errors in their places: see `Servers.call_each`."""
         try:
             # Half of a call's time: callers have answers of other servers by then, and no more time than a call.
-            return await self._plain.send_each(commands, self._limits.timeout / 2)
+            return await self.plain.send_each(commands, self._limits.timeout / 2)
         except StoreUnavailable as error:
             return [error] * len(commands)
 
