@@ -60,7 +60,7 @@ PROGRESS: Final = {
 }
 
 _ROUND_TRIPS: Final = frozenset(
-    {"create", "load", "update", "touch", "delete", "append", "read", "skim", "trim", "lapsed", "ping"}
+    {"create", "load", "update", "touch", "delete", "append", "read", "skim", "trim", "stale", "lapsed", "ping"}
 )
 _counter: ContextVar[Counter[str] | None] = ContextVar("_counter", default=None)
 

@@ -1,4 +1,4 @@
-"""What no wake tells is found by the common look at quiet logs, on every store; also where the store has no such look."""
+"""What no wake tells is found by the common look at quiet logs, on every store; also where a store has no such look."""
 
 from __future__ import annotations
 

@@ -34,6 +34,7 @@ from nonstick.testing import (
     opening,
     read_all,
 )
+from nonstick.testing.contract.staleness import assert_stale
 from nonstick.testing.contract.tools import DEADLINE, deadline, drafts, eventually, open_stream, texts
 from nonstick.testing.servers.valkey_cluster import ask, until
 from tests.tls import self_signed, tls_in_front_of
@@ -652,7 +653,9 @@ async def everything(store: Store, key: str) -> None:
     await store.append(key, Batch(drafts(b"2"), stream=stream, terminal=True, uncancel="c", fields={"b": b"2"}))
     await store.append(key, Batch(drafts(b"3"), settle="q", cancel="d"))
     assert await store.update(key, {"a": None}, expect={"a": b"1"}, lifetime=LONG + 1)
-    assert len(await store.read(key, Cursor(0))) == 3
+    events = await store.read(key, Cursor(0))
+    assert len(events) == 3
+    await assert_stale(store, {key: events[-1].cursor, "nobody's": Cursor(0)}, {"nobody's"})
     await store.trim(key, streams=[stream], standalone_before=4)
     await store.touch([key])
     assert (await store.load(key)).fields == {"b": b"2"}
