@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from bench.figures import paired
 
-__all__ = ["SDK", "SDK_JSON", "Budget", "budgets", "limit_of", "line_of", "ratio_of"]
+__all__ = ["LIMIT", "SDK", "SDK_JSON", "Budget", "budgets", "limit_of", "line_of", "ratio_of"]
 
 SDK: Final = "mcp, in memory"
 SDK_JSON: Final = "mcp, in memory, JSON"

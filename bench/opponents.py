@@ -38,6 +38,7 @@ class Opponent:
         store: What it needs a store for, if any.
         nodes: Processes that its requests are spread over.
         options: Environment of the app.
+        under: The program, and its arguments, that its processes run under.
     """
 
     name: str
@@ -46,18 +47,19 @@ class Opponent:
     store: StoreKind = ""
     nodes: int = 1
     options: dict[str, str] = field(default_factory=dict[str, str])
+    under: tuple[str, ...] = ()
 
     def command(self, port: int, node: str) -> list[str]:
         """Starts one of its processes."""
         if not self.app:
-            return [node, str(TYPESCRIPT / "server.mjs")]
+            return [*self.under, node, str(TYPESCRIPT / "server.mjs")]
         if self.app == SERVE:
             serve = ["serve", "bench.servers:mcpserver", "--port", str(port), "--set", f"max_sessions={MANY}"]
-            return [sys.executable, "-m", "nonstick", *serve]
+            return [*self.under, sys.executable, "-m", "nonstick", *serve]
         # A short keep-alive would cut connections of a slow opponent's clients.
         options = ["--port", str(port), "--log-level", "warning", "--loop", "uvloop", "--http", "httptools"]
         options += ["--no-access-log", "--timeout-keep-alive", "600", "--timeout-graceful-shutdown", "1"]
-        return [sys.executable, "-m", "uvicorn", "bench.apps:app", *options]
+        return [*self.under, sys.executable, "-m", "uvicorn", "bench.apps:app", *options]
 
     def environment(self, port: int, url: str) -> dict[str, str]:
         named = {"BENCH_APP": self.app, "BENCH_STORE": url, "BENCH_PORT": str(port)}
@@ -90,6 +92,7 @@ OPPONENTS: Final = {
         _nonstick("sqlite", 3, "lowlevel"),
         _nonstick("valkey", 1, "lowlevel"),
         _nonstick("valkey", 3, "lowlevel"),
+        _nonstick("valkey", 1, answer="sse"),
         _nonstick("valkey", 3, answer="sse"),
         Opponent("nonstick serve valkey, 1 node", SERVE, store="valkey"),
         Opponent("mcp, in memory", "mcp"),
