@@ -44,6 +44,10 @@ VERSION = "2025-11-25"
 PAUSE = 0.05
 REPLAYS = 5
 REPLAY_SECONDS = 8.0
+"""Without an end, after which a replay of a finished stream has none."""
+LOST_REPLAY_SECONDS = 60.0
+"""The same where the store may have lost the end: a silent stream is asked whether its request runs after 30 s, and is
+ended once nobody has answered for as long as a node may hang."""
 FENCE_SECONDS = 5.0
 
 
@@ -103,6 +107,7 @@ class Call:
     ids: list[str] = field(default_factory=list)
     started: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[dict[str, Any] | None] | None = None
+    begun: float = field(default_factory=time.monotonic)
 
     async def end(self) -> dict[str, Any] | None:
         assert self.task is not None
@@ -402,7 +407,7 @@ class Session:
         """Reads a finished stream again, after one of its events, on any node. Records what came."""
         if not call.ids or call.terminal is None:
             return
-        again = Call(call.label, call.request_id, last=after or self._rng.choice(call.ids))
+        again = Call(call.label, call.request_id, last=after or self._rng.choice(call.ids), begun=call.begun)
         place = self._place(again.last or "")
         events: list[tuple[Place, dict[str, Any]]] = []
         for _ in range(REPLAYS):
@@ -417,7 +422,7 @@ class Session:
     async def _replay(self, call: Call, events: list[tuple[Place, dict[str, Any]]], target: Target) -> bool | None:
         """One connection. Whether the server ended it; None if that was not seen: the node may be down or frozen."""
         try:
-            async with asyncio.timeout(REPLAY_SECONDS), self._stream("GET", target, None, call.last) as response:
+            async with self._until_replayed(call), self._stream("GET", target, None, call.last) as response:
                 if response.status_code != 200:
                     return None
                 async for event_id, data in self._events(response, cuts=False):
@@ -429,6 +434,23 @@ class Session:
             return None
         except TimeoutError:
             return False  # there were signs of life all the time, and no end
+
+    @contextlib.asynccontextmanager
+    async def _until_replayed(self, call: Call) -> AsyncGenerator[None]:
+        """A `TimeoutError` once no end can be expected any more. A loss may come to be known while this waits."""
+        begun = asyncio.get_running_loop().time()
+        async with asyncio.timeout_at(begun + REPLAY_SECONDS) as limit:
+
+            def lost() -> None:
+                if self.history.lost_since(call.begun):
+                    limit.reschedule(begun + LOST_REPLAY_SECONDS)
+
+            # Just before the time is over: then it is known whether something was lost meanwhile.
+            look = asyncio.get_running_loop().call_at(begun + 0.9 * REPLAY_SECONDS, lost)
+            try:
+                yield
+            finally:
+                look.cancel()
 
     async def read_rest(self, call: Call, last: str) -> list[dict[str, Any]]:
         """The rest of a stream after an event id, to its end, over as many connections as it takes. Not recorded."""
