@@ -140,6 +140,32 @@ def test_one_part_yields_tables_and_budgets() -> None:
     assert "Idle sessions" not in text
 
 
+def test_what_serve_adds_is_told_in_limits() -> None:
+    """Inside each round, as all ratios: the medians, 60 and 20 to 30, would make 1.33."""
+    results = _results(
+        _line("bare ASGI, one read", 10, 30, 100),
+        _line("nonstick valkey, 1 node", 20, 20, 200),
+        _line("nonstick serve valkey, 1 node", 60, 23, 230),
+    )
+    [serve] = [one for one in budgets(results) if one.what.startswith("nonstick serve")]
+    assert serve.value == pytest.approx(0.3)
+    assert not serve.met
+    del results["requests"][0]
+    assert not budgets(results)[1:], "only the ratio of p99 to p50 is left"
+
+
+def test_only_enough_streams_have_cpu_budget() -> None:
+    streams = {"streams": 500, "bytes_per_stream": 23 * 1024, "idle_cores": 0.2}
+    assert [one.met for one in budgets({"streams": streams})] == [True]
+    assert [one.met for one in budgets({"streams": {**streams, "streams": 10_000}})] == [True, False]
+
+
+def test_delivery_and_reply_have_own_limits() -> None:
+    lines = [{"store": "valkey", "what": what, "p50": 1.0, "p99": 2.0} for what in ("delivery", "reply", "cancel")]
+    found = {one.what: one.met for one in budgets({"latency": lines}) if one.what.endswith("p50")}
+    assert found == {"delivery on another node, valkey: p50": False, "reply on another node, valkey: p50": True}
+
+
 def test_rerun_part_replaces_only_itself(tmp_path: Path) -> None:
     file, results = tmp_path / "results.json", _results(_line("bare ASGI", 10))
     environment = results["environment"]
