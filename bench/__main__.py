@@ -2,7 +2,7 @@
 
     python -m bench [--full] [--only PART ...] [--output FILE]
 
-The short form takes about five minutes on two idle cores, `--full` an hour or so. The parts that are run replace those
+The short form takes about five minutes on two idle cores, `--full` half an hour or so. The parts that are run replace those
 in the file, the others stay: a long run can be made in pieces.
 """
 
@@ -15,6 +15,7 @@ import platform
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -23,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-from bench import arrivals, guard, latency, many, resume
+from bench import arrivals, guard, instructions, latency, many, million, resume
 from bench.bar import Bar
 from bench.load import runner
 from bench.opponents import OPPONENTS
@@ -68,6 +69,7 @@ class Size:
     idle: int
     streams: int
     seconds: float
+    million: tuple[int, int]
 
     def workloads(self) -> list[tuple[Workload, tuple[str, ...]]]:
         """Each with the opponents that it says something about."""
@@ -81,18 +83,21 @@ class Size:
         ]
 
 
-SHORT: Final = Size(rounds=24, requests=64, events=100, idle=5000, streams=500, seconds=2.0)
-FULL: Final = Size(rounds=40, requests=320, events=2000, idle=100_000, streams=10_000, seconds=5.0)
+SHORT: Final = Size(rounds=24, requests=64, events=100, idle=5000, streams=500, seconds=2.0, million=(1000, 10_000))
+FULL: Final = Size(
+    rounds=40, requests=320, events=2000, idle=100_000, streams=10_000, seconds=5.0, million=(million.FEW, million.MANY)
+)
 
 Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Part:
-    """What can be run alone: `steps` says how often it tells how far it is."""
+    """What can be run alone: `steps` says how often it tells how far it is. `full_only`: not in the short form."""
 
     run: Callable[[Size, Tell], Coroutine[Any, Any, Any]]
     steps: Callable[[Size], int]
+    full_only: bool = False
 
 
 async def _requests(size: Size, tell: Tell) -> list[dict[str, Any]]:
@@ -123,6 +128,8 @@ async def _arrivals(size: Size, tell: Tell) -> list[dict[str, Any]]:
     return [{**asdict(step), "sustained": step.sustained} for step in steps]
 
 
+COUNTED: Final = (*instructions.KINDS, *instructions.SDK_KINDS)
+
 PARTS: Final = {
     "requests": Part(_requests, lambda size: 1 + sum(len(names) for _, names in size.workloads()) * size.rounds),
     "latency": Part(_latency, lambda _: len(LATENCY_STORES) * len(latency.MEASURES)),
@@ -131,6 +138,10 @@ PARTS: Final = {
     "streams": Part(lambda size, tell: many.run_streams(size.streams, tell), lambda size: many.steps(0, size.streams)),
     "idle": Part(lambda size, tell: many.run_idle(size.idle, tell), lambda size: many.steps(size.idle, 0)),
     "flat": Part(lambda _, tell: guard.growth(tell), lambda _: len(guard.GROWTH)),
+    "million": Part(
+        lambda size, tell: million.run(*size.million, tell), lambda size: million.steps(*size.million), full_only=True
+    ),
+    "instructions": Part(lambda _, tell: instructions.measure(COUNTED, tell), lambda _: len(COUNTED), full_only=True),
 }
 
 
@@ -217,24 +228,33 @@ def _cpu_model() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="10,000 streams, 100,000 idle sessions, more of everything")
-    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", default=list(PARTS), help=", ".join(PARTS))
+    parser.add_argument("--full", action="store_true", help="10,000 streams, a million sessions, more of everything")
+    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--output", type=Path, metavar="FILE", help="instead of bench/results/DATE.json")
     options = parser.parse_args()
     output = options.output or RESULTS / f"{datetime.now(UTC):%Y-%m-%d}.json"
+    chosen = options.only or [name for name, part in PARTS.items() if options.full or not part.full_only]
     raise_file_limit()
+    failed = []
     try:
-        results = kept(output, _environment(), options.only)
+        results = kept(output, _environment(), chosen)
     except ValueError as error:
         sys.exit(str(error))
     output.parent.mkdir(parents=True, exist_ok=True)
-    for number, name in enumerate(options.only):
-        before = f"part {number + 1} of {len(options.only)}, "
-        results[name], results["parts"][name] = run(name, FULL if options.full else SHORT, before)
-        # A part that fails takes nothing of what was measured before it.
+    for number, name in enumerate(chosen):
+        before = f"part {number + 1} of {len(chosen)}, "
+        try:
+            results[name], results["parts"][name] = run(name, FULL if options.full else SHORT, before)
+        except Exception:
+            # It takes nothing of what is measured before it and after it.
+            traceback.print_exc()
+            failed.append(name)
+            continue
         output.write_text(json.dumps(results, indent=1) + "\n")
     print(tables(results))
     print(f"\nwritten to {output}")
+    if failed:
+        sys.exit(f"failed, and can be run again by --only: {' '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -59,7 +59,14 @@ def added(results: dict[str, Any], workload: str, one: str, other: str) -> float
 
 def budgets(results: dict[str, Any]) -> list[Budget]:
     """All that this run says something about."""
-    return [*_requests(results), *_across(results), *_arrivals(results), *_many(results), *_flat(results)]
+    return [
+        *_requests(results),
+        *_across(results),
+        *_arrivals(results),
+        *_many(results),
+        *_flat(results),
+        *_million(results),
+    ]
 
 
 def _requests(results: dict[str, Any]) -> Iterator[Budget]:
@@ -129,3 +136,16 @@ def _flat(results: dict[str, Any]) -> Iterator[Budget]:
         # Ids of other lengths and the like cost a few more.
         yield Budget(f"instructions {among}: ratio to alone", worst, 1.03)
         yield Budget(f"store round trips {among}", max(sum(one["trips"].values()) for one in lines), 1)
+
+
+def _million(results: dict[str, Any]) -> Iterator[Budget]:
+    for one in results.get("million", ()):
+        few, many = one["among"]
+        among = f"{one['store']}, {many['sessions']:,} sessions"
+        grown = (many["node_bytes"] - few["node_bytes"]) / (many["sessions"] - few["sessions"])
+        beside = f"ratio to {few['sessions']:,}"
+        yield Budget(f"{among}: in the store, each", many["store_bytes_per_session"] / 1024, 0.75, "KiB")
+        yield Budget(f"{among}: the nodes' memory, all three together, each further one", grown, 10, "bytes")
+        yield Budget(f"{among}: store round trips per echo, leases included", many["round_trips"], 1.02)
+        yield Budget(f"{among}: functions called per echo, {beside}", many["calls"] / few["calls"], 1.03)
+        yield Budget(f"{among}: instructions per echo, {beside}", many["instructions"] / few["instructions"], 1.03)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from bench.budgets import SDK, SDK_JSON, budgets, limit_of, ratio_of
+from bench.instructions import ratios
 
 __all__ = ["tables"]
 
@@ -164,6 +165,31 @@ def _flat(lines: Lines) -> str:
     return _table("One echo among many", ["sessions", "nodes", "interpreter instructions", "store round trips"], rows)
 
 
+def _million(lines: Lines) -> str:
+    rows = [
+        [
+            one["store"],
+            f"{among['sessions']:,}",
+            f"{among['store_bytes_per_session']:.0f}",
+            f"{among['node_bytes'] / 2**20:.1f}",
+            f"{among['cpu_us']:.0f}",
+            f"{among['round_trips']:.3f}",
+            str(among["calls"]),
+            str(among["instructions"]),
+        ]
+        for one in lines
+        for among in one["among"]
+    ]
+    head = ["store", "sessions", "store, bytes each", "three nodes, MiB", "echo, CPU µs", "round trips"]
+    return _table("A million sessions", [*head, "functions called", "interpreter instructions"], rows)
+
+
+def _instructions(thousands: dict[str, float]) -> str:
+    limits = ratios(thousands)
+    rows = [[name, f"{count:,.0f}", f"{limits[name]:.2f}"] for name, count in thousands.items()]
+    return _table("Machine instructions", ["", "thousands a call", "to the limit"], rows)
+
+
 _TOLD: Final = ("first", "p50", "last")
 _TABLES: Final[dict[str, Callable[[Any], str]]] = {
     "latency": _latency,
@@ -172,6 +198,8 @@ _TABLES: Final[dict[str, Callable[[Any], str]]] = {
     "streams": _streams,
     "idle": _idle,
     "flat": _flat,
+    "million": _million,
+    "instructions": _instructions,
 }
 
 

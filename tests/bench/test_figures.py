@@ -166,6 +166,58 @@ def test_delivery_and_reply_have_own_limits() -> None:
     assert found == {"delivery on another node, valkey: p50": False, "reply on another node, valkey: p50": True}
 
 
+def _among(sessions: int, **other: float) -> dict[str, Any]:
+    figures: dict[str, Any] = {"sessions": sessions, "store_bytes_per_session": 700.0, "node_bytes": 2**28}
+    figures |= {"cpu_us": 400.0, "round_trips": 1.0, "calls": 300, "instructions": 6000}
+    return {**figures, **other}
+
+
+@pytest.mark.parametrize(
+    ("grown", "missed"),
+    [
+        ({}, []),
+        ({"store_bytes_per_session": 800.0}, ["in the store"]),
+        ({"node_bytes": 2**28 + 10_000_000}, ["the nodes' memory"]),
+        ({"round_trips": 1.03}, ["store round trips"]),
+        ({"calls": 310}, ["functions called"]),
+        ({"instructions": 6200}, ["instructions per echo"]),
+    ],
+    ids=lambda value: " ".join(value) or "flat",
+)
+def test_million_sessions_must_be_flat(grown: dict[str, float], missed: list[str]) -> None:
+    results = {"million": [{"store": "valkey", "among": [_among(100_000), _among(1_000_000, **grown)]}]}
+    told = [one.what.partition(": ")[2] for one in budgets(results) if not one.met]
+    assert len(told) == len(missed)
+    assert all(what.startswith(start) for what, start in zip(told, missed, strict=True))
+    assert "### A million sessions" in tables({**_results(), **results})
+
+
+def test_instructions_are_told_in_limits() -> None:
+    text = tables({**_results(), "instructions": {"the limit": 400.0, "echo": 800.0}})
+    assert "| echo      |              800 |         2.00 |" in text
+
+
+def test_failed_part_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the run does not end well."""
+
+    async def fail(_: main.Size, __: main.Tell) -> None:
+        raise RuntimeError("a store did not start")
+
+    async def count(_: main.Size, __: main.Tell) -> dict[str, float]:
+        return {"the limit": 400.0}
+
+    parts = {"million": main.Part(fail, lambda _: 1), "instructions": main.Part(count, lambda _: 1)}
+    monkeypatch.setattr(main, "PARTS", parts)
+    file = tmp_path / "results.json"
+    monkeypatch.setattr("sys.argv", ["bench", "--output", str(file)])
+    with pytest.raises(SystemExit, match="--only: million"):
+        main.main()
+    assert json.loads(file.read_text())["instructions"] == {"the limit": 400.0}
+    assert "a store did not start" in capsys.readouterr().err
+
+
 def test_rerun_part_replaces_only_itself(tmp_path: Path) -> None:
     file, results = tmp_path / "results.json", _results(_line("bare ASGI", 10))
     environment = results["environment"]
