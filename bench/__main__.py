@@ -2,8 +2,8 @@
 
     python -m bench [--full] [--only PART ...] [--output FILE]
 
-The short form takes about five minutes on two idle cores, `--full` half an hour or so. The parts that are run replace those
-in the file, the others stay: a long run can be made in pieces.
+The short form takes about five minutes on two idle cores, `--full` half an hour or so. The parts that are run replace
+those in the file, the others stay: a long run can be made in pieces.
 """
 
 from __future__ import annotations

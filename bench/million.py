@@ -22,7 +22,7 @@ from typing import Any, Final
 
 import redis
 
-from bench import guard
+from bench import guard, opponents
 from bench.load import Load, Worker, runner
 from bench.opponents import OPPONENTS
 from bench.stage import Stage
@@ -38,6 +38,8 @@ FEW: Final = 100_000
 MANY: Final = 1_000_000
 LIFETIME: Final = 7200.0
 """Seconds: no record ends while this runs."""
+COUNTED: Final = {"all": opponents.MANY}
+"""As the nodes count their sessions for `max_sessions`, which takes room in the store too."""
 STEP: Final = 50_000
 AT_ONCE: Final = 256
 CONNECTIONS: Final = 8
@@ -76,17 +78,23 @@ async def measure(kind: str, few: int, many: int, tell: Tell) -> dict[str, Any]:
             # What is only needed once is there before the memory counts.
             await _cost(stage, primaries)
             empty = _used(primaries)
+            empty_data = _used(primaries, "used_memory_dataset")
             async with open_store(url) as store:
                 fields = (await store.load(session_key(worker.session))).fields
                 there = 0
                 for sessions in (few, many):
                     await _fill(store, fields, there, sessions, lambda what: tell(f"{kind}: {what}"))
                     there = sessions
+                    if (kept := _keys(primaries)) < sessions:
+                        raise RuntimeError(f"the store has {kept:,} keys for {sessions:,} sessions")
                     tell(f"{kind}: echo among {sessions:,} sessions")
                     found.append(
                         {
                             "sessions": sessions,
                             "store_bytes_per_session": (_used(primaries) - empty) / sessions,
+                            "store_data_bytes_per_session": (
+                                (_used(primaries, "used_memory_dataset") - empty_data) / sessions
+                            ),
                             "node_bytes": stage.memory(),
                             **await _cost(stage, primaries),
                             **await _counted(url),
@@ -106,7 +114,7 @@ async def _fill(store: Store, fields: Any, there: int, sessions: int, tell: Tell
         for number in due:
             if number % STEP == 0:
                 tell(f"{number:,} of {sessions:,} sessions")
-            await store.create(session_key(secrets.token_hex(16)), fields, lifetime=LIFETIME)
+            await store.create(session_key(secrets.token_hex(16)), fields, lifetime=LIFETIME, limits=COUNTED)
 
     async with asyncio.TaskGroup() as group:
         for _ in range(AT_ONCE):
@@ -132,9 +140,14 @@ async def _counted(url: str) -> dict[str, int]:
     return {"calls": figure.calls, "instructions": figure.instructions, "trips": sum(figure.trips.values())}
 
 
-def _used(primaries: Sequence[redis.Redis]) -> int:
-    """Bytes that the data of all primaries takes."""
-    return sum(int(_info(client, "memory")["used_memory_dataset"]) for client in primaries)
+def _used(primaries: Sequence[redis.Redis], what: str = "used_memory") -> int:
+    """Bytes that all primaries have allocated: the data, and the tables that find it."""
+    return sum(int(_info(client, "memory")[what]) for client in primaries)
+
+
+def _keys(primaries: Sequence[redis.Redis]) -> int:
+    found: list[Any] = [client.dbsize() for client in primaries]
+    return sum(found)
 
 
 def _scripts(primaries: Sequence[redis.Redis]) -> int:

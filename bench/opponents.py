@@ -22,7 +22,7 @@ StoreKind = Literal["", "memory", "sqlite", "valkey", "postgres"]
 SERVE: Final = "serve"
 """As app: `nonstick serve` with its defaults, the access log and all."""
 
-MANY: Final = 1_000_000
+MANY: Final = 10_000_000
 """Sessions: no run comes to a limit."""
 
 TYPESCRIPT: Final = Path(__file__).parent / "typescript"

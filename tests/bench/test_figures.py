@@ -168,7 +168,13 @@ def test_delivery_and_reply_have_own_limits() -> None:
 
 def _among(sessions: int, **other: float) -> dict[str, Any]:
     figures: dict[str, Any] = {"sessions": sessions, "store_bytes_per_session": 700.0, "node_bytes": 2**28}
-    figures |= {"cpu_us": 400.0, "round_trips": 1.0, "calls": 300, "instructions": 6000}
+    figures |= {
+        "store_data_bytes_per_session": 600.0,
+        "cpu_us": 400.0,
+        "round_trips": 1.0,
+        "calls": 300,
+        "instructions": 6000,
+    }
     return {**figures, **other}
 
 
