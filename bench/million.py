@@ -2,8 +2,8 @@
 
     python -m bench.million [--few 100000] [--many 1000000] [--only valkey] [--only valkey-cluster]
 
-One session is opened by a client. The others' records are written to the store directly, each like that one's. What a
-request costs is then measured twice, among few sessions and among many.
+A client opens a session on a store in memory, which tells what is written for it. The same is then written to the
+measured store for each session. What a request costs is measured twice, among few sessions and among many.
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ import json
 import secrets
 import sys
 import tempfile
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import redis
 
 from bench import guard, opponents
-from bench.load import Load, Worker, runner
+from bench.load import Load, runner
 from bench.opponents import OPPONENTS
 from bench.stage import Stage
 from nonstick.core.names import session_key
 from nonstick.store import Store
 from nonstick.stores import open_store
+from nonstick.stores.memory import MemoryStore
 from nonstick.testing import ValkeyCluster, ValkeyServer
 
 __all__ = ["FEW", "MANY", "STORES", "run", "steps"]
@@ -64,6 +65,47 @@ def _opened(kind: str) -> Iterator[tuple[str, list[redis.Redis]]]:
         yield url, clients
 
 
+class _Watched(MemoryStore):
+    """Remembers what a record was made with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[str, Mapping[str, bytes]] = {}
+
+    async def create(
+        self, key: str, fields: Mapping[str, bytes], *, lifetime: float, limits: Mapping[str, int] | None = None
+    ) -> None:
+        self.made[key] = dict(fields)
+        await super().create(key, fields, lifetime=lifetime, limits=limits)
+
+
+@dataclass(frozen=True)
+class _Opening:
+    """What is written for a session: by `initialize`, in this order, and by `notifications/initialized`.
+
+    The order, and that there are two steps, decide how much room Valkey takes for the record.
+    """
+
+    fields: Mapping[str, bytes]
+    changes: Mapping[str, bytes | None]
+
+    @classmethod
+    async def seen(cls) -> _Opening:
+        """As a client opens it."""
+        store = _Watched()
+        async with guard.nodes(store=store) as [node]:
+            key = session_key(await node.open())
+            fields, after = store.made[key], (await store.load(key)).fields
+        changes: dict[str, bytes | None] = dict.fromkeys(fields.keys() - after.keys())
+        return cls(fields, changes | {name: value for name, value in after.items() if fields.get(name) != value})
+
+    async def write(self, store: Store) -> None:
+        """The same for another session."""
+        key = session_key(secrets.token_hex(16))
+        await store.create(key, self.fields, lifetime=LIFETIME, limits=COUNTED)
+        await store.update(key, self.changes, lifetime=LIFETIME)
+
+
 async def measure(kind: str, few: int, many: int, tell: Tell) -> dict[str, Any]:
     """Of one kind of store: the cost of a request among so many sessions, and what the sessions take."""
     with _opened(kind) as (url, primaries), tempfile.TemporaryDirectory(prefix="nonstick-bench-") as home:
@@ -71,19 +113,15 @@ async def measure(kind: str, few: int, many: int, tell: Tell) -> dict[str, Any]:
         stage = Stage(opponent, url, Path(home), "")
         try:
             await stage.start()
-            worker = Worker(stage.ports, "sessions")
-            await worker.open()
-            await worker.initialize()
-            found = []
+            found, opening = [], await _Opening.seen()
             # What is only needed once is there before the memory counts.
             await _cost(stage, primaries)
             empty = _used(primaries)
             empty_data = _used(primaries, "used_memory_dataset")
             async with open_store(url) as store:
-                fields = (await store.load(session_key(worker.session))).fields
                 there = 0
                 for sessions in (few, many):
-                    await _fill(store, fields, there, sessions, lambda what: tell(f"{kind}: {what}"))
+                    await _fill(store, opening, there, sessions, lambda what: tell(f"{kind}: {what}"))
                     there = sessions
                     if (kept := _keys(primaries)) < sessions:
                         raise RuntimeError(f"the store has {kept:,} keys for {sessions:,} sessions")
@@ -100,13 +138,12 @@ async def measure(kind: str, few: int, many: int, tell: Tell) -> dict[str, Any]:
                             **await _counted(url),
                         }
                     )
-            worker.close()
         finally:
             stage.stop()
     return {"store": kind, "among": found}
 
 
-async def _fill(store: Store, fields: Any, there: int, sessions: int, tell: Tell) -> None:
+async def _fill(store: Store, opening: _Opening, there: int, sessions: int, tell: Tell) -> None:
     """Further records, until there are so many."""
     due = iter(range(there, sessions))
 
@@ -114,7 +151,7 @@ async def _fill(store: Store, fields: Any, there: int, sessions: int, tell: Tell
         for number in due:
             if number % STEP == 0:
                 tell(f"{number:,} of {sessions:,} sessions")
-            await store.create(session_key(secrets.token_hex(16)), fields, lifetime=LIFETIME, limits=COUNTED)
+            await opening.write(store)
 
     async with asyncio.TaskGroup() as group:
         for _ in range(AT_ONCE):

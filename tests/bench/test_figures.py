@@ -140,7 +140,7 @@ def test_one_part_yields_tables_and_budgets() -> None:
     assert "Idle sessions" not in text
 
 
-def test_what_serve_adds_is_told_in_limits() -> None:
+def test_serve_cost_is_in_limits() -> None:
     """Inside each round, as all ratios: the medians, 60 and 20 to 30, would make 1.33."""
     results = _results(
         _line("bare ASGI, one read", 10, 30, 100),
