@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 
 import pytest
@@ -141,3 +142,26 @@ async def test_error_at_the_end_stays_one() -> None:
     task = asyncio.current_task()
     assert task is not None
     assert not task.cancelling()
+
+
+async def test_swallowed_end_cancels_nothing_else() -> None:
+    """A store may finish its call though it was told to end: whoever called it is cancelled no more."""
+    ends = Ends()
+    begun = asyncio.Event()
+
+    async def stubborn() -> int:
+        end = End(ends, FOR_EVER)
+        begun.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        end.leave()
+        task = asyncio.current_task()
+        assert task is not None
+        return task.cancelling()
+
+    async with asyncio.timeout(60):
+        calling = asyncio.create_task(stubborn())
+        await begun.wait()
+        ends.hasten()
+        assert await calling == 0
+    assert not ends.under_way

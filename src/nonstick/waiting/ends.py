@@ -99,13 +99,15 @@ class End:
             self._task.cancel()
 
     def leave(self) -> None:
-        """It was done in time."""
+        """It was done. Should its end have come all the same, nothing else is cancelled for that."""
         del self._ends.under_way[self]
+        if self._come:
+            self._task.uncancel()
 
     def passed(self, error: BaseException) -> bool:
         """It failed so. Whether that is because the end has come."""
         self.leave()
-        return self._come and self._task.uncancel() <= self._before and isinstance(error, asyncio.CancelledError)
+        return self._come and self._task.cancelling() <= self._before and isinstance(error, asyncio.CancelledError)
 
     def has_time(self, seconds: float) -> bool:
         """Whether it could go on after so many seconds."""
