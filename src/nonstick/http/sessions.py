@@ -123,8 +123,8 @@ class Sessions:
         elif request.method == "GET":
             check_accepts_stream(request.scope)
             session = self._node.hydrate(session_id, key, loaded, record)
-            session.loaded = session.as_made = None
             # A stream may be open for hours, and there are thousands.
+            session.keep_less()
             del loaded, record
             await serve_stream(session, self._node, request, receive, send, headers)
         elif request.method == "DELETE":

@@ -167,6 +167,10 @@ class LiveSession:
             is_small = sum(map(len, fields.values())) <= _LONGEST_KEPT
             self.loaded = (fields, record) if is_small and not record.state and record.owner is None else None
 
+    def keep_less(self) -> None:
+        """Drops what only spares the next request work: this view may be kept for hours."""
+        self.loaded = self.as_made = None
+
     def note(self, **changes: Any) -> None:
         """The record has these values now. What runs here goes by them."""
         self.record = self.record._replace(**changes)

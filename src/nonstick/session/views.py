@@ -54,7 +54,7 @@ class SessionViews(dict[str, LiveSession]):
         """The view that is there of a session, as its record is now. One that was parked lives from now on."""
         view = self.get(key)
         if view is None:
-            view = self._parked.pop(key, None) or self._parked_before.pop(key, None)
+            view = self._unpark(key)
             if view is None:
                 return None
             # Something that began in it may have gone on, and the record may be an older one than it was.
@@ -91,9 +91,12 @@ class SessionViews(dict[str, LiveSession]):
 
     def forget_parked(self, key: str) -> None:
         """There is no such session any more."""
-        view = self._parked.pop(key, None) or self._parked_before.pop(key, None)
+        view = self._unpark(key)
         if view is not None:
             _drop(view)
+
+    def _unpark(self, key: str) -> LiveSession | None:
+        return self._parked.pop(key, None) or self._parked_before.pop(key, None)
 
     def age(self) -> None:
         """Drops the parked views that were not used since this was called before."""

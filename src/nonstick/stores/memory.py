@@ -252,7 +252,7 @@ class MemoryStore:
 
     def _ends_at(self, key: str, place: Cursor) -> bool:
         session = self._find(key)
-        return session is not None and session.head in (place, Cursor(place.position, place.tag or session.head.tag))
+        return session is not None and session.head == Cursor(place.position, place.tag or session.head.tag)
 
     def watch(self, key: str, wake: Wake) -> Callable[[], None]:
         watch, stop = self._watches.add(key, wake)
