@@ -254,13 +254,25 @@ class Database:
 
     def __init__(self, path: str) -> None:
         self._db = sqlite3.connect(path, timeout=WAIT_SECONDS, isolation_level=None, check_same_thread=False)
-        self._db.execute("PRAGMA journal_mode = WAL")
+        self._use_wal()
         self._db.execute("PRAGMA synchronous = NORMAL")
         self._db.execute(
             "CREATE TABLE IF NOT EXISTS document "
             "(key TEXT PRIMARY KEY, version INTEGER NOT NULL, expires_at REAL NOT NULL, groups TEXT, body TEXT)"
         )
         self._db.execute("CREATE TABLE IF NOT EXISTS node (name TEXT PRIMARY KEY, until REAL NOT NULL)")
+
+    def _use_wal(self) -> None:
+        deadline = time.monotonic() + WAIT_SECONDS
+        while True:
+            try:
+                self._db.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError:
+                # The switch alone does not wait for processes that open a new file at the same time.
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(0.005)
 
     def change(self, work: Callable[[], T]) -> T:
         """Does `work` while nobody else changes anything; if it raises, nothing has happened."""
